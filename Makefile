@@ -1,0 +1,40 @@
+# make run    .venv, install, the main job; ends with the figure's path
+# make test   the test suite
+# make check  ruff, ruff-format, mypy
+# Both run and test pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test check checkpoint format clean
+
+# A stamp per extra: reinstalled when the dependencies change, not on every call.
+$(VENV)/%.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".$(if $(filter run,$*),,[$*])"
+	@touch $@
+
+run: $(VENV)/run.stamp
+	@$(BIN)/python -m simlab.run $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A small OLMo-2 trained for a minute with transformers, to look at beside random inits.
+checkpoint: $(VENV)/test.stamp
+	@$(BIN)/python scripts/make_checkpoint.py outputs/checkpoint --steps 150
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) dist build

@@ -1,0 +1,35 @@
+"""simlab: how activations grow with depth, for random-init and pretrained transformers.
+
+    from simlab import compose, run, build_model
+    config = compose(["depth=8", "norm=swin_renorm"])
+    result = run(config)            # .curve (a DataFrame), .summary, .verdicts
+    model = build_model(config)     # the same weights as one nn.Module
+
+Imports are late, so that ``--help`` and tab completion don't wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simlab.config import ConfigError, RunConfig, compose
+    from simlab.experiment import RunResult, build_model
+
+__all__ = ["ConfigError", "RunConfig", "RunResult", "build_model", "compose"]
+
+_HOMES = {
+    "ConfigError": "simlab.config",
+    "RunConfig": "simlab.config",
+    "compose": "simlab.config",
+    "RunResult": "simlab.experiment",
+    "build_model": "simlab.experiment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'simlab' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Curves, fits and verdicts from stored rows; no torch."""

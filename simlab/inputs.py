@@ -1,0 +1,86 @@
+"""Token batches: uniformly random ids, Zipf-distributed ids, or text."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from simlab.config import ConfigError, InputsConfig, nearest
+
+TEXT_BATCH, TEXT_LENGTH = 4, 256  # what inputs=text takes when the user doesn't say
+BYTES_PER_TOKEN = 64  # so much of a file is read for each token asked for: tokens are shorter
+
+
+def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tensor:
+    """The token batch, (batch, length) int64, the same for every curve of a run.
+
+    vocab_size: ids are below it. seed: draws random and Zipf ids. tokenizer: a tokenizer.json,
+    whose vocabulary also bounds random ids (embedding matrices often have unused rows at their end).
+    Raises ConfigError for a text that is missing or doesn't fill the batch.
+    """
+    if inputs.kind == "text":
+        return _text(inputs, vocab_size, tokenizer)
+    assert inputs.batch is not None
+    assert inputs.length is not None
+    if tokenizer is not None:
+        vocab_size = min(vocab_size, _load(tokenizer).get_vocab_size())
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+    shape = (inputs.batch, inputs.length)
+    if inputs.kind == "random":
+        return torch.from_numpy(generator.integers(vocab_size, size=shape))
+    assert inputs.exponent is not None
+    weights = np.arange(1, vocab_size + 1, dtype=np.float64) ** -inputs.exponent
+    return torch.from_numpy(generator.choice(vocab_size, size=shape, p=weights / weights.sum()))
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself, nothing narrower
+        raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
+
+
+def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tensor:
+    batch, length = inputs.batch or TEXT_BATCH, inputs.length or TEXT_LENGTH
+    data = _bytes(inputs, BYTES_PER_TOKEN * batch * length)
+    if tokenizer is None:
+        ids, unit = list(data[: batch * length]), "bytes"
+    else:
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        ids, unit = _load(tokenizer).encode(text, add_special_tokens=False).ids, "tokens"
+    if not ids:
+        raise ConfigError("inputs=text: the text is empty")
+    if inputs.length is None:
+        length = min(length, len(ids) // (inputs.batch or 1))
+    if inputs.batch is None:
+        batch = min(batch, len(ids) // length)
+    if not 0 < batch * length <= len(ids):
+        asked = {"inputs.batch": inputs.batch, "inputs.length": inputs.length}
+        given = " ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
+        raise ConfigError(f"{given}: the text has only {len(ids)} {unit}")
+    ids = ids[: batch * length]
+    if max(ids) >= vocab_size:
+        raise ConfigError(
+            f"vocab_size={vocab_size}: the text has the id {max(ids)}; ids must be below vocab_size"
+        )
+    return torch.tensor(ids).view(batch, length)
+
+
+def _bytes(inputs: InputsConfig, most: int) -> bytes:
+    """The prompt's or the file's first bytes."""
+    if inputs.prompt is not None:
+        return inputs.prompt.encode("utf-8", "surrogateescape")
+    assert inputs.path is not None
+    path = Path(inputs.path).expanduser()
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        hint = nearest(path.name, (entry.name for entry in beside if entry.is_file()))
+        raise ConfigError(f"inputs.path={inputs.path}: {error.strerror}{hint}") from error

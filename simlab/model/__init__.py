@@ -1,0 +1,1 @@
+"""What is computed: norms, attention, feed-forward, norm placement, the transformer."""

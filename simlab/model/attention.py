@@ -1,0 +1,118 @@
+"""Causal self-attention with grouped heads, QK-norm, RoPE and an optional sliding window.
+
+Shape suffixes: B batch, T tokens, D d_model, H query heads, K key/value heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from simlab.config import ModelConfig, YarnConfig
+from simlab.model.norms import NORMS
+
+Linear = Callable[[int, int], nn.Module]
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, yarn: YarnConfig | None, device: torch.device
+) -> tuple[Tensor, float]:
+    """RoPE's angle per position, θ^(−2i/C) for each of the C/2 pairs, and a factor on cos and sin.
+
+    With YaRN (arXiv 2309.00071, §3.2–3.4) pairs that turn fewer than ``beta_slow`` times within the
+    original length are slowed down by ``factor``, those above ``beta_fast`` are kept, with a linear
+    ramp over the pair's index between; cos and sin are scaled by 0.1·ln(factor) + 1.
+
+    Returns float32 angles of shape (C/2,), in radians per position, and the factor.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angles = 1.0 / theta**exponents
+    if yarn is None:
+        return angles, 1.0
+
+    def pair_turning(times: float) -> float:
+        """The (real-valued) pair index that turns so many times within the original length."""
+        return (
+            head_dim
+            * math.log(yarn.original_length / (times * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    factor = yarn.attention_factor or 0.1 * math.log(yarn.factor) + 1.0
+    return angles / yarn.factor * slowed + angles * (1 - slowed), factor
+
+
+def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """RoPE (arXiv 2104.09864) on halves: pair i is (x_i, x_{i+C/2}); float32, cast back."""
+    first, second = x_BHTC.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x_BHTC.float() * cos_TC + turned * sin_TC).to(x_BHTC.dtype)
+
+
+class Attention(nn.Module):
+    """softmax(causal(QKᵀ/√C))·V, then the output projection; no biases (OLMo 2, arXiv 2501.00656).
+
+    QK-norm: ``full`` normalises the whole projection, all heads together, before the head split
+    and RoPE (OLMo 2); ``per_head`` each head by itself (Qwen 3); ``none``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.qk_norm, self.theta = config.qk_norm, config.rope_theta
+        self.window = config.window_of(layer)
+        # YaRN stretches what must reach far: a layer with a window keeps plain RoPE (OLMo 3).
+        self.yarn = config.yarn if self.window is None else None
+        q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = linear(config.width, q_dim)
+        self.k_proj = linear(config.width, kv_dim)
+        self.v_proj = linear(config.width, kv_dim)
+        self.o_proj = linear(q_dim, config.width)
+        if self.qk_norm != "none":
+            norm = NORMS[config.norm.type]
+            per_head = self.qk_norm == "per_head"
+            self.q_norm = norm(self.head_dim if per_head else q_dim, config.norm.eps)
+            self.k_norm = norm(self.head_dim if per_head else kv_dim, config.norm.eps)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BHTC, k_BKTC, v_BKTC = (
+            p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (q, k, v)
+        )
+        if self.qk_norm == "per_head":
+            q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
+        cos_TC, sin_TC = self._angles(x_BTD.shape[1], x_BTD.device)
+        q_BHTC, k_BKTC = rotate(q_BHTC, cos_TC, sin_TC), rotate(k_BKTC, cos_TC, sin_TC)
+        shared = self.heads // self.kv_heads  # query heads h·shared … share key/value head h
+        if shared > 1:
+            k_BKTC, v_BKTC = (p.repeat_interleave(shared, dim=1) for p in (k_BKTC, v_BKTC))
+        mask = self._window_mask(x_BTD.shape[1], x_BTD.device)
+        o_BHTC = nn.functional.scaled_dot_product_attention(
+            q_BHTC, k_BKTC, v_BKTC, attn_mask=mask, is_causal=mask is None
+        )
+        out: Tensor = self.o_proj(o_BHTC.transpose(1, 2).flatten(2))
+        return out
+
+    def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        angles, factor = inverse_frequencies(self.head_dim, self.theta, self.yarn, device)
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        angles_TC = torch.outer(positions, angles).repeat(1, 2)
+        return angles_TC.cos() * factor, angles_TC.sin() * factor
+
+    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
+        """True where query t may see key s: t − window < s ≤ t. None: plain causal does."""
+        if self.window is None or length <= self.window:
+            return None
+        t = torch.arange(length, device=device)
+        back = t[:, None] - t[None, :]
+        return (back >= 0) & (back < self.window)

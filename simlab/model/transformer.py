@@ -1,0 +1,77 @@
+"""The transformer, written once: blocks around a linear factory, and the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from simlab.config import ModelConfig
+from simlab.model.attention import Attention, Linear
+from simlab.model.feed_forward import FeedForward
+from simlab.model.norms import NORMS
+from simlab.model.placement import PLACEMENTS, Placement, Renorm
+
+
+def dense_linear(d_in: int, d_out: int) -> nn.Module:
+    """The default linear factory: nn.Linear without a bias."""
+    return nn.Linear(d_in, d_out, bias=False)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each in its residual step, then a re-norm where there is one."""
+
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense_linear) -> None:
+        super().__init__()
+        placement = PLACEMENTS[config.norm.placement]
+        self.attention = placement(Attention(config, layer, linear), config, layer)
+        self.mlp = placement(FeedForward(config, linear), config, layer)
+        self.renorm = placement.renorm_after(config, layer)
+
+    def steps(self) -> Iterator[tuple[str, Placement | Renorm]]:
+        """The block's residual steps with their kind, in the order they happen."""
+        yield "attention", self.attention
+        yield "mlp", self.mlp
+        if self.renorm is not None:
+            yield "renorm", self.renorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        for _, step in self.steps():
+            x = step(x)
+        return x
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, head: token ids (B, T) to logits (B, T, vocabulary)."""
+
+    def __init__(self, config: ModelConfig, linear: Linear = dense_linear) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, i, linear) for i in range(config.depth))
+        self.norm = NORMS[config.norm.type](config.width, config.norm.eps)
+        self.head = linear(config.width, config.vocab_size)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to logits (B, T, vocabulary)."""
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model, gains included, a tied head counted once; none is allocated."""
+    with torch.device("meta"):
+        block = Block(config, 0)
+        renorms = [
+            PLACEMENTS[config.norm.placement].renorm_after(config, i) for i in range(config.depth)
+        ]
+    block.renorm = None
+    per_block = sum(p.numel() for p in block.parameters())
+    gains = config.width * (1 + sum(renorm is not None for renorm in renorms))
+    return config.depth * per_block + gains + (2 - config.tied) * config.vocab_size * config.width

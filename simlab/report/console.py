@@ -1,0 +1,106 @@
+"""What the user sees in the terminal: a header, a progress bar, a table, the verdict, the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from simlab.config import RunConfig
+from simlab.growth.verdict import Verdict
+from simlab.report.table import growth_table
+
+NAMES = {"random": "random init", "checkpoint": "checkpoint"}
+
+
+def title(config: RunConfig) -> str:
+    """One line that says which model, norm and init a run is about."""
+    model, init = config.shape, config.init
+    std = [f"{init.std:g}"] if init.std is not None else []
+    cut = [f"±{init.truncate:g}σ"] if init.truncate is not None else []
+    rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
+    every = f" every {model.norm.every}" if model.norm.every else ""
+    shape = f"{model.name}: depth {model.depth}, width {model.width}"
+    return f"{shape}, norm {model.norm.placement}{every}, init {rule}"
+
+
+def announce(config: RunConfig, parameters: int, device: str) -> None:
+    """The header: what is about to be measured, on what."""
+    model, inputs = config.shape, config.inputs
+    heads = f"{model.heads} heads" + (
+        f" ({model.kv_heads} kv)" if model.kv_heads != model.heads else ""
+    )
+    curves = ["the checkpoint"] if config.source.kind == "checkpoint" else []
+    count = len(config.seeds)
+    curves += [f"{count} random init{'s' if count > 1 else ''}"] if count else []
+    console = Console(highlight=False)
+    console.print(f"[bold]{title(config)}[/]")
+    console.print(f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}, qk-norm {model.qk_norm}")
+    console.print(
+        f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} tokens, "
+        f"dense engine, {config.dtype} on {device}\n"
+    )
+
+
+@contextmanager
+def progress(blocks: int) -> Iterator[Callable[[], None]]:
+    """A bar over ``blocks`` on stderr, gone when done; yields what to call after each block."""
+    console = Console(stderr=True)
+    columns = (TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("blocks", total=blocks)
+        yield lambda: bar.advance(task)
+
+
+def show(
+    frame: pd.DataFrame,
+    verdicts: Mapping[str, Verdict],
+    overflow: Sequence[Mapping[str, object]],
+    files: Sequence[Path],
+) -> None:
+    """The table and the verdict of every curve, then where the files are, the figure last."""
+    console = Console(highlight=False)
+    for name in verdicts:
+        if len(verdicts) > 1:
+            console.print(f"[bold]{NAMES[name]}[/]")
+        console.print(growth_table(frame, name))
+        console.print()
+    for line in verdict_lines(verdicts, overflow):
+        console.print(f"[bold]{line}[/]")
+    console.print()
+    for path in files:
+        console.print(str(path), soft_wrap=True)
+
+
+def verdict_lines(
+    verdicts: Mapping[str, Verdict], overflow: Sequence[Mapping[str, object]]
+) -> list[str]:
+    """The verdict sentences, named where there are several, and what overflowed."""
+    several = len(verdicts) > 1
+    lines = [
+        f"{NAMES[name].capitalize()}: {v.sentence}" if several else v.sentence
+        for name, v in verdicts.items()
+    ]
+    return lines + overflow_lines(overflow)
+
+
+def overflow_lines(overflow: Sequence[Mapping[str, object]]) -> list[str]:
+    """Where curves left the dtype's range, one line per curve with its earliest sublayer."""
+    lines = []
+    for name in dict.fromkeys(row["curve"] for row in overflow):
+        rows = [row for row in overflow if row["curve"] == name]
+        first = min(rows, key=lambda row: int(str(row["sublayer"])))
+        where = f"sublayer {first['sublayer']} ({first['kind']}"
+        where += f" of block {int(str(first['block'])) + 1})" if first["block"] is not None else ")"
+        seeds = f"{len(rows)} curve{'s' if len(rows) > 1 else ''}"
+        lines.append(
+            f"Overflow ({NAMES[str(name)]}, {seeds}): first non-finite value at {where}; "
+            "the curve ends before it."
+        )
+    return lines

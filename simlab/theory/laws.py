@@ -1,0 +1,68 @@
+"""The laws that are said of the residual stream's mean square, as functions of a curve's rows.
+
+A curve has R rows: the embedding, then a row per sublayer, with rows of kind ``renorm`` between.
+Laws return natural logs of mean squares, since √2 per sublayer leaves float64 at depth 500.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a law may know of S curves with R rows: their start, and the norms' eps, no growth.
+
+    kinds (R): embedding, attention, mlp or renorm. first (S,): the embedding's mean square.
+    eps_factor (S, R): m/(m + eps), m the mean square that the step's norm divides by. gain: the
+    sublayer norms'. normalises: what they act on, ``branch``, ``stream`` or None.
+    """
+
+    kinds: Sequence[str]
+    first: Array
+    eps_factor: Array
+    gain: float
+    normalises: str | None
+
+
+def sqrt2(rows: Rows) -> Array:
+    """rms × √2 per sublayer, taken literally: v_k = v_0 · 2^k; 1 after a re-norm. (S, R), ln v.
+
+    Said in allenai/OLMo issue 797 ("growth by sqrt(2) per MLP/attn").
+    """
+    log = [np.log(rows.first)]
+    for row, kind in enumerate(rows.kinds[1:], start=1):
+        fresh = np.log(rows.eps_factor[:, row])
+        log.append(fresh if kind == "renorm" else log[-1] + np.log(2))
+    return np.stack(log, axis=1)
+
+
+def additive(rows: Rows) -> Array:
+    """v_k = v_0 + Σ_j g²·c_j, with c_j = m_j/(m_j + eps): each sublayer adds its normed branch.
+
+    A branch normed to gain g has mean square g²c, and E⟨x, branch⟩ = 0 because the sublayer's last
+    matrix is fresh, independent of x and isotropic: exact in expectation at every width for
+    ``reordered`` and ``peri``. A re-norm sets v to its own c; where the norm acts on the stream
+    (``post``, ``deepnorm``) every step does, v_k = g²c_k. For a placement that norms neither, this
+    says what v would be if it did. (S, R), ln v. Derived in the README; tested by simulation.
+    """
+    v = [rows.first]
+    for row, kind in enumerate(rows.kinds[1:], start=1):
+        c = rows.eps_factor[:, row]
+        if kind == "renorm":
+            v.append(c)
+        elif rows.normalises == "stream":
+            v.append(rows.gain**2 * c)
+        else:
+            v.append(v[-1] + rows.gain**2 * c)
+    with np.errstate(divide="ignore"):  # a gain of 0 under post: v = 0
+        return np.log(np.stack(v, axis=1))
+
+
+LAWS: dict[str, Callable[[Rows], Array]] = {"additive": additive, "sqrt2": sqrt2}

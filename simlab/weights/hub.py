@@ -1,0 +1,97 @@
+"""From what a user calls a checkpoint (a folder, or a hub id with a revision) to a local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
+
+from simlab.config import ConfigError, nearest
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def locate(path: str, revision: str | None) -> Path:
+    """The checkpoint's local folder; of a hub id, the snapshot in the hub's cache.
+
+    What is in the cache is read, not downloaded, so it works offline; what is missing is downloaded.
+    Raises ConfigError for a folder that isn't there or a hub id that can't be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"source.revision={revision}: revisions are for hub ids, and {path} is a folder"
+            )
+        return folder.resolve()
+    if folder.exists():
+        raise ConfigError(f"source.path={path}: is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) or folder.parent.is_dir():
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        hint = nearest(folder.name, (entry.name for entry in beside))
+        raise ConfigError(f"source.path={path}: no such folder{hint}")
+    return _snapshot(path, revision)
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    config = _fetch(repo, "config.json", revision)
+    folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
+    if _complete(folder):
+        return folder
+    try:
+        index = _fetch(repo, INDEX, folder.name)
+        for file in _shards(index):
+            _fetch(repo, file, folder.name)
+    except RemoteEntryNotFoundError:
+        _fetch(repo, SINGLE, folder.name)
+    with contextlib.suppress(RemoteEntryNotFoundError):  # without it, text goes in as bytes
+        _fetch(repo, "tokenizer.json", folder.name)
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    index = folder / INDEX
+    shards = _shards(index) if index.exists() else [SINGLE]
+    return all((folder / file).exists() for file in shards)
+
+
+def _shards(index: Path) -> list[str]:
+    """Plain file names from an index; a malformed index is reported when the checkpoint is opened."""
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted(file for file in files if isinstance(file, str) and Path(file).name == file)
+
+
+def _fetch(repo: str, file: str, revision: str | None) -> Path:
+    """One file of a hub repository: from the cache, else downloaded.
+
+    Raises RemoteEntryNotFoundError where the repository has no such file, ConfigError otherwise.
+    """
+    what = f"source.path={repo}" + (f" source.revision={revision}" if revision else "")
+    try:
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(repo, file, revision=revision))
+    except RemoteEntryNotFoundError:
+        raise
+    except HfHubHTTPError as error:
+        raise ConfigError(f"{what}: the hub says: {str(error).splitlines()[0]}") from error
+    except HFValidationError as error:
+        raise ConfigError(f"{what}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{what}: no such folder, {file} of it is not in the local hub cache, "
+            "and the hub can't be reached"
+        ) from error

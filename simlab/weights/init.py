@@ -1,0 +1,126 @@
+"""How each parameter is drawn: one pure table of standard deviations, and a name's row in it.
+
+σ is the parameter of the rule, L the depth, l the layer counted from 0, d = width. Sources: the
+trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization.py``), GPT-2
+(Radford et al. 2019, §2.3) and Megatron-LM (arXiv 1909.08053).
+
+| rule        | embedding | q, k, v | o              | gate | up        | down              | head  |
+|-------------|-----------|---------|----------------|------|-----------|-------------------|-------|
+| normal      | σ         | σ       | σ              | σ    | σ         | σ                 | σ     |
+| mitchell    | 1/√d      | 1/√d    | 1/√(2d(l+1))   | 1/√d | 1/√d      | 1/√(2·d_ff·(l+1)) | 1/√d  |
+| llama       | 1, whole  | σ       | σ/√(2L)        | σ    | σ/√(2L)   | σ/√(2L)           | 1/√d  |
+| llama_depth | 1, whole  | σ       | σ/√(2(l+1))    | σ    | as o      | as o              | 1/√d  |
+| fan_in      | 1, whole  | 1/√d    | 1/√(heads·C)   | 1/√d | 1/√d      | 1/√d_ff           | 1/√d  |
+| gpt2        | σ         | σ       | σ/√(2L)        | σ    | σ         | σ/√(2L)           | σ     |
+
+"whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from simlab.config import InitConfig, ModelConfig
+from simlab.model.placement import PLACEMENTS
+
+INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(0, sigma²) cut at ± ``truncate`` · sigma (None: whole)."""
+
+    sigma: float
+    truncate: float | None
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of what is drawn: σ·√(1 − 2cφ(c)/(2Φ(c) − 1)), 0.986578·σ at c = 3."""
+        c = self.truncate
+        if c is None:
+            return self.sigma
+        if c < 1e-3:  # the uniform limit, where the formula below cancels
+            return self.sigma * c / math.sqrt(3)
+        density = math.exp(-c * c / 2) / math.sqrt(2 * math.pi)
+        return self.sigma * math.sqrt(1 - 2 * c * density / math.erf(c / math.sqrt(2)))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every entry the same: a norm's gain."""
+
+    value: float
+
+
+def _normal(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    return dict.fromkeys(ROLES, sigma)
+
+
+def _mitchell(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    return dict.fromkeys(ROLES, model.width**-0.5) | {
+        "o_proj": (2 * model.width * (layer + 1)) ** -0.5,
+        "down_proj": (2 * model.d_ff * (layer + 1)) ** -0.5,
+    }
+
+
+def _llama(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    out = sigma * (2 * model.depth) ** -0.5
+    scaled = {"o_proj": out, "up_proj": out, "down_proj": out}
+    return dict.fromkeys(ROLES, sigma) | {"embedding": 1.0, "head": model.width**-0.5} | scaled
+
+
+def _llama_depth(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    out = sigma * (2 * (layer + 1)) ** -0.5
+    scaled = {"o_proj": out, "up_proj": out, "down_proj": out}
+    return dict.fromkeys(ROLES, sigma) | {"embedding": 1.0, "head": model.width**-0.5} | scaled
+
+
+def _fan_in(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    return dict.fromkeys(ROLES, model.width**-0.5) | {
+        "embedding": 1.0,
+        "o_proj": (model.heads * model.head_dim) ** -0.5,
+        "down_proj": model.d_ff**-0.5,
+    }
+
+
+def _gpt2(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    out = sigma * (2 * model.depth) ** -0.5
+    return dict.fromkeys(ROLES, sigma) | {"o_proj": out, "down_proj": out}
+
+
+RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
+    "normal": _normal,
+    "mitchell": _mitchell,
+    "llama": _llama,
+    "llama_depth": _llama_depth,
+    "fan_in": _fan_in,
+    "gpt2": _gpt2,
+}
+WHOLE_EMBEDDING = ("llama", "llama_depth", "fan_in")
+
+
+def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gaussian]:
+    """The distribution of every matrix in a layer (0-based), and of embedding and head.
+
+    The placement's own factor (DeepNorm's β) is applied. Pure: the same input, the same table.
+    """
+    sigmas = RULES[init.rule](model, init.std or 0.0, layer)
+    scale = PLACEMENTS[model.norm.placement].init_scale
+    whole = {"embedding"} if init.rule in WHOLE_EMBEDDING else set()
+    return {
+        role: Gaussian(sigma * scale(role, model.depth), None if role in whole else init.truncate)
+        for role, sigma in sigmas.items()
+    }
+
+
+def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | Constant:
+    """How the parameter ``name`` (as in ``Transformer.state_dict()``) is drawn."""
+    parts = name.split(".")
+    role = parts[-2]
+    if role in ROLES:
+        return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]
+    sublayer_norm = role in ("norm_in", "norm_out") and parts[2] != "renorm"
+    return Constant(model.norm.gain if sublayer_norm else 1.0)

@@ -1,0 +1,89 @@
+"""Shared fixtures, and the four tiers of tolerance. Nothing else in tests/ names a tolerance.
+
+- bit-equal: ``torch.equal``: same device, same operations.
+- PARITY: float32, the same mathematics in another order of operations: values of order 1 after some
+  hundred operations that round to 6e-8 each. torch.testing's own default has the same atol.
+- statistical: multiples of the seeds' standard error, from the number of comparisons.
+- golden, per device and dtype: none yet.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from simlab.config import RunConfig, compose
+
+PARITY = {"rtol": 1e-5, "atol": 1e-5}
+SHAPE = ["depth=3", "width=48", "heads=6", "kv_heads=2", "d_ff=80", "vocab_size=97"]
+INPUTS = ["inputs.batch=2", "inputs.length=11"]
+
+
+def tiny(*overrides: str) -> RunConfig:
+    """A model of three small blocks with grouped heads; overrides come on top."""
+    return compose([*SHAPE, *INPUTS, "device=cpu", "seeds=1", *overrides])
+
+
+def simlab(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """``python -m simlab.run`` as a user runs it, in ``cwd``."""
+    command = [sys.executable, "-m", "simlab.run", *args]
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def write_olmo(folder: Path, kind: str = "Olmo2", shards: str = "5GB", **changes):
+    """A random checkpoint written by transformers, with nothing at its default; and the model."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 3e-4,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "attn_implementation": "eager",
+            **changes,
+        }
+    )
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():  # gains away from 1, weights large enough for attention to matter
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A single-file OLMo-2 checkpoint folder."""
+    write_olmo(tmp_path / "olmo")
+    return tmp_path / "olmo"
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change keys of a JSON file in place."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
