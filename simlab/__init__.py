@@ -13,15 +13,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simlab.config import ConfigError, RunConfig, compose
+    from simlab.config import ConfigError, RunConfig
     from simlab.experiment import RunResult, build_model
+    from simlab.validation import compose
 
 __all__ = ["ConfigError", "RunConfig", "RunResult", "build_model", "compose"]
 
 _HOMES = {
     "ConfigError": "simlab.config",
     "RunConfig": "simlab.config",
-    "compose": "simlab.config",
+    "compose": "simlab.validation",
     "RunResult": "simlab.experiment",
     "build_model": "simlab.experiment",
 }

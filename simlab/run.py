@@ -20,7 +20,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from simlab.config import CONF_DIR, ConfigError, known_keys, nearest, read
+from simlab.config import CONF_DIR, ConfigError, nearest
+from simlab.validation import known_keys, read
 
 if TYPE_CHECKING:
     from simlab.experiment import RunResult

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from simlab.config import RunConfig, compose
+from simlab.config import RunConfig
+from simlab.validation import compose
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
 SHAPE = ["depth=3", "width=48", "heads=6", "kv_heads=2", "d_ff=80", "vocab_size=97"]

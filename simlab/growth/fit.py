@@ -86,7 +86,8 @@ def exponent(v: Array, kinds: Sequence[str]) -> Array:
     d = design(kinds)
     if len(d.rows) < 4:
         return np.full(len(v), np.nan)
-    y = d.demean(v[:, d.rows])
+    size = np.abs(v[:, d.rows]).max(-1, keepdims=True)
+    y = d.demean(v[:, d.rows] / np.where(size > 0, size, 1))  # scaled: squares stay in range
     x = d.demean(d.position ** EXPONENTS[:, None])
     explained = (y @ x.T) ** 2 / (x**2).sum(-1)  # (B, grid)
     total = (y**2).sum(-1)
@@ -99,8 +100,7 @@ def exponent(v: Array, kinds: Sequence[str]) -> Array:
         offset = np.where(bend < 0, 0.5 * (left - right) / bend, 0.0).clip(-1, 1)
     step = math.log(EXPONENTS[1] / EXPONENTS[0])
     p = EXPONENTS[best] * np.exp(offset * step)
-    scale = (v[:, d.rows] ** 2).sum(-1)
-    return np.where(total > 1e-20 * scale, p, np.nan)
+    return np.where(total > 1e-20, p, np.nan)
 
 
 def rate(v: Array, kinds: Sequence[str]) -> Array:

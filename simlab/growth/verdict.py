@@ -47,10 +47,11 @@ class Verdict:
 def sign_flip(differences: Array, floor: Array) -> float:
     """p-value of "these S curves (S, R) have mean zero at every row", with the rows' dependence.
 
-    The statistic is the largest |mean| / (standard error + floor) over the rows; its distribution
-    comes from flipping whole curves' signs (all 2^S, or FLIPS random ones), so the rows may depend
-    on each other in any way. Holds when a curve and its negative are equally likely, as they are for
-    the cross terms ⟨x, branch⟩: flipping a sublayer's last matrix flips them.
+    Zero within ``floor`` (R,), what rounding explains. The statistic is the largest
+    (|mean| − floor)₊ / standard error over the rows; its distribution comes from flipping whole
+    curves' signs (all 2^S, or FLIPS random ones), so the rows may depend on each other in any way.
+    Holds when a curve and its negative are equally likely, as they are for the cross terms
+    ⟨x, branch⟩: flipping a sublayer's last matrix flips them.
     """
     seeds = len(differences)
     if 2**seeds <= FLIPS:
@@ -61,7 +62,8 @@ def sign_flip(differences: Array, floor: Array) -> float:
     means = signs @ differences / seeds
     squares = (differences**2).mean(0)
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (seeds - 1))
-    statistic = (np.abs(means) / (errors + floor)).max(-1)
+    beyond = np.maximum(np.abs(means) - floor, 0)
+    statistic = (beyond / np.maximum(errors, 1e-3 * floor)).max(-1)
     return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
 
 
@@ -79,8 +81,6 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     error = float(errors.max())
     if curves.count < MIN_SEEDS:
         return Fit(error, None, "unknown")
-    if error <= ROUNDING[dtype]:
-        return Fit(error, 1.0, "holds")
     scale = np.exp(np.minimum(law, 600.0))  # beyond e^600 the law has failed in any case
     p_value = sign_flip(v - scale, ROUNDING[dtype] * v.mean(0))
     return Fit(error, p_value, "fails" if p_value < ALPHA else "holds")

@@ -83,6 +83,8 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
         if path.stat().st_size > JSON_LIMIT:
             raise ConfigError(
                 f"{path}: larger than {JSON_LIMIT >> 20} MiB, not a config or an index"
@@ -215,7 +217,8 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise ConfigError(f"{index}: has no weight_map")
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+        plain = isinstance(file, str) and Path(file).name == file and not {"\\", "\0"} & set(file)
+        if not plain or not file.endswith(".safetensors"):
             raise ConfigError(f"{index}: {name} is in {file!r}, which is not a file name")
         names = files.setdefault(folder / file, set())
         assert names is not None
@@ -307,6 +310,8 @@ class Checkpoint:
 
 def _open(path: Path) -> Any:
     """A safetensors file, mapped; its header is checked against its length."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,21 +1,22 @@
-"""Random weights, each from its own generator, seeded by (seed, parameter name).
+"""Random weights, each from its own generators, seeded by (seed, parameter name, piece).
 
 So a model of depth 8 is the first 8 blocks of the one of depth 64, a streamed block equals the
 resident one, and the order of work doesn't matter. Numbers are drawn in float32 and rounded to
 the dtype asked for: a bfloat16 model is the rounded float32 model.
 
-On the CPU a matrix is drawn in pieces of whole rows, each piece from its own stream of NumPy's
-SFC64, spawned by ``SeedSequence`` from the seed, the name's hash and the piece's number (torch's CPU
-generator keeps 32 bits of its seed, too few for millions of weights). Pieces run on all threads
-and the embedding's rows are pieces, so only those that occur are drawn. On CUDA the weight is
-drawn on the device by its own Philox generator, seeded with 64 bits of the same hash.
+A matrix is drawn in pieces of whole rows, about PIECE numbers each, so that of the embedding only
+pieces with a token in them are drawn. On the CPU a piece has its own stream of NumPy's SFC64,
+seeded through ``SeedSequence`` (torch's CPU generator keeps 32 bits of its seed, too few for
+millions of streams), and the pieces run on all threads. On CUDA they are drawn on the device by
+torch's Philox generator, seeded with 63 bits of a hash; a matrix that isn't asked for by rows is
+one piece there. CPU and CUDA draw different numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,11 +30,13 @@ from simlab.weights.source import Shape
 PIECE = 1 << 16  # numbers per piece: 256 KiB of float32, which a core's cache holds
 
 
-def _hash(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+def _entropy(*key: object) -> int:
+    """128 bits of a hash of the key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
 
 
-def _draw_piece(out: np.ndarray, entropy: int, piece: int, law: Gaussian) -> None:
+def draw_on_cpu(out: np.ndarray, entropy: int, piece: int, law: Gaussian) -> None:
     """Fill a float32 array with draws of the law; beyond the cut, a number is drawn again."""
     sequence = np.random.SeedSequence(entropy, spawn_key=(piece,))
     generator = np.random.Generator(np.random.SFC64(sequence))
@@ -48,42 +51,28 @@ def _draw_piece(out: np.ndarray, entropy: int, piece: int, law: Gaussian) -> Non
     flat *= np.float32(law.sigma)
 
 
-def _on_cpu(
-    entropy: bytes,
-    law: Gaussian,
-    pieces: list[tuple[int, slice]],
-    out: Tensor,
-    pool: ThreadPoolExecutor,
-) -> None:
-    """Draw the given pieces into rows of ``out`` (float32 in place, else by way of a buffer)."""
-    key = int.from_bytes(entropy, "little")
-    rows = out.view(out.shape[0], -1)
+def draw_on_cuda(out: Tensor, entropy: int, piece: int, law: Gaussian) -> None:
+    """Fill a float32 tensor on the device with draws of the law, without a synchronisation.
 
-    def draw(task: tuple[int, slice]) -> None:
-        piece, where = task
-        if out.dtype is torch.float32:
-            _draw_piece(rows[where].numpy(), key, piece, law)
-        else:
-            buffer = np.empty(tuple(rows[where].shape), np.float32)
-            _draw_piece(buffer, key, piece, law)
-            rows[where] = torch.from_numpy(buffer)
-
-    list(pool.map(draw, pieces))
-
-
-def _on_cuda(entropy: bytes, law: Gaussian, shape: Shape, device: torch.device) -> Tensor:
-    """The whole weight by inversion on the device, without a synchronisation: float32.
-
-    z = √2·erf⁻¹(u), u uniform on ± erf(c/√2): N(0, 1) cut at ± c.
+    By inversion: z = √2·erf⁻¹(u), u uniform on ± erf(c/√2), is N(0, 1) cut at ± c.
     """
-    generator = torch.Generator(device).manual_seed(int.from_bytes(entropy[:8], "little") >> 1)
-    out = torch.empty(tuple(shape), device=device)
+    generator = torch.Generator(out.device)
+    generator.manual_seed(_entropy(entropy, piece) >> 65)
     if law.truncate is None:
-        return out.normal_(generator=generator).mul_(law.sigma)
-    edge = math.erf(law.truncate / math.sqrt(2))
-    cut = law.truncate * law.sigma
+        out.normal_(generator=generator).mul_(law.sigma)
+        return
+    edge, cut = math.erf(law.truncate / math.sqrt(2)), law.truncate * law.sigma
     out.uniform_(-edge, edge, generator=generator).erfinv_().mul_(math.sqrt(2) * law.sigma)
-    return out.clamp_(-cut, cut)
+    out.clamp_(-cut, cut)
+
+
+def fill(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
+    """Fill a float32 tensor, on the CPU or a CUDA device, and return it."""
+    if out.device.type == "cuda":
+        draw_on_cuda(out, entropy, piece, law)
+    else:
+        draw_on_cpu(out.numpy(), entropy, piece, law)
+    return out
 
 
 class RandomWeights:
@@ -100,40 +89,58 @@ class RandomWeights:
         law = distribution(self.model, self.init, name)
         if isinstance(law, Constant):
             return torch.full(tuple(shape), law.value, device=device, dtype=dtype)
-        if name == "embedding.weight":  # row by row, as rows() draws it
-            return self.rows(name, shape, torch.arange(shape[0]), device, dtype)
-        if device.type == "cuda":
-            return _on_cuda(_hash(self.seed, name), law, shape, device).to(dtype)
-        rows = max(1, PIECE // math.prod(shape[1:]))
-        pieces = [
-            (i, slice(start, min(start + rows, shape[0])))
-            for i, start in enumerate(range(0, shape[0], rows))
-        ]
-        out = torch.empty(tuple(shape), dtype=dtype)
-        _on_cpu(_hash(self.seed, name), law, pieces, out, self.pool)
+        out = torch.empty(tuple(shape), dtype=dtype, device=_home(device))
+        by_rows = name == "embedding.weight" or out.device.type == "cpu"
+        per = _rows_per_piece(shape) if by_rows else shape[0]
+        entropy = _entropy(self.seed, name)
+
+        def draw(piece: int) -> None:
+            part = out[piece * per : (piece + 1) * per]
+            if dtype is torch.float32:
+                fill(part, entropy, piece, law)
+            else:
+                part.copy_(fill(torch.empty_like(part, dtype=torch.float32), entropy, piece, law))
+
+        self._each(draw, range(math.ceil(shape[0] / per)), out.device)
         return out.to(device)
 
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Rows of a matrix that is drawn row by row (the embedding); each occurring row once."""
+        """Rows of the embedding, from the pieces in which they lie."""
         law = distribution(self.model, self.init, name)
         assert isinstance(law, Gaussian)
         unique, where = ids.cpu().unique(return_inverse=True)
-        columns = tuple(shape[1:])
-        if device.type == "cuda":
-            drawn = torch.empty((len(unique), *columns), device=device, dtype=dtype)
-            for i, row in enumerate(unique.tolist()):
-                drawn[i] = _on_cuda(_hash(self.seed, f"{name}[{row}]"), law, columns, device)
-        else:
-            drawn = torch.empty((len(unique), *columns), dtype=dtype)
-            pieces = [(row, slice(i, i + 1)) for i, row in enumerate(unique.tolist())]
-            _on_cpu(_hash(self.seed, name), law, pieces, drawn, self.pool)
-        return drawn.to(device)[where.to(device)]
+        out = torch.empty((len(unique), *shape[1:]), dtype=dtype, device=_home(device))
+        per, entropy = _rows_per_piece(shape), _entropy(self.seed, name)
+
+        def draw(piece: int) -> None:
+            rows = min(per, shape[0] - piece * per)
+            part = torch.empty((rows, *shape[1:]), device=out.device)
+            fill(part, entropy, piece, law)
+            here = (unique // per == piece).nonzero().flatten()
+            wanted = (unique[here] - piece * per).to(out.device)
+            out[here.to(out.device)] = part[wanted].to(dtype)
+
+        self._each(draw, (unique // per).unique().tolist(), out.device)
+        return out.to(device)[where.to(device)]
+
+    def _each(
+        self, draw: Callable[[int], None], pieces: Iterable[int], device: torch.device
+    ) -> None:
+        """Draw every piece: on all threads of a CPU, one after another on a device."""
+        for _ in map(draw, pieces) if device.type == "cuda" else self.pool.map(draw, pieces):
+            pass
 
     def identity(self) -> dict[str, object]:
         """The seed that these weights are drawn from."""
         return {"seed": self.seed}
 
 
-Drawer = Callable[[ModelConfig, InitConfig, int], RandomWeights]
+def _home(device: torch.device) -> torch.device:
+    """Where numbers for a device are drawn: on it for CUDA, else on the CPU."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _rows_per_piece(shape: Shape) -> int:
+    return max(1, PIECE // math.prod(shape[1:]))

@@ -1,0 +1,352 @@
+"""From a composed Hydra config to a RunConfig: every key checked once, every mistake one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from simlab.config import (
+    CONF_DIR,
+    DTYPES,
+    ENGINES,
+    NORM_TYPES,
+    QK_NORMS,
+    ConfigError,
+    InitConfig,
+    InputsConfig,
+    ModelConfig,
+    NormConfig,
+    RunConfig,
+    SourceConfig,
+    YarnConfig,
+    divides,
+    full_layers,
+    nearest,
+)
+
+
+def options(group: str) -> list[str]:
+    """The names that a config group offers, from the files in conf/."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def known_keys() -> dict[str, list[str]]:
+    """Every dotted key that some choice of groups has, with the choices (``norm=pre``) that have it.
+
+    Keys that are always there have no choices; a group's name is a key too.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(CONF_DIR.rglob("*.yaml")):
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(loaded, dict)
+        top = path.parent == CONF_DIR
+        group = "" if top else path.parent.name
+        choice = [] if top or path.stem == "from_checkpoint" else [f"{group}={path.stem}"]
+        whole = "# @package _global_" in path.read_text(encoding="utf-8").splitlines()
+        found.setdefault(group or "seeds", [])
+        for key, value in loaded.items():
+            prefix = "" if top or whole else f"{group}."
+            inner = [f"{key!s}.{k!s}" for k in value] if isinstance(value, dict) else None
+            for name in inner or [f"{prefix}{key!s}"]:
+                found.setdefault(name, []).extend(choice)
+    return {k: v for k, v in found.items() if k != "defaults" and not k.startswith("hydra.")}
+
+
+class _Reader:
+    """Takes the keys of one config node one by one, checks each, and refuses what is left."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.values, self.prefix = dict(values), prefix
+        self.known: list[str] = []
+
+    def fail(self, key: str, value: object, why: str) -> ConfigError:
+        return ConfigError(f"{self.prefix}{key}={value}: {why}")
+
+    def take(self, key: str) -> Any:
+        self.known.append(key)
+        return self.values.pop(key, None)
+
+    def number(self, key: str, allowed: str, low: float, *, null: bool = False) -> float | None:
+        """A finite number ≥ low (> low where ``allowed`` says "above")."""
+        value = self.take(key)
+        if value is None and null:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(key, value, f"not a number; allowed: {allowed}")
+        below = value <= low if allowed.startswith("above") else value < low
+        if not math.isfinite(value) or below:
+            raise self.fail(key, value, f"allowed: {allowed}")
+        return float(value)
+
+    def integer(self, key: str, low: int = 1, *, null: bool = False) -> int | None:
+        value = self.take(key)
+        if value is None and null:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, value, f"not an integer; allowed: an integer, at least {low}")
+        if value < low:
+            raise self.fail(key, value, f"allowed: an integer, at least {low}")
+        return value
+
+    def positive(self, key: str) -> int:
+        value = self.integer(key)
+        assert value is not None
+        return value
+
+    def finite(self, key: str, allowed: str, low: float) -> float:
+        value = self.number(key, allowed, low)
+        assert value is not None
+        return value
+
+    def text(self, key: str) -> str | None:
+        value = self.take(key)
+        if value is None:
+            return None
+        if isinstance(value, Mapping | list | bool):
+            raise self.fail(key, value, "not a text")
+        return str(value)
+
+    def choice(self, key: str, allowed: Sequence[str]) -> str:
+        value = self.take(key)
+        if value not in allowed:
+            hint = nearest(str(value), allowed)
+            raise self.fail(key, value, f"allowed: {', '.join(allowed)}{hint}")
+        return str(value)
+
+    def node(self, key: str) -> _Reader:
+        value = self.take(key)
+        if not isinstance(value, Mapping):
+            raise self.fail(key, value, "not a group of keys")
+        return _Reader(value, f"{self.prefix}{key}.")
+
+    def only(self, owner: str, allowed: Iterable[str]) -> None:
+        """Refuse keys that this owner (a placement, a rule) has no use for."""
+        allowed = list(allowed)
+        for key, value in self.values.items():
+            if key not in allowed:
+                hint = nearest(key, allowed)
+                raise self.fail(
+                    key, value, f"{owner} has no such key; it has {', '.join(allowed)}{hint}"
+                )
+
+    def done(self) -> None:
+        for key, value in self.values.items():
+            raise self.fail(
+                key,
+                value,
+                f"no such key; allowed: {', '.join(sorted(self.known))}{nearest(key, self.known)}",
+            )
+
+
+def _keys_of(group: str, name: str) -> list[str]:
+    """The keys that a file in conf/ sets: what that placement, rule or input understands."""
+    loaded = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
+    return [str(key) for key in loaded]
+
+
+def _norm(reader: _Reader) -> NormConfig:
+    names = [name for name in options("norm") if name != "from_checkpoint"]
+    placement = reader.choice("placement", names)
+    reader.only(f"norm={placement}", _keys_of("norm", placement))
+    gain = reader.number("gain", "a number, at least 0", 0.0) if "gain" in reader.values else 1.0
+    norm = NormConfig(
+        placement=placement,
+        type=reader.choice("type", NORM_TYPES),
+        eps=reader.finite("eps", "a number, at least 0", 0.0),
+        gain=1.0 if gain is None else gain,
+        every=reader.integer("every") if "every" in reader.values else None,
+        alpha=reader.number("alpha", "a number, at least 0, or null", 0.0, null=True),
+    )
+    reader.done()
+    return norm
+
+
+def _yarn(reader: _Reader) -> YarnConfig | None:
+    if reader.values.get("yarn") is None:
+        reader.take("yarn")
+        return None
+    node = reader.node("yarn")
+    yarn = YarnConfig(
+        factor=node.finite("factor", "a number, at least 1", 1.0),
+        original_length=node.positive("original_length"),
+        beta_fast=node.finite("beta_fast", "above 0", 0.0),
+        beta_slow=node.finite("beta_slow", "above 0", 0.0),
+        attention_factor=node.number("attention_factor", "above 0, or null", 0.0, null=True),
+    )
+    node.done()
+    return yarn
+
+
+def _model(top: _Reader, norm: NormConfig) -> ModelConfig:
+    depth, width, heads = (top.positive(key) for key in ("depth", "width", "heads"))
+    kv_heads, d_ff, vocab_size = (top.positive(key) for key in ("kv_heads", "d_ff", "vocab_size"))
+    node = top.node("model")
+    name = node.text("name") or "custom"
+    head_dim = node.integer("head_dim", null=True)
+    if head_dim is None:
+        divides("heads", heads, "width", width)
+        head_dim = width // heads
+    divides("kv_heads", kv_heads, "heads", heads)
+    if head_dim % 2:
+        raise ConfigError(f"head_dim={head_dim} (width / heads): must be even, RoPE turns pairs")
+    tied = node.take("tied")
+    if not isinstance(tied, bool):
+        raise node.fail("tied", tied, "allowed: true, false")
+    window, every = node.integer("window", null=True), node.integer("full_every", null=True)
+    if window is None and every is not None:
+        raise node.fail("full_every", every, "needs a model.window")
+    model = ModelConfig(
+        name=name,
+        depth=depth,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        d_ff=d_ff,
+        vocab_size=vocab_size,
+        head_dim=head_dim,
+        norm=norm,
+        qk_norm=node.choice("qk_norm", QK_NORMS),
+        rope_theta=node.finite("rope_theta", "above 0", 0.0),
+        yarn=_yarn(node),
+        window=window,
+        full_attention=full_layers(depth, every),
+        tied=tied,
+    )
+    node.done()
+    return model
+
+
+def _init(reader: _Reader) -> InitConfig:
+    rule = reader.choice("rule", options("init"))
+    reader.only(f"init={rule}", _keys_of("init", rule))
+    has_std = "std" in reader.values
+    init = InitConfig(
+        rule=rule,
+        std=reader.number("std", "above 0", 0.0) if has_std else None,
+        truncate=reader.number(
+            "truncate", "above 0 (in standard deviations), or null", 0.0, null=True
+        ),
+    )
+    reader.done()
+    return init
+
+
+def _source(reader: _Reader) -> SourceConfig:
+    kind = reader.choice("kind", options("source"))
+    if kind == "random":
+        source = SourceConfig(kind)
+    else:
+        source = SourceConfig(kind, path=reader.text("path"), revision=reader.text("revision"))
+        if not source.path:
+            raise ConfigError(
+                "source.path is missing: give a checkpoint folder or a hub id, "
+                "for example source.path=allenai/OLMo-2-0425-1B"
+            )
+    reader.done()
+    return source
+
+
+def _inputs(reader: _Reader) -> InputsConfig:
+    kind = reader.choice("kind", options("inputs"))
+    reader.only(f"inputs={kind}", _keys_of("inputs", kind))
+    text = kind == "text"
+    batch, length = (reader.integer(key, null=text) for key in ("batch", "length"))
+    inputs = InputsConfig(
+        kind,
+        batch,
+        length,
+        exponent=reader.finite("exponent", "a number, at least 0", 0.0) if kind == "zipf" else None,
+        prompt=reader.text("prompt"),
+        path=reader.text("path"),
+    )
+    reader.done()
+    if text and (inputs.prompt is None) == (inputs.path is None):
+        raise ConfigError("inputs=text needs one of inputs.prompt=TEXT and inputs.path=FILE")
+    return inputs
+
+
+def _seeds(reader: _Reader, first: int, lowest: int) -> tuple[int, ...]:
+    value = reader.take("seeds")
+    allowed = "a count, or a list of different seeds such as [0,1,2]"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < lowest:
+            raise reader.fail("seeds", value, f"at least {lowest}; allowed: {allowed}")
+        return tuple(range(first, first + value))
+    seeds = value if isinstance(value, list) else [None]
+    if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
+        raise reader.fail("seeds", value, f"allowed: {allowed}")
+    if len(set(seeds)) != len(seeds) or len(seeds) < lowest:
+        raise reader.fail("seeds", value, f"allowed: {allowed}")
+    return tuple(seeds)
+
+
+def _device(reader: _Reader) -> str:
+    value = str(reader.take("device"))
+    kind, _, index = value.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+        hint = nearest(kind, ("auto", "cpu", "cuda", "mps"))
+        raise reader.fail("device", value, f"allowed: auto, cpu, cuda, cuda:N, mps{hint}")
+    return value
+
+
+def read(config: DictConfig) -> RunConfig:
+    """Check a composed config and freeze it.
+
+    Raises ConfigError, one line naming the key, the value, what is allowed and the nearest name.
+    """
+    try:
+        ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        values = OmegaConf.to_container(ours, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(values, dict)
+    top = _Reader({str(key): value for key, value in values.items()})
+    source, init, inputs = (top.node(key) for key in ("source", "init", "inputs"))
+    checked_source = _source(source)
+    model: ModelConfig | None = None
+    if checked_source.kind == "checkpoint":
+        _refuse_shape(top)
+    else:
+        model = _model(top, _norm(top.node("norm")))
+    seed = top.integer("seed", 0)
+    assert seed is not None
+    run = RunConfig(
+        model=model,
+        init=_init(init),
+        source=checked_source,
+        inputs=_inputs(inputs),
+        seeds=_seeds(top, seed, lowest=0 if checked_source.kind == "checkpoint" else 1),
+        seed=seed,
+        engine=top.choice("engine", ENGINES),
+        device=_device(top),
+        dtype=top.choice("dtype", DTYPES),
+    )
+    top.done()
+    return run
+
+
+def _refuse_shape(top: _Reader) -> None:
+    """With a checkpoint, nothing that its own config decides may be given."""
+    shape = {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
+    shape["vocab_size"] = top.take("vocab_size")
+    shape |= {f"norm.{key}": value for key, value in top.take("norm").items()}
+    model = top.take("model")
+    shape |= {f"model.{key}": value for key, value in (model or {}).items()}
+    for key, value in shape.items():
+        if value is not None:
+            raise ConfigError(
+                f"{key}={value}: with source=checkpoint it is read from the checkpoint"
+            )
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """A checked config from Hydra overrides, for use as a library: ``compose(["depth=8"])``."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return read(hydra_compose("config", overrides=list(overrides)))

@@ -1,0 +1,150 @@
+"""Each placement against its formula written out, with norms and sublayers from scratch."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from simlab import build_model
+from simlab.model.attention import inverse_frequencies
+from simlab.model.placement import PLACEMENTS, Placement, ResidualAdd
+from simlab.weights.init import table
+
+EPS = 1e-3
+
+
+def norm(x, weight):
+    return rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def sublayers(block, heads=6, kv_heads=2):
+    """The block's attention and MLP, from its weights alone."""
+    w = {name.split("sublayer.")[-1]: p for name, p in block.named_parameters()}
+
+    def turn(x):
+        angles, _ = inverse_frequencies(8, 500_000.0, None, x.device)
+        z = torch.polar(torch.ones(x.shape[2], 4), torch.outer(torch.arange(x.shape[2]), angles))
+        y = torch.complex(x[..., :4], x[..., 4:]) * z
+        return torch.cat([y.real, y.imag], -1)
+
+    def attention(x):
+        q = norm(x @ w["q_proj.weight"].T, w["q_norm.weight"])
+        k = norm(x @ w["k_proj.weight"].T, w["k_norm.weight"])
+        v = x @ w["v_proj.weight"].T
+        q, k, v = (p.view(*x.shape[:2], -1, 8).transpose(1, 2) for p in (q, k, v))
+        q, k = turn(q), turn(k)
+        k, v = (p.repeat_interleave(heads // kv_heads, 1) for p in (k, v))
+        o = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return o.transpose(1, 2).reshape(x.shape) @ w["o_proj.weight"].T
+
+    def mlp(x):
+        hidden = silu(x @ w["gate_proj.weight"].T) * (x @ w["up_proj.weight"].T)
+        return hidden @ w["down_proj.weight"].T
+
+    return attention, mlp
+
+
+# update(x, F, N_in, N_out, n: block from 1, L: depth): the formula of the placement.
+FORMULAS = {
+    "reordered": lambda x, F, i, o, n, L: x + o(F(x)),
+    "swin_renorm": lambda x, F, i, o, n, L: x + o(F(x)),
+    "pre": lambda x, F, i, o, n, L: x + F(i(x)),
+    "post": lambda x, F, i, o, n, L: o(x + F(x)),
+    "peri": lambda x, F, i, o, n, L: x + o(F(i(x))),
+    "lns": lambda x, F, i, o, n, L: x + F(i(x) / n**0.5),
+    "deepnorm": lambda x, F, i, o, n, L: o((2 * L) ** 0.25 * x + F(x)),
+    "none": lambda x, F, i, o, n, L: x + F(x),
+    "residual_scale": lambda x, F, i, o, n, L: (
+        math.sqrt(1 - 2 / (2 * L)) * x + math.sqrt(2 / (2 * L)) * F(i(x))
+    ),
+    "rezero": lambda x, F, i, o, n, L: x + 0.0 * F(i(x)),
+    "layerscale": lambda x, F, i, o, n, L: x + 0.1 * F(i(x)),
+}
+
+
+def with_random_gains(model):
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("placement", FORMULAS)
+def test_formula(placement):
+    every = ["norm.every=2"] if placement == "swin_renorm" else []
+    config = tiny("depth=5", f"norm={placement}", f"norm.eps={EPS}", "init.std=0.2", *every)
+    model = with_random_gains(build_model(config))
+    ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
+    x = expected = model.embedding(ids)
+    with torch.no_grad():
+        for n, block in enumerate(model.blocks, start=1):
+            x = block(x)
+            for step, F in zip((block.attention, block.mlp), sublayers(block), strict=True):
+
+                def i(y, step=step):
+                    return norm(y, step.norm_in.weight)
+
+                def o(y, step=step):
+                    return norm(y, step.norm_out.weight)
+
+                expected = FORMULAS[placement](expected, F, i, o, n, 5)
+            if placement == "swin_renorm" and n in (2, 4):
+                expected = norm(expected, block.renorm.norm_out.weight)
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+
+
+def test_every_placement_has_a_formula_here():
+    assert set(FORMULAS) == set(PLACEMENTS)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_resid_after_is_resid_before_plus_branch(placement):
+    """At every add, bit for bit; and no parameter is left out of what the placement computes."""
+    model = with_random_gains(build_model(tiny(f"norm={placement}", "init.std=0.1")))
+    seen = []
+    for module in model.modules():
+        if isinstance(module, ResidualAdd):
+            module.register_forward_hook(lambda m, args, out: seen.append((*args, out)))
+    model(torch.arange(22).view(2, 11))
+    assert len(seen) == 2 * 3
+    for skip, branch, after in seen:
+        assert torch.equal(after, skip + branch)
+        assert branch.abs().max() > 0 or placement == "rezero"
+
+
+def test_layerscale_alpha_by_depth():
+    for depth, alpha in ((18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6)):
+        config = tiny(f"depth={depth}", "norm=layerscale")
+        step = PLACEMENTS["layerscale"](torch.nn.Identity(), config.shape, 0)
+        assert step._alpha() == alpha
+    step = PLACEMENTS["layerscale"](
+        torch.nn.Identity(), tiny("norm=layerscale", "norm.alpha=0.3").shape, 0
+    )
+    assert step._alpha() == 0.3
+
+
+def test_deepnorm_scales_its_init():
+    config = tiny("depth=4", "norm=deepnorm")
+    stds = table(config.shape, config.init)
+    beta = (8 * 4) ** -0.25
+    for role in ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert stds[role].sigma == pytest.approx(0.02 * beta, rel=1e-12)
+    for role in ("q_proj", "k_proj", "embedding", "head"):
+        assert stds[role].sigma == 0.02
+
+
+def test_swin_gain_zero_is_the_identity_network():
+    """SwinV2's public code starts its gains at 0; a re-norm then still acts on the stream."""
+    model = build_model(tiny("norm=swin_renorm", "norm.gain=0", "depth=3"))
+    ids = torch.arange(11)[None]
+    x = model.embedding(ids)
+    for block in model.blocks:
+        assert torch.equal(block(x), x)
+
+
+def test_placements_differ_in_forward_alone():
+    for placement in PLACEMENTS.values():
+        assert placement.__init__ is Placement.__init__

@@ -1,0 +1,151 @@
+"""The engine: order of rows, batches, memory, overflow, dtypes."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY, tiny
+
+from simlab import build_model, engine
+from simlab.config import ConfigError
+from simlab.engine import forward, resolve_device
+from simlab.experiment import prepare, run
+from simlab.weights.random import RandomWeights
+
+CPU = torch.device("cpu")
+
+
+def test_rows_are_numbered_as_the_design_says():
+    frame = run(tiny("depth=4", "norm=swin_renorm", "norm.every=2", "seeds=2")).curve
+    for seed in (0, 1):
+        rows = frame[frame["seed"] == seed]
+        assert rows["sublayer"].tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+        kinds = ["attention", "mlp", "attention", "mlp", "renorm"]
+        assert rows["kind"].tolist() == ["embedding", *kinds, *kinds]
+        assert rows["block"].tolist()[1:] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_batches_do_not_matter(monkeypatch):
+    config = tiny("inputs.batch=7")
+    whole = run(config).curve
+    monkeypatch.setattr(engine, "TOKENS_AT_ONCE", 22)  # two sequences at a time
+    parts = run(config).curve
+    for column in whole.select_dtypes("number"):
+        np.testing.assert_allclose(parts[column], whole[column], rtol=1e-4, atol=1e-5)
+
+
+def test_the_engine_streams_what_build_model_holds():
+    config = tiny("init.std=0.1")
+    model, ids = build_model(config), prepare(config).tokens
+    x = model.embedding(ids)
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(
+        run(config).curve["mean_square"].iloc[-1], x.double().pow(2).mean().item(), **PARITY
+    )
+
+
+def test_one_block_lives_at_a_time(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    built = engine.materialise_block
+
+    def watched(*args):
+        gc.collect()
+        most.append(len(alive))
+        block = built(*args)
+        alive.add(block)
+        return block
+
+    monkeypatch.setattr(engine, "materialise_block", watched)
+    config = tiny("depth=6")
+    forward(
+        config.shape,
+        RandomWeights(config.shape, config.init, 0),
+        torch.arange(22).view(2, 11),
+        CPU,
+        torch.float32,
+    )
+    assert len(most) == 6
+    assert max(most) <= 1  # the one that is about to go
+
+
+PEAK = """
+import resource, sys
+from simlab import compose
+from simlab.experiment import run
+run(compose(["width=1024", "heads=8", "kv_heads=8", "d_ff=4096", "seeds=1", "device=cpu", sys.argv[1]]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_depth():
+    """Whole process, a 67 MB block: 24 of them would add 1.5 GB to the 3 blocks' peak."""
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, f"depth={depth}"],
+                capture_output=True,
+                check=True,
+                timeout=200,
+            ).stdout
+        )
+        for depth in (3, 24)
+    ]
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_an_overflow_is_a_result():
+    result = run(tiny("dtype=float16", "norm=none", "init.std=3", "depth=6", "seeds=3"))
+    frame, overflow = result.curve, result.summary["overflow"]
+    assert len(overflow) == 3
+    for row in overflow:
+        rows = frame[frame["seed"] == row["seed"]]
+        assert np.isfinite(rows["mean_square"]).all()
+        assert rows["sublayer"].max() == row["sublayer"] - 1
+        assert row["kind"] in ("attention", "mlp")
+        model = build_model(
+            tiny("dtype=float16", "norm=none", "init.std=3", "depth=6"), seed=row["seed"]
+        )
+        x = model.embedding(prepare(result.config).tokens)
+        first = None
+        for sublayer, step in enumerate((s for b in model.blocks for _, s in b.steps()), start=1):
+            x = step(x)
+            if first is None and not x.isfinite().all():
+                first = sublayer
+        assert first == row["sublayer"]
+
+
+def test_a_float32_stream_beyond_1e19_is_still_measured():
+    """Its squares leave float32; the statistics are in float64."""
+    frame = run(tiny("norm=none", "init=fan_in", "init.truncate=null", "depth=20")).curve
+    last = frame["mean_square"].iloc[-1]
+    assert np.isfinite(last)
+    assert last > 1e39 or len(frame) < 41
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_float32(dtype):
+    """The stream is rounded at every add: within 2 % of float32 at ten sublayers."""
+    full, half = (
+        run(tiny("depth=5", f"dtype={d}", "norm.eps=1e-9")).curve for d in ("float32", dtype)
+    )
+    np.testing.assert_allclose(half["mean_square"], full["mean_square"], rtol=0.02)
+
+
+def test_devices():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match=r"device=cuda:99: not on this machine"):
+        resolve_device("cuda:99")
+
+
+def test_same_seed_same_numbers():
+    prepare.cache_clear()
+    first = run(tiny("seeds=2")).curve
+    prepare.cache_clear()
+    assert run(tiny("seeds=2")).curve.equals(first)
+    assert not run(tiny("seeds=2", "seed=7")).curve["mean_square"].equals(first["mean_square"])

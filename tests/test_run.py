@@ -1,0 +1,198 @@
+"""The command as a user types it, in an empty folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import INPUTS, SHAPE, simlab, write_olmo
+
+SMALL = [*SHAPE, *INPUTS, "device=cpu"]
+FILES = ["curve.csv", "growth.png", "growth.svg", "summary.json"]
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = (folder / "outputs").glob("*/*")
+    return found
+
+
+def test_main_job(tmp_path):
+    done = simlab(*SMALL, "depth=4", "norm=swin_renorm", "norm.every=2", "seeds=8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    out = only_run(tmp_path)
+    assert sorted(p.name for p in out.iterdir()) == [".hydra", *FILES]
+    assert Path(done.stdout.split()[-1]) == out / "growth.png"  # ends with the figure's path
+    assert "per sublayer" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-5])) <= 80
+    frame = pd.read_csv(out / "curve.csv")
+    assert len(frame) == 8 * (1 + 8 + 2)
+    assert frame.columns[:5].tolist() == ["curve", "seed", "sublayer", "block", "kind"]
+    assert frame.groupby("kind")["branch_mean_square"].count().to_dict() == {
+        "attention": 32, "embedding": 0, "mlp": 32, "renorm": 0,
+    }  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["config"]["model"]["norm"]["every"] == 2
+    assert summary["verdict"]["random"]["sentence"].replace("\n", " ") in " ".join(
+        done.stdout.split()
+    )
+    assert {
+        "config_hash",
+        "engine",
+        "device",
+        "dtype",
+        "versions",
+        "theories",
+        "verdict",
+    } <= summary.keys()
+    assert summary["theories"]["random"]["additive"]["status"] in ("holds", "fails")
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        simlab(*SMALL, "seeds=3", f"hydra.run.dir={name}", cwd=tmp_path)
+    for file in FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_multirun(tmp_path):
+    done = simlab("-m", *SMALL, "seeds=1", "depth=1,2", "init.std=0.01,0.02", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = sorted(only_run(tmp_path).glob("*/summary.json"))
+    shapes = [json.loads(path.read_text())["config"] for path in runs]
+    assert [(c["model"]["depth"], c["init"]["std"]) for c in shapes] == [
+        (1, 0.01), (1, 0.02), (2, 0.01), (2, 0.02),
+    ]  # fmt: skip
+
+
+MISTAKES = {
+    "depth=-1": "depth=-1: allowed: an integer, at least 1",
+    "depth=abc": "depth=abc: not an integer; allowed: an integer, at least 1",
+    "heads=7": "heads=7: must divide width=48; the nearest that does is 6",
+    "kv_heads=4": "kv_heads=4: must divide heads=6; the nearest that does is 3",
+    "norm=swinrenorm": "did you mean swin_renorm?",
+    "init.std=nan": "init.std=nan: allowed: above 0",
+    "dpeth=3": "dpeth=3: no such key; did you mean depth?",
+    "+dpeth=3": "did you mean depth?",
+    "norm.every=3": "norm.every=3: only with norm=swin_renorm",
+    "device=cuda:99": "device=cuda:99: not on this machine",
+    "inputs.path=nowhere.txt": "inputs.path=nowhere.txt: only with inputs=text",
+    "depth==3": "depth==3: not of the form key=value",
+    "seeds=1,2": "seeds",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, override):
+    done = simlab(*SMALL, override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert MISTAKES[override] in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_files_are_one_line_and_leave_nothing(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for overrides, said in (
+        (["inputs=text", "inputs.path=note.txt"], "did you mean notes.txt?"),
+        (["source=checkpoint", "source.path=./nowhere"], "source.path=./nowhere: no such folder"),
+        (["source=checkpoint", "source.path=notes.txt"], "is a file"),
+    ):
+        done = simlab(*overrides, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert said in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_mistake_in_a_sweep_is_found_before_its_first_job(tmp_path):
+    for override in ("depth=1,abc", "norm=pre,swinrenorm", "dpeth=1,2"):
+        done = simlab("-m", *SMALL, override, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path):
+    command = [sys.executable, "-m", "simlab.run", "depth=2000", "seeds=8"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("outputs/*/*/.hydra/*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines() == ["simlab: interrupted; nothing of the unfinished run was kept"]
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_an_earlier_result_survives_a_mistake(tmp_path):
+    simlab(*SMALL, "seeds=1", "hydra.run.dir=kept", cwd=tmp_path)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "kept").iterdir() if p.is_file()}
+    assert simlab(*SMALL, "depth=0", "hydra.run.dir=kept", cwd=tmp_path).returncode == 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "kept").iterdir() if p.is_file()} == before
+
+
+def test_a_text_through_a_transformers_checkpoint(tmp_path):
+    write_olmo(tmp_path / "olmo", vocab_size=256, shards="100KB")
+    readme = Path(__file__).parents[1] / "README.md"
+    done = simlab(
+        "source=checkpoint", "source.path=olmo", "inputs=text", f"inputs.path={readme}", "seeds=2",
+        "inputs.length=64", "device=cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = only_run(tmp_path)
+    frame = pd.read_csv(out / "curve.csv")
+    assert frame.groupby("curve")["seed"].nunique().to_dict() == {"checkpoint": 1, "random": 2}
+    assert np.isfinite(frame["mean_square"]).all()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["config"]["model"]["norm"]["eps"] == 3e-4
+    assert len(summary["weight_hash"]) == 64
+
+
+def test_help_lists_the_choices_without_torch(tmp_path):
+    done = simlab("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for choice in ("swin_renorm", "olmo2_32b", "mitchell", "zipf", "checkpoint"):
+        assert choice in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_runs_outside_the_source_tree(tmp_path):
+    """Built, unpacked and run with the checkout out of reach: conf/ must be inside."""
+    root = Path(__file__).parents[1]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = tmp_path / "source"
+    source.mkdir()
+    for part in ("simlab", "conf"):
+        shutil.copytree(root / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / file, source)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source],
+        check=True,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    shutil.rmtree(source)
+    work = tmp_path / "work"
+    work.mkdir()
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    where = subprocess.run(
+        [sys.executable, "-c", "import simlab.config as c; print(c.CONF_DIR)"],
+        cwd=work, env=env, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert where.stdout.strip() == str(tmp_path / "site" / "simlab" / "conf")
+    done = simlab(*SMALL, "seeds=1", "norm=peri", cwd=work, env=env)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in only_run(work).iterdir()) == [".hydra", *FILES]
