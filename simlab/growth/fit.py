@@ -7,6 +7,7 @@ there, the segments share b and p (or r) and have an a each. Intervals resample 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def shape(v: Array, kinds: Sequence[str]) -> str:
     return min(residuals, key=lambda name: residuals[name])
 
 
+@functools.cache
 def t_quantile(q: float, df: int) -> float:
     """Student's t quantile for q > 0.5: bisection on the integrated density, to about 1e-6."""
     constant = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
