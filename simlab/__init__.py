@@ -1,6 +1,7 @@
 """simlab: how activations grow with depth, for random-init and pretrained transformers.
 
-    from simlab import compose, run, build_model
+    from simlab import build_model, compose
+    from simlab.experiment import run
     config = compose(["depth=8", "norm=swin_renorm"])
     result = run(config)            # .curve (a DataFrame), .summary, .verdicts
     model = build_model(config)     # the same weights as one nn.Module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -60,7 +59,6 @@ class RunResult:
     verdicts: dict[str, Verdict]
 
 
-@functools.lru_cache(maxsize=1)
 def prepare(config: RunConfig) -> Prepared:
     """Open the checkpoint, make the tokens, find the device. Raises ConfigError."""
     device = resolve_device(config.device)
@@ -84,9 +82,13 @@ def sources(run: Prepared) -> Iterator[tuple[str, int, Weights]]:
         yield "random", seed, RandomWeights(config.shape, config.init, seed)
 
 
-def run(config: RunConfig, on_block: Callable[[], None] = lambda: None) -> RunResult:
+def run(config: RunConfig) -> RunResult:
+    """Everything from a config to its verdict. Raises ConfigError."""
+    return measure(prepare(config))
+
+
+def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> RunResult:
     """Measure every curve of a run and judge it. ``on_block`` is called after each block."""
-    ready = prepare(config)
     config, model, dtype = ready.config, ready.config.shape, DTYPES[ready.config.dtype]
     measured = [
         (name, seed, forward(model, weights, ready.tokens, ready.device, dtype, on_block))

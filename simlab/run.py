@@ -102,7 +102,7 @@ def job(config: DictConfig) -> None:
             ready = experiment.prepare(checked)
             console.announce(ready.config, ready.parameters, str(ready.device))
             with console.progress(ready.blocks) as advance:
-                result = experiment.run(checked, advance)
+                result = experiment.measure(ready, advance)
             files = write(result, folder)
         except ConfigError as error:
             fail(str(error))

@@ -144,8 +144,6 @@ def test_devices():
 
 
 def test_same_seed_same_numbers():
-    prepare.cache_clear()
     first = run(tiny("seeds=2")).curve
-    prepare.cache_clear()
     assert run(tiny("seeds=2")).curve.equals(first)
     assert not run(tiny("seeds=2", "seed=7")).curve["mean_square"].equals(first["mean_square"])
