@@ -114,23 +114,32 @@ def rate(v: Array, kinds: Sequence[str]) -> Array:
 
 
 def shape(v: Array, kinds: Sequence[str]) -> str:
-    """Which family describes a curve (R,): the one whose residuals of ln v are smaller."""
+    """Which family describes a curve (R,): the one whose residuals of ln v are smaller.
+
+    Both are fitted to relative errors, so that early rows count as much as late ones: a curve that
+    starts late (eps) and then grows linearly is a power law, not an exponential.
+    """
     d = design(kinds)
     y = v[d.rows]
     if len(d.rows) < 4 or (y <= 0).any():
         return "unknown"
     if np.ptp(d.demean(y)) < 0.01 * y.mean():
         return "constant"
-    p, r = exponent(v[None], kinds)[0], rate(v[None], kinds)[0]
-    residuals = {}
-    x, centred = d.demean(d.position**p), d.demean(y)
-    fitted = y - centred + x * (centred @ x / (x @ x))
-    with np.errstate(invalid="ignore"):
-        power = np.log(y) - np.log(np.where(fitted > 0, fitted, np.nan))
-    residuals["power"] = np.inf if np.isnan(power).any() else float((power**2).sum())
-    flat = d.demean(np.log(y)) - d.demean(d.position) * math.log(r)
-    residuals["exponential"] = float((flat**2).sum())
-    return min(residuals, key=lambda name: residuals[name])
+    offsets = (d.segment[:, None] == np.unique(d.segment)).astype(np.float64)
+    power = min(
+        _log_residual(np.column_stack([offsets, d.position**p]) / y[:, None])
+        for p in EXPONENTS[::13]
+    )
+    slope = math.log(rate(v[None], kinds)[0])
+    exponential = ((d.demean(np.log(y)) - d.demean(d.position) * slope) ** 2).sum()
+    return "power" if power <= exponential else "exponential"
+
+
+def _log_residual(basis: Array) -> float:
+    """Σ ln²(fit/v) of the fit that minimises Σ(fit/v − 1)²; ``basis`` is divided by v already."""
+    target = np.ones(len(basis))
+    fit = basis @ np.linalg.lstsq(basis, target, rcond=None)[0]
+    return float((np.log(fit) ** 2).sum()) if (fit > 0).all() else math.inf
 
 
 @functools.cache

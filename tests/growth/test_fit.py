@@ -42,6 +42,42 @@ def test_rate_is_recovered(r, kinds):
     assert shape(v, kinds) == "exponential"
 
 
+def test_a_late_start_is_not_exponential():
+    """A measured curve, d = 128: eps holds the first sublayers back, then + 1 per sublayer."""
+    v = [
+        0.0004,
+        0.119,
+        0.684,
+        1.65,
+        2.62,
+        3.66,
+        4.66,
+        5.77,
+        6.79,
+        7.77,
+        8.79,
+        9.70,
+        10.6,
+        11.6,
+        12.6,
+    ]
+    assert shape(np.array(v), ["embedding", *["attention", "mlp"] * 7]) == "power"
+    explosive = 1e-3 * np.exp(0.4 * 1.5 ** np.arange(15))  # an exponential of an exponential
+    assert shape(explosive, ["embedding", *["attention", "mlp"] * 7]) == "exponential"
+    doubling = 1e-3 * 2.0 ** np.arange(15)
+    assert shape(doubling, ["embedding", *["attention", "mlp"] * 7]) == "exponential"
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("late", [0.0, 0.5, 0.98])
+def test_shape_of_noisy_powers_and_exponentials(p, late):
+    generator = np.random.default_rng(0)
+    noise = np.exp(0.03 * generator.standard_normal(40))
+    k = np.arange(1, 41)
+    assert shape(np.concatenate([[1e-4], (k**p - late) * noise]), PLAIN) == "power"
+    assert shape(np.concatenate([[1e-4], 1.2**k * noise]), PLAIN) == "exponential"
+
+
 def test_exponent_against_a_grid_search():
     """An independent ten-line least squares, on noisy curves."""
     generator = np.random.default_rng(0)
