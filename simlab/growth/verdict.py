@@ -81,8 +81,13 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     error = float(errors.max())
     if curves.count < MIN_SEEDS:
         return Fit(error, None, "unknown")
-    scale = np.exp(np.minimum(law, 600.0))  # beyond e^600 the law has failed in any case
-    p_value = sign_flip(v - scale, ROUNDING[dtype] * v.mean(0))
+    # Row by row in units of the larger of the two: the test doesn't see units, and nothing overflows.
+    with np.errstate(divide="ignore"):
+        log_v = np.log(v)
+    unit = np.maximum(log_v.max(0), top)
+    unit[np.isinf(unit)] = 0.0  # both are zero throughout
+    gap = np.exp(log_v - unit) - np.exp(law - unit)
+    p_value = sign_flip(gap, np.maximum(ROUNDING[dtype] * np.exp(mean_v - unit), 1e-300))
     return Fit(error, p_value, "fails" if p_value < ALPHA else "holds")
 
 
@@ -106,7 +111,7 @@ def plus_minus(e: Estimate) -> str:
     power = math.floor(math.log10(abs(e.value))) if e.value else 0
     power = 0 if -3 <= power < 4 else power
     value, half = e.value / 10.0**power, half / 10.0**power
-    digits = min(6, max(2, -math.floor(math.log10(half)))) if half > 1e-6 else 2
+    digits = min(6, max(0, -math.floor(math.log10(half)))) if half > 1e-6 else 2
     text = f"{value:.{digits}f} ± {half:.{digits}f}"
     return f"({text})·10^{power}" if power else text
 
@@ -122,7 +127,7 @@ def _how(g: Growth, level: float, one_piece: bool) -> str:
             "" if one_piece else " since the last re-norm"
         )
     if g.shape == "unknown":
-        return "the curve is too short to fit"
+        return "the curve can't be fitted"
     if g.shape == "exponential":
         verb = "grows" if g.rate.value > 1 else "shrinks"
         return f"mean square {verb} by a factor {plus_minus(g.rate)} per sublayer, exponentially"

@@ -38,8 +38,8 @@ def sqrt2(rows: Rows) -> Array:
     """
     log = [np.log(rows.first)]
     for row, kind in enumerate(rows.kinds[1:], start=1):
-        fresh = np.log(rows.eps_factor[:, row])
-        log.append(fresh if kind == "renorm" else log[-1] + np.log(2))
+        reset = kind == "renorm"
+        log.append(np.log(rows.eps_factor[:, row]) if reset else log[-1] + np.log(2))
     return np.stack(log, axis=1)
 
 

@@ -92,7 +92,7 @@ def test_constant_and_rounding():
 
 def test_short_and_empty_curves():
     verdict = judge(made(np.ones((8, 1)), ["embedding"]), 1.0, "branch", "float32")
-    assert "too short to fit" in verdict.sentence
+    assert "can't be fitted" in verdict.sentence
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,20 @@ def test_off_by(log_error, said):
         (Estimate(1.08e-6, 1.05e-6, 1.11e-6), "(1.08 ± 0.03)·10^-6"),
         (Estimate(12345.0, 11845.0, 12845.0), "(1.23 ± 0.05)·10^4"),
         (Estimate(0.5), "0.5"),
+        (Estimate(6786.76, 4677.0, 8896.0), "6787 ± 2110"),
     ],
 )
 def test_plus_minus(estimate, said):
     assert plus_minus(estimate) == said
+
+
+def test_a_law_beyond_float64_is_rejected_quietly():
+    """Depth 1000: √2 per sublayer predicts 2^2000."""
+    kinds = ["embedding", *["attention", "mlp"] * 1000]
+    generator = np.random.default_rng(0)
+    v = 4e-4 + np.arange(2001) + generator.standard_normal((8, 2001)).cumsum(1) * 0.01
+    v[:, 0] = 4e-4
+    verdict = judge(made(v, kinds), 1.0, "branch", "float32")
+    assert verdict.laws["sqrt2"].status == "fails"
+    assert verdict.laws["additive"].status == "holds"
+    assert "10^595" in verdict.sentence
