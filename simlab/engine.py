@@ -19,7 +19,6 @@ from simlab.statistics import Step
 from simlab.weights.source import Weights, materialise_block
 
 TOKENS_AT_ONCE = 2048  # whole sequences are grouped up to this: bounds a sublayer's activations
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,12 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         best = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device("mps" if torch.backends.mps.is_available() else best)
-    device = torch.device(name)
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cpu", *(["cuda"] if here else []), *here]
     here += ["mps"] if torch.backends.mps.is_available() else []
     if name not in here:
         raise ConfigError(f"device={name}: not on this machine, which has {', '.join(here)}")
-    return device
+    return torch.device(name)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, RunConfig
-from simlab.engine import DTYPES, Row, forward, resolve_device
+from simlab.engine import Row, forward, resolve_device
 from simlab.growth.curve import Curves, curves
 from simlab.growth.verdict import Verdict, judge
 from simlab.inputs import make_tokens
@@ -44,6 +44,12 @@ class Prepared:
         return parameter_count(self.config.shape)
 
     @property
+    def unit(self) -> str:
+        """What the token ids are: of random ids tokens, of text bytes where there's no tokenizer."""
+        tokenizer = self.checkpoint.tokenizer if self.checkpoint else None
+        return "bytes" if self.config.inputs.kind == "text" and tokenizer is None else "tokens"
+
+    @property
     def blocks(self) -> int:
         """How many blocks the run will materialise, over all its curves."""
         return self.config.shape.depth * (len(self.config.seeds) + (self.checkpoint is not None))
@@ -70,7 +76,8 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = checkpoint.tokenizer if checkpoint else None
     tokens = make_tokens(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
     inputs = dataclasses.replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
-    return Prepared(dataclasses.replace(config, inputs=inputs), tokens, checkpoint, device)
+    config = dataclasses.replace(config, inputs=inputs, device=str(device))
+    return Prepared(config, tokens, checkpoint, device)
 
 
 def sources(run: Prepared) -> Iterator[tuple[str, int, Weights]]:
@@ -89,7 +96,7 @@ def run(config: RunConfig) -> RunResult:
 
 def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> RunResult:
     """Measure every curve of a run and judge it. ``on_block`` is called after each block."""
-    config, model, dtype = ready.config, ready.config.shape, DTYPES[ready.config.dtype]
+    config, model, dtype = ready.config, ready.config.shape, getattr(torch, ready.config.dtype)
     measured = [
         (name, seed, forward(model, weights, ready.tokens, ready.device, dtype, on_block))
         for name, seed, weights in sources(ready)
@@ -97,6 +104,7 @@ def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Run
     frame = tidy(measured, ready.tokens.numel() * model.width)
     frame, overflow = cut(frame)
     placement = PLACEMENTS[model.norm.placement]
+    frame[[f"law_{law}" for law in LAWS]] = np.nan
     verdicts = {}
     for name in frame["curve"].unique():
         of_curve = curves(frame, name)
@@ -174,6 +182,7 @@ def summarise(
         "versions": {"python": platform.python_version()} | {n: version(n) for n in names},
         "parameters": ready.parameters,
         "tokens": list(ready.tokens.shape),
+        "token_unit": ready.unit,
         "seeds": list(config.seeds),
         **(ready.checkpoint.identity() if ready.checkpoint else {}),
         "overflow": overflow,
@@ -209,4 +218,4 @@ def build_model(
     else:
         model = config.shape
         weights = RandomWeights(model, config.init, config.seeds[0] if seed is None else seed)
-    return materialise_model(model, weights, where, DTYPES[config.dtype])
+    return materialise_model(model, weights, where, getattr(torch, config.dtype))

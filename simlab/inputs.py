@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from simlab.config import ConfigError, InputsConfig, nearest
 
 TEXT_BATCH, TEXT_LENGTH = 4, 256  # what inputs=text takes when the user doesn't say
+TOKENIZER_LIMIT = 256 << 20  # bytes
 BYTES_PER_TOKEN = 64  # so much of a file is read for each token asked for: tokens are shorter
 
 
@@ -39,10 +41,29 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
 
 
 def _load(path: Path) -> Tokenizer:
+    """The tokenizer alone: nothing cut, nothing padded, whatever its file says.
+
+    What a tokenizer.json can do is match its own regular expressions; it holds no code.
+    """
+    if path.stat().st_size > TOKENIZER_LIMIT:
+        raise ConfigError(f"{path}: larger than {TOKENIZER_LIMIT >> 20} MiB, not a tokenizer")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     except Exception as error:  # tokenizers raises Exception itself, nothing narrower
         raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
+    if tokenizer.get_vocab_size() < 1:
+        raise ConfigError(f"{path}: the tokenizer has no vocabulary")
+    return tokenizer
+
+
+def _encode(path: Path, text: str) -> list[int]:
+    tokenizer = _load(path)
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Exception as error:  # as above
+        raise ConfigError(f"{path}: the tokenizer can't encode the text ({error})") from error
 
 
 def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tensor:
@@ -52,7 +73,7 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tens
         ids, unit = list(data[: batch * length]), "bytes"
     else:
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
-        ids, unit = _load(tokenizer).encode(text, add_special_tokens=False).ids, "tokens"
+        ids, unit = _encode(tokenizer, text), "tokens"
     if not ids:
         raise ConfigError("inputs=text: the text is empty")
     if inputs.length is None:
@@ -74,12 +95,14 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tens
 def _bytes(inputs: InputsConfig, most: int) -> bytes:
     """The prompt's or the file's first bytes."""
     if inputs.prompt is not None:
-        return inputs.prompt.encode("utf-8", "surrogateescape")
+        return inputs.prompt.encode()
     assert inputs.path is not None
-    path = Path(inputs.path).expanduser()
+    path = Path(os.path.expanduser(inputs.path))
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"inputs.path={inputs.path}: not a file")
     try:
         with path.open("rb") as file:
-            return file.read(most)
+            return file.read(min(most, path.stat().st_size))
     except OSError as error:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = nearest(path.name, (entry.name for entry in beside if entry.is_file()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,19 +23,23 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simlab.config import CONF_DIR, ConfigError, nearest
-from simlab.validation import known_keys, read
+from simlab.validation import GROUPS, known_keys, options, read
 
 if TYPE_CHECKING:
     from simlab.experiment import RunResult
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, exit status 2."""
-    print(f"simlab: {' '.join(message.split())}", file=sys.stderr)
+    """One line on stderr, without control codes and not endless, and exit status 2."""
+    line = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split())
+    )
+    print(f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}", file=sys.stderr)
     raise SystemExit(2)
 
 
-MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
+# What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
+MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
 
 
 class CheckFirst(Callback):
@@ -52,8 +58,10 @@ class CheckFirst(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check every value that a sweep names, before its first job."""
         try:
+            from simlab.experiment import prepare
+
             for overrides in each_value_once(list(config.hydra.overrides.task)):
-                read(hydra.compose(config.hydra.job.config_name, overrides))
+                prepare(read(hydra.compose(config.hydra.job.config_name, overrides)))
         except MISTAKES as error:
             fail(explain(error))
 
@@ -68,6 +76,9 @@ def each_value_once(overrides: list[str]) -> Iterator[list[str]]:
         else [str(o.input_line)]
         for o in parsed
     ]
+    for override, axis in zip(parsed, axes, strict=True):
+        if not axis:
+            raise ConfigError(f"{override.input_line}: stands for no value at all")
     first = [axis[0] for axis in axes]
     yield first
     for i, axis in enumerate(axes):
@@ -75,19 +86,40 @@ def each_value_once(overrides: list[str]) -> Iterator[list[str]]:
             yield [*first[:i], value, *first[i + 1 :]]
 
 
+RESULTS = ("curve.csv", "growth.png", "growth.svg", "summary.json")
+OUR_FOLDER = re.compile(
+    r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
+)  # as conf/config.yaml names them
+
+
 @contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove what Hydra wrote for a run that didn't end: its .hydra, and folders left empty."""
+    """Where a run doesn't end, remove what it and Hydra wrote for it, and folders left empty.
+
+    A folder with a summary holds an earlier, whole result, which stays.
+    """
     try:
         yield
     except BaseException:
-        if not (folder / "summary.json").exists():
+        if not (folder / RESULTS[-1]).exists():
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
-            for empty in (folder, *folder.parents[:2]):
-                if not empty.is_dir() or any(empty.iterdir()):
-                    break
-                empty.rmdir()
+            for name in RESULTS:
+                (folder / name).unlink(missing_ok=True)
+            remove_empty(folder)
         raise
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove an empty run folder, then those around it that a run makes, up to outputs/."""
+    for place in (folder, *folder.parents):
+        if place != folder and not OUR_FOLDER.fullmatch(place.name):
+            break
+        left = [entry.name for entry in place.iterdir()]
+        if left == ["multirun.yaml"]:
+            (place / left[0]).unlink()
+        elif left:
+            break
+        place.rmdir()
 
 
 def job(config: DictConfig) -> None:
@@ -100,7 +132,7 @@ def job(config: DictConfig) -> None:
             from simlab.report import console
 
             ready = experiment.prepare(checked)
-            console.announce(ready.config, ready.parameters, str(ready.device))
+            console.announce(ready.config, ready.parameters, ready.unit)
             with console.progress(ready.blocks) as advance:
                 result = experiment.measure(ready, advance)
             files = write(result, folder)
@@ -127,8 +159,12 @@ def explain(error: Exception) -> str:
     """Hydra's and OmegaConf's complaints about an override, in one line, with the nearest name."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={name}: no such config"
         names = [option for option in error.options or [] if option != "from_checkpoint"]
         return f"{group}={name}: allowed: {', '.join(names)}{nearest(name, names)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'error'}: {error.strerror}"
     if match := re.match(r"Could not override '(?P<key>[^']+)'", str(error)):
         key, known = match["key"], known_keys()
         given = next((arg for arg in sys.argv[1:] if arg.lstrip("+~").startswith(key)), key)
@@ -140,6 +176,15 @@ def explain(error: Exception) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
+def refuse_empty_choices(args: list[str]) -> None:
+    """``norm=null`` or ``norm=3``: what names no choice makes Hydra fail beyond explanation."""
+    for arg in args:
+        group, _, value = arg.partition("=")
+        if group in GROUPS and not re.search(r"[A-Za-z]", value.replace("null", "")):
+            names = [name for name in options(group) if name != "from_checkpoint"]
+            fail(f"{arg}: allowed: {', '.join(names)}")
+
+
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
     job(config)
@@ -148,7 +193,12 @@ def _hydra_main(config: DictConfig) -> None:
 def main() -> None:
     """The command. Mistakes: one line and exit status 2; Ctrl-C: 130."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and cleans up
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without √ gets a question mark
     try:
+        refuse_empty_choices(sys.argv[1:])
         _hydra_main()
     except MISTAKES as error:
         fail(explain(error))

@@ -16,13 +16,14 @@ import pandas as pd
 
 from simlab.config import RunConfig
 
-RUN_ONLY = ("device",)  # keys that may change a result's rounding at most, not what it is
-
 
 def config_hash(config: RunConfig) -> str:
-    """16 hex digits over everything in a resolved config that decides the result."""
-    values = {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits over a resolved config, its device included: CPU and CUDA draw other weights.
+
+    What a path leads to is not in it; a checkpoint's tensors have their own hash.
+    """
+    text = json.dumps(asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

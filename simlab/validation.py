@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,8 @@ from simlab.config import (
     full_layers,
     nearest,
 )
+
+GROUPS = ("model", "norm", "init", "source", "inputs")
 
 
 def options(group: str) -> list[str]:
@@ -56,6 +57,10 @@ def known_keys() -> dict[str, list[str]]:
     return {k: v for k, v in found.items() if k != "defaults" and not k.startswith("hydra.")}
 
 
+# Far beyond use, and small enough that checking them costs nothing.
+MOST_BLOCKS, MOST_TOKENS, MOST_SEEDS = 10**6, 10**8, 10**6
+
+
 class _Reader:
     """Takes the keys of one config node one by one, checks each, and refuses what is left."""
 
@@ -70,19 +75,23 @@ class _Reader:
         self.known.append(key)
         return self.values.pop(key, None)
 
-    def number(self, key: str, allowed: str, low: float, *, null: bool = False) -> float | None:
-        """A finite number ≥ low (> low where ``allowed`` says "above")."""
+    def number(
+        self, key: str, allowed: str, low: float, high: float = 1e30, *, null: bool = False
+    ) -> float | None:
+        """A number from low to high (above low, where ``allowed`` says "above")."""
         value = self.take(key)
         if value is None and null:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(key, value, f"not a number; allowed: {allowed}")
         below = value <= low if allowed.startswith("above") else value < low
-        if not math.isfinite(value) or below:
-            raise self.fail(key, value, f"allowed: {allowed}")
+        if below or not value <= high:  # the latter is also true of NaN
+            raise self.fail(key, value, f"allowed: {allowed}, at most {high:g}")
         return float(value)
 
-    def integer(self, key: str, low: int = 1, *, null: bool = False) -> int | None:
+    def integer(
+        self, key: str, low: int = 1, high: int = 10**9, *, null: bool = False
+    ) -> int | None:
         value = self.take(key)
         if value is None and null:
             return None
@@ -90,10 +99,12 @@ class _Reader:
             raise self.fail(key, value, f"not an integer; allowed: an integer, at least {low}")
         if value < low:
             raise self.fail(key, value, f"allowed: an integer, at least {low}")
+        if value > high:
+            raise self.fail(key, value, f"allowed: an integer, at most {high}")
         return value
 
-    def positive(self, key: str) -> int:
-        value = self.integer(key)
+    def positive(self, key: str, high: int = 10**9) -> int:
+        value = self.integer(key, high=high)
         assert value is not None
         return value
 
@@ -108,6 +119,10 @@ class _Reader:
             return None
         if isinstance(value, Mapping | list | bool):
             raise self.fail(key, value, "not a text")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise self.fail(key, repr(value), "not UTF-8 text") from error
         return str(value)
 
     def choice(self, key: str, allowed: Sequence[str]) -> str:
@@ -149,6 +164,8 @@ def _keys_of(group: str, name: str) -> list[str]:
 
 
 def _norm(reader: _Reader) -> NormConfig:
+    if reader.values.get("placement", "") is None:
+        raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
     names = [name for name in options("norm") if name != "from_checkpoint"]
     placement = reader.choice("placement", names)
     reader.only(f"norm={placement}", _keys_of("norm", placement))
@@ -173,8 +190,8 @@ def _yarn(reader: _Reader) -> YarnConfig | None:
     yarn = YarnConfig(
         factor=node.finite("factor", "a number, at least 1", 1.0),
         original_length=node.positive("original_length"),
-        beta_fast=node.finite("beta_fast", "above 0", 0.0),
-        beta_slow=node.finite("beta_slow", "above 0", 0.0),
+        beta_fast=node.finite("beta_fast", "at least 1e-6", 1e-6),
+        beta_slow=node.finite("beta_slow", "at least 1e-6", 1e-6),
         attention_factor=node.number("attention_factor", "above 0, or null", 0.0, null=True),
     )
     node.done()
@@ -182,7 +199,8 @@ def _yarn(reader: _Reader) -> YarnConfig | None:
 
 
 def _model(top: _Reader, norm: NormConfig) -> ModelConfig:
-    depth, width, heads = (top.positive(key) for key in ("depth", "width", "heads"))
+    depth = top.positive("depth", MOST_BLOCKS)
+    width, heads = top.positive("width"), top.positive("heads")
     kv_heads, d_ff, vocab_size = (top.positive(key) for key in ("kv_heads", "d_ff", "vocab_size"))
     node = top.node("model")
     name = node.text("name") or "custom"
@@ -210,7 +228,7 @@ def _model(top: _Reader, norm: NormConfig) -> ModelConfig:
         head_dim=head_dim,
         norm=norm,
         qk_norm=node.choice("qk_norm", QK_NORMS),
-        rope_theta=node.finite("rope_theta", "above 0", 0.0),
+        rope_theta=node.finite("rope_theta", "above 1", 1.0),
         yarn=_yarn(node),
         window=window,
         full_attention=full_layers(depth, every),
@@ -226,9 +244,10 @@ def _init(reader: _Reader) -> InitConfig:
     has_std = "std" in reader.values
     init = InitConfig(
         rule=rule,
-        std=reader.number("std", "above 0", 0.0) if has_std else None,
+        std=reader.number("std", "above 1e-12", 1e-12) if has_std else None,
+        # Numbers beyond the cut are drawn again: nearer than this, most would be.
         truncate=reader.number(
-            "truncate", "above 0 (in standard deviations), or null", 0.0, null=True
+            "truncate", "at least 0.5 (standard deviations), or null", 0.5, 100.0, null=True
         ),
     )
     reader.done()
@@ -255,6 +274,10 @@ def _inputs(reader: _Reader) -> InputsConfig:
     reader.only(f"inputs={kind}", _keys_of("inputs", kind))
     text = kind == "text"
     batch, length = (reader.integer(key, null=text) for key in ("batch", "length"))
+    if (batch or 1) * (length or 1) > MOST_TOKENS:
+        raise ConfigError(
+            f"inputs.batch={batch} inputs.length={length}: at most {MOST_TOKENS} tokens together"
+        )
     inputs = InputsConfig(
         kind,
         batch,
@@ -273,8 +296,9 @@ def _seeds(reader: _Reader, first: int, lowest: int) -> tuple[int, ...]:
     value = reader.take("seeds")
     allowed = "a count, or a list of different seeds such as [0,1,2]"
     if isinstance(value, int) and not isinstance(value, bool):
-        if value < lowest:
-            raise reader.fail("seeds", value, f"at least {lowest}; allowed: {allowed}")
+        if not lowest <= value <= MOST_SEEDS:
+            limits = f"at least {lowest}, at most {MOST_SEEDS}"
+            raise reader.fail("seeds", value, f"{limits}; allowed: {allowed}")
         return tuple(range(first, first + value))
     seeds = value if isinstance(value, list) else [None]
     if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
@@ -311,6 +335,8 @@ def read(config: DictConfig) -> RunConfig:
     if checked_source.kind == "checkpoint":
         _refuse_shape(top)
     else:
+        if top.values.get("model") is None:
+            raise ConfigError("model=from_checkpoint: only with source=checkpoint")
         model = _model(top, _norm(top.node("norm")))
     seed = top.integer("seed", 0)
     assert seed is not None

@@ -1,4 +1,4 @@
-"""Shared fixtures, and the four tiers of tolerance. Nothing else in tests/ names a tolerance.
+"""Shared fixtures, and the tiers of tolerance. Any other stands in its test with its reason.
 
 - bit-equal: ``torch.equal``: same device, same operations.
 - PARITY: float32, the same mathematics in another order of operations: values of order 1 after some

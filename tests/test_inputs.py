@@ -60,7 +60,7 @@ def test_shape_follows_the_text(tmp_path):
         ({"prompt": "abc", "length": 4}, r"inputs\.length=4: the text has only 3 bytes"),
         ({"prompt": "abc", "batch": 4}, r"inputs\.batch=4: the text has only 3 bytes"),
         ({"path": "/nowhere/x"}, "No such file"),
-        ({"path": "/"}, "Is a directory"),
+        ({"path": "/"}, "not a file"),
     ],
 )
 def test_texts_that_do_not_do(values, match):
@@ -98,6 +98,16 @@ def test_the_checkpoints_own_tokenizer(tmp_path, tokenizer):
         == own.encode("The capital of France is", add_special_tokens=False).ids
     )
     assert (ready.config.inputs.batch, ready.config.inputs.length) == tuple(ready.tokens.shape)
+
+
+def test_a_tokenizers_truncation_and_padding_are_not_obeyed(tokenizer):
+    own = Tokenizer.from_file(str(tokenizer))
+    plain = text(prompt="The capital of France is Paris", tokenizer=tokenizer).shape
+    own.enable_truncation(2)
+    own.enable_padding(length=200)
+    own.save(str(tokenizer))
+    assert text(prompt="The capital of France is Paris", tokenizer=tokenizer).shape == plain
+    assert plain[1] > 2
 
 
 def test_random_ids_stay_in_the_tokenizers_vocabulary(tokenizer):

@@ -78,7 +78,7 @@ MISTAKES = {
     "heads=7": "heads=7: must divide width=48; the nearest that does is 6",
     "kv_heads=4": "kv_heads=4: must divide heads=6; the nearest that does is 3",
     "norm=swinrenorm": "did you mean swin_renorm?",
-    "init.std=nan": "init.std=nan: allowed: above 0",
+    "init.std=nan": "init.std=nan: allowed: above 1e-12",
     "dpeth=3": "dpeth=3: no such key; did you mean depth?",
     "+dpeth=3": "did you mean depth?",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
@@ -86,6 +86,9 @@ MISTAKES = {
     "inputs.path=nowhere.txt": "inputs.path=nowhere.txt: only with inputs=text",
     "depth==3": "depth==3: not of the form key=value",
     "seeds=1,2": "seeds",
+    "norm=null": "norm=null: allowed: deepnorm",
+    "hydra.run.dir=/proc/nowhere/x": "/proc/nowhere: No such file or directory",
+    "device=cuda:99999999999999999999": "not on this machine",
 }
 
 
@@ -113,7 +116,11 @@ def test_missing_files_are_one_line_and_leave_nothing(tmp_path):
 
 
 def test_a_mistake_in_a_sweep_is_found_before_its_first_job(tmp_path):
-    for override in ("depth=1,abc", "norm=pre,swinrenorm", "dpeth=1,2"):
+    mistakes = (
+        "depth=1,abc", "norm=pre,swinrenorm", "dpeth=1,2", "device=cpu,cuda:99", "depth=glob(*)",
+        "+inputs.path=nowhere,nope", "norm=glob(no_such*)",
+    )  # fmt: skip
+    for override in mistakes:
         done = simlab("-m", *SMALL, override, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert len(done.stderr.splitlines()) == 1
@@ -134,6 +141,24 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path):
     assert process.returncode == 130
     assert err.splitlines() == ["simlab: interrupted; nothing of the unfinished run was kept"]
     assert not list(tmp_path.glob("outputs/*/*"))
+
+
+@pytest.mark.parametrize("std", ["500", "1e6"])
+def test_an_overflow_at_once_is_a_result(tmp_path, std):
+    """float16 overflows in the first sublayer, or already at the embedding: the run succeeds."""
+    done = simlab(*SMALL, "dtype=float16", "norm=none", f"init.std={std}", "seeds=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Overflow (random init, 2 curves)" in done.stdout
+    assert "nan" not in done.stdout
+    assert sorted(p.name for p in only_run(tmp_path).iterdir()) == [".hydra", *FILES]
+
+
+def test_a_terminal_without_unicode_and_names_with_markup(tmp_path):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = simlab(*SMALL, "model.name='a[red]b[/bold]'", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "a[red]b[/bold]: depth 3" in done.stdout
 
 
 def test_an_earlier_result_survives_a_mistake(tmp_path):

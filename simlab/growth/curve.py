@@ -14,12 +14,10 @@ from simlab.theory.laws import Array, Rows
 class Curves:
     """S curves of one kind (``random`` or ``checkpoint``) over the R rows that all of them have.
 
-    kinds, sublayers, blocks: (R,). mean_square, eps_factor: (S, R). steps: R of a whole curve.
+    kinds: (R,). mean_square, eps_factor: (S, R).
     """
 
     kinds: list[str]
-    sublayers: Array
-    blocks: Array
     mean_square: Array
     eps_factor: Array
 
@@ -37,15 +35,12 @@ def curves(frame: pd.DataFrame, name: str) -> Curves:
     """The curves called ``name`` in the frame, cut to the rows that every seed reached."""
     groups = [group for _, group in frame[frame["curve"] == name].groupby("seed", sort=True)]
     length = min(len(group) for group in groups)
-    first = groups[0].iloc[:length]
 
     def stack(column: str) -> Array:
         return np.stack([group[column].to_numpy(np.float64)[:length] for group in groups])
 
     return Curves(
-        kinds=first["kind"].tolist(),
-        sublayers=first["sublayer"].to_numpy(np.float64),
-        blocks=first["block"].to_numpy(np.float64),
+        kinds=groups[0]["kind"].tolist()[:length],
         mean_square=stack("mean_square"),
         eps_factor=stack("eps_factor"),
     )

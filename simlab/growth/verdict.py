@@ -148,7 +148,7 @@ def _how(g: Growth, level: float, one_piece: bool) -> str:
 
 def _claim(name: str, fit: Fit) -> str:
     law, size = NAMES[name], off_by(fit.log_error)
-    if fit.status == "unknown" or math.isnan(fit.log_error):
+    if fit.status == "unknown":
         return f"{law} is off by {size}"
     if fit.status == "holds":
         return f"{law} holds to {size}"
@@ -169,8 +169,9 @@ def judge(
     laws = {name: hold(curves, law(rows), dtype) for name, law in LAWS.items()}
     g = growth(curves.mean_square, curves.kinds)
     level = float(curves.mean_square[:, -1].mean())
-    claims = ", ".join(_claim(name, fit) for name, fit in laws.items())
-    sentence = f"{_how(g, level, 'renorm' not in curves.kinds)}: {claims}"
+    known = {name: fit for name, fit in laws.items() if not math.isnan(fit.log_error)}
+    claims = ", ".join(_claim(name, fit) for name, fit in known.items())
+    sentence = _how(g, level, "renorm" not in curves.kinds) + (f": {claims}" if claims else "")
     if not drawn:
         sentence = f"{sentence} (one curve: no intervals)"
     elif curves.count < MIN_SEEDS:

@@ -45,7 +45,8 @@ def inverse_frequencies(
     high = min(math.ceil(pair_turning(yarn.beta_slow)), head_dim - 1)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
-    factor = yarn.attention_factor or 0.1 * math.log(yarn.factor) + 1.0
+    given = yarn.attention_factor
+    factor = 0.1 * math.log(yarn.factor) + 1.0 if given is None else given
     return angles / yarn.factor * slowed + angles * (1 - slowed), factor
 
 

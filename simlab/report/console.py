@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from simlab.config import RunConfig
 from simlab.growth.verdict import Verdict
@@ -28,8 +29,8 @@ def title(config: RunConfig) -> str:
     return f"{shape}, norm {model.norm.placement}{every}, init {rule}"
 
 
-def announce(config: RunConfig, parameters: int, device: str) -> None:
-    """The header: what is about to be measured, on what."""
+def announce(config: RunConfig, parameters: int, unit: str) -> None:
+    """The header: what is about to be measured, on what. unit: of the ids, tokens or bytes."""
     model, inputs = config.shape, config.inputs
     heads = f"{model.heads} heads" + (
         f" ({model.kv_heads} kv)" if model.kv_heads != model.heads else ""
@@ -38,11 +39,11 @@ def announce(config: RunConfig, parameters: int, device: str) -> None:
     count = len(config.seeds)
     curves += [f"{count} random init{'s' if count > 1 else ''}"] if count else []
     console = Console(highlight=False)
-    console.print(f"[bold]{title(config)}[/]")
+    console.print(Text(title(config), style="bold"))
     console.print(f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}, qk-norm {model.qk_norm}")
     console.print(
-        f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} tokens, "
-        f"dense engine, {config.dtype} on {device}\n"
+        f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} {unit}, "
+        f"dense engine, {config.dtype} on {config.device}\n"
     )
 
 
@@ -68,14 +69,14 @@ def show(
     console = Console(highlight=False)
     for name in verdicts:
         if len(verdicts) > 1:
-            console.print(f"[bold]{NAMES[name]}[/]")
+            console.print(Text(NAMES[name], style="bold"))
         console.print(growth_table(frame, name))
         console.print()
     for line in verdict_lines(verdicts, overflow):
-        console.print(f"[bold]{line}[/]")
+        console.print(Text(line, style="bold"))
     console.print()
     for path in files:
-        console.print(str(path), soft_wrap=True)
+        console.print(str(path), soft_wrap=True, markup=False)
 
 
 def verdict_lines(

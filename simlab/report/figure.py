@@ -38,13 +38,18 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
         ax.set_title(f"{scale} axis", fontsize=10, color=".35")
     axes[0].set_ylabel("mean square of the residual stream")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5)
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
+        )
     wrapped = [part for line in lines for part in textwrap.wrap(line, 145)]
     figure.suptitle("\n".join([title, *wrapped]), fontsize=10.5, x=0.01, ha="left")
     return figure
 
 
 def _draw(ax: Axes, frame: pd.DataFrame) -> None:
+    if frame.empty:  # every curve overflowed at the embedding
+        return
     basis = "random" if (frame["curve"] == "random").any() else "checkpoint"
     law = frame[frame["curve"] == basis].groupby("x")[list(LAW_STYLES)].mean()
     law.loc[law.index % 1 > 0.2, list(LAW_STYLES)] = np.nan  # a gap at each re-norm, not a drop
@@ -65,6 +70,8 @@ def _draw(ax: Axes, frame: pd.DataFrame) -> None:
 def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
     """Linear: what was measured fills the axis. Log: the √2 law may use three further decades."""
     v = frame["mean_square"]
+    if v.empty:
+        return
     top = float(
         max(v.max(), frame.loc[frame["curve"] == frame["curve"].iloc[-1], "law_additive"].max())
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from simlab.weights.hub import locate
 from simlab.weights.source import Shape
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+MOST, ABOVE_1 = 10**9, 1.000001  # of any number in a config.json; the least useful rope_theta
 JSON_LIMIT = 64 << 20  # bytes; an index of a million tensors is smaller
 
 # Ours to theirs; {} is the block.
@@ -102,18 +102,30 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _positive(values: dict[str, Any], key: str, path: Path, default: Any = None) -> int:
     value = values.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{path}: {key}={value!r}: must be an integer, at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise ConfigError(f"{path}: {key}={brief(value)}: must be an integer from 1 to {MOST}")
     return value
 
 
-def _number(values: dict[str, Any], key: str, path: Path, default: Any = None) -> float:
+def _number(
+    values: dict[str, Any], key: str, path: Path, default: Any = None, low: float = 0.0
+) -> float:
     value = values.get(key)
     value = default if value is None else value
     bad = isinstance(value, bool) or not isinstance(value, int | float)
-    if bad or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{path}: {key}={value!r}: must be a finite number, at least 0")
+    if bad or not low <= value <= MOST:  # which no NaN is
+        raise ConfigError(
+            f"{path}: {key}={brief(value)}: must be a number from {low:g} to {MOST:g}"
+        )
     return float(value)
+
+
+def brief(value: object) -> str:
+    """A stranger's value as it can be shown: its first 60 characters, without control codes."""
+    text = (
+        repr(value)[:60] if not isinstance(value, int) or abs(value) < 10**60 else "a huge integer"
+    )
+    return text if len(text) < 60 else text + "…"
 
 
 def _rope(values: dict[str, Any], path: Path) -> tuple[float, YarnConfig | None]:
@@ -124,27 +136,31 @@ def _rope(values: dict[str, Any], path: Path) -> tuple[float, YarnConfig | None]
     """
     new = values.get("rope_parameters") or {}
     if not isinstance(new, dict):
-        raise ConfigError(f"{path}: rope_parameters={new!r}: must be an object")
+        raise ConfigError(f"{path}: rope_parameters={brief(new)}: must be an object")
     full = new.get("full_attention") or ({} if "sliding_attention" in new else new)
     scaling = full or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise ConfigError(f"{path}: rope_scaling={scaling!r}: must be an object")
-    theta = _number(scaling, "rope_theta", path, values.get("rope_theta", 500_000.0))
+        raise ConfigError(f"{path}: rope_scaling={brief(scaling)}: must be an object")
+    theta = _number(scaling, "rope_theta", path, values.get("rope_theta", 500_000.0), ABOVE_1)
     sliding = new.get("sliding_attention") or {}
+    if not isinstance(sliding, dict):
+        raise ConfigError(f"{path}: sliding_attention={brief(sliding)}: must be an object")
     if _number(sliding, "rope_theta", path, theta) != theta:
         raise ConfigError(f"{path}: rope_theta differs between layer types, which is not supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        raise ConfigError(f"{path}: rope_type={kind!r}: allowed: default, yarn")
+        raise ConfigError(f"{path}: rope_type={brief(kind)}: allowed: default, yarn")
     given = scaling.get("attention_factor")
     return theta, YarnConfig(
-        factor=_number(scaling, "factor", path),
+        factor=_number(scaling, "factor", path, low=1.0),
         original_length=_positive(scaling, "original_max_position_embeddings", path),
-        beta_fast=_number(scaling, "beta_fast", path, 32.0),
-        beta_slow=_number(scaling, "beta_slow", path, 1.0),
-        attention_factor=None if given is None else _number(scaling, "attention_factor", path),
+        beta_fast=_number(scaling, "beta_fast", path, 32.0, 1e-6),
+        beta_slow=_number(scaling, "beta_slow", path, 1.0, 1e-6),
+        attention_factor=None
+        if given is None
+        else _number(scaling, "attention_factor", path, low=1e-6),
     )
 
 
@@ -168,9 +184,9 @@ def read_config(path: Path) -> ModelConfig:
     kind = values.get("model_type")
     if kind not in ("olmo2", "olmo3"):
         hint = nearest(str(kind), ("olmo2", "olmo3"))
-        raise ConfigError(f"{path}: model_type={kind!r}: allowed: olmo2, olmo3{hint}")
+        raise ConfigError(f"{path}: model_type={brief(kind)}: allowed: olmo2, olmo3{hint}")
     if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{path}: hidden_act={values['hidden_act']!r}: allowed: silu")
+        raise ConfigError(f"{path}: hidden_act={brief(values['hidden_act'])}: allowed: silu")
     if values.get("attention_bias", False) is not False:
         raise ConfigError(f"{path}: attention_bias: biases are not supported")
     depth, width = (_positive(values, k, path) for k in ("num_hidden_layers", "hidden_size"))
@@ -182,6 +198,9 @@ def read_config(path: Path) -> ModelConfig:
     head_dim = _positive(values, "head_dim", path, width // heads or 1)
     if head_dim % 2:
         raise ConfigError(f"{path}: head_dim={head_dim}: must be even, RoPE turns pairs")
+    tied = values.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ConfigError(f"{path}: tie_word_embeddings={brief(tied)}: must be true or false")
     window = _positive(values, "sliding_window", path, 4096) if kind == "olmo3" else None
     theta, yarn = _rope(values, path)
     return ModelConfig(
@@ -198,7 +217,7 @@ def read_config(path: Path) -> ModelConfig:
         yarn=yarn,
         window=window,
         full_attention=_full_layers(values, depth, path) if window else (),
-        tied=values.get("tie_word_embeddings") is True,
+        tied=tied,
     )
 
 
@@ -219,7 +238,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and Path(file).name == file and not {"\\", "\0"} & set(file)
         if not plain or not file.endswith(".safetensors"):
-            raise ConfigError(f"{index}: {name} is in {file!r}, which is not a file name")
+            raise ConfigError(f"{index}: {name} is in {brief(file)}, which is not a file name")
         names = files.setdefault(folder / file, set())
         assert names is not None
         names.add(name)
@@ -300,7 +319,7 @@ class Checkpoint:
         """Rows of a matrix by id; the file is mapped, not loaded."""
         return self._read(name)[ids.cpu()].to(device, dtype)
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, str]:
         """``weight_hash``: SHA-256 over name, dtype, shape and bytes of every tensor read so far."""
         whole = hashlib.sha256()
         for name in sorted(self.hashes):

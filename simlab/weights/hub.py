@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import re
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -17,6 +18,8 @@ from huggingface_hub.errors import (
 
 from simlab.config import ConfigError, nearest
 
+# httpx's, under the name by which huggingface_hub has it: what a broken download raises.
+HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -26,7 +29,7 @@ def locate(path: str, revision: str | None) -> Path:
     What is in the cache is read, not downloaded, so it works offline; what is missing is downloaded.
     Raises ConfigError for a folder that isn't there or a hub id that can't be had.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(
@@ -47,14 +50,10 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
     if _complete(folder):
         return folder
-    try:
-        index = _fetch(repo, INDEX, folder.name)
-        for file in _shards(index):
-            _fetch(repo, file, folder.name)
-    except RemoteEntryNotFoundError:
-        _fetch(repo, SINGLE, folder.name)
-    with contextlib.suppress(RemoteEntryNotFoundError):  # without it, text goes in as bytes
-        _fetch(repo, "tokenizer.json", folder.name)
+    _fetch_if_any(repo, "tokenizer.json", folder.name)  # before the weights: they may be cut short
+    index = _fetch_if_any(repo, INDEX, folder.name)
+    for file in _shards(index) if index else [SINGLE]:
+        _fetch(repo, file, folder.name)
     return folder
 
 
@@ -74,9 +73,17 @@ def _shards(index: Path) -> list[str]:
 
 
 def _fetch(repo: str, file: str, revision: str | None) -> Path:
-    """One file of a hub repository: from the cache, else downloaded.
+    """One file of a hub repository, which must have it. Raises ConfigError."""
+    path = _fetch_if_any(repo, file, revision)
+    if path is None:
+        raise ConfigError(f"source.path={repo}: the repository has no {file}")
+    return path
 
-    Raises RemoteEntryNotFoundError where the repository has no such file, ConfigError otherwise.
+
+def _fetch_if_any(repo: str, file: str, revision: str | None) -> Path | None:
+    """One file of a hub repository, from the cache, else downloaded; None where it has none.
+
+    Raises ConfigError where it can't be had.
     """
     what = f"source.path={repo}" + (f" source.revision={revision}" if revision else "")
     try:
@@ -85,12 +92,12 @@ def _fetch(repo: str, file: str, revision: str | None) -> Path:
         except LocalEntryNotFoundError:
             return Path(hf_hub_download(repo, file, revision=revision))
     except RemoteEntryNotFoundError:
-        raise
+        return None
     except HfHubHTTPError as error:
         raise ConfigError(f"{what}: the hub says: {str(error).splitlines()[0]}") from error
     except HFValidationError as error:
         raise ConfigError(f"{what}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise ConfigError(
             f"{what}: no such folder, {file} of it is not in the local hub cache, "
             "and the hub can't be reached"

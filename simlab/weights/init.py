@@ -42,8 +42,6 @@ class Gaussian:
         c = self.truncate
         if c is None:
             return self.sigma
-        if c < 1e-3:  # the uniform limit, where the formula below cancels
-            return self.sigma * c / math.sqrt(3)
         density = math.exp(-c * c / 2) / math.sqrt(2 * math.pi)
         return self.sigma * math.sqrt(1 - 2 * c * density / math.erf(c / math.sqrt(2)))
 

@@ -132,10 +132,6 @@ class RandomWeights:
         for _ in map(draw, pieces) if device.type == "cuda" else self.pool.map(draw, pieces):
             pass
 
-    def identity(self) -> dict[str, object]:
-        """The seed that these weights are drawn from."""
-        return {"seed": self.seed}
-
 
 def _home(device: torch.device) -> torch.device:
     """Where numbers for a device are drawn: on it for CUDA, else on the CPU."""

@@ -27,10 +27,6 @@ class Weights(Protocol):
         """Rows ``ids`` (any shape) of the matrix ``name``: (*ids.shape, columns)."""
         ...
 
-    def identity(self) -> dict[str, object]:
-        """What these weights are, for summary.json: a seed, or the hash of what was read."""
-        ...
-
 
 def fill(
     module: nn.Module, weights: Weights, prefix: str, device: torch.device, dtype: torch.dtype

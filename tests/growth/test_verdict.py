@@ -10,8 +10,7 @@ KINDS = ["embedding", *["attention", "mlp"] * 8]
 
 def made(v, kinds=KINDS, c=1.0):
     v = np.asarray(v, float)
-    n = np.arange(len(kinds), dtype=float)
-    return Curves(kinds, n, n // 2, v, np.full_like(v, c))
+    return Curves(kinds, v, np.full_like(v, c))
 
 
 def additive_curves(seeds, generator, bias=0.0, noise=0.05):
@@ -92,7 +91,7 @@ def test_constant_and_rounding():
 
 def test_short_and_empty_curves():
     verdict = judge(made(np.ones((8, 1)), ["embedding"]), 1.0, "branch", "float32")
-    assert "can't be fitted" in verdict.sentence
+    assert verdict.sentence == "The curve can't be fitted."
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 LAYER = "model.layers.3.self_attn.k_proj.weight"
 
 
@@ -52,10 +55,12 @@ def test_wrong_tensors_are_named(checkpoint):
     ("changes", "parts"),
     [
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "tensors"]),
+        ({"num_hidden_layers": 10**4000}, ["num_hidden_layers=a huge integer", "1000000000"]),
         ({"num_hidden_layers": 4}, ["model.layers.4", "not part of"]),
         ({"num_hidden_layers": 6}, ["model.layers.5", "missing"]),
         ({"num_hidden_layers": "five"}, ["num_hidden_layers='five'", "integer"]),
-        ({"hidden_size": 6 * 10**11}, ["shape", "600000000000"]),
+        ({"hidden_size": 6 * 10**8}, ["shape", "600000000"]),
+        ({"hidden_size": 6 * 10**11}, ["hidden_size=600000000000", "1000000000"]),
         ({"hidden_size": 50}, ["num_attention_heads=6", "hidden_size=50"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads=4", "num_attention_heads=6"]),
         ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
@@ -67,6 +72,19 @@ def test_wrong_tensors_are_named(checkpoint):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ["'llama3'", "yarn"]),
         ({"rope_parameters": [1]}, ["rope_parameters", "object"]),
         ({"vocab_size": None}, ["vocab_size=None"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps=a huge integer"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'"]),
+        ({"rope_parameters": {"rope_theta": 0}}, ["rope_theta=0"]),
+        ({"rope_parameters": {"rope_theta": 1.0}}, ["rope_theta=1.0"]),
+        ({"rope_parameters": {"sliding_attention": 5}}, ["sliding_attention=5", "object"]),
+        ({"rope_parameters": YARN | {"factor": 0}}, ["factor=0"]),
+        ({"rope_parameters": YARN | {"beta_fast": 0}}, ["beta_fast=0"]),
+        ({"rope_parameters": YARN | {"beta_slow": 1e-320}}, ["beta_slow=1e-320"]),
+        ({"rope_parameters": YARN | {"attention_factor": 0}}, ["attention_factor=0"]),
+        (
+            {"rope_parameters": YARN | {"original_max_position_embeddings": 10**400}},
+            ["original_max_position_embeddings=a huge"],
+        ),
     ],
 )
 def test_wrong_configs_are_named(checkpoint, changes, parts):
@@ -214,6 +232,30 @@ def test_a_hub_id_that_cannot_be_had(hub):
     (hub / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="not in the local hub cache"):
         locate("some-org/olmo", None)
+
+
+def test_a_repository_without_weights(hub, monkeypatch):
+    """The hub answers, and has no such file: one line, not a traceback."""
+    import httpx2
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    def answer(repo, file, revision=None, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        raise RemoteEntryNotFoundError("404", response=httpx2.Response(404, request=request))
+
+    def breaks(repo, file, revision=None, local_files_only=False):
+        raise (
+            LocalEntryNotFoundError("not here") if local_files_only else httpx2.ReadTimeout("slow")
+        )
+
+    request = httpx2.Request("GET", "http://localhost")
+    monkeypatch.setattr("simlab.weights.hub.hf_hub_download", answer)
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        locate("some-org/none", None)
+    monkeypatch.setattr("simlab.weights.hub.hf_hub_download", breaks)
+    with pytest.raises(ConfigError, match="can't be reached"):
+        locate("some-org/none", None)
 
 
 def test_paths_that_are_not_there(tmp_path, checkpoint):

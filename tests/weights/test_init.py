@@ -49,7 +49,7 @@ def test_table(rule, layer):
 def test_truncated_std():
     assert Gaussian(1.0, 3.0).std == pytest.approx(0.986578, abs=5e-7)
     assert Gaussian(0.02, None).std == 0.02
-    for c in (1e-4, 0.5, 1.0, 2.0, 5.0):  # against the integral of the density
+    for c in (0.5, 1.0, 2.0, 5.0, 100.0):  # against the integral of the density
         x = torch.linspace(-c, c, 200_001, dtype=torch.float64)
         density = torch.exp(-x * x / 2)
         variance = torch.trapezoid(x * x * density, x) / torch.trapezoid(density, x)
