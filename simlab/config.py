@@ -11,7 +11,7 @@ _PACKAGED = Path(__file__).resolve().parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[1] / "conf"
 
 DTYPES = ("float32", "bfloat16", "float16")
-ENGINES = ("auto", "dense")
+ENGINES = ("auto", "dense", "weightless")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
 
@@ -115,6 +115,7 @@ class RunConfig:
     engine: str
     device: str
     dtype: str
+    gradients: bool = False
 
     @property
     def shape(self) -> ModelConfig:

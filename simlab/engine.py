@@ -1,34 +1,46 @@
-"""Moves the token batch through the blocks, one block's weights at a time.
+"""Moves the token batch through the blocks, one block's weights at a time, and back again.
 
 A block is materialised when its turn comes, every batch of sequences passes through it, and it goes:
-memory is one block and the residual stream, whatever the depth. Statistics stay on the device until
-the run's end.
+memory is one block and the residual stream, whatever the depth. For the backward the stream before
+every block is kept, and each block is materialised and run again, last first. Statistics stay on
+the device until the run's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from simlab.config import ConfigError, ModelConfig
+from simlab.config import ConfigError
+from simlab.loss import next_token
 from simlab.probe import Probe, Reducer, wide
-from simlab.statistics import Step
-from simlab.weights.source import Weights, materialise_block
-
-TOKENS_AT_ONCE = 2048  # whole sequences are grouped up to this: bounds a sublayer's activations
+from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step
+from simlab.weights.source import Weights
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row of the curve was measured. ``values`` holds one number per STATISTICS entry."""
+    """Where a row of the curve was measured, and one number per STATISTICS entry.
+
+    gradient: one number per GRADIENT_STATISTICS entry, where it was asked for.
+    """
 
     sublayer: int
     block: int | None
     kind: str
     values: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One curve: its rows, and with gradients the loss (a scalar, nats per predicted token)."""
+
+    rows: list[Row]
+    loss: Tensor | None = None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,31 +59,51 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@torch.no_grad()
-def forward(
-    model: ModelConfig,
+def measure_curve(
     weights: Weights,
     ids: Tensor,
     device: torch.device,
     dtype: torch.dtype,
+    gradients: bool = False,
     on_block: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> Measured:
     """The residual stream's statistics after the embedding and after every step of every block.
 
-    ids: (B, T) token ids. ``on_block`` is called after each block. Nothing waits for the device.
+    ids: (B, T) token ids. gradients: also those of the loss's gradient with respect to that stream.
+    ``on_block`` is called after each block, forward and backward.
     """
+    rows, streams = forward(weights, ids, device, dtype, gradients, on_block)
+    if not gradients:
+        return Measured(rows)
+    loss, values = backward(weights, ids, streams, on_block)
+    pairs = zip(rows, values, strict=True)
+    return Measured([replace(row, gradient=value) for row, value in pairs], loss)
+
+
+@torch.no_grad()
+def forward(
+    weights: Weights,
+    ids: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: bool,
+    on_block: Callable[[], None],
+) -> tuple[list[Row], list[list[Tensor]]]:
+    """The rows, and the streams in batches of sequences: before every block (``keep``), after all."""
+    model = weights.model
     shape = (model.vocab_size, model.width)
-    at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
     embedded = weights.rows("embedding.weight", shape, ids, device, dtype)
-    streams = list(embedded.split(at_once))
+    streams = list(embedded.split(weights.tokens_at_once // ids.shape[1] or 1))
     del embedded
-    embedding = Reducer()
+    embedding = Reducer(STATISTICS)
     for stream in streams:
         embedding.add(Step(after=wide(stream)))
-    rows = [Row(0, None, "embedding", embedding.result())]
+    rows, kept = [Row(0, None, "embedding", embedding.result())], []
     sublayer = 0
     for layer in range(model.depth):
-        block = materialise_block(model, layer, weights, device, dtype)
+        if keep:
+            kept.append(list(streams))
+        block = weights.block(layer, device, dtype)
         with Probe(block) as probe:
             for i, stream in enumerate(streams):
                 streams[i] = block(stream)
@@ -79,4 +111,45 @@ def forward(
             sublayer += kind != "renorm"
             rows.append(Row(sublayer, layer, kind, values))
         on_block()
-    return rows
+    return rows, [*kept, streams]
+
+
+def backward(
+    weights: Weights, ids: Tensor, streams: list[list[Tensor]], on_block: Callable[[], None]
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and for every row of the curve the statistics of its gradient, embedding first.
+
+    streams: as ``forward`` keeps them; they are used up. The gradient travels as that of the summed
+    loss, times a power of two that brings its largest entry near 1: float16 would lose small ones.
+    """
+    last = streams.pop()
+    loss, top = next_token(weights, torch.cat(last), ids)
+    power = torch.exp2(-top.abs().amax().float().log2().round())
+    power = torch.where(power.isfinite(), power, 1.0)
+    scale = wide(power) * ids[:, 1:].numel()
+    gradients = list((top.float() * power).to(top.dtype).split([len(stream) for stream in last]))
+    reducer = Reducer(GRADIENT_STATISTICS)
+    for stream, gradient in zip(last, gradients, strict=True):
+        reducer.add(_gradient_step(stream, gradient, scale))
+    values = [reducer.result()]
+    for layer in reversed(range(weights.model.depth)):
+        block = weights.block(layer, top.device, top.dtype)
+        reducers = [Reducer(GRADIENT_STATISTICS) for _ in block.steps()]
+        for i, stream in enumerate(streams.pop()):
+            passed = [stream.requires_grad_()]
+            for _, step in block.steps():
+                passed.append(step(passed[-1]))
+            *before, out = passed
+            found = torch.autograd.grad(out, before, gradients[i])
+            gradients[i] = found[0]
+            for reducer, x, gradient in zip(reducers, before, found, strict=True):
+                reducer.add(_gradient_step(x, gradient, scale))
+        values += [reducer.result() for reducer in reversed(reducers)]
+        on_block()
+    return loss, values[::-1]
+
+
+def _gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:
+    """A stream and the gradient with respect to it, which has been multiplied by ``scale``."""
+    g = wide(gradient) / scale
+    return Step(after=g, skip=wide(x), branch=g)

@@ -15,28 +15,38 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, RunConfig
-from simlab.engine import Row, forward, resolve_device
-from simlab.growth.curve import Curves, curves
+from simlab.cost import choose
+from simlab.engine import measure_curve, resolve_device
+from simlab.growth.curve import curves
+from simlab.growth.exponents import exponents
+from simlab.growth.fit import Estimate
 from simlab.growth.verdict import Verdict, judge
 from simlab.inputs import make_tokens
 from simlab.model.placement import PLACEMENTS
 from simlab.model.transformer import Transformer, parameter_count
-from simlab.statistics import STATISTICS
 from simlab.store import config_hash
 from simlab.theory.laws import LAWS
+from simlab.tidy import cut, cut_gradients, losses, tidy, with_laws
 from simlab.weights.checkpoint import Checkpoint
+from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.random import RandomWeights
 from simlab.weights.source import Weights, materialise_model
+
+ENGINES = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start: everything the user named has been found, opened and checked."""
+    """A run that can start: everything the user named has been found, opened and checked.
+
+    ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one.
+    """
 
     config: RunConfig
     tokens: Tensor
     checkpoint: Checkpoint | None
     device: torch.device
+    reason: str
 
     @property
     def parameters(self) -> int:
@@ -51,8 +61,15 @@ class Prepared:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the run will materialise, over all its curves."""
-        return self.config.shape.depth * (len(self.config.seeds) + (self.checkpoint is not None))
+        """How many blocks the run will pass through, over all its curves, forward and backward."""
+        curves = len(self.config.seeds) + (self.checkpoint is not None)
+        return self.config.shape.depth * curves * (1 + self.config.gradients)
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """The engine of each kind of curve: a checkpoint has its weights, so it is always dense."""
+        found = {"checkpoint": "dense"} if self.checkpoint else {}
+        return found | ({"random": self.config.engine} if self.config.seeds else {})
 
 
 @dataclass(frozen=True)
@@ -76,8 +93,16 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = checkpoint.tokenizer if checkpoint else None
     tokens = make_tokens(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
     inputs = dataclasses.replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
-    config = dataclasses.replace(config, inputs=inputs, device=str(device))
-    return Prepared(config, tokens, checkpoint, device)
+    if config.gradients and inputs.length == 1:
+        raise ConfigError(
+            "gradients=true: predicts next tokens, so inputs.length must be at least 2"
+        )
+    engine, reason = config.engine, "as asked"
+    if engine == "auto":
+        engine, times = choose(config.shape, tokens.numel(), config.gradients, device.type)
+        reason = f"auto: by estimate {times:.2g}× cheaper"
+    config = dataclasses.replace(config, inputs=inputs, device=str(device), engine=engine)
+    return Prepared(config, tokens, checkpoint, device, reason)
 
 
 def sources(run: Prepared) -> Iterator[tuple[str, int, Weights]]:
@@ -86,7 +111,7 @@ def sources(run: Prepared) -> Iterator[tuple[str, int, Weights]]:
     if run.checkpoint:
         yield "checkpoint", config.seed, run.checkpoint
     for seed in config.seeds:
-        yield "random", seed, RandomWeights(config.shape, config.init, seed)
+        yield "random", seed, ENGINES[config.engine](config.shape, config.init, seed)
 
 
 def run(config: RunConfig) -> RunResult:
@@ -98,11 +123,16 @@ def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Run
     """Measure every curve of a run and judge it. ``on_block`` is called after each block."""
     config, model, dtype = ready.config, ready.config.shape, getattr(torch, ready.config.dtype)
     measured = [
-        (name, seed, forward(model, weights, ready.tokens, ready.device, dtype, on_block))
+        (
+            name,
+            seed,
+            measure_curve(weights, ready.tokens, ready.device, dtype, config.gradients, on_block),
+        )
         for name, seed, weights in sources(ready)
     ]
     frame = tidy(measured, ready.tokens.numel() * model.width)
     frame, overflow = cut(frame)
+    frame, lost = cut_gradients(frame, overflow)
     placement = PLACEMENTS[model.norm.placement]
     frame[[f"law_{law}" for law in LAWS]] = np.nan
     verdicts = {}
@@ -112,60 +142,11 @@ def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Run
         verdicts[name] = judge(
             of_curve, model.norm.gain, placement.normalises, config.dtype, drawn=name == "random"
         )
-    return RunResult(config, frame, summarise(ready, verdicts, overflow), verdicts)
-
-
-def tidy(measured: list[tuple[str, int, list[Row]]], entries: int) -> pd.DataFrame:
-    """One row per curve × seed × step. The only place where the host waits for the device.
-
-    ``entries``: tokens × width, for the variance over both, as torch.var takes it.
-    """
-    rows = [(name, seed, row) for name, seed, curve in measured for row in curve]
-    values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
-    frame = pd.DataFrame(values, columns=list(STATISTICS))
-    spread = frame["mean_square"] - frame["mean"] ** 2
-    frame.insert(2, "variance", spread * (entries / (entries - 1)))
-    keys = {
-        "curve": [name for name, *_ in rows],
-        "seed": [seed for _, seed, _ in rows],
-        "sublayer": [row.sublayer for *_, row in rows],
-        "block": pd.array([row.block for *_, row in rows], dtype="Int64"),
-        "kind": [row.kind for *_, row in rows],
-    }
-    return pd.concat([pd.DataFrame(keys), frame], axis=1)
-
-
-def cut(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """End each curve before its first non-finite value, and say where that was."""
-    keys = ["curve", "seed"]
-    bad = frame["non_finite"] > 0
-    seen = bad.groupby([frame[key] for key in keys], sort=False).cummax()
-    first = frame[bad].groupby(keys, sort=False)[["sublayer", "block", "kind"]].first()
-    overflow = [
-        {str(key): None if pd.isna(value) else value for key, value in row.items()}
-        for row in first.reset_index().to_dict("records")
-    ]
-    return frame[~seen].drop(columns="non_finite").reset_index(drop=True), overflow
-
-
-def with_laws(
-    frame: pd.DataFrame, name: str, of_curve: Curves, gain: float, normalises: str | None
-) -> pd.DataFrame:
-    """Add what each law predicts for the mean square as columns ``law_additive``, ``law_sqrt2``.
-
-    Where a seed's curve is longer than the shortest, the rows beyond stay empty.
-    """
-    rows = of_curve.rows(gain, normalises)
-    of_name = frame[frame["curve"] == name]
-    step = of_name.groupby("seed").cumcount()
-    kept = of_name.index[step < len(of_curve.kinds)]
-    for law, predict in LAWS.items():
-        with np.errstate(over="ignore"):
-            values = np.exp(predict(rows))
-        order = {seed: i for i, seed in enumerate(sorted(of_name["seed"].unique()))}
-        which = [order[seed] for seed in frame.loc[kept, "seed"]]
-        frame.loc[kept, f"law_{law}"] = values[which, step.loc[kept].to_numpy()]
-    return frame
+    summary = summarise(ready, verdicts, overflow)
+    summary["lambda"] = {name: _lambda(frame, name, model.depth) for name in verdicts}
+    if config.gradients:
+        summary |= {"loss": losses(measured), "gradient_overflow": lost}
+    return RunResult(config, frame, summary, verdicts)
 
 
 def summarise(
@@ -176,7 +157,9 @@ def summarise(
     return {
         "config": asdict(config),
         "config_hash": config_hash(config),
-        "engine": "dense",
+        "engine": config.engine if config.seeds else "dense",
+        "engines": ready.engines,
+        "engine_reason": ready.reason,
         "device": str(ready.device),
         "dtype": config.dtype,
         "versions": {"python": platform.python_version()} | {n: version(n) for n in names},
@@ -191,6 +174,13 @@ def summarise(
             name: {"sentence": verdict.sentence, **asdict(verdict.growth)}
             for name, verdict in verdicts.items()
         },
+    }
+
+
+def _lambda(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
+    return {
+        key: asdict(value) if isinstance(value, Estimate) else value
+        for key, value in exponents(frame, name, depth).items()
     }
 
 

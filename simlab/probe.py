@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from simlab.model.norms import RMSNorm
 from simlab.model.placement import Placement, Renorm
 from simlab.model.transformer import Block
-from simlab.statistics import STATISTICS, Step
+from simlab.statistics import STATISTICS, Statistic, Step
 
 
 def wide(x: Tensor) -> Tensor:
@@ -22,30 +23,40 @@ def wide(x: Tensor) -> Tensor:
 class Reducer:
     """Statistics of one step, summed over the token batches that pass through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: Mapping[str, Statistic]) -> None:
         self.tokens = 0
+        self.statistics = list(statistics.values())
         self.values: list[Tensor] | None = None
 
     def add(self, step: Step) -> None:
         """Take in one batch's step. Nothing is copied to the host."""
         new = []
-        for statistic in STATISTICS.values():
-            per_token = statistic.per_token(step)
-            new.append(per_token.sum() if statistic.reduce == "mean" else per_token.max())
+        for statistic in self.statistics:
+            value = statistic.of(step)
+            if statistic.reduce == "vector":
+                new.append(value.sum((0, 1)))
+            else:
+                new.append(value.amax() if statistic.reduce == "max" else value.sum())
         self.tokens += step.after[..., 0].numel()
         if self.values is None:
             self.values = new
         else:
-            pairs = zip(STATISTICS.values(), self.values, new, strict=True)
+            triples = zip(self.statistics, self.values, new, strict=True)
             self.values = [
-                a + b if s.reduce == "mean" else torch.maximum(a, b) for s, a, b in pairs
+                torch.maximum(a, b) if s.reduce == "max" else a + b for s, a, b in triples
             ]
 
     def result(self) -> Tensor:
-        """One number per statistic, in STATISTICS' order: (len(STATISTICS),), on the device."""
+        """One number per statistic, in their order, on the device: (len(statistics),)."""
         assert self.values is not None
-        pairs = zip(STATISTICS.values(), self.values, strict=True)
-        return torch.stack([v / self.tokens if s.reduce == "mean" else v for s, v in pairs])
+        finish = {
+            "mean": lambda total: total / self.tokens,
+            "max": lambda most: most,
+            "rms": lambda total: (total / self.tokens).sqrt(),
+            "vector": lambda total: (total / self.tokens).norm(),
+        }
+        pairs = zip(self.statistics, self.values, strict=True)
+        return torch.stack([finish[s.reduce](value) for s, value in pairs])
 
 
 class Probe:
@@ -53,7 +64,7 @@ class Probe:
 
     def __init__(self, block: Block) -> None:
         self.steps = list(block.steps())
-        self.reducers = [Reducer() for _ in self.steps]
+        self.reducers = [Reducer(STATISTICS) for _ in self.steps]
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, Tensor] = {}
 

@@ -132,7 +132,9 @@ def job(config: DictConfig) -> None:
             from simlab.report import console
 
             ready = experiment.prepare(checked)
-            console.announce(ready.config, ready.parameters, ready.unit)
+            console.announce(
+                ready.config, ready.parameters, ready.unit, ready.engines, ready.reason
+            )
             with console.progress(ready.blocks) as advance:
                 result = experiment.measure(ready, advance)
             files = write(result, folder)

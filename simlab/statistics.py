@@ -1,16 +1,19 @@
 """What is measured at each step of the residual stream: small named functions of one step.
 
 Each takes a ``Step`` of float64 tensors (float32 where the device has no float64) and gives one
-number per token; the probe reduces over tokens with the statistic's ``reduce``.
+number per token; the probe reduces over tokens with the statistic's ``reduce``. What several of
+them need is computed once, by the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot, vector_norm
 
 
 @dataclass(frozen=True)
@@ -29,58 +32,99 @@ class Step:
     moment: Tensor | None = None
     eps: float = 0.0
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.after.shape[-1]
 
-def _of_branch(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Step], Tensor]:
-    """A statistic of (skip, branch), NaN where nothing is added."""
+    @cached_property
+    def square(self) -> Tensor:
+        """‖x‖² (B, T)."""
+        return vecdot(self.after, self.after)
 
-    def statistic(step: Step) -> Tensor:
-        if step.skip is None or step.branch is None:
-            return torch.full_like(step.after[..., 0], torch.nan)
-        return function(step.skip, step.branch)
+    @cached_property
+    def max_abs(self) -> Tensor:
+        """max |x_i| (B, T)."""
+        return vector_norm(self.after, torch.inf, dim=-1)
 
-    return statistic
+    @cached_property
+    def nan(self) -> Tensor:
+        """NaN (B, T), for what this step hasn't."""
+        return torch.full_like(self.after[..., 0], torch.nan)
+
+    @cached_property
+    def branch_square(self) -> Tensor:
+        """‖b‖² (B, T), NaN where nothing is added."""
+        return self.nan if self.branch is None else vecdot(self.branch, self.branch)
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """⟨x, b⟩ (B, T), x being what b is added to; NaN where nothing is added."""
+        if self.skip is None or self.branch is None:
+            return self.nan
+        return vecdot(self.skip, self.branch)
 
 
-def _cosine(skip: Tensor, branch: Tensor) -> Tensor:
-    return (skip * branch).sum(-1) / (skip.norm(dim=-1) * branch.norm(dim=-1))
+def _cosine(step: Step) -> Tensor:
+    if step.skip is None:
+        return step.nan
+    return step.cross / (vecdot(step.skip, step.skip).sqrt() * step.branch_square.sqrt())
+
+
+def _gradient_cosine(step: Step) -> Tensor:
+    """0 where the gradient is 0, as it is at a sequence's last token, which predicts nothing."""
+    return torch.where(step.branch_square == 0, 0.0, _cosine(step))
 
 
 def _raw_mean_square(step: Step) -> Tensor:
-    if step.raw is None:
-        return torch.full_like(step.after[..., 0], torch.nan)
-    return step.raw.pow(2).mean(-1)
+    return step.nan if step.raw is None else vecdot(step.raw, step.raw) / step.width
 
 
 def _eps_factor(step: Step) -> Tensor:
-    if step.moment is None:
-        return torch.full_like(step.after[..., 0], torch.nan)
-    return step.moment / (step.moment + step.eps)
+    return step.nan if step.moment is None else step.moment / (step.moment + step.eps)
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A function of a step to one number per token (B, T), and how tokens are reduced."""
+    """A function of a step to a number per token (B, T), and how tokens are reduced.
 
-    per_token: Callable[[Step], Tensor]
-    reduce: str = "mean"  # mean | max
+    reduce: mean; max; rms, the root of the mean; or vector, for which the function gives a vector
+    per token (B, T, D) and the result is the norm of their mean.
+    """
 
+    of: Callable[[Step], Tensor]
+    reduce: str = "mean"
+
+
+_norm = Statistic(lambda s: s.square.sqrt())
+_mean_vector_norm = Statistic(lambda s: s.after, "vector")
 
 STATISTICS: dict[str, Statistic] = {
     # Of the stream x after the step.
-    "norm": Statistic(lambda s: s.after.norm(dim=-1)),
-    "mean_square": Statistic(lambda s: s.after.pow(2).mean(-1)),
+    "norm": _norm,
+    "mean_square": Statistic(lambda s: s.square / s.width),
     "mean": Statistic(lambda s: s.after.mean(-1)),
-    "mean_abs": Statistic(lambda s: s.after.abs().mean(-1)),
-    "max_abs": Statistic(lambda s: s.after.abs().amax(-1), "max"),
+    "mean_abs": Statistic(lambda s: vector_norm(s.after, 1, dim=-1) / s.width),
+    "max_abs": Statistic(lambda s: s.max_abs, "max"),
+    "mean_vector_norm": _mean_vector_norm,
     # Of what was added: b after all norms, raw before any.
-    "branch_mean_square": Statistic(_of_branch(lambda x, b: b.pow(2).mean(-1))),
+    "branch_mean_square": Statistic(lambda s: s.branch_square / s.width),
     "branch_raw_mean_square": Statistic(_raw_mean_square),
-    "cosine": Statistic(_of_branch(_cosine)),
+    "cosine": Statistic(_cosine),
     # Δ‖x‖² = ‖b‖² + 2⟨x, b⟩.
-    "delta_branch": Statistic(_of_branch(lambda x, b: b.pow(2).sum(-1))),
-    "delta_cross": Statistic(_of_branch(lambda x, b: 2 * (x * b).sum(-1))),
+    "delta_branch": Statistic(lambda s: s.branch_square),
+    "delta_cross": Statistic(lambda s: 2 * s.cross),
     # m / (m + eps): the mean square that a norm of gain 1 gives by its definition.
     "eps_factor": Statistic(_eps_factor),
     # 1 where a token's stream holds an inf or a NaN.
-    "non_finite": Statistic(lambda s: (~s.after.isfinite()).any(-1).to(s.after.dtype), "max"),
+    "non_finite": Statistic(lambda s: (~s.max_abs.isfinite()).to(s.after.dtype), "max"),
+}
+
+# Of the loss's gradient g with respect to the stream x: a step's ``after`` and ``branch`` are then g,
+# its ``skip`` x.
+GRADIENT_STATISTICS: dict[str, Statistic] = {
+    "gradient_norm": _norm,
+    "gradient_rms": Statistic(lambda s: s.square / s.width, "rms"),
+    "gradient_mean_vector_norm": _mean_vector_norm,
+    "gradient_cosine": Statistic(_gradient_cosine),
 }

@@ -132,6 +132,12 @@ class _Reader:
             raise self.fail(key, value, f"allowed: {', '.join(allowed)}{hint}")
         return str(value)
 
+    def boolean(self, key: str) -> bool:
+        value = self.take(key)
+        if not isinstance(value, bool):
+            raise self.fail(key, value, "allowed: true, false")
+        return value
+
     def node(self, key: str) -> _Reader:
         value = self.take(key)
         if not isinstance(value, Mapping):
@@ -211,9 +217,7 @@ def _model(top: _Reader, norm: NormConfig) -> ModelConfig:
     divides("kv_heads", kv_heads, "heads", heads)
     if head_dim % 2:
         raise ConfigError(f"head_dim={head_dim} (width / heads): must be even, RoPE turns pairs")
-    tied = node.take("tied")
-    if not isinstance(tied, bool):
-        raise node.fail("tied", tied, "allowed: true, false")
+    tied = node.boolean("tied")
     window, every = node.integer("window", null=True), node.integer("full_every", null=True)
     if window is None and every is not None:
         raise node.fail("full_every", every, "needs a model.window")
@@ -350,6 +354,7 @@ def read(config: DictConfig) -> RunConfig:
         engine=top.choice("engine", ENGINES),
         device=_device(top),
         dtype=top.choice("dtype", DTYPES),
+        gradients=top.boolean("gradients"),
     )
     top.done()
     return run

@@ -26,8 +26,8 @@ INPUTS = ["inputs.batch=2", "inputs.length=11"]
 
 
 def tiny(*overrides: str) -> RunConfig:
-    """A model of three small blocks with grouped heads; overrides come on top."""
-    return compose([*SHAPE, *INPUTS, "device=cpu", "seeds=1", *overrides])
+    """A model of three small blocks with grouped heads, dense; overrides come on top."""
+    return compose([*SHAPE, *INPUTS, "device=cpu", "engine=dense", "seeds=1", *overrides])
 
 
 def simlab(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import PARITY, tiny
 
-from simlab import build_model, engine
+from simlab import build_model
 from simlab.config import ConfigError
-from simlab.engine import forward, resolve_device
+from simlab.engine import measure_curve, resolve_device
 from simlab.experiment import prepare, run
+from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.random import RandomWeights
+from simlab.weights.source import Weights
 
 CPU = torch.device("cpu")
 
@@ -30,9 +32,9 @@ def test_rows_are_numbered_as_the_design_says():
 
 
 def test_batches_do_not_matter(monkeypatch):
-    config = tiny("inputs.batch=7")
+    config = tiny("inputs.batch=7", "gradients=true")
     whole = run(config).curve
-    monkeypatch.setattr(engine, "TOKENS_AT_ONCE", 22)  # two sequences at a time
+    monkeypatch.setattr(RandomWeights, "tokens_at_once", 22)  # two sequences at a time
     parts = run(config).curve
     for column in whole.select_dtypes("number"):
         np.testing.assert_allclose(parts[column], whole[column], rtol=1e-4, atol=1e-5)
@@ -49,9 +51,11 @@ def test_the_engine_streams_what_build_model_holds():
     )
 
 
-def test_one_block_lives_at_a_time(monkeypatch):
+@pytest.mark.parametrize("engine", [RandomWeights, GaussianWeights])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_block_lives_at_a_time(monkeypatch, engine, gradients):
     alive, most = weakref.WeakSet(), []
-    built = engine.materialise_block
+    built = Weights.block
 
     def watched(*args):
         gc.collect()
@@ -60,16 +64,12 @@ def test_one_block_lives_at_a_time(monkeypatch):
         alive.add(block)
         return block
 
-    monkeypatch.setattr(engine, "materialise_block", watched)
+    monkeypatch.setattr(Weights, "block", watched)
     config = tiny("depth=6")
-    forward(
-        config.shape,
-        RandomWeights(config.shape, config.init, 0),
-        torch.arange(22).view(2, 11),
-        CPU,
-        torch.float32,
-    )
-    assert len(most) == 6
+    ids = torch.arange(22).view(2, 11)
+    weights = engine(config.shape, config.init, 0)
+    measure_curve(weights, ids, CPU, torch.float32, gradients)
+    assert len(most) == (12 if gradients else 6)
     assert max(most) <= 1  # the one that is about to go
 
 
@@ -77,7 +77,8 @@ PEAK = """
 import resource, sys
 from simlab import compose
 from simlab.experiment import run
-run(compose(["width=1024", "heads=8", "kv_heads=8", "d_ff=4096", "seeds=1", "device=cpu", sys.argv[1]]))
+shape = ["width=1024", "heads=8", "kv_heads=8", "d_ff=4096", "engine=dense"]
+run(compose([*shape, "seeds=1", "device=cpu", *sys.argv[1:]]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -9,7 +9,6 @@ from simlab import build_model
 from simlab.experiment import run
 from simlab.weights.init import Gaussian, distribution
 from simlab.weights.random import RandomWeights
-from simlab.weights.source import materialise_block
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -22,7 +21,7 @@ def test_blocks_are_built_and_drawn_on_the_gpu(monkeypatch):
     monkeypatch.setattr(module, "draw_on_cpu", None)
     config = tiny("device=cuda")
     weights = RandomWeights(config.shape, config.init, 0)
-    block = materialise_block(config.shape, 0, weights, CUDA, torch.float32)
+    block = weights.block(0, CUDA, torch.float32)
     assert all(p.device.type == "cuda" for p in block.parameters())
     assert run(config).summary["device"].startswith("cuda")
 
@@ -41,12 +40,13 @@ def test_moments_on_the_gpu():
 def test_streamed_equals_resident_on_the_gpu():
     config = tiny("device=cuda")
     model, weights = build_model(config), RandomWeights(config.shape, config.init, 0)
-    block = materialise_block(config.shape, 2, weights, CUDA, torch.float32)
+    block = weights.block(2, CUDA, torch.float32)
     for name, value in block.state_dict().items():
         assert torch.equal(value, model.blocks[2].state_dict()[name])
     ids = torch.tensor([[3, 96, 3]])
-    rows = weights.rows("embedding.weight", (97, 48), ids, CUDA, torch.float32)
-    assert torch.equal(rows, model.embedding(ids.cuda()))
+    for name in ("embedding", "head"):
+        rows = weights.rows(f"{name}.weight", (97, 48), ids, CUDA, torch.float32)
+        assert torch.equal(rows, model.get_submodule(name).weight[ids.cuda()])
 
 
 def test_the_same_weights_give_the_cpus_curve():
@@ -68,6 +68,38 @@ def test_cuda_and_cpu_curves_agree_in_distribution():
     assert (gap < 5 * error + 1e-6).all()
 
 
+@pytest.mark.parametrize("norm", ["reordered", "pre"])
+def test_weightless_curves_are_the_cpus(norm):
+    """Drawn on the CPU wherever they run: equal to rounding, forward and backward."""
+    here, there = (
+        run(
+            tiny(
+                f"device={d}", "engine=weightless", "gradients=true", f"norm={norm}", "init.std=0.1"
+            )
+        )
+        for d in ("cuda", "cpu")
+    )
+    for column in there.curve.select_dtypes("number"):
+        np.testing.assert_allclose(
+            here.curve[column], there.curve[column], rtol=1e-3, atol=1e-5, err_msg=column
+        )
+
+
+def test_dense_gradients_are_autograds_on_the_gpu():
+    from simlab.experiment import prepare
+
+    config = tiny("device=cuda", "gradients=true", "init.std=0.1")
+    model, ids = build_model(config), prepare(config).tokens.cuda()
+    x = model.embedding(ids).detach().requires_grad_()
+    out = x
+    for block in model.blocks:
+        out = block(out)
+    logits = model.head(model.norm(out))[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    rms = x.grad.double().pow(2).mean().sqrt().item()
+    assert run(config).curve["gradient_rms"].iloc[0] == pytest.approx(rms, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes_run(dtype):
     frame = run(tiny("device=cuda", f"dtype={dtype}")).curve
@@ -76,7 +108,7 @@ def test_dtypes_run(dtype):
 
 def test_one_synchronisation_per_run():
     """Between the first block and the last nothing waits for the device."""
-    from simlab.engine import forward
+    from simlab.engine import measure_curve
 
     config = tiny()
     weights, ids = RandomWeights(config.shape, config.init, 0), torch.arange(22).view(2, 11)
@@ -87,7 +119,7 @@ def test_one_synchronisation_per_run():
         torch.cuda.set_sync_debug_mode("error")
 
     try:  # on_block is first called after block 0; from there on, a synchronisation raises
-        forward(config.shape, weights, ids, CUDA, torch.float32, strict)
+        measure_curve(weights, ids, CUDA, torch.float32, on_block=strict)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(embedded) == 3

@@ -19,13 +19,16 @@ MAY = {
     "model": {"config"},
     "weights": {"config", "model"},
     "probe": {"model", "statistics"},
-    "engine": {"config", "model", "weights", "probe", "statistics"},
+    "cost": {"config"},
+    "loss": {"model", "weights"},
+    "engine": {"config", "loss", "weights", "probe", "statistics"},
     "theory": set(),
     "growth": {"theory"},
     "store": {"config"},
     "report": {"config", "growth", "store", "theory"},
+    "tidy": {"engine", "growth", "statistics", "theory"},
     "experiment": {
-        "config", "inputs", "model", "weights", "engine", "statistics", "growth", "theory", "store",
+        "config", "inputs", "model", "weights", "cost", "engine", "tidy", "growth", "theory", "store",
     },
     "run": {"config", "validation", "experiment", "store", "report"},
 }  # fmt: skip

@@ -29,8 +29,13 @@ def title(config: RunConfig) -> str:
     return f"{shape}, norm {model.norm.placement}{every}, init {rule}"
 
 
-def announce(config: RunConfig, parameters: int, unit: str) -> None:
-    """The header: what is about to be measured, on what. unit: of the ids, tokens or bytes."""
+def announce(
+    config: RunConfig, parameters: int, unit: str, engines: Mapping[str, str], reason: str
+) -> None:
+    """The header: what is about to be measured, on what. unit: of the ids, tokens or bytes.
+
+    engines: of each kind of curve; reason: why the random inits' is what it is.
+    """
     model, inputs = config.shape, config.inputs
     heads = f"{model.heads} heads" + (
         f" ({model.kv_heads} kv)" if model.kv_heads != model.heads else ""
@@ -41,10 +46,15 @@ def announce(config: RunConfig, parameters: int, unit: str) -> None:
     console = Console(highlight=False)
     console.print(Text(title(config), style="bold"))
     console.print(f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}, qk-norm {model.qk_norm}")
+    what = "forward and backward" if config.gradients else "forward"
     console.print(
         f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} {unit}, "
-        f"dense engine, {config.dtype} on {config.device}\n"
+        f"{what}, {config.dtype} on {config.device}"
     )
+    engine = f"{engines['random']} engine ({reason})" if "random" in engines else "dense engine"
+    if len(set(engines.values())) > 1:
+        engine += " for random inits, dense for the checkpoint"
+    console.print(engine + "\n")
 
 
 @contextmanager

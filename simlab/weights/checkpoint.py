@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, NormConfig, YarnConfig, divides, nearest
 from simlab.weights.hub import locate
-from simlab.weights.source import Shape
+from simlab.weights.source import Shape, Weights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 MOST, ABOVE_1 = 10**9, 1.000001  # of any number in a config.json; the least useful rope_theta
@@ -245,7 +245,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-class Checkpoint:
+class Checkpoint(Weights):
     """An opened checkpoint: its shape, and its tensors by name, read from the file when asked for.
 
     path: a folder or a hub id; revision: a hub branch, tag or commit.
@@ -301,7 +301,7 @@ class Checkpoint:
         theirs = their_name(name)
         with _open(self.files[theirs]) as file:
             tensor: Tensor = file.get_tensor(theirs)
-        if theirs not in self.hashes:
+        if theirs not in self.hashes and name not in ("norm.weight", "head.weight"):
             digest = hashlib.sha256(f"{theirs} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             self.hashes[theirs] = digest.digest()
@@ -317,10 +317,15 @@ class Checkpoint:
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Rows of a matrix by id; the file is mapped, not loaded."""
+        if name == "head.weight" and self.model.tied:
+            name = "embedding.weight"
         return self._read(name)[ids.cpu()].to(device, dtype)
 
     def identity(self) -> dict[str, str]:
-        """``weight_hash``: SHA-256 over name, dtype, shape and bytes of every tensor read so far."""
+        """``weight_hash``: SHA-256 over name, dtype, shape and bytes of every tensor read so far.
+
+        Final norm and head stay out, which only gradients read: one checkpoint, one hash.
+        """
         whole = hashlib.sha256()
         for name in sorted(self.hashes):
             whole.update(self.hashes[name])

@@ -8,8 +8,8 @@ A matrix is drawn in pieces of whole rows, about PIECE numbers each, so that of 
 pieces with a token in them are drawn. On the CPU a piece has its own stream of NumPy's SFC64,
 seeded through ``SeedSequence`` (torch's CPU generator keeps 32 bits of its seed, too few for
 millions of streams), and the pieces run on all threads. On CUDA they are drawn on the device by
-torch's Philox generator, seeded with 63 bits of a hash; a matrix that isn't asked for by rows is
-one piece there. CPU and CUDA draw different numbers.
+torch's Philox generator, seeded with 63 bits of a hash; a block's matrix is one piece there. CPU and
+CUDA draw different numbers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torch import Tensor
 
 from simlab.config import InitConfig, ModelConfig
 from simlab.weights.init import Constant, Gaussian, distribution
-from simlab.weights.source import Shape
+from simlab.weights.source import Shape, Weights
 
+BY_ROWS = ("embedding.weight", "head.weight")  # what ``rows`` is asked for
 PIECE = 1 << 16  # numbers per piece: 256 KiB of float32, which a core's cache holds
 
 
-def _entropy(*key: object) -> int:
+def entropy_of(*key: object) -> int:
     """128 bits of a hash of the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return int.from_bytes(digest, "little")
@@ -48,7 +49,8 @@ def draw_on_cpu(out: np.ndarray, entropy: int, piece: int, law: Gaussian) -> Non
             fresh = generator.standard_normal(again.size, dtype=np.float32)
             flat[again] = fresh
             again = again[np.abs(fresh) > law.truncate]
-    flat *= np.float32(law.sigma)
+    if law.sigma != 1:
+        flat *= np.float32(law.sigma)
 
 
 def draw_on_cuda(out: Tensor, entropy: int, piece: int, law: Gaussian) -> None:
@@ -57,7 +59,7 @@ def draw_on_cuda(out: Tensor, entropy: int, piece: int, law: Gaussian) -> None:
     By inversion: z = √2·erf⁻¹(u), u uniform on ± erf(c/√2), is N(0, 1) cut at ± c.
     """
     generator = torch.Generator(out.device)
-    generator.manual_seed(_entropy(entropy, piece) >> 65)
+    generator.manual_seed(entropy_of(entropy, piece) >> 65)
     if law.truncate is None:
         out.normal_(generator=generator).mul_(law.sigma)
         return
@@ -75,7 +77,7 @@ def fill(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
     return out
 
 
-class RandomWeights:
+class RandomWeights(Weights):
     """The weights of one random init; see the module's docstring."""
 
     def __init__(self, model: ModelConfig, init: InitConfig, seed: int) -> None:
@@ -90,9 +92,9 @@ class RandomWeights:
         if isinstance(law, Constant):
             return torch.full(tuple(shape), law.value, device=device, dtype=dtype)
         out = torch.empty(tuple(shape), dtype=dtype, device=_home(device))
-        by_rows = name == "embedding.weight" or out.device.type == "cpu"
+        by_rows = name in BY_ROWS or out.device.type == "cpu"
         per = _rows_per_piece(shape) if by_rows else shape[0]
-        entropy = _entropy(self.seed, name)
+        entropy = entropy_of(self.seed, name)
 
         def draw(piece: int) -> None:
             part = out[piece * per : (piece + 1) * per]
@@ -107,12 +109,14 @@ class RandomWeights:
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Rows of the embedding, from the pieces in which they lie."""
+        """Rows of the embedding or the head, from the pieces in which they lie."""
+        if name == "head.weight" and self.model.tied:
+            name = "embedding.weight"
         law = distribution(self.model, self.init, name)
         assert isinstance(law, Gaussian)
         unique, where = ids.cpu().unique(return_inverse=True)
         out = torch.empty((len(unique), *shape[1:]), dtype=dtype, device=_home(device))
-        per, entropy = _rows_per_piece(shape), _entropy(self.seed, name)
+        per, entropy = _rows_per_piece(shape), entropy_of(self.seed, name)
 
         def draw(piece: int) -> None:
             rows = min(per, shape[0] - piece * per)
@@ -129,7 +133,9 @@ class RandomWeights:
         self, draw: Callable[[int], None], pieces: Iterable[int], device: torch.device
     ) -> None:
         """Draw every piece: on all threads of a CPU, one after another on a device."""
-        for _ in map(draw, pieces) if device.type == "cuda" else self.pool.map(draw, pieces):
+        pieces = list(pieces)
+        alone = device.type == "cuda" or len(pieces) == 1
+        for _ in map(draw, pieces) if alone else self.pool.map(draw, pieces):
             pass
 
 

@@ -1,31 +1,74 @@
-"""What every source of weights offers, and how a block is filled from one."""
+"""What every source of weights offers, and how blocks, the head and a whole model come from one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
-from simlab.model.transformer import Block, Transformer
+from simlab.model.transformer import Block, Transformer, dense_linear
 
 Shape = Sequence[int]
+COLUMNS_AT_ONCE = 4096  # of the head: bounds what is held of it, and of the logits
 
 
-class Weights(Protocol):
+@dataclass(frozen=True)
+class Columns:
+    """Some of the logits of N tokens, as ``coordinates @ c`` for every c of ``chunks()``.
+
+    coordinates: (N, r), a function of the head's input that autograd knows. c: (r, columns), the
+    same every time. tap: what the logits' gradient's Gram matrix goes to (see weights.gaussian).
+    """
+
+    coordinates: Tensor
+    chunks: Callable[[], Iterator[Tensor]]
+    tap: Tensor | None = None
+
+
+class Weights(ABC):
     """Parameters by name, one at a time; asking twice gives the same numbers."""
 
+    model: ModelConfig
+    tokens_at_once: int = 2048  # whole sequences are grouped up to this: bounds the activations
+
+    @abstractmethod
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter ``name``, which must have this shape."""
-        ...
 
+    @abstractmethod
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Rows ``ids`` (any shape) of the matrix ``name``: (*ids.shape, columns)."""
-        ...
+
+    def linear(self, d_in: int, d_out: int) -> nn.Module:
+        """What the blocks' linear layers are."""
+        return dense_linear(d_in, d_out)
+
+    def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
+        """One block with its weights on the device, ready to run; none asks for a gradient."""
+        with torch.device("meta"):
+            block = Block(self.model, layer, self.linear)
+        fill(block, self, f"blocks.{layer}.", device, dtype)
+        return block.eval().requires_grad_(False)
+
+    def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
+        """The head's logits for x in parts, and which of their columns are the next tokens.
+
+        x (B·(T − 1), D): the final norm's output at every position but a sequence's last.
+        ids: (B, T). The parts' columns together are the vocabulary, in any order.
+        """
+        shape, dtype = (self.model.vocab_size, self.model.width), x.dtype
+
+        def chunks() -> Iterator[Tensor]:
+            for rows in torch.arange(shape[0]).split(COLUMNS_AT_ONCE):
+                yield self.rows("head.weight", shape, rows, x.device, dtype).T
+
+        return [Columns(x, chunks)], ids[:, 1:].flatten()
 
 
 def fill(
@@ -40,16 +83,6 @@ def fill(
         for name, parameter in module.state_dict().items()
     }
     module.load_state_dict(values, strict=True, assign=True)
-
-
-def materialise_block(
-    model: ModelConfig, layer: int, weights: Weights, device: torch.device, dtype: torch.dtype
-) -> Block:
-    """One block with its weights on the device, ready to run."""
-    with torch.device("meta"):
-        block = Block(model, layer)
-    fill(block, weights, f"blocks.{layer}.", device, dtype)
-    return block.eval()
 
 
 def materialise_model(

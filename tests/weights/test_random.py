@@ -7,7 +7,6 @@ from conftest import tiny
 
 from simlab import build_model
 from simlab.weights.random import RandomWeights
-from simlab.weights.source import materialise_block
 
 CPU = torch.device("cpu")
 
@@ -28,12 +27,13 @@ def test_streamed_equals_resident(dtype):
     config = tiny(f"dtype={str(dtype).removeprefix('torch.')}")
     model, streamed = build_model(config), RandomWeights(config.shape, config.init, 0)
     for layer in (2, 0, 1):  # the order of work doesn't matter
-        block = materialise_block(config.shape, layer, streamed, CPU, dtype)
+        block = streamed.block(layer, CPU, dtype)
         for name, value in block.state_dict().items():
             assert torch.equal(value, model.blocks[layer].state_dict()[name])
     ids = torch.tensor([[3, 96, 3], [0, 5, 96]])
-    rows = streamed.rows("embedding.weight", (97, 48), ids, CPU, dtype)
-    assert torch.equal(rows, model.embedding(ids))
+    for name in ("embedding", "head"):
+        rows = streamed.rows(f"{name}.weight", (97, 48), ids, CPU, dtype)
+        assert torch.equal(rows, model.get_submodule(name).weight[ids])
 
 
 def test_half_precision_is_the_rounded_float32():

@@ -1,0 +1,288 @@
+"""Weightless simulation: what a random linear layer does to one batch, without its weights.
+
+A matrix W (d_out × d_in) with i.i.d. N(0, σ²) entries meets the N tokens X (N × d_in) of a batch.
+Given X, the columns of Y = XWᵀ are independent N(0, σ²XXᵀ). With XXᵀ = LLᵀ (Cholesky), Y has the
+law of
+
+    Y = σLZ,    Z (N × d_out) i.i.d. N(0, 1),
+
+jointly over all tokens, at any width: Z is drawn, never W.
+
+Backward, G (N × d_out) arrives and dX = GW is asked for. What Y has shown of W is its part in the
+span of X's rows, WQQᵀ = σZᵀQᵀ with Qᵀ = L⁻¹X; G is a function of that part and of other things, but
+not of the rest of W, which is therefore still i.i.d. Gaussian. With GGᵀ = L_g L_gᵀ,
+
+    dX = σ[GZᵀQᵀ + L_g Z₂(I − QQᵀ)],    Z₂ (N × d_in) i.i.d. N(0, 1)
+
+(conditioning on linear observations: Bolthausen, arXiv 1201.2891, §3; Doucet 2010 for the sampling).
+
+Layers with the same input share L and Q. For them the sum over layers of dX is Gaussian given the
+G's, with the one factor L_g of Σσ²GGᵀ: one Z₂ serves them all.
+
+Singular XXᵀ: rows of X are scaled to length 1 and j = JITTER is added to the diagonal, which says
+that a token's input is known to a relative √j = 3e-7, about float32's rounding. It is not ignored in
+the backward: Y = XWᵀ + √jE is the observation, and dX is a draw given that,
+
+    dX = σ[(GZᵀ − L_g(Z₂Q + √j·Z₃L⁻ᵀ))Qᵀ + L_g Z₂],    Z₃ (N × N) i.i.d. N(0, 1),
+
+so that the implied W has exactly i.i.d. N(0, σ²) entries however the tokens lie. With N ≥ d_in there
+is nothing to gain, and L = X, Z = Wᵀ: the layer draws its weights like a dense one.
+
+A truncated init is matched by its variance: W's entries are then not Gaussian, and Y only nearly
+so, its kurtosis by some 1/d_in (README).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simlab.config import InitConfig, ModelConfig
+from simlab.model.transformer import Block
+from simlab.weights.init import Gaussian, distribution
+from simlab.weights.random import RandomWeights, draw_on_cpu, entropy_of
+from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
+
+JITTER = (
+    1e-13  # far above the rounding of float64 sums of 10^5 squares, below float32's of a stream
+)
+PIECE = 1 << 16  # normals drawn from one generator, on one thread
+AHEAD = 4  # layers whose Z is drawn while one computes
+AT_ONCE = 4096  # columns widened to float64 at a time
+
+
+class Normals:
+    """Standard normals by key, drawn on the CPU's threads; ``start`` draws ahead of their use."""
+
+    def __init__(self, seed: int, pool: ThreadPoolExecutor) -> None:
+        self.seed, self.pool = seed, pool
+        self.started: dict[str, tuple[Tensor, list[Future[None]]]] = {}
+
+    def start(self, key: str, shape: Shape) -> None:
+        """Begin to draw what ``self(key, shape)`` will ask for."""
+        if key in self.started:
+            return
+        out, entropy = torch.empty(tuple(shape)), entropy_of(self.seed, "weightless", key)
+        flat = out.numpy().reshape(-1)
+        parts = [flat[i : i + PIECE] for i in range(0, flat.size, PIECE)]
+        law = Gaussian(1.0, None)
+        self.started[key] = (
+            out,
+            [self.pool.submit(draw_on_cpu, p, entropy, i, law) for i, p in enumerate(parts)],
+        )
+
+    def __call__(self, key: str, shape: Shape, device: torch.device) -> Tensor:
+        """N(0, 1) entries (float32) of this shape, the same for the same (seed, key)."""
+        self.start(key, shape)
+        out, pieces = self.started.pop(key)
+        for piece in pieces:
+            piece.result()
+        return out.to(device)
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where factorisations for a device are made: they need float64, which MPS hasn't."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def gram(x: Tensor) -> Tensor:
+    """XXᵀ (N, N) in float64, of X (N, d) in any dtype."""
+    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=_home(x.device))
+    for columns in x.split(AT_ONCE, dim=1):
+        wide = columns.to(total)
+        total.addmm_(wide, wide.T)
+    return total
+
+
+def factor(square: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Lengths D (N, 1), lower triangular L (N, N) and j: LLᵀ = D⁻¹·square·D⁻¹ + j·I.
+
+    square: a Gram matrix (N, N) in float64. Where it isn't finite, L is NaN.
+    """
+    scale = square.diagonal().sqrt()[:, None]
+    inverse = _inverse(scale)
+    unit, total, jitter = inverse * square * inverse.T, 0.0, JITTER
+    while True:
+        unit.diagonal().add_(jitter)
+        total += jitter
+        lower, failed = torch.linalg.cholesky_ex(unit)
+        if not failed:
+            return scale, lower, total
+        if jitter > 1e-6 or not bool(square.isfinite().all()):
+            return scale, torch.full_like(lower, torch.nan), total
+        jitter *= 10
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1/scale, and 0 for a row of zeros."""
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+class _Coordinates(torch.autograd.Function):
+    """X (N, d) to L (N, N), float32, and a zero (N, N) whose "gradient" is Σσ²GGᵀ: the tap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, normals: Normals, name: str) -> tuple[Tensor, Tensor]:
+        scale, lower, jitter = factor(gram(x.detach()))
+        ctx.save_for_backward(x, scale, lower)
+        ctx.normals, ctx.name, ctx.jitter = normals, f"{name}/backward", jitter
+        if ctx.needs_input_grad[0]:
+            normals.start(ctx.name, x.shape)
+        tap = torch.zeros((), dtype=torch.float64, device=lower.device).expand_as(lower)
+        return (scale * lower).to(x.device, torch.float32), tap
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        known, square = gradients
+        x, scale, lower = ctx.saved_tensors
+
+        def solve(right: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(lower, right, upper=False)
+
+        def narrow(wide: Tensor) -> Tensor:
+            return wide.to(x.device, torch.float32)
+
+        q = torch.cat(
+            [narrow(solve(_inverse(scale) * part.to(lower))) for part in x.split(AT_ONCE, dim=1)], 1
+        )
+        scale_g, lower_g, _ = factor(square)
+        down = narrow(scale_g * lower_g)
+        fresh = ctx.normals(ctx.name, x.shape, x.device)
+        noise = ctx.normals(f"{ctx.name}/jitter", lower.shape, lower.device).to(lower)
+        noise = ctx.jitter**0.5 * solve(noise.T).T
+        seen = torch.addmm(narrow(noise), fresh, q.T)
+        out = (known - down @ seen) @ q + down @ fresh
+        return out.to(x.dtype), None, None
+
+
+class _Product(torch.autograd.Function):
+    """LZ, and back: GZᵀ to L, GGᵀ to the tap. Both inputs come with their σ."""
+
+    @staticmethod
+    def forward(ctx: Any, coordinates: Tensor, tap: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return coordinates @ z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (z,) = ctx.saved_tensors
+        (g,) = gradients
+        return g @ z.T, gram(g), None
+
+
+class Inputs:
+    """The factorisation of the last input met: layers with the same input share it."""
+
+    def __init__(self, normals: Normals) -> None:
+        self.normals = normals
+        self.x: Tensor | None = None
+        self.found: tuple[Tensor, Tensor | None]
+
+    def coordinates(self, x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+        """L and its tap for x (…, d), named after the first layer that asks; x itself if N ≥ d."""
+        if self.x is not x:
+            flat = x.flatten(0, -2)
+            wide = flat.shape[0] < flat.shape[1]
+            made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
+            self.x, self.found = x, made
+        return self.found
+
+
+class GaussianLinear(nn.Module):
+    """(…, d_in) to (…, d_out): x Wᵀ in law, for W with i.i.d. N(0, std²) entries. Use it once.
+
+    ``bind`` gives it its name, its std and what it shares with its block's other layers.
+    """
+
+    inputs: Inputs
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+
+    def bind(
+        self, name: str, std: float, inputs: Inputs, later: Sequence[GaussianLinear] = ()
+    ) -> None:
+        """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
+        self.name, self.std, self.inputs, self.later = name, std, inputs, list(later)
+
+    def z(self, tokens: int) -> tuple[str, Shape]:
+        """Key and shape of Z for so many tokens."""
+        return self.name, (min(tokens, self.d_in), self.d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d_in) to (…, d_out), in x's dtype; computed in float32."""
+        normals, tokens = self.inputs.normals, x[..., 0].numel()
+        for layer in (self, *self.later):
+            normals.start(*layer.z(tokens))
+        coordinates, tap = self.inputs.coordinates(x, self.name)
+        z = normals(*self.z(tokens), x.device)
+        scaled = self.std * coordinates
+        y = scaled @ z if tap is None else _Product.apply(scaled, self.std**2 * tap, z)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class GaussianWeights(RandomWeights):
+    """A random init whose matrices are never drawn; its gains and embedding are as in a dense one.
+
+    Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
+    """
+
+    def __init__(self, model: ModelConfig, init: InitConfig, seed: int) -> None:
+        super().__init__(model, init, seed)
+        self.normals = Normals(seed, self.pool)
+
+    tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
+
+    def linear(self, d_in: int, d_out: int) -> nn.Module:
+        """A GaussianLinear, which ``block`` binds."""
+        return GaussianLinear(d_in, d_out)
+
+    def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
+        """One block, its linear layers bound to their names and stds."""
+        block = super().block(layer, device, dtype)
+        inputs = Inputs(self.normals)
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, GaussianLinear)}
+        order = list(linears.values())
+        for i, (inner, linear) in enumerate(linears.items()):
+            name = f"blocks.{layer}.{inner}.weight"
+            linear.bind(name, self.std(name), inputs, order[i + 1 : i + 1 + AHEAD])
+        return block
+
+    def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
+        """As in Weights. A tied head's rows that the tokens have shown are known, the rest fresh."""
+        count, parts = self.model.vocab_size, []
+        targets = ids[:, 1:].flatten()
+        if self.model.tied:
+            seen, where = ids.unique(return_inverse=True)
+            shape = (count, self.model.width)
+            rows = self.rows("embedding.weight", shape, seen, x.device, x.dtype)
+            parts.append(Columns(x, lambda: iter([rows.T])))
+            targets, count = where[:, 1:].flatten(), count - len(seen)
+        coordinates, tap = Inputs(self.normals).coordinates(x, "head.weight")
+        std, d_in = self.std("head.weight"), coordinates.shape[1]
+
+        def chunks() -> Iterator[Tensor]:
+            for start in range(0, count, COLUMNS_AT_ONCE):
+                shape = (d_in, min(COLUMNS_AT_ONCE, count - start))
+                yield self.normals(f"head.weight/{start}", shape, x.device)
+
+        tap = None if tap is None else std**2 * tap
+        return [*parts, Columns(std * coordinates, chunks, tap)], targets
+
+    def std(self, name: str) -> float:
+        """The standard deviation of a matrix's entries, its truncation taken into account."""
+        law = distribution(self.model, self.init, name)
+        assert isinstance(law, Gaussian)
+        return law.std
+
+    def rows(
+        self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows of the embedding, the same as a dense model's on the CPU."""
+        return super().rows(name, shape, ids, torch.device("cpu"), dtype).to(device)
