@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, RunConfig
-from simlab.cost import choose
+from simlab.cost import choose, compute_threads
 from simlab.engine import measure_curve, resolve_device
 from simlab.growth.curve import curves
 from simlab.growth.exponents import exponents
@@ -100,7 +101,9 @@ def prepare(config: RunConfig) -> Prepared:
     engine, reason = config.engine, "as asked"
     if engine == "auto":
         engine, times = choose(config.shape, tokens.numel(), config.gradients, device.type)
-        reason = f"auto: by estimate {times:.2g}× cheaper"
+        size = f"{times:.1f}" if times < 10 else f"{times:.0f}"
+        other = "weightless" if engine == "dense" else "dense"
+        reason = f"auto: by estimate {size}× cheaper than {other}"
     config = dataclasses.replace(config, inputs=inputs, device=str(device), engine=engine)
     return Prepared(config, tokens, checkpoint, device, reason)
 
@@ -114,6 +117,19 @@ def sources(run: Prepared) -> Iterator[tuple[str, int, Weights]]:
         yield "random", seed, ENGINES[config.engine](config.shape, config.init, seed)
 
 
+@contextmanager
+def threads(run: Prepared, engine: str) -> Iterator[None]:
+    """torch's threads for a curve: all, or while a CPU's others draw normals, some."""
+    before = torch.get_num_threads()
+    if engine == "weightless" and run.device.type == "cpu":
+        config, tokens = run.config, run.tokens.numel()
+        torch.set_num_threads(compute_threads(config.shape, tokens, config.gradients, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(config: RunConfig) -> RunResult:
     """Everything from a config to its verdict. Raises ConfigError."""
     return measure(prepare(config))
@@ -122,14 +138,13 @@ def run(config: RunConfig) -> RunResult:
 def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> RunResult:
     """Measure every curve of a run and judge it. ``on_block`` is called after each block."""
     config, model, dtype = ready.config, ready.config.shape, getattr(torch, ready.config.dtype)
-    measured = [
-        (
-            name,
-            seed,
-            measure_curve(weights, ready.tokens, ready.device, dtype, config.gradients, on_block),
-        )
-        for name, seed, weights in sources(ready)
-    ]
+    measured = []
+    for name, seed, weights in sources(ready):
+        with threads(ready, ready.engines[name]):
+            curve = measure_curve(
+                weights, ready.tokens, ready.device, dtype, config.gradients, on_block
+            )
+        measured.append((name, seed, curve))
     frame = tidy(measured, ready.tokens.numel() * model.width)
     frame, overflow = cut(frame)
     frame, lost = cut_gradients(frame, overflow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import re
@@ -86,7 +87,9 @@ def each_value_once(overrides: list[str]) -> Iterator[list[str]]:
             yield [*first[:i], value, *first[i + 1 :]]
 
 
-RESULTS = ("curve.csv", "growth.png", "growth.svg", "summary.json")
+RESULTS = (
+    "curve.csv", "growth.png", "growth.svg", "lambda.png", "lambda.svg", "summary.json",
+)  # fmt: skip
 OUR_FOLDER = re.compile(
     r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
 )  # as conf/config.yaml names them
@@ -140,21 +143,27 @@ def job(config: DictConfig) -> None:
             files = write(result, folder)
         except ConfigError as error:
             fail(str(error))
-    console.show(result.curve, result.verdicts, result.summary["overflow"], files)
+    console.show(result.curve, result.verdicts, result.summary, files)
 
 
 def write(result: RunResult, folder: Path) -> list[Path]:
-    """curve.csv, the figure, and last summary.json, whose presence says that the run is whole."""
+    """curve.csv, the figures, and last summary.json, whose presence says that the run is whole."""
     from simlab import store
     from simlab.report import console, figure
 
     table, summary = folder / "curve.csv", folder / "summary.json"
     store.write_csv(table, result.curve)
-    lines = console.verdict_lines(result.verdicts, result.summary["overflow"])
-    drawn = figure.growth_figure(result.curve, console.title(result.config), lines)
-    png, svg = figure.save(drawn, folder)
+    title, lines = (
+        console.title(result.config),
+        console.verdict_lines(result.verdicts, result.summary),
+    )
+    png, svg = figure.save(figure.growth_figure(result.curve, title, lines), folder, "growth")
+    lambdas: list[Path] = []
+    drawn = figure.lambda_figure(result.curve, result.config.shape.depth, title)
+    if drawn is not None:
+        lambdas = figure.save(drawn, folder, "lambda")
     store.write_json(summary, result.summary)
-    return [table, summary, svg, png]
+    return [table, summary, *lambdas, svg, png]
 
 
 def explain(error: Exception) -> str:
@@ -187,6 +196,21 @@ def refuse_empty_choices(args: list[str]) -> None:
             fail(f"{arg}: allowed: {', '.join(names)}")
 
 
+KEPT = 256 << 20  # bytes of freed memory that stay with the process
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20  # glibc's malloc.h, and its limit
+
+
+def tune_process() -> None:
+    """A setting of a process that is ours: glibc keeps freed memory for the next block.
+
+    Otherwise it is mapped and zeroed anew for every tensor: measured, 15 % of olmo2_32b's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
     job(config)
@@ -194,6 +218,7 @@ def _hydra_main(config: DictConfig) -> None:
 
 def main() -> None:
     """The command. Mistakes: one line and exit status 2; Ctrl-C: 130."""
+    tune_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and cleans up
     for stream in (sys.stdout, sys.stderr):

@@ -45,7 +45,7 @@ class Step:
     @cached_property
     def max_abs(self) -> Tensor:
         """max |x_i| (B, T)."""
-        return vector_norm(self.after, torch.inf, dim=-1)
+        return self.after.abs().amax(-1)
 
     @cached_property
     def nan(self) -> Tensor:

@@ -43,30 +43,33 @@ def _by_seed(ends: pd.DataFrame, column: str, depth: int) -> Array:
     return np.where(np.isfinite(logs), logs, np.nan)
 
 
-def per_block(frame: pd.DataFrame, name: str, depth: int) -> pd.DataFrame:
-    """Pairwise and from-first λ, tidy: seed, block (from 1), of (activation, gradient), both λs.
+def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """Pairwise and from-first λ of every curve, tidy.
 
-    The pairwise one of block i is from i − 1 to i; block 1 has none.
+    Columns: curve, seed, block (from 1), of (activation, gradient), lambda_pairwise (to this block
+    from the one before), lambda_from_first. The laws' mean squares are curves of their own, named as
+    their columns: those for the random inits, where there are any.
     """
-    ends, parts = block_ends(frame, name), []
-    for of, (norm, _) in zip(("activation", "gradient"), KINDS.values(), strict=True):
-        if norm not in ends:
-            continue
-        logs = _by_seed(ends, norm, depth)
+    names = list(frame["curve"].unique())
+    columns = [("activation", "norm", 1.0), ("gradient", "gradient_norm", 1.0)]
+    parts = [(name, name, *column) for name in names for column in columns if column[1] in frame]
+    basis = "random" if "random" in names else "checkpoint"
+    parts += [(f"law_{law}", basis, "activation", f"law_{law}", 0.5) for law in LAWS]
+    made = []
+    for curve, name, of, column, power in parts:
+        ends = block_ends(frame, name)
         seeds = sorted(ends["seed"].unique())
-        pairwise = np.diff(logs, axis=1, prepend=np.nan) / depth
-        parts.append(
-            pd.DataFrame(
-                {
-                    "seed": np.repeat(seeds, depth),
-                    "block": np.tile(np.arange(1, depth + 1), len(seeds)),
-                    "of": of,
-                    "lambda_pairwise": pairwise.ravel(),
-                    "lambda_from_first": ((logs - logs[:, :1]) / depth).ravel(),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+        logs = power * _by_seed(ends, column, depth)
+        values = {
+            "curve": curve,
+            "seed": np.repeat(seeds, depth),
+            "block": np.tile(np.arange(1, depth + 1), len(seeds)),
+            "of": of,
+            "lambda_pairwise": (np.diff(logs, axis=1, prepend=np.nan) / depth).ravel(),
+            "lambda_from_first": ((logs - logs[:, :1]) / depth).ravel(),
+        }
+        made.append(pd.DataFrame(values))
+    return pd.concat(made, ignore_index=True)
 
 
 def _first_to_last(logs: Array) -> Estimate | None:

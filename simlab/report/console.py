@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -12,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from simlab.config import RunConfig
-from simlab.growth.verdict import Verdict
-from simlab.report.table import growth_table
+from simlab.growth.fit import Estimate
+from simlab.growth.verdict import Verdict, plus_minus
+from simlab.report.table import growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint"}
 
@@ -72,33 +75,56 @@ def progress(blocks: int) -> Iterator[Callable[[], None]]:
 def show(
     frame: pd.DataFrame,
     verdicts: Mapping[str, Verdict],
-    overflow: Sequence[Mapping[str, object]],
+    summary: Mapping[str, Any],
     files: Sequence[Path],
 ) -> None:
-    """The table and the verdict of every curve, then where the files are, the figure last."""
+    """The tables and the verdict of every curve, then where the files are, the figure last."""
     console = Console(highlight=False)
     for name in verdicts:
         if len(verdicts) > 1:
             console.print(Text(NAMES[name], style="bold"))
         console.print(growth_table(frame, name))
         console.print()
-    for line in verdict_lines(verdicts, overflow):
+        if summary["lambda"][name]:
+            console.print(lambda_table(summary["lambda"][name]))
+            console.print()
+    for line in verdict_lines(verdicts, summary):
         console.print(Text(line, style="bold"))
     console.print()
     for path in files:
         console.print(str(path), soft_wrap=True, markup=False)
 
 
-def verdict_lines(
-    verdicts: Mapping[str, Verdict], overflow: Sequence[Mapping[str, object]]
-) -> list[str]:
-    """The verdict sentences, named where there are several, and what overflowed."""
+def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
+    """The verdict sentences, named where there are several, the loss, and what overflowed."""
     several = len(verdicts) > 1
     lines = [
         f"{NAMES[name].capitalize()}: {v.sentence}" if several else v.sentence
         for name, v in verdicts.items()
     ]
-    return lines + overflow_lines(overflow)
+    for name, loss in summary.get("loss", {}).items():
+        value = Estimate(**loss)
+        if math.isfinite(value.value):
+            chance = math.log(summary["config"]["model"]["vocab_size"])
+            of = f" of the {NAMES[name]}" if several else ""
+            lines.append(
+                f"Next-token loss{of}: {plus_minus(value)} nats; ln(vocabulary) is {chance:.3f}."
+            )
+    return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
+
+
+def lost_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Where gradients left the dtype's range, one line per curve with its sublayer nearest the loss."""
+    lines = []
+    lost = summary.get("gradient_overflow", [])
+    for name in dict.fromkeys(row["curve"] for row in lost):
+        rows = [row["sublayer"] for row in lost if row["curve"] == name]
+        seeds = f"{len(rows)} curve{'s' if len(rows) > 1 else ''}"
+        lines.append(
+            f"Gradient overflow ({NAMES[name]}, {seeds}): not finite at sublayer {max(rows)} and "
+            "before; empty there."
+        )
+    return lines
 
 
 def overflow_lines(overflow: Sequence[Mapping[str, object]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The growth figure: the measured curves with the seeds' band, both laws, linear and log axes."""
+"""Figures: growth with the seeds' band and both laws, the gradient, and growth exponents by block."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simlab.growth.exponents import per_block
 from simlab.store import write_atomically
 
 LABELS = {"random": "random init", "checkpoint": "checkpoint"}
@@ -24,44 +25,108 @@ LAW_STYLES = {
 
 
 def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
-    """Mean square of the residual stream against sublayer, linear on the left, log on the right."""
-    frame = frame.copy()
+    """Mean square of the residual stream against sublayer, on a linear axis and on a log one.
+
+    Where gradients were measured, a third panel holds their rms.
+    """
+    frame, gradients = frame.copy(), "gradient_rms" in frame
     # A re-norm happens after its sublayer: half a step to the right makes the drop visible.
     frame["x"] = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        axes = figure.subplots(1, 2)
-    for ax, scale in zip(axes, ("linear", "log"), strict=True):
-        _draw(ax, frame)
+        figure = Figure(figsize=(15 if gradients else 11, 4.8), layout="constrained")
+        axes = figure.subplots(1, 3 if gradients else 2)
+    for ax, scale in zip(axes[:2], ("linear", "log"), strict=True):
+        _laws(ax, frame)
+        _curves(ax, frame, "x", "mean_square")
         _limits(ax, frame, scale)
         ax.set(xlabel="sublayer (0: embedding)", ylabel="")
-        ax.set_title(f"{scale} axis", fontsize=10, color=".35")
+        ax.set_title(f"mean square, {scale} axis", fontsize=10, color=".35")
     axes[0].set_ylabel("mean square of the residual stream")
-    handles, labels = axes[0].get_legend_handles_labels()
+    if gradients:
+        _curves(axes[2], frame, "x", "gradient_rms")
+        if (frame["gradient_rms"] > 0).any():
+            axes[2].set_yscale("log")
+        axes[2].set(xlabel="sublayer (0: embedding)", ylabel="rms")
+        axes[2].set_title("gradient of the loss with respect to it", fontsize=10, color=".35")
+    return _finish(figure, axes[0], [title, *lines])
+
+
+def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
+    """λ by block, pairwise and from the first: a row for activations, one for gradients.
+
+    None where there is no λ: a single block, or curves that end before their second.
+    """
+    blocks = per_block(frame, depth)
+    if blocks["lambda_pairwise"].isna().all():
+        return None
+    kinds = list(blocks["of"].unique())
+    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
+        figure = Figure(figsize=(11, 1.6 + 3.2 * len(kinds)), layout="constrained")
+        axes = figure.subplots(len(kinds), 2, squeeze=False)
+    for row, of in zip(axes, kinds, strict=True):
+        for ax, name in zip(row, ("lambda_pairwise", "lambda_from_first"), strict=True):
+            part = blocks[blocks["of"] == of]
+            measured = part[~part["curve"].isin(list(LAW_STYLES))]
+            for law, (label, colour, style) in LAW_STYLES.items():
+                mean = part[part["curve"] == law].groupby("block")[name].mean()
+                if not mean.empty:
+                    ax.plot(mean.index, mean, color=colour, ls=style, lw=1.6, label=label, zorder=3)
+            _curves(ax, measured, "block", name)
+            ax.axhline(0, color=".4", lw=0.8, zorder=1)
+            ax.set(xlabel="block", ylabel="λ")
+            words = "from the block before" if name == "lambda_pairwise" else "from the first block"
+            ax.set_title(f"{of}, {words}", fontsize=10, color=".35")
+            _lambda_limits(ax, measured[name], part[name])
+    return _finish(figure, axes[0, 0], [f"Growth exponents λ of {title}"])
+
+
+def _lambda_limits(ax: Axes, measured: pd.Series, every: pd.Series) -> None:
+    """What was measured fills the axis; a law may widen it threefold."""
+    values = measured.replace([np.inf, -np.inf], np.nan).dropna()
+    if values.empty:
+        return
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    size = (high - low) or 1e-3
+    top, bottom = float(every.max()), float(every.min())
+    ax.set_ylim(max(low - 3 * size, min(bottom, low)) - 0.08 * size,
+                min(high + 3 * size, max(top, high)) + 0.08 * size)  # fmt: skip
+
+
+def _finish(figure: Figure, ax: Axes, lines: Sequence[str]) -> Figure:
+    """One legend for all panels, below; the lines above."""
+    handles, labels = ax.get_legend_handles_labels()
     if handles:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
         )
-    wrapped = [part for line in lines for part in textwrap.wrap(line, 145)]
-    figure.suptitle("\n".join([title, *wrapped]), fontsize=10.5, x=0.01, ha="left")
+    width = round(figure.get_figwidth() * 13)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
+    figure.suptitle("\n".join(wrapped), fontsize=10.5, x=0.01, ha="left")
     return figure
 
 
-def _draw(ax: Axes, frame: pd.DataFrame) -> None:
+def _laws(ax: Axes, frame: pd.DataFrame) -> None:
     if frame.empty:  # every curve overflowed at the embedding
         return
     basis = "random" if (frame["curve"] == "random").any() else "checkpoint"
     law = frame[frame["curve"] == basis].groupby("x")[list(LAW_STYLES)].mean()
+    law = law.clip(upper=1e6 * frame["mean_square"].max())  # off the axis, within float64
     law.loc[law.index % 1 > 0.2, list(LAW_STYLES)] = np.nan  # a gap at each re-norm, not a drop
     for name, (label, colour, style) in LAW_STYLES.items():
         ax.plot(law.index, law[name], color=colour, ls=style, lw=1.6, label=label, zorder=3)
+
+
+def _curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
+    """Each curve's mean over seeds with its band."""
     for name in frame["curve"].unique():
         of_curve = frame[frame["curve"] == name]
+        if of_curve[y].isna().all():
+            continue
         seeds = of_curve["seed"].nunique()
         label = LABELS[name] + (f" ({seeds} seeds: mean, min to max)" if seeds > 1 else "")
-        few = of_curve["x"].nunique() <= 24
+        few = of_curve[x].nunique() <= 24
         sns.lineplot(
-            of_curve, x="x", y="mean_square", ax=ax, label=label, color=COLOURS[name], lw=2,
+            of_curve, x=x, y=y, ax=ax, label=label, color=COLOURS[name], lw=2,
             errorbar=("pi", 100) if seeds > 1 else None, marker="o" if few else None,
             markersize=5, legend=False, zorder=2,
         )  # fmt: skip
@@ -84,12 +149,12 @@ def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
         return
     ax.set_yscale("log")
     laws = frame[["law_sqrt2", "law_additive"]].replace([np.inf], np.nan).max().max()
-    ax.set_ylim(float(positive.min()) / 2, max(top * 2, min(laws * 2, top * 1e3)))
+    ax.set_ylim(float(positive.min()) / 2, max(top, min(laws, top * 500)) * 2)
 
 
-def save(figure: Figure, folder: Path) -> list[Path]:
-    """growth.png and growth.svg; the same figure gives the same bytes."""
-    paths = [folder / "growth.png", folder / "growth.svg"]
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.png and NAME.svg; the same figure gives the same bytes."""
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     with matplotlib.rc_context({"svg.hashsalt": "simlab"}):
         write_atomically(paths[0], lambda path: figure.savefig(path, dpi=150))
         write_atomically(paths[1], lambda path: figure.savefig(path, metadata={"Date": None}))

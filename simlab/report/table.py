@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
+
+from simlab.growth.fit import Estimate
+from simlab.growth.verdict import plus_minus
+from simlab.theory.laws import LAWS
 
 DEEP = 24  # sublayers; beyond, a row per block
 MOST = 34  # rows; beyond, every n-th block
@@ -14,6 +20,9 @@ MOST = 34  # rows; beyond, every n-th block
 def growth_table(frame: pd.DataFrame, name: str) -> Table:
     """Mean square after each sublayer (each block, when deep), beside what the laws say."""
     frame = frame[frame["curve"] == name].copy()
+    gradients = "gradient_rms" in frame
+    if not gradients:
+        frame["gradient_rms"] = float("nan")
     # Rows of one step share (sublayer, kind): a re-norm has the number of the sublayer before it.
     by_step = frame.groupby(["sublayer", "kind"], sort=False)
     steps = by_step.agg(
@@ -23,17 +32,51 @@ def growth_table(frame: pd.DataFrame, name: str) -> Table:
         branch=("branch_mean_square", "mean"),
         additive=("law_additive", "mean"),
         sqrt2=("law_sqrt2", "mean"),
+        gradient=("gradient_rms", "mean"),
     ).reset_index()
     shown = _shown(steps)
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     table.add_column("block", justify="right")
     table.add_column("after")
-    for head in ("mean square", "± seeds", "added", "additive", "√2 law"):
+    columns = {
+        "mean_square": "mean square",
+        "spread": "± seeds",
+        "branch": "added",
+        "additive": "additive",
+        "sqrt2": "√2 law",
+    } | ({"gradient": "gradient"} if gradients else {})
+    for head in columns.values():
         table.add_column(head, justify="right")
-    numbers = shown[["mean_square", "spread", "branch", "additive", "sqrt2"]].to_numpy(float)
+    numbers = shown[list(columns)].to_numpy(float)
     blocks = ["" if pd.isna(block) else str(block + 1) for block in shown["block"]]
     for block, kind, row in zip(blocks, shown["kind"], numbers, strict=True):
         table.add_row(block, kind, *map(_short, row))
+    return table
+
+
+LAMBDAS = {
+    "lambda_paper": "λ of the mean vector (paper)",
+    "lambda_token": "λ of the tokens' mean norm",
+    "lambda_paper_gradient": "λ of the gradient's mean vector",
+    "lambda_token_gradient": "λ of its tokens' mean norm",
+}
+
+
+def lambda_table(values: Mapping[str, Any]) -> Table:
+    """The growth exponents from the first block to the last, beside the laws' where they have one.
+
+    values: one curve's entry of ``lambda`` in summary.json.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("growth exponent")
+    for head in ("measured", "additive", "√2 law"):
+        table.add_column(head, justify="right")
+    for key, label in LAMBDAS.items():
+        if key in values:
+            found = values[key]
+            text = plus_minus(Estimate(**found)) if found else ""
+            laws = [values[f"{key}_{law}"] for law in LAWS] if key == "lambda_token" else []
+            table.add_row(label, text, *("" if law is None else f"{law:.4g}" for law in laws))
     return table
 
 

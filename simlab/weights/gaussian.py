@@ -37,6 +37,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ JITTER = (
     1e-13  # far above the rounding of float64 sums of 10^5 squares, below float32's of a stream
 )
 PIECE = 1 << 16  # normals drawn from one generator, on one thread
-AHEAD = 4  # layers whose Z is drawn while one computes
+AHEAD = 7  # layers whose Z is drawn while one computes: a block has so many
 AT_ONCE = 4096  # columns widened to float64 at a time
 
 
@@ -131,8 +132,6 @@ class _Coordinates(torch.autograd.Function):
         scale, lower, jitter = factor(gram(x.detach()))
         ctx.save_for_backward(x, scale, lower)
         ctx.normals, ctx.name, ctx.jitter = normals, f"{name}/backward", jitter
-        if ctx.needs_input_grad[0]:
-            normals.start(ctx.name, x.shape)
         tap = torch.zeros((), dtype=torch.float64, device=lower.device).expand_as(lower)
         return (scale * lower).to(x.device, torch.float32), tap
 
@@ -183,6 +182,12 @@ class Inputs:
         self.x: Tensor | None = None
         self.found: tuple[Tensor, Tensor | None]
 
+    def start(self, x: Tensor, name: str) -> None:
+        """Begin to draw what the backward from x will ask for, if there is to be one."""
+        tokens, d = x[..., 0].numel(), x.shape[-1]
+        if x.requires_grad and self.x is not x and tokens < d:
+            self.normals.start(f"{name}/backward", (tokens, d))
+
     def coordinates(self, x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         """L and its tap for x (…, d), named after the first layer that asks; x itself if N ≥ d."""
         if self.x is not x:
@@ -191,6 +196,19 @@ class Inputs:
             made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
             self.x, self.found = x, made
         return self.found
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A layer that a batch will pass."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+    def z(self, tokens: int) -> Shape:
+        """The shape of its Z for so many tokens."""
+        return min(tokens, self.d_in), self.d_out
 
 
 class GaussianLinear(nn.Module):
@@ -205,23 +223,20 @@ class GaussianLinear(nn.Module):
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
 
-    def bind(
-        self, name: str, std: float, inputs: Inputs, later: Sequence[GaussianLinear] = ()
-    ) -> None:
+    def bind(self, name: str, std: float, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
         """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
-        self.name, self.std, self.inputs, self.later = name, std, inputs, list(later)
-
-    def z(self, tokens: int) -> tuple[str, Shape]:
-        """Key and shape of Z for so many tokens."""
-        return self.name, (min(tokens, self.d_in), self.d_out)
+        self.turn, self.std, self.inputs = Turn(name, self.d_in, self.d_out), std, inputs
+        self.later = list(later)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) to (…, d_out), in x's dtype; computed in float32."""
         normals, tokens = self.inputs.normals, x[..., 0].numel()
-        for layer in (self, *self.later):
-            normals.start(*layer.z(tokens))
-        coordinates, tap = self.inputs.coordinates(x, self.name)
-        z = normals(*self.z(tokens), x.device)
+        normals.start(self.turn.name, self.turn.z(tokens))
+        self.inputs.start(x, self.turn.name)
+        for turn in self.later:
+            normals.start(turn.name, turn.z(tokens))
+        coordinates, tap = self.inputs.coordinates(x, self.turn.name)
+        z = normals(self.turn.name, self.turn.z(tokens), x.device)
         scaled = self.std * coordinates
         y = scaled @ z if tap is None else _Product.apply(scaled, self.std**2 * tap, z)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -236,6 +251,7 @@ class GaussianWeights(RandomWeights):
     def __init__(self, model: ModelConfig, init: InitConfig, seed: int) -> None:
         super().__init__(model, init, seed)
         self.normals = Normals(seed, self.pool)
+        self.last = -1  # the block that was asked for last
 
     tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
 
@@ -248,10 +264,18 @@ class GaussianWeights(RandomWeights):
         block = super().block(layer, device, dtype)
         inputs = Inputs(self.normals)
         linears = {n: m for n, m in block.named_modules() if isinstance(m, GaussianLinear)}
-        order = list(linears.values())
-        for i, (inner, linear) in enumerate(linears.items()):
-            name = f"blocks.{layer}.{inner}.weight"
-            linear.bind(name, self.std(name), inputs, order[i + 1 : i + 1 + AHEAD])
+        follows = layer + (1 if layer > self.last else -1)  # forward, or back again
+        self.last = layer
+        turns = [
+            Turn(f"blocks.{i}.{inner}.weight", linear.d_in, linear.d_out)
+            for i in (layer, follows)
+            if 0 <= i < self.model.depth
+            for inner, linear in linears.items()
+        ]
+        for i, linear in enumerate(linears.values()):
+            linear.bind(
+                turns[i].name, self.std(turns[i].name), inputs, turns[i + 1 : i + 1 + AHEAD]
+            )
         return block
 
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:

@@ -8,9 +8,10 @@ from conftest import tiny
 from rich.console import Console
 
 from simlab.experiment import run
+from simlab.growth.exponents import per_block
 from simlab.report.console import overflow_lines, title, verdict_lines
-from simlab.report.figure import growth_figure, save
-from simlab.report.table import growth_table
+from simlab.report.figure import growth_figure, lambda_figure, save
+from simlab.report.table import growth_table, lambda_table
 
 matplotlib.use("Agg")
 
@@ -37,8 +38,8 @@ def test_figure_is_the_same_twice(tmp_path):
     result = run(tiny("seeds=3"))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        lines = verdict_lines(result.verdicts, [])
-        save(growth_figure(result.curve, title(result.config), lines), tmp_path / name)
+        lines = verdict_lines(result.verdicts, result.summary)
+        save(growth_figure(result.curve, title(result.config), lines), tmp_path / name, "growth")
     for file in ("growth.png", "growth.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
         assert (tmp_path / "a" / file).stat().st_size > 10_000
@@ -58,24 +59,38 @@ def test_figure_has_both_axes_the_band_and_both_theories():
         assert high >= result.curve["mean_square"].max()
 
 
+# √2 per sublayer leaves float64 here: its line must leave the axis without taking matplotlib along.
+DEEP = ["depth=600", "width=16", "heads=2", "seeds=1"]
+
+
 @pytest.mark.parametrize(
     "overrides",
-    [["norm=rezero"], ["norm=post"], ["depth=1", "seeds=1"], ["depth=300", "width=16", "heads=2"]],
+    [
+        ["norm=rezero"],
+        ["norm=post"],
+        ["depth=1", "seeds=1"],
+        ["depth=300", "width=16", "heads=2"],
+        DEEP,
+    ],
 )
 def test_odd_curves_draw(tmp_path, overrides):
     result = run(tiny(*overrides))
     save(
-        growth_figure(result.curve, title(result.config), verdict_lines(result.verdicts, [])),
+        growth_figure(
+            result.curve, title(result.config), verdict_lines(result.verdicts, result.summary)
+        ),
         tmp_path,
+        "growth",
     )
 
 
 def test_a_curve_that_overflows_at_once(tmp_path):
     """Only the embedding is finite: still a table, a figure and a sentence."""
     result = run(tiny("dtype=float16", "norm=none", "init.std=500", "seeds=2"))
-    lines = verdict_lines(result.verdicts, result.summary["overflow"])
-    save(growth_figure(result.curve, title(result.config), lines), tmp_path)
+    lines = verdict_lines(result.verdicts, result.summary)
+    save(growth_figure(result.curve, title(result.config), lines), tmp_path, "growth")
     lines_of(growth_table(result.curve, "random"))
+    assert lambda_figure(result.curve, 3, "t") is None
     assert any(line.startswith("Overflow (random init, 2 curves)") for line in lines)
 
 
@@ -87,3 +102,47 @@ def test_overflow_is_named():
     (line,) = overflow_lines(rows)
     assert "2 curves" in line
     assert "sublayer 6 (mlp of block 3)" in line
+
+
+@pytest.mark.parametrize("norm", ["reordered", "swin_renorm"])
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_gradients_have_their_panel_their_column_and_their_line(norm, seeds):
+    result = run(tiny("gradients=true", f"norm={norm}", "depth=5", f"seeds={seeds}"))
+    figure = growth_figure(result.curve, "t", [])
+    assert len(figure.axes) == 3
+    assert figure.axes[2].get_yscale() == "log"
+    lines = lines_of(growth_table(result.curve, "random"))
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split()[-1] == "gradient"
+    found = lines_of(lambda_table(result.summary["lambda"]["random"]))
+    assert max(map(len, found)) <= 80
+    assert len(found) == 5
+    (loss,) = (line for line in verdict_lines(result.verdicts, result.summary) if "loss" in line)
+    assert "ln(vocabulary) is 4.575" in loss
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("depth", [2, 5, 600])
+def test_lambda_figure(tmp_path, gradients, depth):
+    """One row of panels, or two; both laws beside the activations' measured curve."""
+    config = tiny(f"depth={depth}", f"gradients={gradients}", "width=16", "heads=2", "kv_heads=2")
+    frame = run(config).curve
+    blocks, figure = per_block(frame, depth), lambda_figure(frame, depth, "t")
+    assert len(figure.axes) == (4 if gradients else 2)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["additive law", "√2 per sublayer", "random init"]
+    pairwise = figure.axes[0]
+    low, high = pairwise.get_ylim()
+    values = blocks.loc[(blocks["curve"] == "random") & (blocks["of"] == "activation")]
+    assert low <= values["lambda_pairwise"].min()
+    assert high >= values["lambda_pairwise"].max()
+    save(figure, tmp_path, "lambda")
+    assert (tmp_path / "lambda.svg").exists()
+
+
+def test_a_lost_gradient_is_named():
+    result = run(tiny("dtype=float16", "norm=pre", "init.std=2", "depth=12", "gradients=true"))
+    lines = verdict_lines(result.verdicts, result.summary)
+    assert any(line.startswith("Gradient overflow (random init, 1 curve)") for line in lines)
+    growth_figure(result.curve, "t", lines)
+    assert lambda_figure(result.curve, 12, "t") is not None
