@@ -2,9 +2,9 @@
 
     from simlab import build_model, compose
     from simlab.experiment import run
-    config = compose(["depth=8", "norm=swin_renorm"])
+    config = compose(["model=small", "norm=swin_renorm"])
     result = run(config)            # .curve (a DataFrame), .summary, .verdicts
-    model = build_model(config)     # the same weights as one nn.Module
+    model = build_model(config)     # such a model, as one nn.Module
 
 Imports are late, so that ``--help`` and tab completion don't wait for torch.
 """

@@ -208,8 +208,9 @@ def build_model(
 ) -> Transformer:
     """The whole model of a run as one ``nn.Module``, its weights drawn or read onto the device.
 
-    The weights are the ones the run measures: the checkpoint's for source=checkpoint, else those of
-    ``seed`` (by default the run's first). device: as in the config, which is the default.
+    The weights are the checkpoint's for source=checkpoint, else those of ``seed`` (by default the
+    run's first): the ones that engine=dense measures; a weightless run has none.
+    device: as in the config, which is the default.
     Raises ConfigError.
     """
     where = resolve_device(str(device or config.device))

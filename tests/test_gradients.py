@@ -164,3 +164,15 @@ def test_gradients_do_not_change_the_forward():
     plain, both = run(tiny()).curve, run(tiny("gradients=true")).curve
     assert both[plain.columns].equals(plain)
     assert set(both.columns) - set(plain.columns) == set(GRADIENT_STATISTICS)
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+def test_the_loss_at_init_in_closed_form(engine):
+    """Logits of a normed stream are N(0, dσ²): the loss is ln V + dσ²/2, and its own spread known."""
+    overrides = ["width=512", "d_ff=64", "vocab_size=20000", "init.std=0.03", "init.truncate=null"]
+    config = tiny("depth=1", "heads=4", "kv_heads=4", *overrides, "gradients=true", "seeds=12",
+                  "inputs.length=32", f"engine={engine}")  # fmt: skip
+    loss = run(config).summary["loss"]["random"]["value"]
+    variance = 512 * 0.03**2
+    # The targets' logits dominate: 62 per seed, 12 seeds, nearly independent.
+    assert abs(loss - np.log(20000) - variance / 2) < 4 * np.sqrt(variance / (12 * 62))
