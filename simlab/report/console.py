@@ -85,8 +85,9 @@ def show(
             console.print(Text(NAMES[name], style="bold"))
         console.print(growth_table(frame, name))
         console.print()
-        if summary["lambda"][name]:
-            console.print(lambda_table(summary["lambda"][name]))
+        lambdas = lambda_table(summary["lambda"][name])
+        if lambdas.row_count:
+            console.print(lambdas)
             console.print()
     for line in verdict_lines(verdicts, summary):
         console.print(Text(line, style="bold"))

@@ -72,11 +72,10 @@ def lambda_table(values: Mapping[str, Any]) -> Table:
     for head in ("measured", "additive", "√2 law"):
         table.add_column(head, justify="right")
     for key, label in LAMBDAS.items():
-        if key in values:
-            found = values[key]
-            text = plus_minus(Estimate(**found)) if found else ""
+        if values.get(key):  # none with a single block, or without gradients
             laws = [values[f"{key}_{law}"] for law in LAWS] if key == "lambda_token" else []
-            table.add_row(label, text, *("" if law is None else f"{law:.4g}" for law in laws))
+            shown = ("" if law is None else f"{law:.4g}" for law in laws)
+            table.add_row(label, plus_minus(Estimate(**values[key])), *shown)
     return table
 
 
