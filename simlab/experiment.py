@@ -99,7 +99,9 @@ def prepare(config: RunConfig) -> Prepared:
             "gradients=true: predicts next tokens, so inputs.length must be at least 2"
         )
     engine, reason = config.engine, "as asked"
-    if engine == "auto":
+    if not config.seeds:
+        engine, reason = "dense", "a checkpoint has its weights"
+    elif engine == "auto":
         engine, times = choose(config.shape, tokens.numel(), config.gradients, device.type)
         size = f"{times:.1f}" if times < 10 else f"{times:.0f}"
         other = "weightless" if engine == "dense" else "dense"

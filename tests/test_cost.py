@@ -1,5 +1,7 @@
 """The rule of engine=auto: counts by hand, and where it turns."""
 
+import dataclasses
+
 import pytest
 from conftest import tiny
 
@@ -81,6 +83,9 @@ def test_a_checkpoint_is_always_dense(checkpoint):
     summary = run(config).summary
     assert summary["engines"] == {"checkpoint": "dense", "random": "weightless"}
     assert summary["loss"].keys() == {"checkpoint", "random"}
+    alone = prepare(dataclasses.replace(config, seeds=()))
+    assert (alone.config.engine, alone.engines) == ("dense", {"checkpoint": "dense"})
+    assert alone.reason == "a checkpoint has its weights"
 
 
 def test_threads_are_shared_in_proportion():

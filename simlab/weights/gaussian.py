@@ -66,7 +66,7 @@ class Normals:
 
     def start(self, key: str, shape: Shape) -> None:
         """Begin to draw what ``self(key, shape)`` will ask for."""
-        if key in self.started:
+        if key in self.started and self.started[key][0].shape == torch.Size(shape):
             return
         out, entropy = torch.empty(tuple(shape)), entropy_of(self.seed, "weightless", key)
         flat = out.numpy().reshape(-1)

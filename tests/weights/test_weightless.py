@@ -4,6 +4,7 @@ The token batch repeats tokens within sequences, and the sequences begin alike, 
 matrices are singular. At width 16 there are more tokens than dimensions. Heads are grouped.
 """
 
+import dataclasses
 from functools import cache
 from statistics import NormalDist
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny
 
+from simlab.config import InitConfig
 from simlab.engine import measure_curve
 from simlab.statistics import GRADIENT_STATISTICS, STATISTICS
 from simlab.weights import gaussian
@@ -80,6 +82,27 @@ def dense(norm, width):
 def test_weightless_is_dense_in_distribution(norm, width):
     z, count = worst(dense(norm, width), sample(GaussianWeights, shape(norm, width)))
     assert count > 100
+    assert z < limit(count)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["model.tied=true"],
+        ["norm.type=layer", "model.qk_norm=per_head"],
+        ["init=fan_in", "model.qk_norm=none"],
+    ],
+    ids=lambda variant: variant[0],
+)
+def test_variants(variant):
+    """A tied head, whose seen rows are known; other norms; an init without one σ."""
+    base = shape("reordered", 32)
+    model = [o for o in variant if not o.startswith("init")]
+    config = shape("reordered", 32, *model)
+    if "init=fan_in" in variant:
+        config = dataclasses.replace(config, init=InitConfig("fan_in", None, None))
+    assert config != base
+    z, count = worst(sample(RandomWeights, config), sample(GaussianWeights, config))
     assert z < limit(count)
 
 
