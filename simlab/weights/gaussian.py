@@ -49,9 +49,7 @@ from simlab.weights.init import Gaussian, distribution
 from simlab.weights.random import RandomWeights, draw_on_cpu, entropy_of
 from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
 
-JITTER = (
-    1e-13  # far above the rounding of float64 sums of 10^5 squares, below float32's of a stream
-)
+JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
 PIECE = 1 << 16  # normals drawn from one generator, on one thread
 AHEAD = 7  # layers whose Z is drawn while one computes: a block has so many
 AT_ONCE = 4096  # columns widened to float64 at a time
@@ -234,7 +232,8 @@ class GaussianLinear(nn.Module):
         normals.start(self.turn.name, self.turn.z(tokens))
         self.inputs.start(x, self.turn.name)
         for turn in self.later:
-            normals.start(turn.name, turn.z(tokens))
+            if tokens < turn.d_in:  # else Z is a whole matrix, of which a block's are enough
+                normals.start(turn.name, turn.z(tokens))
         coordinates, tap = self.inputs.coordinates(x, self.turn.name)
         z = normals(self.turn.name, self.turn.z(tokens), x.device)
         scaled = self.std * coordinates
