@@ -35,7 +35,7 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 print("RESULT", time.perf_counter() - start, peak)
 """
 CURVE = """
-from simlab.run import tune_process
+from simlab.process import tune_process
 tune_process()  # as the command does
 from simlab import compose
 from simlab.experiment import run
@@ -44,6 +44,8 @@ start = time.perf_counter()
 run(config)
 """
 FLOOR = """
+from simlab.process import tune_process
+tune_process()
 import json, torch
 sys.path.insert(0, sys.argv[1])
 import benchmark

@@ -5,13 +5,16 @@ from __future__ import annotations
 import codecs
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from simlab.config import ConfigError, InputsConfig, nearest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TEXT_BATCH, TEXT_LENGTH = 4, 256  # what inputs=text takes when the user doesn't say
 TOKENIZER_LIMIT = 256 << 20  # bytes
@@ -45,6 +48,8 @@ def _load(path: Path) -> Tokenizer:
 
     What a tokenizer.json can do is match its own regular expressions; it holds no code.
     """
+    from tokenizers import Tokenizer  # late: few runs need it
+
     if path.stat().st_size > TOKENIZER_LIMIT:
         raise ConfigError(f"{path}: larger than {TOKENIZER_LIMIT >> 20} MiB, not a tokenizer")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import re
@@ -24,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simlab.config import CONF_DIR, ConfigError, nearest
+from simlab.process import tune_process
 from simlab.validation import GROUPS, known_keys, options, read
 
 if TYPE_CHECKING:
@@ -194,21 +194,6 @@ def refuse_empty_choices(args: list[str]) -> None:
         if group in GROUPS and not re.search(r"[A-Za-z]", value.replace("null", "")):
             names = [name for name in options(group) if name != "from_checkpoint"]
             fail(f"{arg}: allowed: {', '.join(names)}")
-
-
-KEPT = 256 << 20  # bytes of freed memory that stay with the process
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20  # glibc's malloc.h, and its limit
-
-
-def tune_process() -> None:
-    """A setting of a process that is ours: glibc keeps freed memory for the next block.
-
-    Otherwise it is mapped and zeroed anew for every tensor: measured, 15 % of olmo2_32b's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST)
-        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")

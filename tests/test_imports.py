@@ -14,6 +14,7 @@ MAY = {
     "__init__": {"config", "validation", "experiment"},
     "validation": {"config"},
     "config": set(),
+    "process": set(),
     "inputs": {"config"},
     "statistics": set(),
     "model": {"config"},
@@ -30,7 +31,7 @@ MAY = {
     "experiment": {
         "config", "inputs", "model", "weights", "cost", "engine", "tidy", "growth", "theory", "store",
     },
-    "run": {"config", "validation", "experiment", "store", "report"},
+    "run": {"config", "validation", "process", "experiment", "store", "report"},
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
     @staticmethod
     def moment(x: Tensor) -> Tensor:
         """What the norm divides by, squared, without eps: (…, dim) to (…)."""
-        return x.pow(2).mean(-1)
+        return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
 
 
 class LayerNorm(RMSNorm):

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, NormConfig, YarnConfig, divides, nearest
-from simlab.weights.hub import locate
 from simlab.weights.source import Shape, Weights
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -252,6 +251,8 @@ class Checkpoint(Weights):
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
+        from simlab.weights.hub import locate  # late: random runs need no hub
+
         self.folder = locate(path, revision)
         self.model = read_config(self.folder / "config.json")
         self.files = self._check()

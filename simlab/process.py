@@ -1,0 +1,27 @@
+"""Settings of a whole process, for one that is ours: a command, not a library's caller."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import sys
+
+GARBAGE = 50_000  # objects between two collections of the youngest
+KEPT = 256 << 20  # bytes of freed memory that stay with the process
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20  # glibc's malloc.h, and its limit
+
+
+def tune_process() -> None:
+    """Settings of a process that is ours.
+
+    glibc keeps freed memory for the next block: otherwise it is mapped and zeroed anew for every
+    tensor, measured as 15 % of olmo2_32b's time. Garbage is looked for less often, and not once more
+    at the end: importing torch makes a million objects, and they cost 0.4 s of 1.9 s of a 1B curve.
+    """
+    gc.set_threshold(GARBAGE)
+    atexit.register(gc.freeze)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
