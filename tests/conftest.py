@@ -21,6 +21,15 @@ from simlab.config import RunConfig
 from simlab.validation import compose
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def assert_parity(ours: torch.Tensor, theirs: torch.Tensor, what: str = "") -> None:
+    """PARITY for a stream: rounding is relative to its size, so atol is in units of its rms (≥ 1)."""
+    size = max(1.0, theirs.double().pow(2).mean().sqrt().item())
+    tolerance = {"rtol": PARITY["rtol"], "atol": PARITY["atol"] * size}
+    torch.testing.assert_close(ours, theirs, **tolerance, msg=lambda m: f"{what}: {m}")
+
+
 SHAPE = ["depth=3", "width=48", "heads=6", "kv_heads=2", "d_ff=80", "vocab_size=97"]
 INPUTS = ["inputs.batch=2", "inputs.length=11"]
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from simlab import compose
 from simlab.config import ConfigError
 from simlab.experiment import prepare, run
-from simlab.weights.checkpoint import KEYS, Checkpoint, shapes, their_name
+from simlab.weights.checkpoint import Checkpoint
+from simlab.weights.formats.hugging_face import KEYS
 from simlab.weights.hub import locate
 
 
@@ -137,9 +138,6 @@ def test_a_missing_shard_and_a_lying_index(tmp_path):
 
 def test_key_map_is_one_to_one():
     assert len(set(KEYS.values())) == len(KEYS)
-    assert (
-        their_name("blocks.12.mlp.sublayer.up_proj.weight") == "model.layers.12.mlp.up_proj.weight"
-    )
 
 
 def test_shapes_are_the_models(checkpoint):
@@ -150,8 +148,12 @@ def test_shapes_are_the_models(checkpoint):
     opened = Checkpoint(str(checkpoint))
     with torch.device("meta"):
         ours = Transformer(opened.model).state_dict()
-    expected = {their_name(name): tuple(value.shape) for name, value in ours.items()}
-    assert shapes(opened.model) == expected
+    for name, value in ours.items():
+        stored, start, stop = opened.stored(name)
+        assert (stop - start, *stored.shape[1:]) == tuple(value.shape)
+    assert len(dict(opened.expected())) == len(ours)
+    stored, *_ = opened.stored("blocks.4.mlp.sublayer.up_proj.weight")
+    assert stored.name == "model.layers.4.mlp.up_proj.weight"
 
 
 def test_old_spelling_of_rope(checkpoint):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PARITY, write_olmo
+from conftest import PARITY, assert_parity, write_olmo
 
 from simlab import build_model, compose
 from simlab.engine import measure_curve
@@ -70,10 +70,8 @@ def test_every_hidden_state(tmp_path, case):
                 ours.append(step(ours[-1]))
         assert len(ours) == len(states)
         for sublayer, (a, b) in enumerate(zip(ours, states, strict=True)):
-            torch.testing.assert_close(
-                a, b, **PARITY, msg=lambda m, s=sublayer: f"sublayer {s}: {m}"
-            )
-        torch.testing.assert_close(model(ids), logits, **PARITY)
+            assert_parity(a, b, f"sublayer {sublayer}")
+        assert_parity(model(ids), logits, "logits")
 
 
 @pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn"])
@@ -110,4 +108,4 @@ def test_depth_and_wrong_norm_would_be_seen(tmp_path):
         for block in model.blocks:
             x = block(x)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(x, states[-1], **PARITY)
+        assert_parity(x, states[-1])

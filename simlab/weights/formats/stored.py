@@ -80,7 +80,9 @@ def _check_grid(tensor: Stored) -> None:
     )
     if good:
         cuts = [sorted({start[d] for start in starts}) for d in range(dimensions)]
-        ends = [dict(zip(c, [*c[1:], n], strict=True)) for c, n in zip(cuts, tensor.shape, strict=True)]
+        ends = [
+            dict(zip(c, [*c[1:], n], strict=True)) for c, n in zip(cuts, tensor.shape, strict=True)
+        ]
         good = (
             all(c[0] == 0 for c in cuts)
             and len(set(starts)) == len(starts) == math.prod(len(c) for c in cuts)
@@ -109,20 +111,20 @@ class Files:
         return self.maps[path]
 
     def rows(self, tensor: Stored, start: int, stop: int) -> Tensor:
-        """Rows start … stop − 1 of a tensor, in its dtype; a view of the file where one run has them."""
+        """Rows start … stop − 1 of a tensor; a view of the file where one run has them."""
         wanted = (stop - start, *tensor.shape[1:])
         if not math.prod(wanted):
             return torch.empty(wanted, dtype=tensor.dtype)
-        parts = [
-            p for p in tensor.pieces if p.start[0] < stop and p.start[0] + p.shape[0] > start
-        ]
+        parts = [p for p in tensor.pieces if p.start[0] < stop and p.start[0] + p.shape[0] > start]
         if len(parts) == 1:
             return self._of_piece(tensor, parts[0], start, stop)
         out = torch.empty(wanted, dtype=tensor.dtype)
         for p in parts:
             first, last = max(start, p.start[0]), min(stop, p.start[0] + p.shape[0])
             where = [slice(s, s + n) for s, n in zip(p.start[1:], p.shape[1:], strict=True)]
-            out[(slice(first - start, last - start), *where)] = self._of_piece(tensor, p, first, last)
+            out[(slice(first - start, last - start), *where)] = self._of_piece(
+                tensor, p, first, last
+            )
         return out
 
     def _of_piece(self, tensor: Stored, piece: Piece, start: int, stop: int) -> Tensor:
@@ -139,5 +141,7 @@ class Files:
         """All of a tensor."""
         if not tensor.shape:
             piece = tensor.pieces[0]
-            return self.rows(whole(tensor.name, (1,), tensor.dtype, piece.path, piece.offset), 0, 1)[0]
+            return self.rows(
+                whole(tensor.name, (1,), tensor.dtype, piece.path, piece.offset), 0, 1
+            )[0]
         return self.rows(tensor, 0, tensor.shape[0])
