@@ -240,14 +240,17 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
         small = ["depth=2", "inputs.length=16", "device=cpu", "init.std=0.05", "init.truncate=3"]
         ready = prepare(compose([*shape, *small, *overrides]))
         samples = []
-        for engine in ENGINES.values():
+        for turn, engine in enumerate(ENGINES.values()):
             curves = []
-            for seed in range(seeds):
+            for seed in range(turn * seeds, (turn + 1) * seeds):  # independent samples
                 weights = engine(ready.config.shape, ready.config.init, seed)
-                m = measure_curve(weights, ready.tokens, ready.device, torch.float32)
-                curves.append(torch.stack([row.values for row in m.rows[1:]]).flatten().numpy())
+                m = measure_curve(weights, ready.tokens, ready.device, torch.float32, True)
+                rows = [
+                    torch.cat([r.values, r.gradient]) for r in m.rows[1:] if r.gradient is not None
+                ]
+                curves.append(torch.cat(rows).numpy())
             sample = np.stack(curves)
-            samples.append(sample[:, sample.std(0) > 0])
+            samples.append(sample[:, sample.std(0) > 1e-9 * np.abs(sample).mean(0)])
         scores = []
         for power in (1, 2):
             x, y = ((s - (power - 1) * s.mean(0)) ** power for s in samples)

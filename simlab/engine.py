@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simlab.config import ConfigError
 from simlab.loss import next_token
+from simlab.model.transformer import Block
 from simlab.probe import Probe, Reducer, wide
 from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step
 from simlab.weights.source import Weights
@@ -110,6 +111,7 @@ def forward(
         for kind, values in probe.results():
             sublayer += kind != "renorm"
             rows.append(Row(sublayer, layer, kind, values))
+        del block, probe  # before the next one is made: one block's weights at a time
         on_block()
     return rows, [*kept, streams]
 
@@ -133,20 +135,34 @@ def backward(
         reducer.add(_gradient_step(stream, gradient, scale))
     values = [reducer.result()]
     for layer in reversed(range(weights.model.depth)):
-        block = weights.block(layer, top.device, top.dtype)
-        reducers = [Reducer(GRADIENT_STATISTICS) for _ in block.steps()]
-        for i, stream in enumerate(streams.pop()):
-            passed = [stream.requires_grad_()]
-            for _, step in block.steps():
-                passed.append(step(passed[-1]))
-            *before, out = passed
-            found = torch.autograd.grad(out, before, gradients[i])
-            gradients[i] = found[0]
-            for reducer, x, gradient in zip(reducers, before, found, strict=True):
-                reducer.add(_gradient_step(x, gradient, scale))
+        before = streams.pop()
+        reducers = _back_through(
+            weights.block(layer, top.device, top.dtype), before, gradients, scale
+        )
         values += [reducer.result() for reducer in reversed(reducers)]
         on_block()
     return loss, values[::-1]
+
+
+@torch.enable_grad()
+def _back_through(
+    block: Block, streams: list[Tensor], gradients: list[Tensor], scale: Tensor
+) -> list[Reducer]:
+    """Run a block again and take the gradients through it, in place; a reducer for every step.
+
+    The block and what autograd keeps of it end with this call.
+    """
+    reducers = [Reducer(GRADIENT_STATISTICS) for _ in block.steps()]
+    for i, stream in enumerate(streams):
+        passed = [stream.requires_grad_()]
+        for _, step in block.steps():
+            passed.append(step(passed[-1]))
+        *before, out = passed
+        found = torch.autograd.grad(out, before, gradients[i])
+        gradients[i] = found[0]
+        for reducer, x, gradient in zip(reducers, before, found, strict=True):
+            reducer.add(_gradient_step(x, gradient, scale))
+    return reducers
 
 
 def _gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:

@@ -69,7 +69,8 @@ class _Reader:
         self.known: list[str] = []
 
     def fail(self, key: str, value: object, why: str) -> ConfigError:
-        return ConfigError(f"{self.prefix}{key}={value}: {why}")
+        typed = "null" if value is None else str(value).lower() if value in (True, False) else value
+        return ConfigError(f"{self.prefix}{key}={typed}: {why}")
 
     def take(self, key: str) -> Any:
         self.known.append(key)

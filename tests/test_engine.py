@@ -13,7 +13,7 @@ from conftest import PARITY, tiny
 from simlab import build_model
 from simlab.config import ConfigError
 from simlab.engine import measure_curve, resolve_device
-from simlab.experiment import prepare, run
+from simlab.experiment import ENGINES, prepare, run
 from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.random import RandomWeights
 from simlab.weights.source import Weights
@@ -148,3 +148,31 @@ def test_same_seed_same_numbers():
     first = run(tiny("seeds=2")).curve
     assert run(tiny("seeds=2")).curve.equals(first)
     assert not run(tiny("seeds=2", "seed=7")).curve["mean_square"].equals(first["mean_square"])
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+def test_one_blocks_weights_at_a_time(engine):
+    """Forward and back: when a block is made, the one before is gone."""
+    config = tiny("depth=4", "gradients=true")
+    weights = ENGINES[engine](config.shape, config.init, 0)
+    made, alive = [], []
+    original = weights.block
+
+    def block(*args):
+        alive.append([ref() is not None for ref in made])
+        found = original(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    weights.block = block
+    tokens = prepare(config).tokens
+    measure_curve(weights, tokens, torch.device("cpu"), torch.float32, True)
+    assert len(alive) == 8
+    assert not any(any(before) for before in alive)
+
+
+def test_gradients_also_where_the_caller_wants_none():
+    config = tiny("gradients=true")
+    with torch.no_grad():
+        quiet = run(config).curve
+    assert quiet.equals(run(config).curve)

@@ -22,7 +22,7 @@ MAY = {
     "probe": {"model", "statistics"},
     "cost": {"config"},
     "loss": {"model", "weights"},
-    "engine": {"config", "loss", "weights", "probe", "statistics"},
+    "engine": {"config", "loss", "model", "weights", "probe", "statistics"},
     "theory": set(),
     "growth": {"theory"},
     "store": {"config"},

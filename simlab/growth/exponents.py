@@ -47,19 +47,24 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
     """Pairwise and from-first λ of every curve, tidy.
 
     Columns: curve, seed, block (from 1), of (activation, gradient), lambda_pairwise (to this block
-    from the one before), lambda_from_first. The laws' mean squares are curves of their own, named as
-    their columns: those for the random inits, where there are any.
+    from the one before), lambda_from_first, and lambda_paper, from the first as well but of the mean
+    vector: at the last block the number of that name. The laws' mean squares are curves of their own,
+    named as their columns: those for the random inits, where there are any; they say nothing of the
+    mean vector.
     """
     names = list(frame["curve"].unique())
-    columns = [("activation", "norm", 1.0), ("gradient", "gradient_norm", 1.0)]
-    parts = [(name, name, *column) for name in names for column in columns if column[1] in frame]
+    columns = [("activation", *KINDS[""], 1.0), ("gradient", *KINDS["_gradient"], 1.0)]
+    parts: list[tuple[str, str, str, str, str | None, float]] = [
+        (name, name, *column) for name in names for column in columns if column[1] in frame
+    ]
     basis = "random" if "random" in names else "checkpoint"
-    parts += [(f"law_{law}", basis, "activation", f"law_{law}", 0.5) for law in LAWS]
+    parts += [(f"law_{law}", basis, "activation", f"law_{law}", None, 0.5) for law in LAWS]
     made = []
-    for curve, name, of, column, power in parts:
+    for curve, name, of, column, vector, power in parts:
         ends = block_ends(frame, name)
         seeds = sorted(ends["seed"].unique())
         logs = power * _by_seed(ends, column, depth)
+        mean = _by_seed(ends, vector, depth) if vector else np.full_like(logs, np.nan)
         values = {
             "curve": curve,
             "seed": np.repeat(seeds, depth),
@@ -67,6 +72,7 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
             "of": of,
             "lambda_pairwise": (np.diff(logs, axis=1, prepend=np.nan) / depth).ravel(),
             "lambda_from_first": ((logs - logs[:, :1]) / depth).ravel(),
+            "lambda_paper": ((mean - mean[:, :1]) / depth).ravel(),
         }
         made.append(pd.DataFrame(values))
     return pd.concat(made, ignore_index=True)

@@ -16,7 +16,7 @@ from rich.text import Text
 from simlab.config import RunConfig
 from simlab.growth.fit import Estimate
 from simlab.growth.verdict import Verdict, plus_minus
-from simlab.report.table import growth_table, lambda_table
+from simlab.report.table import block_table, growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint"}
 
@@ -86,9 +86,10 @@ def show(
         console.print(growth_table(frame, name))
         console.print()
         lambdas = lambda_table(summary["lambda"][name])
-        if lambdas.row_count:
-            console.print(lambdas)
-            console.print()
+        for shown in (lambdas, block_table(summary["lambda"][name])):
+            if shown.row_count:
+                console.print(shown)
+                console.print()
     for line in verdict_lines(verdicts, summary):
         console.print(Text(line, style="bold"))
     console.print()

@@ -47,7 +47,7 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
         if (frame["gradient_rms"] > 0).any():
             axes[2].set_yscale("log")
         axes[2].set(xlabel="sublayer (0: embedding)", ylabel="rms")
-        axes[2].set_title("gradient of the loss with respect to it", fontsize=10, color=".35")
+        axes[2].set_title("gradient with respect to the residual stream", fontsize=10, color=".35")
     return _finish(figure, axes[0], [title, *lines])
 
 
@@ -72,12 +72,23 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
                 if not mean.empty:
                     ax.plot(mean.index, mean, color=colour, ls=style, lw=1.6, label=label, zorder=3)
             _curves(ax, measured, "block", name)
+            if name == "lambda_from_first":
+                _mean_vector(ax, measured)
             ax.axhline(0, color=".4", lw=0.8, zorder=1)
             ax.set(xlabel="block", ylabel="λ")
             words = "from the block before" if name == "lambda_pairwise" else "from the first block"
             ax.set_title(f"{of}, {words}", fontsize=10, color=".35")
-            _lambda_limits(ax, measured[name], part[name])
-    return _finish(figure, axes[0, 0], [f"Growth exponents λ of {title}"])
+            shown = [name] if name == "lambda_pairwise" else [name, "lambda_paper"]
+            _lambda_limits(ax, pd.concat([measured[n] for n in shown]), part[name])
+    return _finish(figure, axes[0, 1], [f"Growth exponents λ of {title}"])
+
+
+def _mean_vector(ax: Axes, frame: pd.DataFrame) -> None:
+    """λ of the one mean vector, the paper's, beside that of the tokens' mean norm."""
+    for name, rows in frame.groupby("curve", sort=False):
+        mean = rows.groupby("block")["lambda_paper"].mean()
+        label = f"{LABELS[str(name)]}, of the mean vector (paper)"
+        ax.plot(mean.index, mean, color=COLOURS[str(name)], ls=(0, (4, 1.5)), lw=1.4, label=label)
 
 
 def _lambda_limits(ax: Axes, measured: pd.Series, every: pd.Series) -> None:

@@ -44,7 +44,7 @@ def growth_table(frame: pd.DataFrame, name: str) -> Table:
         "branch": "added",
         "additive": "additive",
         "sqrt2": "√2 law",
-    } | ({"gradient": "gradient"} if gradients else {})
+    } | ({"gradient": "grad. rms"} if gradients else {})
     for head in columns.values():
         table.add_column(head, justify="right")
     numbers = shown[list(columns)].to_numpy(float)
@@ -58,7 +58,7 @@ LAMBDAS = {
     "lambda_paper": "λ of the mean vector (paper)",
     "lambda_token": "λ of the tokens' mean norm",
     "lambda_paper_gradient": "λ of the gradient's mean vector",
-    "lambda_token_gradient": "λ of its tokens' mean norm",
+    "lambda_token_gradient": "λ of the gradient's mean norm",
 }
 
 
@@ -76,6 +76,30 @@ def lambda_table(values: Mapping[str, Any]) -> Table:
             laws = [values[f"{key}_{law}"] for law in LAWS] if key == "lambda_token" else []
             shown = ("" if law is None else f"{law:.4g}" for law in laws)
             table.add_row(label, plus_minus(Estimate(**values[key])), *shown)
+    return table
+
+
+MOST_BLOCKS = 12  # rows of the table of λ by block
+
+
+def block_table(values: Mapping[str, Any]) -> Table:
+    """λ by block: from the block before and from the first one. Beyond MOST_BLOCKS, every n-th.
+
+    values: one curve's entry of ``lambda`` in summary.json. No rows where there is a single block.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("block", justify="right")
+    columns = []
+    for suffix, of in (("", ""), ("_gradient", "gradient ")):
+        for key, head in (("pairwise", "λ pairwise"), ("from_first", "λ from first")):
+            if values.get(f"lambda_{key}{suffix}"):
+                columns.append(values[f"lambda_{key}{suffix}"])
+                table.add_column(f"{of}{head}", justify="right")
+    blocks = len(columns[0]) + 1 if columns else 0
+    every = math.ceil((blocks - 1) / MOST_BLOCKS) if blocks else 1
+    for block in range(2, blocks + 1):
+        if (block - 2) % every == 0 or block == blocks:
+            table.add_row(str(block), *(_short(column[block - 2]) for column in columns))
     return table
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simlab.config import ConfigError, ModelConfig
+from simlab.model.transformer import Block, dense_linear
+from simlab.weights.fingerprint import Fingerprints
 from simlab.weights.formats import open_folder
 from simlab.weights.formats.stored import Files, Stored, check
 from simlab.weights.source import Shape, Weights
-
-NORMS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm")
+from simlab.weights.streamed import Matrix, StreamedLinear, pool, shares
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -64,7 +67,9 @@ class Checkpoint(Weights):
         self.parts = dict(self._parts())
         self._check()
         self.files = Files()
-        self.hashes: dict[str, bytes] = {}
+        self.threads, self.reader = pool(), ThreadPoolExecutor(1)
+        self.prints = Fingerprints()
+        self.last = -1  # the block that was asked for last
 
     @property
     def tokenizer(self) -> Path | None:
@@ -134,32 +139,68 @@ class Checkpoint(Weights):
             parts[1] = "{}"
         return ".".join(parts) in self.parts or name == "head.weight"
 
-    def _read(self, name: str) -> Tensor:
-        tensor = self.files.rows(*self.stored(name))
-        if name not in self.hashes and name not in ("norm.weight", "head.weight"):
-            digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            self.hashes[name] = digest.digest()
-        return tensor
+    def linear(self, d_in: int, d_out: int) -> nn.Module:
+        """On a CPU a weight streams through its product; a device has a block's weights whole."""
+        return StreamedLinear(d_in, d_out) if self.streams else dense_linear(d_in, d_out)
+
+    def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
+        """One block; meanwhile the system reads the next one's bytes, forward or back."""
+        self.streams = device.type == "cpu"
+        block = super().block(layer, device, dtype)
+        for inner, module in block.named_modules():
+            if isinstance(module, StreamedLinear):
+                module.bind(self.matrix(f"blocks.{layer}.{inner}.weight"))
+        follows = layer + (1 if layer > self.last else -1)
+        self.last = layer
+        if 0 <= follows < self.model.depth:
+            self.reader.submit(self._ahead, follows)
+        return block
+
+    def _ahead(self, layer: int) -> None:
+        for theirs in dict.fromkeys(theirs for theirs, *_ in self.parts.values() if "{}" in theirs):
+            self.files.ahead(self.opened.tensors[theirs.format(layer)])
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight that stays in its file."""
+        return Matrix(self.files, *self.stored(name), self.threads, self.prints.of(name))
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""
         if not self.has(name):
             return torch.ones(tuple(shape), device=device, dtype=dtype)
-        return self._read(name).to(device, dtype, copy=True)
+        tensor = self.files.rows(*self.stored(name))
+        self.prints.take(name, tensor)
+        return tensor.to(device, dtype, copy=True)
 
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Rows of a matrix by id; the file is mapped, not loaded."""
-        return self._read(name)[ids.cpu()].to(device, dtype)
+        """Rows of a matrix by id: no others are read."""
+        stored, start, _ = self.stored(name)
+        unique, where = ids.cpu().unique(return_inverse=True)
+        found = [self.files.rows(stored, start + i, start + i + 1) for i in unique.tolist()]
+        return torch.cat(found).to(device, dtype)[where.to(device)]
 
     def identity(self) -> dict[str, str]:
-        """``weight_hash``: SHA-256 over name, dtype, shape and bytes of every tensor read so far.
+        """``weight_hash``: over name, dtype, shape and bytes of the embedding and every block.
 
-        Final norm and head stay out, which only gradients read: one checkpoint, one hash.
+        Of our names, so that the same weights have the same hash in every format. Final norm and head
+        stay out, which only gradients read: one checkpoint, one hash. Most of it is taken in as the
+        weights pass through their products; what none has met is read here.
         """
-        whole = hashlib.sha256()
-        for name in sorted(self.hashes):
-            whole.update(self.hashes[name])
-        return {"weight_hash": whole.hexdigest()}
+        digest = hashlib.sha256()
+        for pattern in sorted(self.parts.keys() - {"norm.weight", "head.weight"}):
+            for layer in range(self.model.depth) if "{}" in pattern else range(1):
+                name = pattern.format(layer)
+                stored, start, stop = self.stored(name)
+                if not self.prints.has(name):
+                    ranges = shares(stored, start, stop)
+                    list(self.threads.map(partial(self._take_rows, name, stored, start), ranges))
+                    self.files.release(stored)
+                shape = (stop - start, *stored.shape[1:])
+                digest.update(f"{name} {stored.dtype} {shape} ".encode())
+                digest.update(self.prints.bytes_of(name))
+        return {"weight_hash": digest.hexdigest()}
+
+    def _take_rows(self, name: str, stored: Stored, start: int, rows: tuple[int, int]) -> None:
+        self.prints.of(name)(rows[0] - start, self.files.rows(stored, *rows))

@@ -299,7 +299,12 @@ class GaussianWeights(RandomWeights):
         return [*parts, Columns(std * coordinates, chunks, tap)], targets
 
     def std(self, name: str) -> float:
-        """The standard deviation of a matrix's entries, its truncation taken into account."""
+        """The standard deviation of a matrix's entries, its truncation taken into account.
+
+        A tied head is the embedding.
+        """
+        if name == "head.weight" and self.model.tied:
+            name = "embedding.weight"
         law = distribution(self.model, self.init, name)
         assert isinstance(law, Gaussian)
         return law.std

@@ -113,7 +113,7 @@ def test_gradients_have_their_panel_their_column_and_their_line(norm, seeds):
     assert figure.axes[2].get_yscale() == "log"
     lines = lines_of(growth_table(result.curve, "random"))
     assert max(map(len, lines)) <= 80
-    assert lines[0].split()[-1] == "gradient"
+    assert lines[0].split()[-2:] == ["grad.", "rms"]
     found = lines_of(lambda_table(result.summary["lambda"]["random"]))
     assert max(map(len, found)) <= 80
     assert len(found) == 5
@@ -130,7 +130,8 @@ def test_lambda_figure(tmp_path, gradients, depth):
     blocks, figure = per_block(frame, depth), lambda_figure(frame, depth, "t")
     assert len(figure.axes) == (4 if gradients else 2)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["additive law", "√2 per sublayer", "random init"]
+    mean = "random init, of the mean vector (paper)"
+    assert labels == ["additive law", "√2 per sublayer", "random init", mean]
     pairwise = figure.axes[0]
     low, high = pairwise.get_ylim()
     values = blocks.loc[(blocks["curve"] == "random") & (blocks["of"] == "activation")]

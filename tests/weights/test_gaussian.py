@@ -16,7 +16,7 @@ from simlab.weights.gaussian import (
     factor,
     gram,
 )
-from simlab.weights.init import RULES
+from simlab.weights.init import RULES, distribution
 from simlab.weights.random import RandomWeights
 
 CPU = torch.device("cpu")
@@ -216,11 +216,12 @@ def test_dtypes(dtype):
     assert y.dtype == x.grad.dtype == dtype
 
 
-def test_a_tied_head_knows_the_rows_that_the_tokens_showed():
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_tied_head_knows_the_rows_that_the_tokens_showed(rule):
     """Its logits for them are the embedding's, to rounding; the rest have the embedding's std."""
     config = compose(
         ["depth=1", "width=64", "heads=2", "kv_heads=2", "d_ff=32", "vocab_size=5000",
-         "model.tied=true", "device=cpu"]
+         "model.tied=true", "device=cpu", f"init={rule}"]
     )  # fmt: skip
     weights = GaussianWeights(config.shape, config.init, 0)
     ids = torch.tensor([[7, 3, 7, 4999], [0, 3, 1, 2]])
@@ -233,4 +234,5 @@ def test_a_tied_head_knows_the_rows_that_the_tokens_showed():
     expected = (x.detach() * nexts).sum(1)
     torch.testing.assert_close(logits.gather(1, targets[:, None])[:, 0], expected)
     std = logits[:, 10:].std(1) / x.detach().norm(dim=1)
-    assert np.allclose(std, weights.std("embedding.weight"), rtol=5 / math.sqrt(2 * 4990))
+    law = distribution(config.shape, config.init, "embedding.weight")
+    assert np.allclose(std, law.std, rtol=5 / math.sqrt(2 * 4990))

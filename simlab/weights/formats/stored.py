@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,8 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError
+
+AHEAD = 8 << 20  # bytes that the system is asked for at once
 
 
 @dataclass(frozen=True)
@@ -97,18 +102,27 @@ def _check_grid(tensor: Stored) -> None:
         raise ConfigError(f"{where}tensor {tensor.name}: its parts don't make a whole")
 
 
+def _close(handles: dict[Path, int]) -> None:
+    for handle in handles.values():
+        os.close(handle)
+
+
 class Files:
     """Mapped files, by path. Threads may share it."""
 
     def __init__(self) -> None:
         self.maps: dict[Path, mmap.mmap] = {}
+        self.handles: dict[Path, int] = {}
+        self.lock = threading.Lock()
+        weakref.finalize(self, _close, self.handles)
 
     def _map(self, path: Path) -> mmap.mmap:
-        if path not in self.maps:
-            with path.open("rb") as file:
-                # A private mapping: what torch demands to be writable, and no write reaches the file.
-                self.maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self.maps[path]
+        with self.lock:
+            if path not in self.maps:
+                self.handles[path] = os.open(path, os.O_RDONLY)
+                # Private: torch wants memory that is writable, and no write would reach the file.
+                self.maps[path] = mmap.mmap(self.handles[path], 0, access=mmap.ACCESS_COPY)
+            return self.maps[path]
 
     def rows(self, tensor: Stored, start: int, stop: int) -> Tensor:
         """Rows start … stop − 1 of a tensor; a view of the file where one run has them."""
@@ -136,6 +150,29 @@ class Files:
             self._map(piece.path), dtype=torch.uint8, count=(stop - start) * row, offset=offset
         )
         return (data.clone() if offset % size else data).view(tensor.dtype).view(shape)
+
+    def release(self, tensor: Stored) -> None:
+        """Let go of the pages of a tensor that has been read; they stay in the system's cache."""
+        for piece, start, stop in self._runs(tensor):
+            if hasattr(mmap, "MADV_DONTNEED"):
+                start -= start % mmap.PAGESIZE
+                self._map(piece.path).madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def ahead(self, tensor: Stored) -> None:
+        """Ask the system to read a tensor into its cache while something else computes."""
+        for piece, start, stop in self._runs(tensor):
+            if hasattr(os, "posix_fadvise"):
+                self._map(piece.path)
+                for at in range(start, stop, AHEAD):
+                    size = min(AHEAD, stop - at)
+                    os.posix_fadvise(self.handles[piece.path], at, size, os.POSIX_FADV_WILLNEED)
+
+    def _runs(self, tensor: Stored) -> Iterator[tuple[Piece, int, int]]:
+        """Of each piece that isn't empty, the first byte in its file and the one after its last."""
+        for piece in tensor.pieces:
+            size = math.prod(piece.shape) * tensor.dtype.itemsize
+            if size:
+                yield piece, piece.offset, piece.offset + size
 
     def whole(self, tensor: Stored) -> Tensor:
         """All of a tensor."""
