@@ -227,7 +227,7 @@ def crossover(overrides: Sequence[str]) -> None:
 
 
 def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
-    """Two-sample z of every statistic's mean and variance: dense, cut at 3σ, against weightless."""
+    """Paired z of every statistic's mean and variance: dense, cut at 3σ, against weightless."""
     import torch
 
     from simlab import compose
@@ -240,9 +240,9 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
         small = ["depth=2", "inputs.length=16", "device=cpu", "init.std=0.05", "init.truncate=3"]
         ready = prepare(compose([*shape, *small, *overrides]))
         samples = []
-        for turn, engine in enumerate(ENGINES.values()):
+        for engine in ENGINES.values():
             curves = []
-            for seed in range(turn * seeds, (turn + 1) * seeds):  # independent samples
+            for seed in range(seeds):
                 weights = engine(ready.config.shape, ready.config.init, seed)
                 m = measure_curve(weights, ready.tokens, ready.device, torch.float32, True)
                 rows = [
@@ -250,12 +250,15 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
                 ]
                 curves.append(torch.cat(rows).numpy())
             sample = np.stack(curves)
-            samples.append(sample[:, sample.std(0) > 1e-9 * np.abs(sample).mean(0)])
+            samples.append(sample)
+        varies = (samples[0] - samples[1]).std(0) > 1e-9 * np.abs(samples[0]).mean(0)
+        samples = [sample[:, varies] for sample in samples]
         scores = []
         for power in (1, 2):
             x, y = ((s - (power - 1) * s.mean(0)) ** power for s in samples)
-            error = np.sqrt((x.var(0, ddof=1) + y.var(0, ddof=1)) / seeds)
-            scores.append(np.abs(x.mean(0) - y.mean(0)) / error)
+            differences = x - y  # in pairs: both engines draw the same embedding from a seed
+            error = differences.std(0, ddof=1) / np.sqrt(seeds)
+            scores.append(np.abs(differences.mean(0)) / error)
         bound = statistics.NormalDist().inv_cdf(1 - 0.01 / (4 * len(scores[0])))
         print(
             f"width {width:4d}, {seeds} seeds each: largest z of means {scores[0].max():.2f}, of "

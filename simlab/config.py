@@ -83,11 +83,15 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where the measured weights come from: ``random``, or ``checkpoint`` with its path."""
+    """Where the measured weights come from: ``random``, or ``checkpoint`` with its path.
+
+    weights: whether a table of every tensor's statistics is made.
+    """
 
     kind: str
     path: str | None = None
     revision: str | None = None
+    weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from simlab.config import ConfigError, ModelConfig, RunConfig
 from simlab.cost import choose, compute_threads
 from simlab.engine import measure_curve, resolve_device
+from simlab.growth.compare import departure, massive, sentences, with_outside
 from simlab.growth.curve import curves
 from simlab.growth.exponents import exponents
 from simlab.growth.fit import Estimate
@@ -30,6 +31,7 @@ from simlab.theory.laws import LAWS
 from simlab.tidy import cut, cut_gradients, losses, tidy, with_laws
 from simlab.weights.checkpoint import Checkpoint
 from simlab.weights.gaussian import GaussianWeights
+from simlab.weights.init import Gaussian, distribution
 from simlab.weights.random import RandomWeights
 from simlab.weights.source import Weights, materialise_model
 
@@ -75,12 +77,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run's curves (the rows of curve.csv), its summary (summary.json) and its verdicts."""
+    """A run's curves (the rows of curve.csv), its summary (summary.json) and its verdicts.
+
+    weights: the rows of weights.csv, a checkpoint's tensors.
+    """
 
     config: RunConfig
     curve: pd.DataFrame
     summary: dict[str, Any]
     verdicts: dict[str, Verdict]
+    weights: pd.DataFrame | None = None
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -89,7 +95,8 @@ def prepare(config: RunConfig) -> Prepared:
     checkpoint = None
     if config.source.kind == "checkpoint":
         assert config.source.path is not None
-        checkpoint = Checkpoint(config.source.path, config.source.revision)
+        source = config.source
+        checkpoint = Checkpoint(config.source.path, source.revision, statistics=source.weights)
         config = dataclasses.replace(config, model=checkpoint.model)
     tokenizer = checkpoint.tokenizer if checkpoint else None
     tokens = make_tokens(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
@@ -149,6 +156,7 @@ def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Run
         measured.append((name, seed, curve))
     frame = tidy(measured, ready.tokens.numel() * model.width)
     frame, overflow = cut(frame)
+    frame["massive"] = massive(frame)
     frame, lost = cut_gradients(frame, overflow)
     placement = PLACEMENTS[model.norm.placement]
     frame[[f"law_{law}" for law in LAWS]] = np.nan
@@ -161,9 +169,24 @@ def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Run
         )
     summary = summarise(ready, verdicts, overflow)
     summary["lambda"] = {name: _lambda(frame, name, model.depth) for name in verdicts}
+    if ready.checkpoint:
+        frame = with_outside(frame)
+        found = departure(frame)
+        summary["departure"] = asdict(found) if found else None
+        summary["comparison"] = sentences(found, frame)
     if config.gradients:
         summary |= {"loss": losses(measured), "gradient_overflow": lost}
-    return RunResult(config, frame, summary, verdicts)
+    return RunResult(config, frame, summary, verdicts, weight_table(ready))
+
+
+def weight_table(ready: Prepared) -> pd.DataFrame | None:
+    """A checkpoint's tensors, each beside the std with which ``init`` would draw it."""
+    if ready.checkpoint is None or not ready.config.source.weights:
+        return None
+    frame = pd.DataFrame(ready.checkpoint.table())
+    laws = [distribution(ready.config.shape, ready.config.init, name) for name in frame["tensor"]]
+    frame["init_std"] = [law.std if isinstance(law, Gaussian) else 0.0 for law in laws]
+    return frame
 
 
 def summarise(

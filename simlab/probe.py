@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from simlab.model.attention import Attention
 from simlab.model.norms import RMSNorm
 from simlab.model.placement import Placement, Renorm
 from simlab.model.transformer import Block
-from simlab.statistics import STATISTICS, Statistic, Step
+from simlab.statistics import REDUCE, STATISTICS, Statistic, Step, attention_statistics
 
 
 def wide(x: Tensor) -> Tensor:
@@ -21,42 +22,29 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Reducer:
-    """Statistics of one step, summed over the token batches that pass through it."""
+    """Statistics of one step over the token batches that pass through it."""
 
     def __init__(self, statistics: Mapping[str, Statistic]) -> None:
-        self.tokens = 0
         self.statistics = list(statistics.values())
-        self.values: list[Tensor] | None = None
+        self.values: list[list[Tensor]] = [[] for _ in self.statistics]
+        self.tokens = 0
 
     def add(self, step: Step) -> None:
-        """Take in one batch's step. Nothing is copied to the host."""
-        new = []
-        for statistic in self.statistics:
+        """Take in one batch's step: (B, T) numbers of each statistic, on its device."""
+        for statistic, values in zip(self.statistics, self.values, strict=True):
             value = statistic.of(step)
-            if statistic.reduce == "vector":
-                new.append(value.sum((0, 1)))
-            else:
-                new.append(value.amax() if statistic.reduce == "max" else value.sum())
+            values.append(value.sum((0, 1)) if statistic.reduce == "vector" else value)
         self.tokens += step.after[..., 0].numel()
-        if self.values is None:
-            self.values = new
-        else:
-            triples = zip(self.statistics, self.values, new, strict=True)
-            self.values = [
-                torch.maximum(a, b) if s.reduce == "max" else a + b for s, a, b in triples
-            ]
 
     def result(self) -> Tensor:
         """One number per statistic, in their order, on the device: (len(statistics),)."""
-        assert self.values is not None
-        finish = {
-            "mean": lambda total: total / self.tokens,
-            "max": lambda most: most,
-            "rms": lambda total: (total / self.tokens).sqrt(),
-            "vector": lambda total: (total / self.tokens).norm(),
-        }
-        pairs = zip(self.statistics, self.values, strict=True)
-        return torch.stack([finish[s.reduce](value) for s, value in pairs])
+        found = []
+        for statistic, values in zip(self.statistics, self.values, strict=True):
+            if statistic.reduce == "vector":
+                found.append((torch.stack(values).sum(0) / self.tokens).norm())
+            else:
+                found.append(REDUCE[statistic.reduce](torch.cat(values)))
+        return torch.stack([value.to(found[0].dtype) for value in found])
 
 
 class Probe:
@@ -67,6 +55,7 @@ class Probe:
         self.reducers = [Reducer(STATISTICS) for _ in self.steps]
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, Tensor] = {}
+        self.attention: dict[str, Tensor] | None = None
 
     def __enter__(self) -> Probe:
         for (_, step), reducer in zip(self.steps, self.reducers, strict=True):
@@ -87,16 +76,21 @@ class Probe:
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             self.seen["raw"] = out
 
+        def on_attend(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.attention = attention_statistics(args[0], args[1], args[3])
+
         def on_add(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
             self.seen |= {"skip": args[0], "branch": args[1], "sum": out}
 
         def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            reducer.add(observe(step, args[0], out, self.seen))
-            self.seen = {}
+            reducer.add(observe(step, args[0], out, self.seen, self.attention))
+            self.seen, self.attention = {}, None
 
         if isinstance(step, Placement):
             self.handles.append(step.sublayer.register_forward_hook(on_sublayer))
             self.handles.append(step.add.register_forward_hook(on_add))
+            if isinstance(step.sublayer, Attention):
+                self.handles.append(step.sublayer.attend.register_forward_hook(on_attend))
         self.handles.append(step.register_forward_hook(on_step))
 
     def results(self) -> list[tuple[str, Tensor]]:
@@ -106,7 +100,11 @@ class Probe:
 
 
 def observe(
-    step: Placement | Renorm, before: Tensor, after: Tensor, seen: dict[str, Tensor]
+    step: Placement | Renorm,
+    before: Tensor,
+    after: Tensor,
+    seen: dict[str, Tensor],
+    attention: dict[str, Tensor] | None = None,
 ) -> Step:
     """A residual step's tensors, widened. ``eps_factor`` is about the norm that acts last.
 
@@ -115,7 +113,8 @@ def observe(
     """
     if isinstance(step, Renorm):
         norm = step.norm_out
-        return Step(after=wide(after), moment=norm.moment(wide(before)), eps=norm.eps)
+        moment = norm.moment(wide(before))
+        return Step(after=wide(after), moment=moment, eps=norm.eps, gain=wide(norm.weight))
     raw, total = wide(seen["raw"]), seen["sum"]
     if step.normalises is None:
         moment, eps = RMSNorm.moment(raw), step.options.eps
@@ -123,6 +122,7 @@ def observe(
         norm = step.norm_out
         moment = norm.moment(wide(total) if step.normalises == "stream" else raw)
         eps = norm.eps
+    norms = [getattr(step, name) for name in step.norms]
     return Step(
         after=wide(after),
         skip=wide(seen["skip"]),
@@ -130,4 +130,6 @@ def observe(
         raw=raw,
         moment=moment,
         eps=eps,
+        gain=wide(norms[-1].weight) if norms else None,
+        attention=attention,
     )

@@ -88,7 +88,8 @@ def each_value_once(overrides: list[str]) -> Iterator[list[str]]:
 
 
 RESULTS = (
-    "curve.csv", "growth.png", "growth.svg", "lambda.png", "lambda.svg", "summary.json",
+    "curve.csv", "weights.csv", "growth.png", "growth.svg", "lambda.png", "lambda.svg",
+    "inside.png", "inside.svg", "summary.json",
 )  # fmt: skip
 OUR_FOLDER = re.compile(
     r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
@@ -149,21 +150,26 @@ def job(config: DictConfig) -> None:
 def write(result: RunResult, folder: Path) -> list[Path]:
     """curve.csv, the figures, and last summary.json, whose presence says that the run is whole."""
     from simlab import store
-    from simlab.report import console, figure
+    from simlab.report import console, figure, inside
 
     table, summary = folder / "curve.csv", folder / "summary.json"
     store.write_csv(table, result.curve)
+    tables = [table]
+    if result.weights is not None:
+        tables.append(folder / "weights.csv")
+        store.write_csv(tables[-1], result.weights)
     title, lines = (
         console.title(result.config),
         console.verdict_lines(result.verdicts, result.summary),
     )
-    png, svg = figure.save(figure.growth_figure(result.curve, title, lines), folder, "growth")
-    lambdas: list[Path] = []
-    drawn = figure.lambda_figure(result.curve, result.config.shape.depth, title)
-    if drawn is not None:
-        lambdas = figure.save(drawn, folder, "lambda")
+    drawn = {
+        "growth": figure.growth_figure(result.curve, title, lines),
+        "lambda": figure.lambda_figure(result.curve, result.config.shape.depth, title),
+        "inside": inside.inside_figure(result.curve, title),
+    }
+    files = [f for name, made in drawn.items() if made for f in figure.save(made, folder, name)]
     store.write_json(summary, result.summary)
-    return [table, summary, *lambdas, svg, png]
+    return [*tables, summary, *files[::-1]]
 
 
 def explain(error: Exception) -> str:

@@ -264,7 +264,12 @@ def _source(reader: _Reader) -> SourceConfig:
     if kind == "random":
         source = SourceConfig(kind)
     else:
-        source = SourceConfig(kind, path=reader.text("path"), revision=reader.text("revision"))
+        source = SourceConfig(
+            kind,
+            path=reader.text("path"),
+            revision=reader.text("revision"),
+            weights=reader.boolean("weights"),
+        )
         if not source.path:
             raise ConfigError(
                 "source.path is missing: give a checkpoint folder or a hub id, "

@@ -57,6 +57,16 @@ def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     return (x_BHTC.float() * cos_TC + turned * sin_TC).to(x_BHTC.dtype)
 
 
+class Attend(nn.Module):
+    """softmax(QKᵀ/√C)·V. It exists so that hooks can see what attention gets."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, T, C) each to the same; mask (T, T), True where a query may look; None: causal."""
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None
+        )
+
+
 class Attention(nn.Module):
     """softmax(causal(QKᵀ/√C))·V, then the output projection; no biases (OLMo 2, arXiv 2501.00656).
 
@@ -76,6 +86,7 @@ class Attention(nn.Module):
         self.k_proj = linear(config.width, kv_dim)
         self.v_proj = linear(config.width, kv_dim)
         self.o_proj = linear(q_dim, config.width)
+        self.attend = Attend()
         if self.qk_norm != "none":
             norm = NORMS[config.norm.type]
             per_head = self.qk_norm == "per_head"
@@ -98,9 +109,7 @@ class Attention(nn.Module):
         if shared > 1:
             k_BKTC, v_BKTC = (p.repeat_interleave(shared, dim=1) for p in (k_BKTC, v_BKTC))
         mask = self._window_mask(x_BTD.shape[1], x_BTD.device)
-        o_BHTC = nn.functional.scaled_dot_product_attention(
-            q_BHTC, k_BKTC, v_BKTC, attn_mask=mask, is_causal=mask is None
-        )
+        o_BHTC = self.attend(q_BHTC, k_BKTC, v_BKTC, mask)
         out: Tensor = self.o_proj(o_BHTC.transpose(1, 2).flatten(2))
         return out
 

@@ -104,6 +104,7 @@ def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -
         f"{NAMES[name].capitalize()}: {v.sentence}" if several else v.sentence
         for name, v in verdicts.items()
     ]
+    lines += summary.get("comparison", [])
     for name, loss in summary.get("loss", {}).items():
         value = Estimate(**loss)
         if math.isfinite(value.value):

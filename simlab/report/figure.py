@@ -18,6 +18,7 @@ from simlab.store import write_atomically
 
 LABELS = {"random": "random init", "checkpoint": "checkpoint"}
 COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
+OUTSIDE_COLOUR = "#fdeecb"
 LAW_STYLES = {
     "law_additive": ("additive law", "#222222", (0, (1.2, 1.2))),
     "law_sqrt2": ("√2 per sublayer", "#e08214", (0, (5, 2))),
@@ -27,28 +28,64 @@ LAW_STYLES = {
 def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
     """Mean square of the residual stream against sublayer, on a linear axis and on a log one.
 
-    Where gradients were measured, a third panel holds their rms.
+    With a checkpoint, how its tokens spread, where it is outside the random inits, and a panel with the
+    two sums that its growth is made of. Where gradients were measured, a panel holds their
+    rms.
     """
     frame, gradients = frame.copy(), "gradient_rms" in frame
+    trained = bool((frame["curve"] == "checkpoint").any())
     # A re-norm happens after its sublayer: half a step to the right makes the drop visible.
     frame["x"] = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        figure = Figure(figsize=(15 if gradients else 11, 4.8), layout="constrained")
-        axes = figure.subplots(1, 3 if gradients else 2)
+        panels = 2 + gradients + trained
+        figure = Figure(figsize=(3 + 4 * panels, 4.8), layout="constrained")
+        axes = figure.subplots(1, panels)
+    if trained:
+        _tokens(axes[1], frame)
+        why(axes[2], frame)
     for ax, scale in zip(axes[:2], ("linear", "log"), strict=True):
         _laws(ax, frame)
-        _curves(ax, frame, "x", "mean_square")
+        draw_curves(ax, frame, "x", "mean_square")
         _limits(ax, frame, scale)
         ax.set(xlabel="sublayer (0: embedding)", ylabel="")
         ax.set_title(f"mean square, {scale} axis", fontsize=10, color=".35")
+        if trained:
+            _outside(ax, frame)
     axes[0].set_ylabel("mean square of the residual stream")
     if gradients:
-        _curves(axes[2], frame, "x", "gradient_rms")
+        ax = axes[-1]
+        draw_curves(ax, frame, "x", "gradient_rms")
         if (frame["gradient_rms"] > 0).any():
-            axes[2].set_yscale("log")
-        axes[2].set(xlabel="sublayer (0: embedding)", ylabel="rms")
-        axes[2].set_title("gradient with respect to the residual stream", fontsize=10, color=".35")
-    return _finish(figure, axes[0], [title, *lines])
+            ax.set_yscale("log")
+        ax.set(xlabel="sublayer (0: embedding)", ylabel="rms")
+        ax.set_title("gradient with respect to the residual stream", fontsize=10, color=".35")
+    return finish(figure, axes[1], [title, *lines])
+
+
+def _tokens(ax: Axes, frame: pd.DataFrame) -> None:
+    """How a checkpoint's tokens spread about their mean, and the first position by itself."""
+    rows = frame[frame["curve"] == "checkpoint"]
+    low, high = rows["mean_square_p05"], rows["mean_square_p95"]
+    ax.fill_between(
+        rows["x"], low, high, color=COLOURS["checkpoint"], alpha=0.15, lw=0,
+        label="checkpoint, 90 % of tokens", zorder=1,
+    )  # fmt: skip
+    ax.plot(
+        rows["x"], rows["mean_square_first"], color=COLOURS["checkpoint"], lw=1.2, ls=(0, (1, 1)),
+        label="checkpoint, position 0", zorder=2,
+    )  # fmt: skip
+
+
+def _outside(ax: Axes, frame: pd.DataFrame) -> None:
+    """Shade the sublayers where the checkpoint is outside the random inits' band."""
+    rows = frame[(frame["curve"] == "checkpoint") & frame["outside"].notna()]
+    away = rows["outside"].to_numpy() == 1
+    if not away.any():
+        return
+    x = rows["x"].to_numpy()
+    for i in np.flatnonzero(away):
+        ax.axvspan(x[i] - 0.5, x[i] + 0.5, color=OUTSIDE_COLOUR, lw=0, zorder=0)
+    ax.axvspan(np.nan, np.nan, color=OUTSIDE_COLOUR, label="checkpoint outside random inits")
 
 
 def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
@@ -71,7 +108,7 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
                 mean = part[part["curve"] == law].groupby("block")[name].mean()
                 if not mean.empty:
                     ax.plot(mean.index, mean, color=colour, ls=style, lw=1.6, label=label, zorder=3)
-            _curves(ax, measured, "block", name)
+            draw_curves(ax, measured, "block", name)
             if name == "lambda_from_first":
                 _mean_vector(ax, measured)
             ax.axhline(0, color=".4", lw=0.8, zorder=1)
@@ -80,7 +117,28 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
             ax.set_title(f"{of}, {words}", fontsize=10, color=".35")
             shown = [name] if name == "lambda_pairwise" else [name, "lambda_paper"]
             _lambda_limits(ax, pd.concat([measured[n] for n in shown]), part[name])
-    return _finish(figure, axes[0, 1], [f"Growth exponents λ of {title}"])
+    return finish(figure, axes[0, 1], [f"Growth exponents λ of {title}"])
+
+
+def why(ax: Axes, frame: pd.DataFrame) -> None:
+    """v_k − v_0 = Σ‖b‖²/d + Σ2⟨x, b⟩/d, summed up to each sublayer: size and alignment of branches."""
+    for name in ("random", "checkpoint"):
+        rows = frame[frame["curve"] == name]
+        if rows.empty:
+            continue
+        width = float((rows["delta_branch"] / rows["branch_mean_square"]).median())
+        for column, words, style in (
+            ("delta_cross", "alignment, 2⟨x, b⟩", "-"),
+            ("delta_branch", "size of branches, ‖b‖²", (0, (4, 1.5))),
+        ):
+            total = rows.groupby("seed")[column].cumsum() / width
+            mean = total.groupby(rows["x"]).mean()
+            label = f"{LABELS[name]}: {words}"
+            ax.plot(mean.index, mean, color=COLOURS[name], ls=style, lw=1.8, label=label)
+    ax.axhline(0, color=".4", lw=0.8)
+    ax.legend(fontsize=8.5, frameon=False, loc="upper left")
+    ax.set(xlabel="sublayer (0: embedding)", ylabel="")
+    ax.set_title("what its growth is made of, added up", fontsize=10, color=".35")
 
 
 def _mean_vector(ax: Axes, frame: pd.DataFrame) -> None:
@@ -103,7 +161,7 @@ def _lambda_limits(ax: Axes, measured: pd.Series, every: pd.Series) -> None:
                 min(high + 3 * size, max(top, high)) + 0.08 * size)  # fmt: skip
 
 
-def _finish(figure: Figure, ax: Axes, lines: Sequence[str]) -> Figure:
+def finish(figure: Figure, ax: Axes, lines: Sequence[str]) -> Figure:
     """One legend for all panels, below; the lines above."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
@@ -127,7 +185,7 @@ def _laws(ax: Axes, frame: pd.DataFrame) -> None:
         ax.plot(law.index, law[name], color=colour, ls=style, lw=1.6, label=label, zorder=3)
 
 
-def _curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
+def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
     """Each curve's mean over seeds with its band."""
     for name in frame["curve"].unique():
         of_curve = frame[frame["curve"] == name]

@@ -8,17 +8,18 @@ them runs, no name in them leads out of the folder, and no size that they claim 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simlab.config import ConfigError, ModelConfig
 from simlab.model.transformer import Block, dense_linear
-from simlab.weights.fingerprint import Fingerprints
+from simlab.weights.census import Census
 from simlab.weights.formats import open_folder
 from simlab.weights.formats.stored import Files, Stored, check
 from simlab.weights.source import Shape, Weights
@@ -55,10 +56,11 @@ def role(name: str) -> str:
 class Checkpoint(Weights):
     """An opened checkpoint: its shape, and its tensors by name, read from the file when asked for.
 
-    path: a folder or a hub id; revision: a hub branch, tag or commit.
+    path: a folder or a hub id; revision: a hub branch, tag or commit. statistics: also keep what
+    ``table`` needs, of weights as they are read.
     """
 
-    def __init__(self, path: str, revision: str | None = None) -> None:
+    def __init__(self, path: str, revision: str | None = None, *, statistics: bool = False) -> None:
         from simlab.weights.hub import locate  # late: random runs need no hub
 
         self.folder = locate(path, revision)
@@ -68,7 +70,7 @@ class Checkpoint(Weights):
         self._check()
         self.files = Files()
         self.threads, self.reader = pool(), ThreadPoolExecutor(1)
-        self.prints = Fingerprints()
+        self.census = Census(statistics)
         self.last = -1  # the block that was asked for last
 
     @property
@@ -162,14 +164,14 @@ class Checkpoint(Weights):
 
     def matrix(self, name: str) -> Matrix:
         """A weight that stays in its file."""
-        return Matrix(self.files, *self.stored(name), self.threads, self.prints.of(name))
+        return Matrix(self.files, *self.stored(name), self.threads, self.census.of(name))
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""
         if not self.has(name):
             return torch.ones(tuple(shape), device=device, dtype=dtype)
         tensor = self.files.rows(*self.stored(name))
-        self.prints.take(name, tensor)
+        self.census.of(name)(0, tensor)
         return tensor.to(device, dtype, copy=True)
 
     def rows(
@@ -189,18 +191,54 @@ class Checkpoint(Weights):
         weights pass through their products; what none has met is read here.
         """
         digest = hashlib.sha256()
-        for pattern in sorted(self.parts.keys() - {"norm.weight", "head.weight"}):
-            for layer in range(self.model.depth) if "{}" in pattern else range(1):
-                name = pattern.format(layer)
-                stored, start, stop = self.stored(name)
-                if not self.prints.has(name):
-                    ranges = shares(stored, start, stop)
-                    list(self.threads.map(partial(self._take_rows, name, stored, start), ranges))
-                    self.files.release(stored)
-                shape = (stop - start, *stored.shape[1:])
-                digest.update(f"{name} {stored.dtype} {shape} ".encode())
-                digest.update(self.prints.bytes_of(name))
+        for name in self.names():
+            if name in ("norm.weight", "head.weight"):
+                continue
+            self._take(name)
+            stored, start, stop = self.stored(name)
+            digest.update(f"{name} {stored.dtype} {(stop - start, *stored.shape[1:])} ".encode())
+            digest.update(self.census.bytes_of(name))
         return {"weight_hash": digest.hexdigest()}
 
-    def _take_rows(self, name: str, stored: Stored, start: int, rows: tuple[int, int]) -> None:
-        self.prints.of(name)(rows[0] - start, self.files.rows(stored, *rows))
+    def table(self) -> list[dict[str, Any]]:
+        """Of every tensor: our name, the file's, its shape, dtype, size, and ``Moments.statistics``."""
+        rows = []
+        for name in self.names():
+            self._take(name)
+            stored, start, stop = self.stored(name)
+            shape = (stop - start, *stored.shape[1:])
+            about = {
+                "tensor": name,
+                "in_file": stored.name,
+                "shape": "×".join(map(str, shape)),
+                "dtype": str(stored.dtype).removeprefix("torch."),
+                "entries": math.prod(shape),
+            }
+            rows.append(about | self.census.statistics(name))
+        return rows
+
+    def names(self) -> Iterator[str]:
+        """Our names of all parameters in the files: embedding, block after block, final norm, head."""
+        blocks = [name for name in self.parts if "{}" in name]
+        ends = [name for name in ("norm.weight", "head.weight") if name in self.parts]
+        yield "embedding.weight"
+        for layer in range(self.model.depth):
+            yield from (name.format(layer) for name in blocks)
+        yield from ends
+
+    def _take(self, name: str) -> None:
+        """Read for the census what no product has met."""
+        if self.census.has(name):
+            return
+        stored, start, stop = self.stored(name)
+        take = self.census.of(name)
+        if len(stored.shape) == 1:
+            take(0, self.files.rows(stored, start, stop))
+            return
+
+        def work(rows: tuple[int, int]) -> None:
+            take(rows[0] - start, self.files.rows(stored, *rows))
+
+        for _ in self.threads.map(work, shares(stored, start, stop)):
+            pass
+        self.files.release(stored)
