@@ -25,6 +25,8 @@ from simlab.weights.formats.stored import Files, Stored, check
 from simlab.weights.source import Shape, Weights
 from simlab.weights.streamed import Matrix, StreamedLinear, pool, shares
 
+RUNS_AT_ONCE = 64  # of a large tensor's rows, before its pages are let go
+
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its role, the last part of its name but ``weight``."""
@@ -164,15 +166,16 @@ class Checkpoint(Weights):
 
     def matrix(self, name: str) -> Matrix:
         """A weight that stays in its file."""
-        return Matrix(self.files, *self.stored(name), self.threads, self.census.of(name))
+        stored, start, stop = self.stored(name)
+        seen = self.census.of(name, stop - start)
+        return Matrix(self.files, stored, start, stop, self.threads, self.census.scratch, seen)
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""
         if not self.has(name):
             return torch.ones(tuple(shape), device=device, dtype=dtype)
-        tensor = self.files.rows(*self.stored(name))
-        self.census.of(name)(0, tensor)
-        return tensor.to(device, dtype, copy=True)
+        self._take(name)
+        return self.files.rows(*self.stored(name)).to(device, dtype, copy=True)
 
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
@@ -231,14 +234,16 @@ class Checkpoint(Weights):
         if self.census.has(name):
             return
         stored, start, stop = self.stored(name)
-        take = self.census.of(name)
         if len(stored.shape) == 1:
-            take(0, self.files.rows(stored, start, stop))
+            self.census.of(name, 1)(0, self.files.rows(stored, start, stop), None)
             return
+        take = self.census.of(name, stop - start)
 
         def work(rows: tuple[int, int]) -> None:
-            take(rows[0] - start, self.files.rows(stored, *rows))
+            take(rows[0] - start, self.files.rows(stored, *rows), None)
 
-        for _ in self.threads.map(work, shares(stored, start, stop)):
-            pass
-        self.files.release(stored)
+        runs = shares(stored, start, stop)
+        for first in range(0, len(runs), RUNS_AT_ONCE):
+            for _ in self.threads.map(work, runs[first : first + RUNS_AT_ONCE]):
+                pass
+            self.files.release(stored)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simlab.weights.census import Scratch
 from simlab.weights.formats.stored import Files, Stored
 
 AT_ONCE = 1 << 20  # bytes of a weight that one thread takes: half of a core's second-level cache
@@ -41,7 +42,7 @@ def shares(stored: Stored, start: int, stop: int) -> list[tuple[int, int]]:
 class Matrix:
     """Rows start … stop − 1 of a stored tensor: a weight W (d_out × d_in).
 
-    seen: is given each few rows (their number, and themselves) once they have been read.
+    seen: is given each few rows once they have been read, as ``Census.of`` says.
     """
 
     files: Files
@@ -49,12 +50,8 @@ class Matrix:
     start: int
     stop: int
     threads: ThreadPoolExecutor
-    seen: Callable[[int, Tensor], None]
-
-    def _rows(self, share: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        rows = self.files.rows(self.stored, *share)
-        self.seen(share[0] - self.start, rows)
-        return rows.to(dtype)
+    scratch: Scratch
+    seen: Callable[[int, Tensor, Tensor | None], None]
 
     def times(self, x: Tensor) -> Tensor:
         """x Wᵀ: (N, d_in) to (N, d_out), in x's dtype."""
@@ -63,8 +60,12 @@ class Matrix:
 
         def work(share: tuple[int, int]) -> None:
             with torch.no_grad():
-                here = slice(share[0] - self.start, share[1] - self.start)
-                torch.mm(self._rows(share, x.dtype), turned, out=out[here])
+                row = share[0] - self.start
+                rows = self.files.rows(self.stored, *share)
+                copied = rows.dtype != x.dtype
+                weight = self.scratch.copy(rows, x.dtype) if copied else rows
+                torch.mm(weight, turned, out=out[row : row + len(rows)])
+                self.seen(row, rows, weight if copied and x.dtype is torch.float32 else None)
 
         for _ in self.threads.map(work, shares(self.stored, self.start, self.stop)):
             pass
@@ -86,8 +87,9 @@ class Matrix:
             with torch.no_grad():
                 for a in range(self.start, self.stop, rows):
                     b = min(a + rows, self.stop)
-                    part = self.files.rows(self.stored, a, b)[:, columns].to(g.dtype)
-                    out[:, columns] += g[:, a - self.start : b - self.start] @ part
+                    part = self.files.rows(self.stored, a, b)[:, columns]
+                    weight = self.scratch.copy(part, g.dtype)
+                    out[:, columns] += g[:, a - self.start : b - self.start] @ weight
 
         for _ in self.threads.map(work, range(0, d_in, step)):
             pass
