@@ -66,6 +66,13 @@ class CheckFirst(Callback):
         except MISTAKES as error:
             fail(explain(error))
 
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Say which of a sweep's checkpoints hold the same weights."""
+        from simlab.store import same_weights
+
+        for weights, jobs in same_weights(Path(config.hydra.sweep.dir)).items():
+            print(f"simlab: jobs {', '.join(jobs)} have the same weights ({weights[:12]})")
+
 
 def each_value_once(overrides: list[str]) -> Iterator[list[str]]:
     """Single runs in which every value of every swept key occurs; not all combinations of them."""

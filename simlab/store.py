@@ -56,6 +56,20 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
+def same_weights(folder: Path) -> dict[str, list[str]]:
+    """Of a sweep's folder, the weight hashes that more than one job's summary has, with their jobs.
+
+    Some branches of published checkpoints hold the same bytes. Jobs are in their numbers' order.
+    """
+    found: dict[str, list[str]] = {}
+    jobs = [path.parent.name for path in folder.glob("*/summary.json")]
+    for job in sorted(jobs, key=lambda name: (len(name), name)):
+        summary = json.loads((folder / job / "summary.json").read_text(encoding="utf-8"))
+        if isinstance(summary.get("weight_hash"), str):
+            found.setdefault(summary["weight_hash"], []).append(job)
+    return {weights: jobs for weights, jobs in found.items() if len(jobs) > 1}
+
+
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """A tidy CSV; floats keep their digits."""
     write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False))

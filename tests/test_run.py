@@ -223,3 +223,23 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
     done = simlab(*SMALL, "seeds=1", "norm=peri", cwd=work, env=env)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in only_run(work).iterdir()) == [".hydra", *FILES]
+
+
+def test_a_sweep_names_checkpoints_that_are_the_same(tmp_path, checkpoint):
+    """Two folders, one set of weights; a third that differs in one number."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    for name in ("copy", "other"):
+        shutil.copytree(checkpoint, checkpoint.parent / name)
+    file = checkpoint.parent / "other" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] += 1
+    save_file(tensors, file, {"format": "pt"})
+    paths = ",".join(str(checkpoint.parent / name) for name in (checkpoint.name, "other", "copy"))
+    done = simlab("-m", "source=checkpoint", f"source.path={paths}", "seeds=0", "inputs.length=8",
+                  cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "same weights" in line)
+    assert line.startswith("simlab: jobs 0, 2 have the same weights (")
