@@ -1,14 +1,15 @@
 # make run    .venv, install, the main job; ends with the figure's path
 # make test   the test suite
+# make demo   the bundled trained model beside random inits
 # make check  ruff, ruff-format, mypy
-# Both run and test pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
+# run, demo and test pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test check checkpoint format clean
+.PHONY: run demo test check checkpoint format clean
 
 # A stamp per extra: reinstalled when the dependencies change, not on every call.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
@@ -19,6 +20,9 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt
 
 run: $(VENV)/run.stamp
 	@$(BIN)/python -m simlab.run $(ARGS)
+
+demo: $(VENV)/run.stamp
+	@$(BIN)/python -m simlab.run source=demo $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(ARGS)

@@ -10,6 +10,9 @@ from pathlib import Path
 _PACKAGED = Path(__file__).resolve().parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[1] / "conf"
 
+DEMO_DIR = Path(__file__).resolve().parent / "demo"
+DEMO_STEPS = ("0", "100", "1000", "final")
+
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless")
 NORM_TYPES = ("rms", "layer")
@@ -83,8 +86,9 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where the measured weights come from: ``random``, or ``checkpoint`` with its path.
+    """Where the measured weights come from: ``random``, ``checkpoint`` with its path, or ``demo``.
 
+    The latter two are stored: a checkpoint is measured, beside random inits of its shape.
     weights: whether a table of every tensor's statistics is made.
     """
 
@@ -92,6 +96,19 @@ class SourceConfig:
     path: str | None = None
     revision: str | None = None
     weights: bool = False
+    step: str | None = None  # of the demo's training, one of DEMO_STEPS
+
+    @property
+    def stored(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self.kind != "random"
+
+    @property
+    def location(self) -> str:
+        """The checkpoint's folder or hub id; the demo's checkpoints are inside the package."""
+        if self.kind == "demo":
+            return str(DEMO_DIR / (f"step-{self.step}" if self.step != "final" else "final"))
+        return str(self.path)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from simlab.config import ConfigError, ModelConfig, RunConfig
+from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.cost import choose, compute_threads
 from simlab.engine import measure_curve, resolve_device
 from simlab.growth.compare import departure, massive, sentences, with_outside
@@ -89,14 +89,21 @@ class RunResult:
     weights: pd.DataFrame | None = None
 
 
+def open_checkpoint(source: SourceConfig) -> Checkpoint:
+    """The checkpoint of a source that has one. Raises ConfigError."""
+    checkpoint = Checkpoint(source.location, source.revision, statistics=source.weights)
+    if source.kind == "demo":
+        name = f"demo ({checkpoint.folder.name.replace('-', ' ')})"
+        checkpoint.model = dataclasses.replace(checkpoint.model, name=name)
+    return checkpoint
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Open the checkpoint, make the tokens, find the device. Raises ConfigError."""
     device = resolve_device(config.device)
     checkpoint = None
-    if config.source.kind == "checkpoint":
-        assert config.source.path is not None
-        source = config.source
-        checkpoint = Checkpoint(config.source.path, source.revision, statistics=source.weights)
+    if config.source.stored:
+        checkpoint = open_checkpoint(config.source)
         config = dataclasses.replace(config, model=checkpoint.model)
     tokenizer = checkpoint.tokenizer if checkpoint else None
     tokens = make_tokens(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
@@ -233,18 +240,18 @@ def build_model(
 ) -> Transformer:
     """The whole model of a run as one ``nn.Module``, its weights drawn or read onto the device.
 
-    The weights are the checkpoint's for source=checkpoint, else those of ``seed`` (by default the
-    run's first): the ones that engine=dense measures; a weightless run has none.
+    The weights are the checkpoint's where the source has one, else those of ``seed`` (by default
+    the run's first): the ones that engine=dense measures; a weightless run has none.
     device: as in the config, which is the default.
     Raises ConfigError.
     """
     where = resolve_device(str(device or config.device))
     weights: Weights
     model: ModelConfig
-    if config.source.kind == "checkpoint":
+    if config.source.stored:
         if seed is not None:
             raise ConfigError("seed: a checkpoint's weights have no seed")
-        weights = Checkpoint(str(config.source.path), config.source.revision)
+        weights = open_checkpoint(config.source)
         model = weights.model
     else:
         model = config.shape

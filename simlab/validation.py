@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from simlab.config import (
     CONF_DIR,
+    DEMO_STEPS,
     DTYPES,
     ENGINES,
     NORM_TYPES,
@@ -128,7 +129,7 @@ class _Reader:
 
     def choice(self, key: str, allowed: Sequence[str]) -> str:
         value = self.take(key)
-        if value not in allowed:
+        if str(value) not in allowed:
             hint = nearest(str(value), allowed)
             raise self.fail(key, value, f"allowed: {', '.join(allowed)}{hint}")
         return str(value)
@@ -263,6 +264,10 @@ def _source(reader: _Reader) -> SourceConfig:
     kind = reader.choice("kind", options("source"))
     if kind == "random":
         source = SourceConfig(kind)
+    elif kind == "demo":
+        source = SourceConfig(
+            kind, weights=reader.boolean("weights"), step=reader.choice("step", DEMO_STEPS)
+        )
     else:
         source = SourceConfig(
             kind,
@@ -279,7 +284,8 @@ def _source(reader: _Reader) -> SourceConfig:
     return source
 
 
-def _inputs(reader: _Reader) -> InputsConfig:
+def _inputs(reader: _Reader, default: str | None) -> InputsConfig:
+    """default: the text where inputs=text names none."""
     kind = reader.choice("kind", options("inputs"))
     reader.only(f"inputs={kind}", _keys_of("inputs", kind))
     text = kind == "text"
@@ -288,13 +294,14 @@ def _inputs(reader: _Reader) -> InputsConfig:
         raise ConfigError(
             f"inputs.batch={batch} inputs.length={length}: at most {MOST_TOKENS} tokens together"
         )
+    prompt, path = reader.text("prompt"), reader.text("path")
     inputs = InputsConfig(
         kind,
         batch,
         length,
         exponent=reader.finite("exponent", "a number, at least 0", 0.0) if kind == "zipf" else None,
-        prompt=reader.text("prompt"),
-        path=reader.text("path"),
+        prompt=default if text and prompt is None and path is None else prompt,
+        path=path,
     )
     reader.done()
     if text and (inputs.prompt is None) == (inputs.path is None):
@@ -340,10 +347,11 @@ def read(config: DictConfig) -> RunConfig:
     assert isinstance(values, dict)
     top = _Reader({str(key): value for key, value in values.items()})
     source, init, inputs = (top.node(key) for key in ("source", "init", "inputs"))
+    text = source.text("text") if source.values.get("kind") == "demo" else None
     checked_source = _source(source)
     model: ModelConfig | None = None
-    if checked_source.kind == "checkpoint":
-        _refuse_shape(top)
+    if checked_source.stored:
+        _refuse_shape(top, checked_source.kind)
     else:
         if top.values.get("model") is None:
             raise ConfigError("model=from_checkpoint: only with source=checkpoint")
@@ -354,8 +362,8 @@ def read(config: DictConfig) -> RunConfig:
         model=model,
         init=_init(init),
         source=checked_source,
-        inputs=_inputs(inputs),
-        seeds=_seeds(top, seed, lowest=0 if checked_source.kind == "checkpoint" else 1),
+        inputs=_inputs(inputs, text),
+        seeds=_seeds(top, seed, lowest=0 if checked_source.stored else 1),
         seed=seed,
         engine=top.choice("engine", ENGINES),
         device=_device(top),
@@ -366,7 +374,7 @@ def read(config: DictConfig) -> RunConfig:
     return run
 
 
-def _refuse_shape(top: _Reader) -> None:
+def _refuse_shape(top: _Reader, kind: str) -> None:
     """With a checkpoint, nothing that its own config decides may be given."""
     shape = {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
     shape["vocab_size"] = top.take("vocab_size")
@@ -375,9 +383,7 @@ def _refuse_shape(top: _Reader) -> None:
     shape |= {f"model.{key}": value for key, value in (model or {}).items()}
     for key, value in shape.items():
         if value is not None:
-            raise ConfigError(
-                f"{key}={value}: with source=checkpoint it is read from the checkpoint"
-            )
+            raise ConfigError(f"{key}={value}: with source={kind} it is read from the checkpoint")
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

@@ -211,6 +211,9 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
     )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    demo = {p.relative_to(source) for p in (source / "simlab" / "demo").rglob("*") if p.is_file()}
+    assert len(demo) == 10  # four checkpoints of two files, their provenance and licence
+    assert all((tmp_path / "site" / path).is_file() for path in demo)
     shutil.rmtree(source)
     work = tmp_path / "work"
     work.mkdir()

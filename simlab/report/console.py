@@ -43,7 +43,7 @@ def announce(
     heads = f"{model.heads} heads" + (
         f" ({model.kv_heads} kv)" if model.kv_heads != model.heads else ""
     )
-    curves = ["the checkpoint"] if config.source.kind == "checkpoint" else []
+    curves = ["the checkpoint"] if config.source.stored else []
     count = len(config.seeds)
     curves += [f"{count} random init{'s' if count > 1 else ''}"] if count else []
     console = Console(highlight=False)
@@ -92,6 +92,8 @@ def show(
                 console.print()
     for line in verdict_lines(verdicts, summary):
         console.print(Text(line, style="bold"))
+    if "weight_hash" in summary:
+        console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
     console.print()
     for path in files:
         console.print(str(path), soft_wrap=True, markup=False)
