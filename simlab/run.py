@@ -157,7 +157,7 @@ def job(config: DictConfig) -> None:
 def write(result: RunResult, folder: Path) -> list[Path]:
     """curve.csv, the figures, and last summary.json, whose presence says that the run is whole."""
     from simlab import store
-    from simlab.report import console, figure, inside
+    from simlab.report import console, figure, style, trained
 
     table, summary = folder / "curve.csv", folder / "summary.json"
     store.write_csv(table, result.curve)
@@ -172,9 +172,9 @@ def write(result: RunResult, folder: Path) -> list[Path]:
     drawn = {
         "growth": figure.growth_figure(result.curve, title, lines),
         "lambda": figure.lambda_figure(result.curve, result.config.shape.depth, title),
-        "inside": inside.inside_figure(result.curve, title),
+        "inside": trained.inside_figure(result.curve, title),
     }
-    files = [f for name, made in drawn.items() if made for f in figure.save(made, folder, name)]
+    files = [f for name, made in drawn.items() if made for f in style.save(made, folder, name)]
     store.write_json(summary, result.summary)
     return [*tables, summary, *files[::-1]]
 

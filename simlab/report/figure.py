@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -14,43 +11,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.growth.exponents import per_block
-from simlab.store import write_atomically
-
-LABELS = {"random": "random init", "checkpoint": "checkpoint"}
-COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
-OUTSIDE_COLOUR = "#fdeecb"
-LAW_STYLES = {
-    "law_additive": ("additive law", "#222222", (0, (1.2, 1.2))),
-    "law_sqrt2": ("√2 per sublayer", "#e08214", (0, (5, 2))),
-}
+from simlab.report import trained
+from simlab.report.style import COLOURS, LABELS, LAW_STYLES, draw_curves, finish
 
 
 def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
     """Mean square of the residual stream against sublayer, on a linear axis and on a log one.
 
-    With a checkpoint, how its tokens spread, where it is outside the random inits, and a panel with the
-    two sums that its growth is made of. Where gradients were measured, a panel holds their
-    rms.
+    With a checkpoint beside random inits the second panel is relative to their mean, and a third
+    has the two sums that growth is made of. Where gradients were measured, the last holds their rms.
     """
     frame, gradients = frame.copy(), "gradient_rms" in frame
-    trained = bool((frame["curve"] == "checkpoint").any())
+    beside = frame["curve"].nunique() > 1
     # A re-norm happens after its sublayer: half a step to the right makes the drop visible.
     frame["x"] = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        panels = 2 + gradients + trained
+        panels = 2 + gradients + beside
         figure = Figure(figsize=(3 + 4 * panels, 4.8), layout="constrained")
         axes = figure.subplots(1, panels)
-    if trained:
-        _tokens(axes[1], frame)
-        why(axes[2], frame)
-    for ax, scale in zip(axes[:2], ("linear", "log"), strict=True):
+    if beside:
+        trained.relative(axes[1], frame)
+        trained.why(axes[2], frame)
+        trained.leaves(axes[0], frame)
+    for ax, scale in zip(axes[:2], ["linear"] if beside else ["linear", "log"], strict=False):
         _laws(ax, frame)
         draw_curves(ax, frame, "x", "mean_square")
         _limits(ax, frame, scale)
         ax.set(xlabel="sublayer (0: embedding)", ylabel="")
         ax.set_title(f"mean square, {scale} axis", fontsize=10, color=".35")
-        if trained:
-            _outside(ax, frame)
     axes[0].set_ylabel("mean square of the residual stream")
     if gradients:
         ax = axes[-1]
@@ -60,32 +48,6 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
         ax.set(xlabel="sublayer (0: embedding)", ylabel="rms")
         ax.set_title("gradient with respect to the residual stream", fontsize=10, color=".35")
     return finish(figure, axes[1], [title, *lines])
-
-
-def _tokens(ax: Axes, frame: pd.DataFrame) -> None:
-    """How a checkpoint's tokens spread about their mean, and the first position by itself."""
-    rows = frame[frame["curve"] == "checkpoint"]
-    low, high = rows["mean_square_p05"], rows["mean_square_p95"]
-    ax.fill_between(
-        rows["x"], low, high, color=COLOURS["checkpoint"], alpha=0.15, lw=0,
-        label="checkpoint, 90 % of tokens", zorder=1,
-    )  # fmt: skip
-    ax.plot(
-        rows["x"], rows["mean_square_first"], color=COLOURS["checkpoint"], lw=1.2, ls=(0, (1, 1)),
-        label="checkpoint, position 0", zorder=2,
-    )  # fmt: skip
-
-
-def _outside(ax: Axes, frame: pd.DataFrame) -> None:
-    """Shade the sublayers where the checkpoint is outside the random inits' band."""
-    rows = frame[(frame["curve"] == "checkpoint") & frame["outside"].notna()]
-    away = rows["outside"].to_numpy() == 1
-    if not away.any():
-        return
-    x = rows["x"].to_numpy()
-    for i in np.flatnonzero(away):
-        ax.axvspan(x[i] - 0.5, x[i] + 0.5, color=OUTSIDE_COLOUR, lw=0, zorder=0)
-    ax.axvspan(np.nan, np.nan, color=OUTSIDE_COLOUR, label="checkpoint outside random inits")
 
 
 def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
@@ -120,27 +82,6 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
     return finish(figure, axes[0, 1], [f"Growth exponents λ of {title}"])
 
 
-def why(ax: Axes, frame: pd.DataFrame) -> None:
-    """v_k − v_0 = Σ‖b‖²/d + Σ2⟨x, b⟩/d, summed up to each sublayer: size and alignment of branches."""
-    for name in ("random", "checkpoint"):
-        rows = frame[frame["curve"] == name]
-        if rows.empty:
-            continue
-        width = float((rows["delta_branch"] / rows["branch_mean_square"]).median())
-        for column, words, style in (
-            ("delta_cross", "alignment, 2⟨x, b⟩", "-"),
-            ("delta_branch", "size of branches, ‖b‖²", (0, (4, 1.5))),
-        ):
-            total = rows.groupby("seed")[column].cumsum() / width
-            mean = total.groupby(rows["x"]).mean()
-            label = f"{LABELS[name]}: {words}"
-            ax.plot(mean.index, mean, color=COLOURS[name], ls=style, lw=1.8, label=label)
-    ax.axhline(0, color=".4", lw=0.8)
-    ax.legend(fontsize=8.5, frameon=False, loc="upper left")
-    ax.set(xlabel="sublayer (0: embedding)", ylabel="")
-    ax.set_title("what its growth is made of, added up", fontsize=10, color=".35")
-
-
 def _mean_vector(ax: Axes, frame: pd.DataFrame) -> None:
     """λ of the one mean vector, the paper's, beside that of the tokens' mean norm."""
     for name, rows in frame.groupby("curve", sort=False):
@@ -161,19 +102,6 @@ def _lambda_limits(ax: Axes, measured: pd.Series, every: pd.Series) -> None:
                 min(high + 3 * size, max(top, high)) + 0.08 * size)  # fmt: skip
 
 
-def finish(figure: Figure, ax: Axes, lines: Sequence[str]) -> Figure:
-    """One legend for all panels, below; the lines above."""
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
-        )
-    width = round(figure.get_figwidth() * 13)
-    wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
-    figure.suptitle("\n".join(wrapped), fontsize=10.5, x=0.01, ha="left")
-    return figure
-
-
 def _laws(ax: Axes, frame: pd.DataFrame) -> None:
     if frame.empty:  # every curve overflowed at the embedding
         return
@@ -183,22 +111,6 @@ def _laws(ax: Axes, frame: pd.DataFrame) -> None:
     law.loc[law.index % 1 > 0.2, list(LAW_STYLES)] = np.nan  # a gap at each re-norm, not a drop
     for name, (label, colour, style) in LAW_STYLES.items():
         ax.plot(law.index, law[name], color=colour, ls=style, lw=1.6, label=label, zorder=3)
-
-
-def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
-    """Each curve's mean over seeds with its band."""
-    for name in frame["curve"].unique():
-        of_curve = frame[frame["curve"] == name]
-        if of_curve[y].isna().all():
-            continue
-        seeds = of_curve["seed"].nunique()
-        label = LABELS[name] + (f" ({seeds} seeds: mean, min to max)" if seeds > 1 else "")
-        few = of_curve[x].nunique() <= 24
-        sns.lineplot(
-            of_curve, x=x, y=y, ax=ax, label=label, color=COLOURS[name], lw=2,
-            errorbar=("pi", 100) if seeds > 1 else None, marker="o" if few else None,
-            markersize=5, legend=False, zorder=2,
-        )  # fmt: skip
 
 
 def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
@@ -219,12 +131,3 @@ def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
     ax.set_yscale("log")
     laws = frame[["law_sqrt2", "law_additive"]].replace([np.inf], np.nan).max().max()
     ax.set_ylim(float(positive.min()) / 2, max(top, min(laws, top * 500)) * 2)
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.png and NAME.svg; the same figure gives the same bytes."""
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    with matplotlib.rc_context({"svg.hashsalt": "simlab"}):
-        write_atomically(paths[0], lambda path: figure.savefig(path, dpi=150))
-        write_atomically(paths[1], lambda path: figure.savefig(path, metadata={"Date": None}))
-    return paths

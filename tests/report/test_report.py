@@ -10,7 +10,8 @@ from rich.console import Console
 from simlab.experiment import run
 from simlab.growth.exponents import per_block
 from simlab.report.console import overflow_lines, title, verdict_lines
-from simlab.report.figure import growth_figure, lambda_figure, save
+from simlab.report.figure import growth_figure, lambda_figure
+from simlab.report.style import save
 from simlab.report.table import growth_table, lambda_table
 
 matplotlib.use("Agg")

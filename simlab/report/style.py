@@ -1,0 +1,60 @@
+"""What the figures share: colours, a curve with its seeds' band, the frame around, and saving."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simlab.store import write_atomically
+
+LABELS = {"random": "random init", "checkpoint": "checkpoint"}
+COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
+LAW_STYLES = {
+    "law_additive": ("additive law", "#222222", (0, (1.2, 1.2))),
+    "law_sqrt2": ("√2 per sublayer", "#e08214", (0, (5, 2))),
+}
+
+
+def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
+    """Each curve's mean over seeds with its band."""
+    for name in frame["curve"].unique():
+        of_curve = frame[frame["curve"] == name]
+        if of_curve[y].isna().all():
+            continue
+        seeds = of_curve["seed"].nunique()
+        label = LABELS[name] + (f" ({seeds} seeds: mean, min to max)" if seeds > 1 else "")
+        few = of_curve[x].nunique() <= 24
+        sns.lineplot(
+            of_curve, x=x, y=y, ax=ax, label=label, color=COLOURS[name], lw=2,
+            errorbar=("pi", 100) if seeds > 1 else None, marker="o" if few else None,
+            markersize=5, legend=False, zorder=2,
+        )  # fmt: skip
+
+
+def finish(figure: Figure, ax: Axes, lines: Sequence[str]) -> Figure:
+    """One legend for all panels, below; the lines above."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
+        )
+    width = round(figure.get_figwidth() * 13)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
+    figure.suptitle("\n".join(wrapped), fontsize=10.5, x=0.01, ha="left")
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.png and NAME.svg; the same figure gives the same bytes."""
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    with matplotlib.rc_context({"svg.hashsalt": "simlab"}):
+        write_atomically(paths[0], lambda path: figure.savefig(path, dpi=150))
+        write_atomically(paths[1], lambda path: figure.savefig(path, metadata={"Date": None}))
+    return paths
