@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from simlab.config import ConfigError
 from simlab.weights.formats import pickles
-from simlab.weights.formats.fields import brief
+from simlab.weights.formats.fields import brief, checked_name
 from simlab.weights.formats.pickles import Made, Storage
 from simlab.weights.formats.stored import Stored, whole
 
@@ -183,7 +183,6 @@ def read_tensors(path: Path) -> dict[str, Stored]:
         raise ConfigError(f"{path}: not a dictionary of tensors")
     found = {}
     for name, value in archive.value.items():
-        if type(name) is not str:
-            raise ConfigError(f"{path}: a tensor's name is a {type(name).__name__}")
+        checked_name(name, path)
         found[name] = tensor(archive, value, name)
     return found

@@ -16,13 +16,13 @@ import torch
 from simlab.config import ConfigError
 from simlab.weights.formats import pickles
 from simlab.weights.formats.archives import open_archive, tensor
-from simlab.weights.formats.fields import brief
+from simlab.weights.formats.fields import brief, checked_name, plain_name
 from simlab.weights.formats.pickles import Made
 from simlab.weights.formats.stored import Piece, Stored
 
 METADATA = ".metadata"
 METADATA_LIMIT = 64 << 20  # bytes
-BUDGET = 6_000_000  # objects in it; a chunk makes about 30, so some 200,000 chunks
+BUDGET = 6_000_000  # objects in it; a chunk makes about 60, so some 100,000 chunks
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _places(stored: object, folder: Path, path: Path) -> dict[tuple[str, tuple[i
         what = f"{path}: {brief(name)}"
         if info.get("transform_descriptors"):
             raise ConfigError(f"{what}: transform_descriptors: compressed chunks are not supported")
-        if Path(file).name != file or {"\\", "\0"} & set(file) or not file.endswith(".distcp"):
+        if not plain_name(file, ".distcp"):
             raise ConfigError(f"{what} is in {brief(file)}, which is not a .distcp file's name")
         offset, length = info.get("offset"), info.get("length")
         if type(offset) is not int or type(length) is not int:
@@ -114,8 +114,7 @@ def read_tensors(folder: Path, without: tuple[str, ...]) -> dict[str, Stored]:
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     chunks: list[Chunk] = []
     for name, value in described.items():
-        if type(name) is not str:
-            raise ConfigError(f"{path}: a tensor's name is a {type(name).__name__}")
+        checked_name(name, path)
         tensor_fields = _known(value, "TensorStorageMetadata")
         if name.startswith(without) or not tensor_fields:
             continue

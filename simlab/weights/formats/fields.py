@@ -139,11 +139,27 @@ def head_shape(
     return width, heads, kv_heads, head_dim
 
 
+def plain_name(name: object, ending: str) -> bool:
+    """Whether a stranger's file name is one in its own folder, and can be shown and opened."""
+    if not isinstance(name, str) or not (name.isascii() and name.isprintable() and len(name) < 200):
+        return False
+    return name.endswith(ending) and not {"/", "\\"} & set(name) and name != ending
+
+
+def checked_name(name: object, path: Path) -> str:
+    """A tensor's name that can be shown in a line. Raises ConfigError."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+        raise ConfigError(f"{path}: {brief(name)}: not a tensor's name")
+    return name
+
+
 def brief(value: object) -> str:
     """A stranger's value as it can be shown: its first 60 characters, without control codes."""
     if isinstance(value, int) and abs(value) >= 10**60:
         return "a huge integer"
     if isinstance(value, str):
         value = value[:100]
+    elif not isinstance(value, int | float | dict | list | None):
+        return f"a {type(value).__name__}"  # the copies in a pickle's tuples may have no end
     text = repr(value)[:60]
     return text if len(text) < 60 else text + "…"

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from simlab.config import ConfigError
+from simlab.weights.formats.fields import brief, checked_name
 from simlab.weights.formats.stored import Stored, whole
 
 FLOATS = {
@@ -32,11 +33,12 @@ def read_header(path: Path) -> dict[str, Stored]:
             size = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = brief(str(error))[1:-1] if str(error) else type(error).__name__
         raise ConfigError(f"{path}: not a readable safetensors file ({reason})") from error
     header.pop("__metadata__", None)
     held = {}
     for name, about in header.items():
+        checked_name(name, path)
         if about["dtype"] not in FLOATS:
             raise ConfigError(
                 f"{path}: tensor {name} is {about['dtype']}; allowed: {', '.join(FLOATS)}"

@@ -15,6 +15,7 @@ from simlab.weights.formats.fields import (
     layers,
     number,
     only,
+    plain_name,
     positive,
     read_json,
 )
@@ -186,9 +187,10 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise ConfigError(f"{index}: has no weight_map")
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and Path(file).name == file and not {"\\", "\0"} & set(file)
-        if not plain or not file.endswith(".safetensors"):
-            raise ConfigError(f"{index}: {name} is in {brief(file)}, which is not a file name")
+        if not plain_name(file, ".safetensors"):
+            raise ConfigError(
+                f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
+            )
         names = files.setdefault(folder / file, set())
         assert names is not None
         names.add(name)
@@ -201,6 +203,6 @@ def tensors(folder: Path) -> dict[str, Stored]:
     for path, claimed in weight_files(folder).items():
         held = read_header(path)
         for name in sorted((claimed or set()) - held.keys()):
-            raise ConfigError(f"{path}: {name} is missing, which the index puts there")
+            raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
         found |= {n: t for n, t in held.items() if claimed is None or n in claimed}
     return found
