@@ -27,7 +27,7 @@ from evil_pickles import evil
 from simlab.config import ConfigError
 from simlab.weights.checkpoint import Checkpoint
 
-MEMORY = 600 << 20  # more than the interpreter with torch in it has mapped
+MEMORY = 256 << 20  # more than the interpreter with torch in it has mapped
 SECONDS = 8
 
 NASTY = [

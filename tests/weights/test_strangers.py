@@ -68,3 +68,27 @@ def test_python_itself_would_run_them(tmp_path, name):
     marker = tmp_path / "marker"
     pickle.loads(evil(marker)[name])
     assert marker.exists()
+
+
+def test_the_harness_sees_what_it_is_for(tmp_path, monkeypatch):
+    """Negative control: another exception, a message of two lines and a new file are failures."""
+    import strangers
+
+    from simlab.config import ConfigError
+
+    def fails(error):
+        def read(folder):
+            if error is None:
+                (folder / "made").touch()
+            else:
+                raise error
+
+        failures = []
+        monkeypatch.setattr(strangers, "read_all", read)
+        strangers.attempt(tmp_path, "x", failures)
+        return len(failures)
+
+    assert fails(ConfigError("one line")) == 0
+    assert [fails(e) for e in (ConfigError("two\nlines"), MemoryError(), KeyError("x"), None)] == [
+        1
+    ] * 4
