@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
 SHAPE = {
-    "d_model": 16, "vocab_size": 61, "n_layers": 4, "n_heads": 4, "hidden_size_multiple_of": 8,
+    "d_model": 16, "vocab_size": 61, "n_layers": 2, "n_heads": 4, "hidden_size_multiple_of": 8,
     "rope_theta": 900, "layer_norm_eps": 3e-4,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def configs():
     stepwise = StepwiseRoPEScalingConfig(factor=8.0, old_context_len=40)
     return {
         "olmo2": like(**reordered, n_kv_heads=2),
-        "olmo3": like(**reordered, sliding_window=window).with_rope_scaling(yarn),
+        "olmo3": like(**reordered, n_layers=4, sliding_window=window).with_rope_scaling(yarn),
         "first_full": like(**reordered, n_layers=5, sliding_window=first),
         "llama": like(n_kv_heads=1, rope_scaling=stepwise),
         "qwen3": like(qk_norm=True, use_head_qk_norm=True, head_dim=6, tie_word_embeddings=True),
