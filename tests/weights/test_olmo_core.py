@@ -85,6 +85,7 @@ def put(values, path, value):
 
 
 MIXER = "block.sequence_mixer"
+EACH = dict.fromkeys((f"force_full_attention_on_{end}_layer" for end in ("first", "last")), False)
 REFUSED = [
     ("name", "moe", "default"), ("embed_scale", 4.0, "1.0"), ("embedding_norm", {}, "null"),
     ("block.name", "normalized", "peri_norm"), ("block.name", "default_scaled", "peri_norm"),
@@ -102,7 +103,7 @@ REFUSED = [
     (f"{MIXER}.rope.partial_rotary_factor", 0.5, "1.0"),
     (f"{MIXER}.rope.scaling", {"_CLASS_": "x.PIRoPEScalingConfig"}, "YaRNRoPEScalingConfig"),
     (f"{MIXER}.rope.scaling", {"_CLASS_": "x.YaRNRoPEScalingConfig"}, "ramp"),
-    (f"{MIXER}.sliding_window", {"pattern": [4, 8, -1]}, "more than one size"),
+    (f"{MIXER}.sliding_window", EACH | {"pattern": [4, 8]}, "more than one size"),
     (f"{MIXER}.sliding_window", {"pattern": [0]}, "window sizes"),
     ("lm_head.bias", None, "false"), ("lm_head.name", "normalized", "default"),
     ("lm_head.layer_norm", None, "null"), ("n_layers", 10**9, "holds"), ("d_model", "x", "integer"),
