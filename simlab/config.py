@@ -51,6 +51,16 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class Llama3RopeConfig:
+    """Llama 3.1's long-context scaling of RoPE, by how often a pair turns (arXiv 2407.21783)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture: everything that decides what is computed, given weights and tokens."""
 
@@ -69,6 +79,7 @@ class ModelConfig:
     window: int | None = None
     full_attention: tuple[int, ...] = ()  # with a window: the layers that see everything
     tied: bool = False
+    llama3: Llama3RopeConfig | None = None  # or yarn, not both
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

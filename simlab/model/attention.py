@@ -11,14 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from simlab.config import ModelConfig, YarnConfig
+from simlab.config import Llama3RopeConfig, ModelConfig, YarnConfig
 from simlab.model.norms import NORMS
 
 Linear = Callable[[int, int], nn.Module]
 
 
 def inverse_frequencies(
-    head_dim: int, theta: float, yarn: YarnConfig | None, device: torch.device
+    head_dim: int,
+    theta: float,
+    yarn: YarnConfig | None,
+    device: torch.device,
+    llama3: Llama3RopeConfig | None = None,
 ) -> tuple[Tensor, float]:
     """RoPE's angle per position, θ^(−2i/C) for each of the C/2 pairs, and a factor on cos and sin.
 
@@ -26,10 +30,19 @@ def inverse_frequencies(
     original length are slowed down by ``factor``, those above ``beta_fast`` are kept, with a linear
     ramp over the pair's index between; cos and sin are scaled by 0.1·ln(factor) + 1.
 
+    With Llama 3.1's scaling (arXiv 2407.21783) pairs that turn fewer than ``low_freq_factor`` times
+    within the original length are slowed down by ``factor``, those above ``high_freq_factor`` are
+    kept, with a linear ramp over the turns between.
+
     Returns float32 angles of shape (C/2,), in radians per position, and the factor.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     angles = 1.0 / theta**exponents
+    if llama3 is not None:
+        turns = llama3.original_length * angles / (2 * math.pi)
+        low, high = llama3.low_freq_factor, llama3.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return angles * kept + angles / llama3.factor * (1 - kept), 1.0
     if yarn is None:
         return angles, 1.0
 
@@ -41,10 +54,10 @@ def inverse_frequencies(
             / (2 * math.log(theta))
         )
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), head_dim - 1)
+    first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair_turning(yarn.beta_slow)), head_dim - 1)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-    slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
     given = yarn.attention_factor
     factor = 0.1 * math.log(yarn.factor) + 1.0 if given is None else given
     return angles / yarn.factor * slowed + angles * (1 - slowed), factor
@@ -79,8 +92,9 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.qk_norm, self.theta = config.qk_norm, config.rope_theta
         self.window = config.window_of(layer)
-        # YaRN stretches what must reach far: a layer with a window keeps plain RoPE (OLMo 3).
+        # Scaling stretches what must reach far: a layer with a window keeps plain RoPE (OLMo 3).
         self.yarn = config.yarn if self.window is None else None
+        self.llama3 = config.llama3 if self.window is None else None
         q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = linear(config.width, q_dim)
         self.k_proj = linear(config.width, kv_dim)
@@ -114,7 +128,9 @@ class Attention(nn.Module):
         return out
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        angles, factor = inverse_frequencies(self.head_dim, self.theta, self.yarn, device)
+        angles, factor = inverse_frequencies(
+            self.head_dim, self.theta, self.yarn, device, self.llama3
+        )
         positions = torch.arange(length, dtype=torch.float32, device=device)
         angles_TC = torch.outer(positions, angles).repeat(1, 2)
         return angles_TC.cos() * factor, angles_TC.sin() * factor

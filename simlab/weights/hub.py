@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from huggingface_hub.errors import (
 )
 
 from simlab.config import ConfigError, nearest
+from simlab.weights.formats.distributed import METADATA, file_names
+from simlab.weights.formats.olmo_core import STATE
 
 # httpx's, under the name by which huggingface_hub has it: what a broken download raises.
 HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, PICKLED = "model.safetensors.index.json", "model.safetensors", "model.pt"
 
 
 def locate(path: str, revision: str | None) -> Path:
@@ -46,21 +49,41 @@ def locate(path: str, revision: str | None) -> Path:
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:
-    config = _fetch(repo, "config.json", revision)
+    """The files of whichever format the repository holds, in the hub's cache."""
+    names = ("config.json", "config.yaml")
+    cached = (_cached(repo, name, revision) for name in names)  # both, before the hub is asked
+    fetched = (_fetch_if_any(repo, name, revision) for name in names)
+    config = next(filter(None, itertools.chain(cached, fetched)), None)
+    if config is None:
+        raise ConfigError(f"source.path={repo}: the repository has no config.json or config.yaml")
+    legacy = config.name == "config.yaml"
     folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
     if _complete(folder):
         return folder
     _fetch_if_any(repo, "tokenizer.json", folder.name)  # before the weights: they may be cut short
-    index = _fetch_if_any(repo, INDEX, folder.name)
-    for file in _shards(index) if index else [SINGLE]:
-        _fetch(repo, file, folder.name)
+    index = None if legacy else _fetch_if_any(repo, INDEX, folder.name)
+    if index is not None:
+        for file in _shards(index):
+            _fetch(repo, file, folder.name)
+    elif _fetch_if_any(repo, SINGLE, folder.name) is None:
+        if legacy:
+            _fetch(repo, PICKLED, folder.name)
+        elif _fetch_if_any(repo, f"{STATE}/{METADATA}", folder.name) is not None:
+            for file in file_names(folder / STATE):
+                _fetch(repo, f"{STATE}/{file}", folder.name)
+        else:
+            raise ConfigError(f"source.path={repo}: the repository has no {SINGLE}")
     return folder
 
 
 def _complete(folder: Path) -> bool:
+    """Whether a snapshot has its weights, in whichever format."""
     index = folder / INDEX
-    shards = _shards(index) if index.exists() else [SINGLE]
-    return all((folder / file).exists() for file in shards)
+    if index.exists():
+        return all((folder / file).exists() for file in _shards(index))
+    if (folder / STATE / METADATA).exists():
+        return all((folder / STATE / file).exists() for file in file_names(folder / STATE))
+    return (folder / SINGLE).exists() or (folder / PICKLED).exists()
 
 
 def _shards(index: Path) -> list[str]:
@@ -78,6 +101,13 @@ def _fetch(repo: str, file: str, revision: str | None) -> Path:
     if path is None:
         raise ConfigError(f"source.path={repo}: the repository has no {file}")
     return path
+
+
+def _cached(repo: str, file: str, revision: str | None) -> Path | None:
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):  # the latter is reported by the fetch
+        return None
 
 
 def _fetch_if_any(repo: str, file: str, revision: str | None) -> Path | None:

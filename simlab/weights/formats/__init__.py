@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from simlab.config import ConfigError
-from simlab.weights.formats import hugging_face
+from simlab.weights.formats import hugging_face, legacy_olmo, olmo_core
 from simlab.weights.formats.opened import Opened
 
 # Whether a folder is of the format, and how it is opened. The first that says yes is taken.
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Opened]]] = {
+    "olmo_core": (olmo_core.found, olmo_core.open_folder),
+    "legacy_olmo": (legacy_olmo.found, legacy_olmo.open_folder),
     "hugging_face": (hugging_face.found, hugging_face.open_folder),
 }
 
@@ -20,4 +22,4 @@ def open_folder(folder: Path) -> Opened:
     for found, opener in FORMATS.values():
         if found(folder):
             return opener(folder)
-    raise ConfigError(f"{folder}: holds no checkpoint: no config.json")
+    raise ConfigError(f"{folder}: holds no checkpoint: no config.json, config.yaml or .metadata")

@@ -2,76 +2,96 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from simlab.config import ConfigError, ModelConfig, NormConfig, YarnConfig, divides, nearest
-from simlab.weights.formats.fields import brief, number, positive, read_json
+from simlab.config import ConfigError, ModelConfig, NormConfig
+from simlab.weights.formats.fields import (
+    brief,
+    choice,
+    flag,
+    head_shape,
+    layers,
+    number,
+    only,
+    plain_name,
+    positive,
+    read_json,
+)
+from simlab.weights.formats.headers import read_header
+from simlab.weights.formats.hugging_face_rope import read_rope
 from simlab.weights.formats.opened import Opened
-from simlab.weights.formats.stored import Stored, whole
+from simlab.weights.formats.stored import Stored
 
-FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
-ABOVE_1 = 1.000001  # the least useful rope_theta
-
-# Ours to theirs; {} is the block.
-KEYS = {
+# Ours to theirs; {} is the block. What every model type has, and then its norms.
+_SHARED = {
     "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
     "blocks.{}.attention.sublayer.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
     "blocks.{}.attention.sublayer.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
     "blocks.{}.attention.sublayer.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
     "blocks.{}.attention.sublayer.o_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks.{}.attention.sublayer.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
-    "blocks.{}.attention.sublayer.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
-    "blocks.{}.attention.norm_out.weight": "model.layers.{}.post_attention_layernorm.weight",
     "blocks.{}.mlp.sublayer.gate_proj.weight": "model.layers.{}.mlp.gate_proj.weight",
     "blocks.{}.mlp.sublayer.up_proj.weight": "model.layers.{}.mlp.up_proj.weight",
     "blocks.{}.mlp.sublayer.down_proj.weight": "model.layers.{}.mlp.down_proj.weight",
+}
+_FINAL_NORM = {"norm.weight": "model.norm.weight"}
+_QK_NORM = {
+    "blocks.{}.attention.sublayer.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks.{}.attention.sublayer.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+}
+_NORMS_OUT = {
+    "blocks.{}.attention.norm_out.weight": "model.layers.{}.post_attention_layernorm.weight",
     "blocks.{}.mlp.norm_out.weight": "model.layers.{}.post_feedforward_layernorm.weight",
 }
+_NORMS_IN = {  # the second is "post attention" because it comes after: it is the MLP's input norm
+    "blocks.{}.attention.norm_in.weight": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.mlp.norm_in.weight": "model.layers.{}.post_attention_layernorm.weight",
+}
+KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
 
 
-def _rope(values: dict[str, Any], path: Path) -> tuple[float, YarnConfig | None]:
-    """θ and YaRN from either of transformers' spellings.
+DEPTH_KEY = "num_hidden_layers"
 
-    ``rope_theta`` and ``rope_scaling`` before version 5, ``rope_parameters`` since, by layer type
-    for OLMo 3.
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model type computes, and transformers' defaults for what its config leaves out.
+
+    eps: None where the file's ``rms_norm_eps`` isn't read. fixed: keys that may have one value only.
     """
-    new = values.get("rope_parameters") or {}
-    if not isinstance(new, dict):
-        raise ConfigError(f"{path}: rope_parameters={brief(new)}: must be an object")
-    full = new.get("full_attention") or ({} if "sliding_attention" in new else new)
-    scaling = full or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ConfigError(f"{path}: rope_scaling={brief(scaling)}: must be an object")
-    theta = number(scaling, "rope_theta", path, values.get("rope_theta", 500_000.0), ABOVE_1)
-    sliding = new.get("sliding_attention") or {}
-    if not isinstance(sliding, dict):
-        raise ConfigError(f"{path}: sliding_attention={brief(sliding)}: must be an object")
-    if number(sliding, "rope_theta", path, theta) != theta:
-        raise ConfigError(f"{path}: rope_theta differs between layer types, which is not supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "yarn":
-        raise ConfigError(f"{path}: rope_type={brief(kind)}: allowed: default, yarn")
-    given = scaling.get("attention_factor")
-    return theta, YarnConfig(
-        factor=number(scaling, "factor", path, low=1.0),
-        original_length=positive(scaling, "original_max_position_embeddings", path),
-        beta_fast=number(scaling, "beta_fast", path, 32.0, 1e-6),
-        beta_slow=number(scaling, "beta_slow", path, 1.0, 1e-6),
-        attention_factor=None
-        if given is None
-        else number(scaling, "attention_factor", path, low=1e-6),
-    )
+
+    keys: dict[str, str]
+    placement: str
+    qk_norm: str
+    norm_type: str = "rms"
+    eps: float = 1e-6
+    reads_eps: bool = True
+    theta: float = 10_000.0
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    fixed: dict[str, object] = field(default_factory=dict)
+
+
+ARCHITECTURES = {
+    # LayerNorm without parameters: norms that no key names have gain 1.
+    "olmo": Architecture(
+        _SHARED, "pre", "none", norm_type="layer", eps=1e-5, reads_eps=False,
+        fixed={"clip_qkv": None},
+    ),
+    "olmo2": Architecture(KEYS, "reordered", "full", eps=1e-5),
+    "olmo3": Architecture(KEYS, "reordered", "full", eps=1e-5, theta=500_000.0),
+    # transformers rounds to bfloat16 before the gain in these two and in float32 after it in OLMo's;
+    # simlab always after. In float32 there is no difference.
+    "llama": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", fixed={"mlp_bias": False}
+    ),
+    "qwen3": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN | _QK_NORM, "pre", "per_head", head_dim=128, kv_heads=32,
+        fixed={"use_sliding_window": False},
+    ),
+}  # fmt: skip
 
 
 def _full_layers(values: dict[str, Any], depth: int, path: Path) -> tuple[int, ...]:
@@ -84,35 +104,32 @@ def _full_layers(values: dict[str, Any], depth: int, path: Path) -> tuple[int, .
     return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
 
 
-def read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
+def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     """The architecture from a Hugging Face config.json, and its key map.
 
-    Values it leaves out take transformers' defaults for that model type. Raises ConfigError for an
-    architecture or a value that simlab doesn't compute.
+    tensors: how many the checkpoint holds; more blocks than that are refused. What the config leaves
+    out takes transformers' default for that model type. Raises ConfigError for an architecture or a
+    value that simlab doesn't compute.
     """
     values = read_json(path)
-    kind = values.get("model_type")
-    if kind not in ("olmo2", "olmo3"):
-        hint = nearest(str(kind), ("olmo2", "olmo3"))
-        raise ConfigError(f"{path}: model_type={brief(kind)}: allowed: olmo2, olmo3{hint}")
-    if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{path}: hidden_act={brief(values['hidden_act'])}: allowed: silu")
-    if values.get("attention_bias", False) is not False:
-        raise ConfigError(f"{path}: attention_bias: biases are not supported")
-    depth, width = (positive(values, k, path) for k in ("num_hidden_layers", "hidden_size"))
-    heads = positive(values, "num_attention_heads", path)
-    kv_heads = positive(values, "num_key_value_heads", path, heads)
-    divides(f"{path}: num_key_value_heads", kv_heads, "num_attention_heads", heads)
-    if values.get("head_dim") is None:
-        divides(f"{path}: num_attention_heads", heads, "hidden_size", width)
-    head_dim = positive(values, "head_dim", path, width // heads or 1)
-    if head_dim % 2:
-        raise ConfigError(f"{path}: head_dim={head_dim}: must be even, RoPE turns pairs")
-    tied = values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise ConfigError(f"{path}: tie_word_embeddings={brief(tied)}: must be true or false")
+    kind = choice(values, "model_type", path, ARCHITECTURES, None)
+    its = ARCHITECTURES[kind]
+    choice(values, "hidden_act", path, ("silu",), "silu")
+    only(values, path, attention_bias=False, quantization_config=None, **its.fixed)
+    defaults = {"head_dim": its.head_dim} if its.head_dim else {}
+    width, heads, kv_heads, head_dim = head_shape(
+        defaults | values,
+        path,
+        ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        None if "num_key_value_heads" in values else its.kv_heads,
+    )
+    depth = layers(values, DEPTH_KEY, path, tensors)
     window = positive(values, "sliding_window", path, 4096) if kind == "olmo3" else None
-    theta, yarn = _rope(values, path)
+    kinds = values.get("layer_types")
+    if not window and isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
+        raise ConfigError(f"{path}: layer_types: allowed for {kind}: full_attention")
+    theta, yarn, llama3 = read_rope(values, path, its.theta)
+    eps = number(values, "rms_norm_eps", path, its.eps) if its.reads_eps else its.eps
     model = ModelConfig(
         name=path.parent.name,
         depth=depth,
@@ -122,14 +139,16 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
         d_ff=positive(values, "intermediate_size", path),
         vocab_size=positive(values, "vocab_size", path),
         head_dim=head_dim,
-        norm=NormConfig("reordered", eps=number(values, "rms_norm_eps", path, 1e-5)),
+        norm=NormConfig(its.placement, type=its.norm_type, eps=eps),
+        qk_norm=its.qk_norm,
         rope_theta=theta,
         yarn=yarn,
+        llama3=llama3,
         window=window,
         full_attention=_full_layers(values, depth, path) if window else (),
-        tied=tied,
+        tied=flag(values, "tie_word_embeddings", path, False),
     )
-    return model, KEYS
+    return model, its.keys
 
 
 def found(folder: Path) -> bool:
@@ -141,8 +160,16 @@ def found(folder: Path) -> bool:
 def open_folder(folder: Path) -> Opened:
     """Raises ConfigError for what is missing, malformed or not supported."""
     path = folder / "config.json"
-    model, keys = read_config(path)
-    return Opened("hugging_face", model, keys, tensors(folder), path, "num_hidden_layers")
+    read_json(path)  # first: without a config there is no use in looking for weights
+    found = tensors(folder)
+    model, keys = read_config(path, len(found))
+    ignored = ["lm_head.weight"] if model.tied else []  # a tied head is the embedding
+    held = {
+        name: stored
+        for name, stored in found.items()
+        if name not in ignored and not name.endswith(".rotary_emb.inv_freq")  # not learned
+    }
+    return Opened("hugging_face", model, keys, held, path, DEPTH_KEY)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -160,9 +187,10 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise ConfigError(f"{index}: has no weight_map")
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and Path(file).name == file and not {"\\", "\0"} & set(file)
-        if not plain or not file.endswith(".safetensors"):
-            raise ConfigError(f"{index}: {name} is in {brief(file)}, which is not a file name")
+        if not plain_name(file, ".safetensors"):
+            raise ConfigError(
+                f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
+            )
         names = files.setdefault(folder / file, set())
         assert names is not None
         names.add(name)
@@ -175,35 +203,6 @@ def tensors(folder: Path) -> dict[str, Stored]:
     for path, claimed in weight_files(folder).items():
         held = read_header(path)
         for name in sorted((claimed or set()) - held.keys()):
-            raise ConfigError(f"{path}: {name} is missing, which the index puts there")
+            raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
         found |= {n: t for n, t in held.items() if claimed is None or n in claimed}
     return found
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file: 8 bytes of length, a JSON header, the tensors' bytes.
-
-    The safetensors library checks the header first: its size, its JSON, that the tensors fill the
-    file without a gap or an overlap, and that each has as many bytes as its shape and dtype need.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a readable safetensors file ({reason})") from error
-    header.pop("__metadata__", None)
-    held = {}
-    for name, about in header.items():
-        if about["dtype"] not in FLOATS:
-            raise ConfigError(
-                f"{path}: tensor {name} is {about['dtype']}; allowed: {', '.join(FLOATS)}"
-            )
-        offset = 8 + size + about["data_offsets"][0]
-        held[name] = whole(name, tuple(about["shape"]), FLOATS[about["dtype"]], path, offset)
-    return held
