@@ -1,10 +1,11 @@
-"""What is learned of weights as they pass by: a hash of every row, and each tensor's statistics.
+"""What is learned of weights as they pass by: a hash of each tensor, and its statistics.
 
-The hash of a row, as 64-bit words w_i, is Σ r_i·w_i modulo 2^64 with fixed random odd r_i (multilinear
-hashing, Carter & Wegman 1979). A row with one word changed always has another value, rows that differ
-in more agree with a chance of about 2^-63; a stranger who tried could make two that agree, so this
-recognises weights and doesn't authenticate them. Cryptographic hashes run at 1 to 2 GB/s on a core,
-this at 20.
+The hash has, of every row as 64-bit words w_i, the sum Σ w_i, and of every MIXED-th row Σ r_i·w_i with
+fixed random odd r_i (multilinear hashing, Carter & Wegman 1979), modulo 2^64. Any one changed weight
+changes it, so do rows in another order and columns in another order; what is left is a rearrangement of
+words within a row that isn't mixed. It recognises weights; a stranger could make two that agree, so it
+doesn't authenticate them. Measured on a 7B checkpoint in bfloat16: 0.5 s of 3.2 s, where mixing every
+row takes 1.2 s and SHA-256 would take 5.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor
 
 WORD = 8  # bytes
+MIXED = 64  # rows from one that is mixed to the next; the first is
+AT_ONCE = (
+    1 << 20
+)  # bytes whose moments are taken at a time: they stay in a core's second-level cache
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Scratch(threading.local):
 
 
 class Census:
-    """A number per row of every parameter that was shown; its moments too where they are asked for.
+    """Every parameter's hash, of those that were shown; its moments too where they are asked for.
 
     Threads may share it.
     """
@@ -86,30 +91,36 @@ class Census:
     def __init__(self, with_moments: bool) -> None:
         self.with_moments = with_moments
         self.scratch = Scratch()
-        self.hashes: dict[str, Tensor] = {}
-        self.parts: dict[str, dict[int, Moments | None]] = {}
+        self.sums: dict[str, Tensor] = {}
         self.odd = torch.empty(0, dtype=torch.int64)
+        self.parts: dict[str, dict[int, list[Moments]]] = {}
         self.lock = threading.Lock()
 
     def of(self, name: str, count: int) -> Callable[[int, Tensor, Tensor | None], None]:
-        """What is to be called with each few rows of a parameter of ``count`` rows.
+        """What is to be called with some rows of a parameter of ``count`` rows.
 
         It takes the first one's index, the rows, and the same in float32 if that is at hand and may
         be overwritten. The same rows are always taken together; shown again, they are not taken again.
         A parameter of one dimension is one row.
         """
         if name not in self.parts:
-            self.hashes[name], self.parts[name] = torch.empty(count, dtype=torch.int64), {}
-        hashes, parts = self.hashes[name], self.parts[name]
+            self.sums[name], self.parts[name] = torch.zeros(2, count, dtype=torch.int64), {}
+        sums, parts = self.sums[name], self.parts[name]
 
         def take(row: int, rows: Tensor, wide: Tensor | None = None) -> None:
             if row in parts:
                 return
             flat = rows.reshape(len(rows), -1) if rows.ndim > 1 else rows.reshape(1, -1)
-            self._hash(flat, hashes[row : row + len(flat)])
-            found = None
+            self._hash(flat, row, sums[:, row : row + len(flat)])
+            found = []
             if self.with_moments and rows.numel():
-                found = moments(self.scratch.copy(rows, torch.float32) if wide is None else wide)
+                step = max(1, AT_ONCE // (flat.shape[1] * flat.itemsize))
+                for start in range(0, len(flat), step):
+                    if wide is None:
+                        few = self.scratch.copy(flat[start : start + step], torch.float32)
+                    else:
+                        few = wide.view(flat.shape)[start : start + step]
+                    found.append(moments(few))
             parts[row] = found
 
         return take
@@ -119,21 +130,24 @@ class Census:
         return bool(self.parts.get(name))
 
     def bytes_of(self, name: str) -> bytes:
-        """A parameter's rows' numbers."""
-        return self.hashes[name].numpy().tobytes()
+        """A parameter's hash, 16 bytes a row."""
+        return self.sums[name].numpy().tobytes()
 
     def statistics(self, name: str) -> dict[str, float]:
         """A parameter's statistics; see Moments."""
-        parts = [part for _, part in sorted(self.parts[name].items()) if part is not None]
+        parts = [part for _, found in sorted(self.parts[name].items()) for part in found]
         return sum(parts[1:], parts[0]).statistics()
 
-    def _hash(self, flat: Tensor, out: Tensor) -> None:
-        """(R, C) to (R,) int64."""
+    def _hash(self, flat: Tensor, row: int, out: Tensor) -> None:
+        """Rows (R, C), the first of which is ``row``, to sums and, of some, mixed sums (2, R)."""
         data = flat.contiguous().view(torch.uint8)
         if data.shape[1] % WORD or data.data_ptr() % WORD:
             data = torch.nn.functional.pad(data, (0, -data.shape[1] % WORD)).clone()
         words = data.view(torch.int64)
-        torch.mv(words, self._multipliers(words.shape[1]), out=out)
+        out[0] = words.sum(1)
+        first = -row % MIXED
+        for i in range(first, len(words), MIXED):
+            out[1, i] = torch.dot(words[i], self._multipliers(words.shape[1]))
 
     def _multipliers(self, count: int) -> Tensor:
         with self.lock:
