@@ -13,6 +13,7 @@ from simlab.statistics import REDUCE, STATISTICS, Step, attention_statistics
 from simlab.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
+SINGLE = 1e-6  # some ten roundings of float32, in which these two are computed
 
 
 def stream(b=3, t=7, d=40, seed=0):
@@ -20,7 +21,7 @@ def stream(b=3, t=7, d=40, seed=0):
     x = torch.randn(b, t, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x * torch.logspace(-1, 1, t, dtype=torch.float64)[:, None] + 0.3
     x[0, 2, 5] = 500.0
-    return x
+    return x.float().double()  # as the probe widens it
 
 
 def value(name, step):
@@ -48,7 +49,7 @@ def test_spread_over_tokens():
 @pytest.mark.parametrize("d", [39, 40])
 def test_the_median_entry(d):
     """Over all tokens and entries by hand; of an even number of entries the upper middle one."""
-    x = stream(d=d).float().double()
+    x = stream(d=d)
     per_token = np.sort(x.abs().numpy(), axis=-1)[..., d // 2]
     assert value("median_abs", Step(after=x)) == np.median(per_token)
 
@@ -56,7 +57,7 @@ def test_the_median_entry(d):
 def test_kurtosis():
     x = stream()
     by_hand = x.pow(4).mean(-1) / x.pow(2).mean(-1).pow(2)
-    assert value("kurtosis", Step(after=x)) == pytest.approx(by_hand.mean().item(), rel=1e-12)
+    assert value("kurtosis", Step(after=x)) == pytest.approx(by_hand.mean().item(), rel=SINGLE)
     gaussian = torch.randn(4, 50, 4000, generator=torch.Generator().manual_seed(1)).double()
     # An entry's kurtosis estimate from d draws has std √(24/d); 200 tokens.
     assert value("kurtosis", Step(after=gaussian)) == pytest.approx(3, abs=5 * (24 / 8e5) ** 0.5)
@@ -70,7 +71,7 @@ def test_cosine_between_tokens():
     pairs = torch.cosine_similarity(x[:, :, None], x[:, None], dim=-1)
     off = ~torch.eye(x.shape[1], dtype=torch.bool)
     by_hand = pairs[:, off].mean()
-    assert value("token_cosine", Step(after=x)) == pytest.approx(by_hand.item(), rel=1e-12)
+    assert value("token_cosine", Step(after=x)) == pytest.approx(by_hand.item(), rel=SINGLE)
     same = x[:, :1].expand(-1, 5, -1)
     assert value("token_cosine", Step(after=same)) == pytest.approx(1)
     assert np.isnan(value("token_cosine", Step(after=x[:, :1])))
@@ -91,7 +92,7 @@ def test_batches_of_tokens_make_no_difference():
         together.add(Step(after=x))
         for part in x.split(2):
             apart.add(Step(after=part))
-        np.testing.assert_allclose(apart.result(), together.result(), rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(apart.result(), together.result(), rtol=SINGLE, err_msg=name)
     assert {s.reduce for s in STATISTICS.values()} <= REDUCE.keys() | {"vector"}
 
 
