@@ -79,6 +79,18 @@ def write_olmo(folder: Path, kind: str = "Olmo2", shards: str = "5GB", **changes
     return model
 
 
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Path:
+    """A checkpoint for each case of write_olmo_core, by ai2-olmo-core."""
+    from write_olmo_core import CASES, write
+
+    folder = tmp_path_factory.mktemp("written")
+    for case in CASES:
+        (folder / case).mkdir()
+        write(folder / case, case)
+    return folder
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A single-file OLMo-2 checkpoint folder."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from simlab.config import ConfigError
 from simlab.experiment import prepare, run
 from simlab.weights.checkpoint import Checkpoint
 from simlab.weights.formats.hugging_face import KEYS
-from simlab.weights.hub import locate
+from simlab.weights.hub import HTTPError, locate
 
 
 def refused(folder, *parts):
@@ -238,20 +239,21 @@ def test_a_hub_id_that_cannot_be_had(hub):
 
 def test_a_repository_without_weights(hub, monkeypatch):
     """The hub answers, and has no such file: one line, not a traceback."""
-    import httpx2
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     def answer(repo, file, revision=None, local_files_only=False):
         if local_files_only:
             raise LocalEntryNotFoundError("not here")
-        raise RemoteEntryNotFoundError("404", response=httpx2.Response(404, request=request))
+        raise RemoteEntryNotFoundError("404", response=response)
 
     def breaks(repo, file, revision=None, local_files_only=False):
         raise (
-            LocalEntryNotFoundError("not here") if local_files_only else httpx2.ReadTimeout("slow")
+            LocalEntryNotFoundError("not here") if local_files_only else httpx.ReadTimeout("slow")
         )
 
-    request = httpx2.Request("GET", "http://localhost")
+    # httpx or httpx2, whichever this huggingface_hub has.
+    httpx = sys.modules[HTTPError.__module__.partition(".")[0]]
+    response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
     monkeypatch.setattr("simlab.weights.hub.hf_hub_download", answer)
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         locate("some-org/none", None)

@@ -1,7 +1,6 @@
 """Checkpoints of the other formats in a hub repository, from the cache, offline."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import write_olmo
@@ -10,8 +9,6 @@ from test_legacy_olmo import OLMO2, fused, write_legacy
 from simlab.config import ConfigError
 from simlab.weights.checkpoint import Checkpoint
 from simlab.weights.hub import locate
-
-WRITTEN = Path(__file__).parent / "written"
 
 
 @pytest.fixture
@@ -31,9 +28,9 @@ def hub(tmp_path, monkeypatch):
     return snapshot
 
 
-def test_olmo_core(hub):
+def test_olmo_core(hub, written):
     folder = hub("core")
-    shutil.copytree(WRITTEN / "olmo2", folder)
+    shutil.copytree(written / "olmo2", folder)
     assert locate("org/core", None) == folder
     assert Checkpoint("org/core").opened.format == "olmo_core"
     (folder / "model_and_optim" / "__0_0.distcp").unlink()

@@ -4,20 +4,16 @@ import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import edit_json
 from safetensors.torch import load_file
 from test_architectures import assert_same
-from write_olmo_core import IDS, write
+from write_olmo_core import CASES, IDS, configs
 
 from simlab.config import ConfigError
 from simlab.weights.checkpoint import Checkpoint
-
-WRITTEN = Path(__file__).parent / "written"
-CASES = sorted(path.name for path in WRITTEN.iterdir())
 
 
 def assert_states(folder, expected):
@@ -27,31 +23,28 @@ def assert_states(folder, expected):
 
 
 @pytest.fixture
-def olmo2(tmp_path):
-    shutil.copytree(WRITTEN / "olmo2", tmp_path / "m")
+def olmo2(tmp_path, written):
+    shutil.copytree(written / "olmo2", tmp_path / "m")
     return tmp_path / "m"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_hidden_state(case):
-    assert_states(WRITTEN / case, WRITTEN / case)
+def test_every_hidden_state(written, case):
+    assert_states(written / case, written / case)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_hidden_state_of_one_written_now(tmp_path, case):
-    pytest.importorskip("olmo_core", reason="ai2-olmo-core needs an environment of its own")
-    write(tmp_path, case)
-    assert_states(tmp_path, tmp_path)
+def test_no_case_is_left_out():
+    assert set(configs()) == set(CASES)
 
 
-def test_the_bare_folder(olmo2, tmp_path):
-    assert_states(olmo2 / "model_and_optim", WRITTEN / "olmo2")  # config.json is above
+def test_the_bare_folder(olmo2, tmp_path, written):
+    assert_states(olmo2 / "model_and_optim", written / "olmo2")  # config.json is above
     bare = tmp_path / "elsewhere" / "bare"
     shutil.copytree(olmo2 / "model_and_optim", bare)
     with pytest.raises(ConfigError, match=r"without its config\.json"):
         Checkpoint(str(bare))
     shutil.copy(olmo2 / "config.json", bare)
-    assert_states(bare, WRITTEN / "olmo2")
+    assert_states(bare, written / "olmo2")
 
 
 def model_config(folder):
@@ -60,21 +53,21 @@ def model_config(folder):
     return json.loads((folder / "config.json").read_text())["model"]
 
 
-def test_older_spellings_of_the_config(olmo2):
+def test_older_spellings_of_the_config(olmo2, written):
     """``block.attention`` before ``block.sequence_mixer``, and the model's section alone."""
     model = model_config(olmo2)
     model["block"]["attention"] = model["block"].pop("sequence_mixer")
     edit_json(olmo2 / "config.json", model=model)
-    assert_states(olmo2, WRITTEN / "olmo2")
+    assert_states(olmo2, written / "olmo2")
     edit_json(olmo2 / "config.json", **model)
-    assert_states(olmo2, WRITTEN / "olmo2")
+    assert_states(olmo2, written / "olmo2")
 
 
-def test_named_blocks_in_a_pattern(olmo2):
+def test_named_blocks_in_a_pattern(olmo2, written):
     model = model_config(olmo2)
     model |= {"block": {"a": model["block"], "b": model["block"]}, "block_pattern": ["a", "b", "a"]}
     edit_json(olmo2 / "config.json", model=model)
-    assert_states(olmo2, WRITTEN / "olmo2")
+    assert_states(olmo2, written / "olmo2")
 
 
 def put(values, path, value):
@@ -146,7 +139,7 @@ os._exit(0)  # gloo's threads may outlive the group and abort
 """
 
 
-def test_shards_of_two_processes(olmo2, tmp_path):
+def test_shards_of_two_processes(olmo2, tmp_path, written):
     """Written by torch.distributed.checkpoint itself, rows or columns of each tensor in two files."""
     from safetensors.torch import save_file
 
@@ -163,7 +156,7 @@ def test_shards_of_two_processes(olmo2, tmp_path):
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     sharded = Checkpoint(str(olmo2))
     assert {len(stored.pieces) for stored in sharded.opened.tensors.values()} == {2}
-    assert_states(olmo2, WRITTEN / "olmo2")
+    assert_states(olmo2, written / "olmo2")
 
 
 def write_grid(folder, tensors, cut):
@@ -190,14 +183,14 @@ def write_grid(folder, tensors, cut):
     (folder / ".metadata").write_bytes(pickle.dumps(md.Metadata(described, None, stored)))
 
 
-def test_a_grid_of_chunks(olmo2):
+def test_a_grid_of_chunks(olmo2, written):
     opened = Checkpoint(str(olmo2))
     tensors = {n: opened.files.whole(t).clone() for n, t in opened.opened.tensors.items()}
     shutil.rmtree(olmo2 / "model_and_optim")
     (olmo2 / "model_and_optim").mkdir()
     write_grid(olmo2 / "model_and_optim", tensors, 7)
     assert len(Checkpoint(str(olmo2)).opened.tensors["model.embeddings.weight"].pieces) == 27
-    assert_states(olmo2, WRITTEN / "olmo2")
+    assert_states(olmo2, written / "olmo2")
 
 
 def test_compressed_chunks_are_refused(olmo2):

@@ -29,9 +29,9 @@ FORMATS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetens
 COUNT = 250
 
 
-def write(kind, folder, scratch):
+def write(kind, folder, scratch, written):
     if kind == "olmo_core":
-        shutil.copytree(HERE / "written" / "olmo3", folder)
+        shutil.copytree(written / "olmo3", folder)
         (folder / "states.safetensors").unlink()
     elif kind.startswith("legacy"):
         write_legacy(
@@ -43,8 +43,8 @@ def write(kind, folder, scratch):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_mutations(tmp_path, kind):
-    write(kind, tmp_path / "original", tmp_path / "scratch")
+def test_mutations(tmp_path, written, kind):
+    write(kind, tmp_path / "original", tmp_path / "scratch", written)
     (tmp_path / "work").mkdir()
     command = [sys.executable, str(HERE / "strangers.py"), kind]
     done = subprocess.run(

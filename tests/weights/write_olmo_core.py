@@ -1,13 +1,6 @@
-"""Writes tiny checkpoints with ai2-olmo-core itself, and what its own forward pass gives for them.
-
-    python tests/weights/write_olmo_core.py tests/weights/written
-
-ai2-olmo-core 3.0.0 can't be installed beside the pinned huggingface_hub, rich and filelock, so what
-it writes is kept in tests/weights/written; run this in an environment of its own to renew it.
-"""
+"""Writes tiny checkpoints with ai2-olmo-core itself, and what its own forward pass gives for them."""
 
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
+CASES = ("olmo2", "olmo3", "first_full", "llama", "qwen3", "layer_norm", "peri")
 SHAPE = {
     "d_model": 16, "vocab_size": 61, "n_layers": 2, "n_heads": 4, "hidden_size_multiple_of": 8,
     "rope_theta": 900, "layer_norm_eps": 3e-4,
@@ -83,9 +77,3 @@ def write(folder: Path, case: str) -> None:
     (folder / "config.json").write_text(json.dumps({"model": config.as_config_dict()}, indent=1))
     expected = {f"state.{i:02}": state for i, state in enumerate(states)}
     save_file(expected | {"logits": logits}, folder / "states.safetensors")
-
-
-if __name__ == "__main__":
-    for name in configs():
-        (Path(sys.argv[1]) / name).mkdir(parents=True)
-        write(Path(sys.argv[1]) / name, name)
