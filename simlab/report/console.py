@@ -26,10 +26,15 @@ def title(config: RunConfig) -> str:
     model, init = config.shape, config.init
     std = [f"{init.std:g}"] if init.std is not None else []
     cut = [f"±{init.truncate:g}σ"] if init.truncate is not None else []
+    if not config.seeds:
+        return (
+            f"{model.name}: depth {model.depth}, width {model.width}, norm {model.norm.placement}"
+        )
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
     every = f" every {model.norm.every}" if model.norm.every else ""
     shape = f"{model.name}: depth {model.depth}, width {model.width}"
-    return f"{shape}, norm {model.norm.placement}{every}, init {rule}"
+    drawn = "random init" if config.source.stored else "init"
+    return f"{shape}, norm {model.norm.placement}{every}, {drawn} {rule}"
 
 
 def announce(

@@ -47,7 +47,7 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
             ax.set_yscale("log")
         ax.set(xlabel="sublayer (0: embedding)", ylabel="rms")
         ax.set_title("gradient with respect to the residual stream", fontsize=10, color=".35")
-    return finish(figure, axes[1], [title, *lines])
+    return finish(figure, axes[:2], [title, *lines])
 
 
 def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
@@ -79,7 +79,7 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
             ax.set_title(f"{of}, {words}", fontsize=10, color=".35")
             shown = [name] if name == "lambda_pairwise" else [name, "lambda_paper"]
             _lambda_limits(ax, pd.concat([measured[n] for n in shown]), part[name])
-    return finish(figure, axes[0, 1], [f"Growth exponents λ of {title}"])
+    return finish(figure, axes[0], [f"Growth exponents λ of {title}"])
 
 
 def _mean_vector(ax: Axes, frame: pd.DataFrame) -> None:

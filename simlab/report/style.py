@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,9 +39,12 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
         )  # fmt: skip
 
 
-def finish(figure: Figure, ax: Axes, lines: Sequence[str]) -> Figure:
+def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure:
     """One legend for all panels, below; the lines above."""
-    handles, labels = ax.get_legend_handles_labels()
+    named: dict[str, Artist] = {}
+    for ax in axes:
+        named = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True)) | named
+    handles, labels = list(named.values()), list(named)
     if handles:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
