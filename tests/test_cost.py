@@ -1,6 +1,7 @@
 """The rule of engine=auto: counts by hand, and where it turns."""
 
 import dataclasses
+import math
 
 import pytest
 from conftest import tiny
@@ -9,30 +10,26 @@ from simlab.config import ConfigError
 from simlab.cost import choose, compute_threads, costs
 from simlab.experiment import prepare, run
 from simlab.validation import compose
-from simlab.weights.gaussian import Normals
-from simlab.weights.random import RandomWeights
+from simlab.weights.normals import Normals
 
 
 def test_numbers_are_those_that_are_drawn(monkeypatch):
     """Counted in the draws themselves, dense and weightless, without and with gradients."""
     drawn = []
-    import simlab.weights.gaussian as gaussian
+    import simlab.weights.normals as normals
     import simlab.weights.random as random
 
-    original = random.draw_on_cpu
+    def counting(original):
+        def draw(out, *args):
+            drawn.append(math.prod(out.shape))
+            original(out, *args)
 
-    def counting(out, *args):
-        drawn.append(out.size)
-        original(out, *args)
+        return draw
 
-    monkeypatch.setattr(random, "draw_on_cpu", counting)
-    monkeypatch.setattr(gaussian, "draw_on_cpu", counting)
-    monkeypatch.setattr(RandomWeights, "rows", lambda *_: pytest.fail("not for the embedding"))
+    monkeypatch.setattr(random, "draw_on_cpu", counting(random.draw_on_cpu))
+    monkeypatch.setattr(normals, "draw", counting(normals.draw))
     for engine in ("dense", "weightless"):
         config = tiny(f"engine={engine}", "width=96", "d_ff=160")
-        monkeypatch.undo()
-        monkeypatch.setattr(random, "draw_on_cpu", counting)
-        monkeypatch.setattr(gaussian, "draw_on_cpu", counting)
         drawn.clear()
         run(config)
         embedding = 97 * 96  # one piece, drawn whole

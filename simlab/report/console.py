@@ -69,10 +69,11 @@ def announce(
 def progress(blocks: int) -> Iterator[Callable[[], None]]:
     """A bar over ``blocks`` on stderr, gone when done; yields what to call after each block."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
     columns = (TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("blocks", total=blocks)
         yield lambda: bar.advance(task)
 

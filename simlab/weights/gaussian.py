@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,42 +45,13 @@ from torch import Tensor, nn
 from simlab.config import InitConfig, ModelConfig
 from simlab.model.transformer import Block
 from simlab.weights.init import Gaussian, distribution
-from simlab.weights.random import RandomWeights, draw_on_cpu, entropy_of
+from simlab.weights.normals import Normals
+from simlab.weights.random import RandomWeights
 from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
 
 JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
-PIECE = 1 << 16  # normals drawn from one generator, on one thread
 AHEAD = 7  # layers whose Z is drawn while one computes: a block has so many
 AT_ONCE = 4096  # columns widened to float64 at a time
-
-
-class Normals:
-    """Standard normals by key, drawn on the CPU's threads; ``start`` draws ahead of their use."""
-
-    def __init__(self, seed: int, pool: ThreadPoolExecutor) -> None:
-        self.seed, self.pool = seed, pool
-        self.started: dict[str, tuple[Tensor, list[Future[None]]]] = {}
-
-    def start(self, key: str, shape: Shape) -> None:
-        """Begin to draw what ``self(key, shape)`` will ask for."""
-        if key in self.started and self.started[key][0].shape == torch.Size(shape):
-            return
-        out, entropy = torch.empty(tuple(shape)), entropy_of(self.seed, "weightless", key)
-        flat = out.numpy().reshape(-1)
-        parts = [flat[i : i + PIECE] for i in range(0, flat.size, PIECE)]
-        law = Gaussian(1.0, None)
-        self.started[key] = (
-            out,
-            [self.pool.submit(draw_on_cpu, p, entropy, i, law) for i, p in enumerate(parts)],
-        )
-
-    def __call__(self, key: str, shape: Shape, device: torch.device) -> Tensor:
-        """N(0, 1) entries (float32) of this shape, the same for the same (seed, key)."""
-        self.start(key, shape)
-        out, pieces = self.started.pop(key)
-        for piece in pieces:
-            piece.result()
-        return out.to(device)
 
 
 def _home(device: torch.device) -> torch.device:
