@@ -71,7 +71,8 @@ class CheckFirst(Callback):
         from simlab.store import same_weights
 
         for weights, jobs in same_weights(Path(config.hydra.sweep.dir)).items():
-            print(f"simlab: jobs {', '.join(jobs)} have the same weights ({weights[:12]})")
+            same = f"jobs {', '.join(jobs)} have the same embedding and blocks"
+            print(f"simlab: {same} (weight hash {weights[:12]})")
 
 
 def each_value_once(overrides: list[str]) -> Iterator[list[str]]:

@@ -45,10 +45,10 @@ def cut(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     keys = ["curve", "seed"]
     bad = frame["non_finite"] > 0
     seen = bad.groupby([frame[key] for key in keys], sort=False).cummax()
-    first = frame[bad].groupby(keys, sort=False)[["sublayer", "block", "kind"]].first()
+    first = frame[bad].groupby(keys, sort=False).head(1)[[*keys, "sublayer", "block", "kind"]]
     overflow = [
         {str(key): None if pd.isna(value) else value for key, value in row.items()}
-        for row in first.reset_index().to_dict("records")
+        for row in first.to_dict("records")
     ]
     return frame[~seen].drop(columns="non_finite").reset_index(drop=True), overflow
 

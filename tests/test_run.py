@@ -244,5 +244,5 @@ def test_a_sweep_names_checkpoints_that_are_the_same(tmp_path, checkpoint):
     done = simlab("-m", "source=checkpoint", f"source.path={paths}", "seeds=0", "inputs.length=8",
                   cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if "same weights" in line)
-    assert line.startswith("simlab: jobs 0, 2 have the same weights (")
+    line = next(line for line in done.stdout.splitlines() if "have the same" in line)
+    assert line.startswith("simlab: jobs 0, 2 have the same embedding and blocks (")

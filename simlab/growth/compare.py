@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from simlab.growth.fit import t_quantile
+from simlab.growth.fit import MIN_SEEDS, t_quantile
 from simlab.theory.laws import Array
 
 OUTSIDE = 0.99  # of random inits, how many lie within the interval that a curve has to leave
@@ -28,7 +29,8 @@ class Departure:
 
     first: the first sublayer outside; sublayer, block (from 0), kind: the step from which on all are.
     None where there is no such. ratio: its last mean square over the random inits' mean. growth: its
-    last mean square less its first.
+    last mean square less its first. last: the sublayer of that last one, where a curve overflows that
+    which all have reached.
     """
 
     first: int | None
@@ -37,6 +39,7 @@ class Departure:
     kind: str | None
     ratio: float
     growth: float
+    last: int
     checkpoint: Split | None
     random: Split | None
 
@@ -58,12 +61,12 @@ def outside(value: Array, seeds: Array) -> np.ndarray:
 def with_outside(frame: pd.DataFrame) -> pd.DataFrame:
     """Add the column ``outside``: of a checkpoint's steps 1 where it is outside the random inits.
 
-    Empty for random inits, without two of them, and beyond the shortest's end.
+    Empty for random inits, with fewer than MIN_SEEDS of them, and beyond the shortest's end.
     """
     frame = frame.assign(outside=np.nan)
     rows = frame[frame["curve"] == "checkpoint"]
     drawn = frame[frame["curve"] == "random"]
-    if rows.empty or drawn["seed"].nunique() < 2:
+    if rows.empty or drawn["seed"].nunique() < MIN_SEEDS:
         return frame
     step = drawn.groupby("seed").cumcount()
     table = drawn.assign(step=step).pivot(index="seed", columns="step", values="mean_square")
@@ -93,8 +96,9 @@ def departure(frame: pd.DataFrame) -> Departure | None:
         kind=None if at is None else str(at["kind"]),
         ratio=float(last["mean_square"] / beside["mean_square"].mean()),
         growth=float(last["mean_square"] - rows.iloc[0]["mean_square"]),
-        checkpoint=split(frame[frame["curve"] == "checkpoint"]),
-        random=split(drawn),
+        last=int(last["sublayer"]),
+        checkpoint=split(rows),
+        random=split(drawn[drawn.groupby("seed").cumcount() < len(rows)]),
     )
 
 
@@ -119,24 +123,36 @@ def massive(frame: pd.DataFrame) -> pd.Series:
     return (high & (frame["max_abs"] >= TIMES_MEDIAN * frame["median_abs"])).astype(int)
 
 
-def _where(found: Departure) -> str:
+def _where(found: Departure, whole: bool) -> str:
     if found.first is None:
         return "stays within the random inits' band"
-    side = f"{found.ratio:.3g}× above" if found.ratio > 1 else f"{1 / found.ratio:.3g}× below"
+    if found.ratio in (0, math.inf):
+        side = f"far {'above' if found.ratio else 'below'}"
+    else:
+        side = f"{found.ratio:.3g}× above" if found.ratio > 1 else f"{1 / found.ratio:.3g}× below"
     if found.sublayer is None:
         return f"leaves the random inits' band at sublayer {found.first}, and ends within it"
     step = "the embedding"
     if found.block is not None:
         step = f"sublayer {found.sublayer} ({found.kind} of block {found.block + 1})"
     again = f" for good (first at sublayer {found.first})" if found.first != found.sublayer else ""
-    return f"leaves the random inits' band at {step}{again} and ends {side} them"
+    end = "ends" if whole else f"at sublayer {found.last}, before a curve overflows, is"
+    return f"leaves the random inits' band at {step}{again} and {end} {side} them"
 
 
 def sentences(found: Departure | None, frame: pd.DataFrame) -> list[str]:
     """What there is to say of a checkpoint beside random inits, a sentence each."""
     lines = []
+    rows = frame[frame["curve"] == "checkpoint"]
+    seeds = frame.loc[frame["curve"] == "random", "seed"].nunique()
+    if 0 < seeds < MIN_SEEDS:
+        inits = "1 random init is" if seeds == 1 else f"{seeds} random inits are"
+        lines.append(
+            f"{inits} too few to tell where the checkpoint leaves them ({MIN_SEEDS} needed)."
+        )
     if found is not None:
-        lines.append(f"The checkpoint {_where(found)}.")
+        whole = found.last == rows["sublayer"].max()
+        lines.append(f"The checkpoint {_where(found, whole)}.")
         if found.checkpoint is not None:
             beside = ""
             if found.random is not None:
@@ -147,12 +163,12 @@ def sentences(found: Departure | None, frame: pd.DataFrame) -> list[str]:
                 f" branches, ‖b‖², and {found.checkpoint.alignment:.3g} their alignment with the"
                 f" stream, 2⟨x, b⟩{beside}."
             )
-    rows = frame[frame["curve"] == "checkpoint"]
     if rows.empty:  # it overflowed at the embedding
         return lines
     top = rows.sort_values("max_abs", kind="stable").iloc[-1]
-    size = f"max |x| = {top['max_abs']:.3g}, {top['max_abs'] / top['median_abs']:.3g}× the median"
-    size += f" |x|, at sublayer {top['sublayer']}"
+    times = top["max_abs"] / top["median_abs"] if top["median_abs"] else math.inf
+    size = f"max |x| = {top['max_abs']:.3g}, {times:.3g}× the median |x|"
+    size += f", at sublayer {top['sublayer']}"
     count = int(rows["massive"].sum())
     lines.append(
         f"Massive activations at {count} of {len(rows)} steps ({size})."

@@ -44,7 +44,7 @@ def leaves(ax: Axes, frame: pd.DataFrame) -> None:
     left = at > 0.6 * last
     ax.axvline(at, color=COLOURS["checkpoint"], lw=1.2, ls=(0, (6, 3)), zorder=1)
     ax.annotate(
-        f"outside the random\nband from sublayer {at} on", (at, 0.975), (-5 if left else 5, 0),
+        f"outside the random band\nfor good from sublayer {at}", (at, 0.975), (-5 if left else 5, 0),
         xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
         ha="right" if left else "left", fontsize=9, color=COLOURS["checkpoint"],
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},

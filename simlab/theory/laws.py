@@ -36,7 +36,8 @@ def sqrt2(rows: Rows) -> Array:
 
     Said in allenai/OLMo issue 797 ("growth by sqrt(2) per MLP/attn").
     """
-    log = [np.log(rows.first)]
+    with np.errstate(divide="ignore"):  # an embedding of zeros
+        log = [np.log(rows.first)]
     for row, kind in enumerate(rows.kinds[1:], start=1):
         reset = kind == "renorm"
         log.append(np.log(rows.eps_factor[:, row]) if reset else log[-1] + np.log(2))

@@ -54,7 +54,7 @@ class Moments:
 
 
 def moments(w: Tensor) -> Moments:
-    """Of a float32 tensor, about a million entries at most. Overwrites it with its squares."""
+    """Of a tensor of about a million entries at most, in its dtype. Overwrites it with its squares."""
     low, high = torch.aminmax(w)
     total, squares = w.sum(), torch.linalg.vector_norm(w)
     absolute = w.abs_().sum()  # measured, a third of vector_norm(w, 1)'s time
@@ -116,7 +116,11 @@ class Census:
             if self.with_moments and rows.numel():
                 step = max(1, AT_ONCE // (flat.shape[1] * flat.itemsize))
                 for start in range(0, len(flat), step):
-                    if wide is None:
+                    if (
+                        rows.ndim == 1
+                    ):  # gains lie close together: mean² must not swallow their spread
+                        few = self.scratch.copy(flat[start : start + step], torch.float64)
+                    elif wide is None:
                         few = self.scratch.copy(flat[start : start + step], torch.float32)
                     else:
                         few = wide.view(flat.shape)[start : start + step]

@@ -25,7 +25,10 @@ COLUMN_SHARES = 8
 
 
 def pool() -> ThreadPoolExecutor:
-    """A thread per core, each of which computes alone."""
+    """A thread per core, each of which computes alone.
+
+    torch takes what they set as the default of threads that are started later; ours all set it.
+    """
     return ThreadPoolExecutor(
         torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
     )

@@ -91,10 +91,11 @@ def test_one_that_stays_and_one_that_comes_back():
 
 def test_nothing_to_compare():
     seeds = drawn(np.random.default_rng(4), 8)
-    for few in (seeds[:0], seeds[:1]):
+    for few in (seeds[:0], seeds[:1], seeds[:7]):
         frame = with_outside(table(seeds[0], few))
         assert departure(frame) is None
-        assert len(sentences(None, frame)) == 1
+        assert len(sentences(None, frame)) == 1 + bool(len(few))
+    assert sentences(None, frame)[0].startswith("7 random inits are too few to tell")
     shorter = table(seeds[0], seeds)
     cut = shorter[~((shorter["curve"] == "random") & (shorter["sublayer"] > 6))]
     assert with_outside(cut)["outside"].notna().sum() == 7
@@ -121,3 +122,24 @@ def test_massive_needs_both_conditions():
         {"max_abs": [2000.0, 150.0, 90.0, 100.5], "median_abs": [0.2, 1.0, 0.01, 0.1005]}
     )
     assert massive(frame).tolist() == [1, 0, 0, 1]
+
+
+def test_what_is_compared_ends_where_a_random_init_does():
+    """All three numbers are of the rows that every curve has, and the sentence says where that is."""
+    seeds = drawn(np.random.default_rng(5), 8)
+    frame = table(3 * seeds.mean(0), seeds)
+    cut = frame[~((frame["curve"] == "random") & (frame["seed"] == 2) & (frame["sublayer"] > 6))]
+    found = departure(cut := with_outside(cut.reset_index(drop=True)))
+    assert found.last == 6
+    assert found.checkpoint.branches + found.checkpoint.alignment == pytest.approx(found.growth)
+    assert found.growth == pytest.approx(3 * (seeds[:, 6] - seeds[:, 0]).mean())
+    grown = (seeds[:, 6] - seeds[:, 0]).mean()
+    assert found.random.branches + found.random.alignment == pytest.approx(grown)
+    assert "at sublayer 6, before a curve overflows, is 3× above them" in sentences(found, cut)[0]
+
+
+def test_a_checkpoint_of_zeros():
+    seeds = drawn(np.random.default_rng(6), 8)
+    frame = table(np.zeros(9), seeds).assign(max_abs=0.0, median_abs=0.0)
+    frame = with_outside(frame)
+    assert "ends far below them" in sentences(departure(frame), frame)[0]

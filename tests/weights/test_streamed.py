@@ -152,6 +152,14 @@ def test_moments_are_numpys():
     assert total == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_spread_of_gains_that_lie_close_together():
+    """1 ± 1e-4: the mean's square is 10^8 times the variance."""
+    gains = 1 + 1e-4 * random(4096)
+    census = Census(True)
+    census.of("g", 1)(0, gains, None)
+    assert census.statistics("g")["std"] == pytest.approx(gains.double().std().item(), rel=1e-3)
+
+
 def test_the_table_of_a_checkpoint(tmp_path):
     """Every tensor of the file, once, with torch's own statistics of it."""
     write_olmo(tmp_path / "m")

@@ -24,7 +24,7 @@ from simlab.weights.formats.stored import Stored, whole
 MALFORMED = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError)
 DIRECTORY_LIMIT = 4 << 20  # bytes; some 40,000 records
 PICKLE_LIMIT = 4 << 20
-BUDGET = 400_000  # objects in an archive's pickle; a tensor makes about 40
+BUDGET = 500_000  # steps of an archive's pickle; a tensor takes about 50
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -76,8 +76,13 @@ class Archive:
     storages: dict[str, tuple[int, int]]
 
 
-def open_archive(file: IO[bytes], path: Path, start: int, length: int) -> Archive:
-    """The archive at a run of a file's bytes, which must lie within it. Raises ConfigError."""
+def open_archive(
+    file: IO[bytes], path: Path, start: int, length: int, budget: int = BUDGET
+) -> Archive:
+    """The archive at a run of a file's bytes, which must lie within it. Raises ConfigError.
+
+    budget: how many opcodes its pickle may have.
+    """
     file.seek(start)
     head = file.read(min(4, length))
     if head != b"PK\3\4":
@@ -107,7 +112,7 @@ def open_archive(file: IO[bytes], path: Path, start: int, length: int) -> Archiv
     order = f"{prefix}byteorder"
     if order in records and content(order, 16) != b"little":
         raise ConfigError(f"{path}: byteorder: allowed: little")
-    value = pickles.load(content(found[0], PICKLE_LIMIT), path, BUDGET)
+    value = pickles.load(content(found[0], PICKLE_LIMIT), path, budget)
     under = f"{prefix}data/"
     storages = {
         name.removeprefix(under): (start + at, size)

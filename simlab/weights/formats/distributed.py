@@ -22,7 +22,8 @@ from simlab.weights.formats.stored import Piece, Stored
 
 METADATA = ".metadata"
 METADATA_LIMIT = 64 << 20  # bytes
-BUDGET = 6_000_000  # objects in it; a chunk makes about 60, so some 100,000 chunks
+BUDGET = 8_000_000  # steps of its pickle; a chunk takes about 80, so some 100,000 chunks
+CHUNK_BUDGET = 10_000  # of a chunk's, which is one tensor's
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,17 @@ def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple
     for path, here in sorted(by_path.items()):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file, and {here[0].name} is in it")
-        size = path.stat().st_size
+        size, end = path.stat().st_size, 0
+        for chunk in sorted(here, key=lambda c: c.offset):  # else one run could be read for ever
+            if chunk.offset < end:
+                raise ConfigError(f"{path}: tensor {brief(chunk.name)} overlaps another")
+            end = chunk.offset + chunk.length
         with path.open("rb") as file:
             for chunk in here:
                 what = f"{path}: tensor {brief(chunk.name)}"
                 if not 0 <= chunk.offset <= chunk.offset + chunk.length <= size:
                     raise ConfigError(f"{what} reaches beyond the end of the file")
-                archive = open_archive(file, path, chunk.offset, chunk.length)
+                archive = open_archive(file, path, chunk.offset, chunk.length, CHUNK_BUDGET)
                 has = tensor(archive, archive.value, chunk.name)
                 if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
                     raise ConfigError(

@@ -186,11 +186,14 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: has no weight_map")
     files: dict[Path, set[str] | None] = {}
+    there = {entry.name for entry in folder.iterdir()}
     for name, file in weight_map.items():
         if not plain_name(file, ".safetensors"):
             raise ConfigError(
                 f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
             )
+        if file not in there:  # before a million that aren't are listed
+            raise ConfigError(f"{folder / file}: no such file, and {brief(name)} is in it")
         names = files.setdefault(folder / file, set())
         assert names is not None
         names.add(name)

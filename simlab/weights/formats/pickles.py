@@ -118,7 +118,9 @@ class _Reader(pickle._Unpickler):
 
     def __init__(self, data: bytes, budget: int) -> None:
         super().__init__(io.BytesIO(data))
-        self.left = budget  # objects that may still be made, so that memory stays within bounds
+        self.left = (
+            budget  # opcodes that may still come, so that time and memory stay within bounds
+        )
 
     def find_class(self, module: str, name: str) -> Any:
         known = NAMES.get((module, name))
@@ -176,7 +178,7 @@ def _counted(load: Callable[[Any], None]) -> Callable[[_Reader], None]:
     def counting(reader: _Reader) -> None:
         reader.left -= 1
         if reader.left < 0:
-            raise ConfigError("it makes too many objects")
+            raise ConfigError("it takes too many steps")
         load(reader)
 
     return counting
@@ -186,26 +188,26 @@ def _forbidden(reader: _Reader) -> None:
     raise ConfigError("an opcode in it is not allowed")
 
 
-_PLAIN = "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT1 BINGET LONG_BINGET APPEND APPENDS"
-_MAKING = (
-    "MARK BININT BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE GLOBAL STACK_GLOBAL BINPERSID "
-    "EMPTY_TUPLE EMPTY_LIST EMPTY_DICT TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE"
+_ALLOWED = (
+    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT1 BINGET LONG_BINGET APPEND APPENDS MARK BININT "
+    "BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE GLOBAL STACK_GLOBAL BINPERSID EMPTY_TUPLE "
+    "EMPTY_LIST EMPTY_DICT TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE"
 )
 
 
 def _opcodes() -> dict[int, Callable[..., None]]:
     theirs = pickle._Unpickler.dispatch
-    code = {name: getattr(pickle, name)[0] for name in f"{_PLAIN} {_MAKING}".split()}
+    code = {name: getattr(pickle, name)[0] for name in _ALLOWED.split()}
     table: dict[int, Callable[..., None]] = dict.fromkeys(range(256), _forbidden)
-    table |= {code[name]: theirs[code[name]] for name in _PLAIN.split()}
-    table |= {code[name]: _counted(theirs[code[name]]) for name in _MAKING.split()}
-    return table | {
-        pickle.REDUCE[0]: _counted(_Reader.do_reduce),
-        pickle.NEWOBJ[0]: _counted(_Reader.do_reduce),
-        pickle.BUILD[0]: _Reader.do_build,
-        pickle.SETITEM[0]: _counted(_Reader.do_setitem),
-        pickle.SETITEMS[0]: _Reader.do_setitems,
+    table |= {code[name]: _counted(theirs[code[name]]) for name in _ALLOWED.split()}
+    own = {
+        pickle.REDUCE: _Reader.do_reduce,
+        pickle.NEWOBJ: _Reader.do_reduce,
+        pickle.BUILD: _Reader.do_build,
+        pickle.SETITEM: _Reader.do_setitem,
+        pickle.SETITEMS: _Reader.do_setitems,
     }
+    return table | {name[0]: _counted(do) for name, do in own.items()}
 
 
 _Reader.dispatch = _opcodes()
@@ -214,7 +216,7 @@ _Reader.dispatch = _opcodes()
 def load(data: bytes, path: Path, budget: int) -> Any:
     """What a pickle describes, as dictionaries, lists, tuples, strings, numbers and ``Made``.
 
-    budget: how many objects it may make. Raises ConfigError, one line, for whatever is malformed or
+    budget: how many opcodes it may have. Raises ConfigError, one line, for whatever is malformed or
     names what is not allowed.
     """
     try:
