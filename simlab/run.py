@@ -67,12 +67,15 @@ class CheckFirst(Callback):
             fail(explain(error))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Say which of a sweep's checkpoints hold the same weights."""
-        from simlab.store import same_weights
+        """A sweep's checkpoints side by side, and which of them hold the same weights."""
+        from simlab.report.console import compared
+        from simlab.store import same_weights, summaries
 
-        for weights, jobs in same_weights(Path(config.hydra.sweep.dir)).items():
-            same = f"jobs {', '.join(jobs)} have the same embedding and blocks"
-            print(f"simlab: {same} (weight hash {weights[:12]})")
+        jobs = summaries(Path(config.hydra.sweep.dir))
+        compared(jobs)
+        for weights, same in same_weights(jobs).items():
+            named = f"jobs {', '.join(same)} have the same embedding and blocks"
+            print(f"simlab: {named} (weight hash {weights[:12]})")
 
 
 def each_value_once(overrides: list[str]) -> Iterator[list[str]]:

@@ -56,16 +56,23 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
-def same_weights(folder: Path) -> dict[str, list[str]]:
-    """Of a sweep's folder, the weight hashes that more than one job's summary has, with their jobs.
+def summaries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of a sweep's folder, each job's summary.json, in the order of their numbers."""
+    jobs = [path.parent.name for path in folder.glob("*/summary.json")]
+    return {
+        job: json.loads((folder / job / "summary.json").read_text(encoding="utf-8"))
+        for job in sorted(jobs, key=lambda name: (len(name), name))
+    }
 
-    Some branches of published checkpoints hold the same bytes. Jobs are in their numbers' order.
+
+def same_weights(jobs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The weight hashes that more than one job's summary has, with these jobs.
+
+    Some branches of published checkpoints hold the same bytes.
     """
     found: dict[str, list[str]] = {}
-    jobs = [path.parent.name for path in folder.glob("*/summary.json")]
-    for job in sorted(jobs, key=lambda name: (len(name), name)):
-        summary = json.loads((folder / job / "summary.json").read_text(encoding="utf-8"))
-        if isinstance(summary.get("weight_hash"), str):
+    for job, summary in jobs.items():
+        if "weight_hash" in summary:
             found.setdefault(summary["weight_hash"], []).append(job)
     return {weights: jobs for weights, jobs in found.items() if len(jobs) > 1}
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from simlab import build_model, compose
 from simlab.config import DEMO_DIR, DEMO_STEPS, ConfigError
 from simlab.experiment import prepare
+from simlab.report.console import compared
 from simlab.weights.random import RandomWeights
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo.py"
@@ -128,6 +129,24 @@ def test_the_trajectory(tmp_path):
     runs = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/*/summary.json")]
     assert {run["config"]["source"]["step"] for run in runs} == set(DEMO_STEPS)
     assert len({run["weight_hash"] for run in runs}) == 4
+    assert "have the same" not in done.stdout
+
+
+def test_a_sweeps_checkpoints_stand_in_one_table(capsys):
+    """Only those that were held against random inits; a single one has its own lines."""
+    departure = {
+        "growth": 26.5, "ratio": 0.58, "sublayer": 29,
+        "checkpoint": {"branches": 26.9, "alignment": -0.4},
+    }  # fmt: skip
+    job = {"departure": departure, "config": {"model": {"name": "demo (step 1000)"}}}
+    later = job | {"departure": departure | {"sublayer": None, "checkpoint": None}}
+    compared({"0": job, "1": {"config": {}}, "10": later})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[2].split() == ["0", "demo", "(step", "1000)", "26.5", "26.9", "-0.4", "0.58", "29"]
+    assert lines[3].split() == ["10", "demo", "(step", "1000)", "26.5", "0.58"]
+    compared({"0": job})
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rich.text import Text
 from simlab.config import RunConfig
 from simlab.growth.fit import Estimate
 from simlab.growth.verdict import Verdict, plus_minus
-from simlab.report.table import block_table, growth_table, lambda_table
+from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint"}
 
@@ -76,6 +76,15 @@ def progress(blocks: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("blocks", total=blocks)
         yield lambda: bar.advance(task)
+
+
+def compared(jobs: Mapping[str, Mapping[str, Any]]) -> None:
+    """A sweep's checkpoints in one table, where there are at least two. jobs: summaries by job."""
+    table = departures_table(jobs)
+    if table.row_count > 1:
+        console = Console(highlight=False)
+        console.print(Text("Checkpoints beside random inits, at their last sublayer", style="bold"))
+        console.print(table)
 
 
 def show(

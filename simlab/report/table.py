@@ -79,6 +79,27 @@ def lambda_table(values: Mapping[str, Any]) -> Table:
     return table
 
 
+def departures_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per job with a checkpoint that was held against random inits: where it went, and why.
+
+    jobs: summaries by job.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("job", justify="right")
+    table.add_column("checkpoint")
+    for head in ("growth", "‖b‖²", "2⟨x, b⟩", "× random", "outside from"):
+        table.add_column(head, justify="right")
+    for job, summary in jobs.items():
+        found = summary.get("departure")
+        if found:
+            split = found["checkpoint"] or {"branches": math.nan, "alignment": math.nan}
+            numbers = (found["growth"], split["branches"], split["alignment"], found["ratio"])
+            end = "" if found["sublayer"] is None else str(found["sublayer"])
+            name = str(summary["config"]["model"]["name"])
+            table.add_row(job, name, *map(_short, numbers), end)
+    return table
+
+
 MOST_BLOCKS = 12  # rows of the table of λ by block
 
 
