@@ -98,7 +98,8 @@ def inside_figure(frame: pd.DataFrame, title: str) -> Figure | None:
             for name, of in rows.groupby("curve", sort=False):
                 median = of.groupby("sublayer")["median_abs"].mean()
                 ax.plot(median.index, median, color=COLOURS[str(name)], ls=(0, (1, 1)), lw=1.6)
-        if scale == "log" and (rows[column] > 0).all():
+        low, high = rows[column].min(), rows[column].max()
+        if scale == "log" and low > 0 and high > 8 * low:  # less than a decade has no round ticks
             ax.set_yscale("log")
         ax.set(xlabel="sublayer", ylabel="")
         ax.set_title(words, fontsize=10, color=".35")
