@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from simlab.growth.compare import departure
 from simlab.report.style import COLOURS, LABELS, LAW_STYLES, draw_curves, finish
@@ -30,6 +31,9 @@ def relative(ax: Axes, frame: pd.DataFrame) -> None:
     ax.plot(law.index, law, color=colour, ls=style, lw=1.6, zorder=3)
     draw_curves(ax, frame, "x", "ratio")
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
+    ax.yaxis.set_minor_locator(NullLocator())
     leaves(ax, frame)
     ax.set(xlabel="sublayer (0: embedding)", ylabel="")
     ax.set_title("relative to the random inits' mean, log axis", fontsize=10, color=".35")
