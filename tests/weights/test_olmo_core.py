@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from write_olmo_core import CASES, IDS, configs
 
 from simlab.config import ConfigError
 from simlab.weights.checkpoint import Checkpoint
+from simlab.weights.formats import distributed, pickles
 
 
 def assert_states(folder, expected):
@@ -210,3 +212,22 @@ def test_compressed_chunks_are_refused(olmo2):
     )
     with pytest.raises(ConfigError, match="transform_descriptors"):
         Checkpoint(str(olmo2))
+
+
+def test_chunks_that_share_bytes_are_refused_before_any_is_read(olmo2, monkeypatch):
+    """Else a few megabytes could name one archive ten thousand times."""
+    path = olmo2 / "model_and_optim" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    first, second = [i for i in metadata.storage_data if i.fqn.startswith("model.")][:2]
+    metadata.storage_data[second] = metadata.storage_data[first]
+    path.write_bytes(pickle.dumps(metadata))
+    monkeypatch.setattr(distributed, "open_archive", lambda *_: pytest.fail("one was read"))
+    with pytest.raises(ConfigError, match="overlaps another"):
+        Checkpoint(str(olmo2))
+
+
+@pytest.mark.parametrize("opcode", [b"N", b"]", b"}\x94", b"(", b"K\x01", b")"])
+def test_every_opcode_counts(opcode):
+    data = b"\x80\x04" + opcode * 2000 + b"."
+    with pytest.raises(ConfigError, match="too many steps"):
+        pickles.load(data, Path("x"), 1000)
