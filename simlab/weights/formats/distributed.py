@@ -149,19 +149,21 @@ def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple
     by_path: dict[Path, list[Chunk]] = {}
     for chunk in chunks:
         by_path.setdefault(chunk.path, []).append(chunk)
-    for path, here in sorted(by_path.items()):
+    for path, here in by_path.items():  # all of them first: else one run could be read for ever
         if not path.is_file():
             raise ConfigError(f"{path}: no such file, and {here[0].name} is in it")
         size, end = path.stat().st_size, 0
-        for chunk in sorted(here, key=lambda c: c.offset):  # else one run could be read for ever
+        for chunk in sorted(here, key=lambda c: c.offset):
+            what = f"{path}: tensor {brief(chunk.name)}"
+            if not 0 <= chunk.offset <= chunk.offset + chunk.length <= size:
+                raise ConfigError(f"{what} reaches beyond the end of the file")
             if chunk.offset < end:
-                raise ConfigError(f"{path}: tensor {brief(chunk.name)} overlaps another")
+                raise ConfigError(f"{what} overlaps another")
             end = chunk.offset + chunk.length
+    for path, here in sorted(by_path.items()):
         with path.open("rb") as file:
             for chunk in here:
                 what = f"{path}: tensor {brief(chunk.name)}"
-                if not 0 <= chunk.offset <= chunk.offset + chunk.length <= size:
-                    raise ConfigError(f"{what} reaches beyond the end of the file")
                 archive = open_archive(file, path, chunk.offset, chunk.length, CHUNK_BUDGET)
                 has = tensor(archive, archive.value, chunk.name)
                 if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
