@@ -92,8 +92,8 @@ def choose(model: ModelConfig, tokens: int, gradients: bool, device: str) -> tup
 def compute_threads(model: ModelConfig, tokens: int, gradients: bool, threads: int) -> int:
     """Of a CPU's threads, how many a weightless curve's products get while the rest draw normals.
 
-    In proportion to the work, at least one. Measured on 2 cores for olmo2_32b at 64 tokens: 2.3 s
-    with one beside the drawing, 2.9 s when both take turns.
+    In proportion to the work, at least one. Measured on 2 cores for olmo2_32b at 64 tokens: 2.2 s
+    with one beside the drawing, 3.4 s when both take turns.
     """
     cost = costs(model, tokens, gradients)["weightless"]
     drawing = cost.numbers * DRAW["cpu"][1]

@@ -70,7 +70,7 @@ class _Reader:
         self.known: list[str] = []
 
     def fail(self, key: str, value: object, why: str) -> ConfigError:
-        typed = "null" if value is None else str(value).lower() if value in (True, False) else value
+        typed = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
         return ConfigError(f"{self.prefix}{key}={typed}: {why}")
 
     def take(self, key: str) -> Any:

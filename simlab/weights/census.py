@@ -4,8 +4,8 @@ The hash has, of every row as 64-bit words w_i, the sum Σ w_i, and of every MIX
 fixed random odd r_i (multilinear hashing, Carter & Wegman 1979), modulo 2^64. Any one changed weight
 changes it, so do rows in another order and columns in another order; what is left is a rearrangement of
 words within a row that isn't mixed. It recognises weights; a stranger could make two that agree, so it
-doesn't authenticate them. Measured on a 7B checkpoint in bfloat16: 0.5 s of 3.2 s, where mixing every
-row takes 1.2 s and SHA-256 would take 5.
+doesn't authenticate them. Measured on a 7B checkpoint in bfloat16: 0.9 s of 3.4 s of work. Mixing every
+row takes 1.2 s; SHA-256, at 1.5 GB/s a core, would take 4.6.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from torch import Tensor
 
 WORD = 8  # bytes
 MIXED = 64  # rows from one that is mixed to the next; the first is
-AT_ONCE = (
-    1 << 20
-)  # bytes whose moments are taken at a time: they stay in a core's second-level cache
+AT_ONCE = 1 << 20  # bytes whose moments are taken at a time: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,7 @@ class Census:
             if self.with_moments and rows.numel():
                 step = max(1, AT_ONCE // (flat.shape[1] * flat.itemsize))
                 for start in range(0, len(flat), step):
-                    if (
-                        rows.ndim == 1
-                    ):  # gains lie close together: mean² must not swallow their spread
+                    if rows.ndim == 1:  # gains lie close together: mean² would swallow their spread
                         few = self.scratch.copy(flat[start : start + step], torch.float64)
                     elif wide is None:
                         few = self.scratch.copy(flat[start : start + step], torch.float32)

@@ -20,7 +20,7 @@ from simlab.weights.formats.fields import brief, checked_name
 from simlab.weights.formats.pickles import Made, Storage
 from simlab.weights.formats.stored import Stored, whole
 
-# What zipfile raises for a malformed directory.
+# What zipfile raises for a malformed directory; NotImplementedError for a version it doesn't know.
 MALFORMED = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError)
 DIRECTORY_LIMIT = 4 << 20  # bytes; some 40,000 records
 PICKLE_LIMIT = 4 << 20

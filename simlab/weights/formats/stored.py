@@ -173,12 +173,3 @@ class Files:
             size = math.prod(piece.shape) * tensor.dtype.itemsize
             if size:
                 yield piece, piece.offset, piece.offset + size
-
-    def whole(self, tensor: Stored) -> Tensor:
-        """All of a tensor."""
-        if not tensor.shape:
-            piece = tensor.pieces[0]
-            return self.rows(
-                whole(tensor.name, (1,), tensor.dtype, piece.path, piece.offset), 0, 1
-            )[0]
-        return self.rows(tensor, 0, tensor.shape[0])

@@ -19,7 +19,7 @@ WORDS: dict[str, bool | None] = {
 }  # fmt: skip
 
 
-class _Loader(yaml.BaseLoader):  # type: ignore[misc]
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
     """Scalars as text and no aliases: merged or shared nodes can describe a file's exponential.
 
     The pure-Python loader: libyaml's recursion isn't bounded by Python's.
