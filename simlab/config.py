@@ -157,6 +157,17 @@ class RunConfig:
         return self.model
 
 
+@dataclass(frozen=True)
+class KeepConfig:
+    """What becomes of results: where a sweep keeps them by their hash, and whether it takes what is
+    there (``resume``); ``dry_run`` says what a run would take, and runs nothing.
+    """
+
+    results: str = "outputs/results"
+    resume: bool = True
+    dry_run: bool = False
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """``"; did you mean …?"`` where one of the allowed names is close, else an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

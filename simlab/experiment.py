@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,15 +99,22 @@ def open_checkpoint(source: SourceConfig) -> Checkpoint:
     return checkpoint
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Open the checkpoint, make the tokens, find the device. Raises ConfigError."""
-    device = resolve_device(config.device)
+def prepare(
+    config: RunConfig,
+    tokens_of: Callable[..., Tensor] = make_tokens,
+    device: torch.device | None = None,
+) -> Prepared:
+    """Open the checkpoint, make the tokens, find the device. Raises ConfigError.
+
+    tokens_of: as ``make_tokens``, which it may remember. device: where this isn't the machine to run on.
+    """
+    device = device or resolve_device(config.device)
     checkpoint = None
     if config.source.stored:
         checkpoint = open_checkpoint(config.source)
         config = dataclasses.replace(config, model=checkpoint.model)
     tokenizer = checkpoint.tokenizer if checkpoint else None
-    tokens = make_tokens(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
+    tokens = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
     inputs = dataclasses.replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
     if config.gradients and inputs.length == 1:
         raise ConfigError(
@@ -196,11 +204,18 @@ def weight_table(ready: Prepared) -> pd.DataFrame | None:
     return frame
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of Python and of what the numbers depend on."""
+    names = ("simlab", "torch", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
 def summarise(
     ready: Prepared, verdicts: dict[str, Verdict], overflow: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What summary.json holds: what was run, on what, and what came out."""
-    config, names = ready.config, ("simlab", "torch", "numpy")
+    config = ready.config
     return {
         "config": asdict(config),
         "config_hash": config_hash(config),
@@ -209,7 +224,7 @@ def summarise(
         "engine_reason": ready.reason,
         "device": str(ready.device),
         "dtype": config.dtype,
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in names},
+        "versions": versions(),
         "parameters": ready.parameters,
         "tokens": list(ready.tokens.shape),
         "token_unit": ready.unit,

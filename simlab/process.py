@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import gc
 import sys
 
@@ -12,6 +13,7 @@ KEPT = 256 << 20  # bytes of freed memory that stay with the process
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20  # glibc's malloc.h, and its limit
 
 
+@functools.cache
 def tune_process() -> None:
     """Settings of a process that is ours.
 

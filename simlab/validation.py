@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from simlab.config import (
     ConfigError,
     InitConfig,
     InputsConfig,
+    KeepConfig,
     ModelConfig,
     NormConfig,
     RunConfig,
@@ -27,6 +29,10 @@ from simlab.config import (
     full_layers,
     nearest,
 )
+
+# Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
+OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 GROUPS = ("model", "norm", "init", "source", "inputs")
 
@@ -42,7 +48,9 @@ def known_keys() -> dict[str, list[str]]:
     Keys that are always there have no choices; a group's name is a key too.
     """
     found: dict[str, list[str]] = {}
-    for path in sorted(CONF_DIR.rglob("*.yaml")):
+    files = [CONF_DIR / "config.yaml"]
+    files += [CONF_DIR / group / f"{name}.yaml" for group in GROUPS for name in options(group)]
+    for path in files:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(loaded, dict)
         top = path.parent == CONF_DIR
@@ -165,6 +173,7 @@ class _Reader:
             )
 
 
+@functools.cache
 def _keys_of(group: str, name: str) -> list[str]:
     """The keys that a file in conf/ sets: what that placement, rule or input understands."""
     loaded = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
@@ -334,14 +343,27 @@ def _device(reader: _Reader) -> str:
     return value
 
 
+def _keep(top: _Reader) -> KeepConfig:
+    results = top.text("results")
+    if not results:
+        raise top.fail("results", results, "allowed: a folder")
+    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"))
+
+
+def read_keep(config: DictConfig) -> KeepConfig:
+    """Check what a config says of results. Raises ConfigError."""
+    return _keep(_Reader({key: config.get(key) for key in ("results", "resume", "dry_run")}))
+
+
 def read(config: DictConfig) -> RunConfig:
     """Check a composed config and freeze it.
 
     Raises ConfigError, one line naming the key, the value, what is allowed and the nearest name.
     """
     try:
-        ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        values = OmegaConf.to_container(ours, resolve=True)
+        if "hydra" in config:
+            config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(values, dict)
@@ -370,6 +392,7 @@ def read(config: DictConfig) -> RunConfig:
         dtype=top.choice("dtype", DTYPES),
         gradients=top.boolean("gradients"),
     )
+    _keep(top)
     top.done()
     return run
 

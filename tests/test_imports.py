@@ -31,7 +31,19 @@ MAY = {
     "experiment": {
         "config", "inputs", "model", "weights", "cost", "engine", "tidy", "growth", "theory", "store",
     },
-    "run": {"config", "validation", "process", "experiment", "store", "report"},
+    "mistakes": {"config", "validation"},
+    "devices": {"config"},
+    "job": {
+        "config", "validation", "process", "devices", "inputs", "experiment", "store", "report",
+    },
+    "plan": {"config", "validation"},
+    "cluster": {"job", "plan", "store"},
+    "sweeper": {
+        "config", "validation", "mistakes", "plan", "inputs", "experiment", "store", "job", "cluster",
+        "report", "sweep",
+    },
+    "sweep": {"config", "mistakes", "job", "store", "report"},
+    "run": {"config", "validation", "process", "mistakes", "job"},
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ FILES = ["curve.csv", *FIGURES, "summary.json"]
 
 
 def only_run(folder: Path) -> Path:
-    (found,) = (folder / "outputs").glob("*/*")
+    (found,) = (folder / "outputs").glob("2*/*")
     return found
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from simlab.config import RunConfig
 from simlab.growth.fit import Estimate
 from simlab.growth.verdict import Verdict, plus_minus
+from simlab.report.swept_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint"}
@@ -65,26 +64,43 @@ def announce(
     console.print(engine + "\n")
 
 
-@contextmanager
-def progress(blocks: int) -> Iterator[Callable[[], None]]:
-    """A bar over ``blocks`` on stderr, gone when done; yields what to call after each block."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda: None
-        return
-    columns = (TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("blocks", total=blocks)
-        yield lambda: bar.advance(task)
+def show_sweep(
+    heading: str,
+    table: pd.DataFrame,
+    swept: Mapping[str, Sequence[Any]],
+    summaries: Mapping[str, Mapping[str, Any]],
+    same: Mapping[str, Sequence[str]],
+    failed: Sequence[Mapping[str, Any]],
+    unfinished: int,
+    files: Sequence[Path],
+) -> None:
+    """A sweep's tables, what failed, and where the files are, the first figure last.
 
-
-def compared(jobs: Mapping[str, Mapping[str, Any]]) -> None:
-    """A sweep's checkpoints in one table, where there are at least two. jobs: summaries by job."""
-    table = departures_table(jobs)
-    if table.row_count > 1:
-        console = Console(highlight=False)
+    table: a row per job × curve. summaries: by job. same: jobs by the weight hash that they share.
+    """
+    console = Console(highlight=False)
+    console.print(Text(heading, style="bold"))
+    if len(table):
+        console.print(jobs_table(table, swept))
+        console.print()
+    departures = departures_table(summaries)
+    if departures.row_count > 1:
         console.print(Text("Checkpoints beside random inits, at their last sublayer", style="bold"))
-        console.print(table)
+        console.print(departures)
+        console.print()
+    for weights, jobs in same.items():
+        named = f"Jobs {', '.join(jobs)} have the same embedding and blocks"
+        console.print(f"{named} (weight hash {weights[:12]})", soft_wrap=True)
+    if failed:
+        count = f"{len(failed)} job{'s' if len(failed) > 1 else ''} failed"
+        console.print(Text(count, style="bold"))
+        console.print(failed_table(failed))
+        console.print()
+    if unfinished:
+        count = f"{unfinished} job{'s are' if unfinished > 1 else ' is'} not finished"
+        console.print(f"{count}; the sweep's command does what is missing")
+    for path in (*files[:2], *files[2:][::-1]):
+        console.print(str(path), soft_wrap=True, markup=False)
 
 
 def show(

@@ -1,0 +1,139 @@
+"""Hands a sweep's jobs to Hydra's launchers, so that one that dies takes no other down.
+
+A job that ends leaves its record itself, whatever became of it. What is left to see to here is a
+process that was killed: by the system for its memory, by SLURM for its time, by a user.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import setup_globals
+from hydra.plugins.launcher import Launcher
+
+from simlab import job, store
+from simlab.plan import Job
+
+LOOK = 0.2  # seconds between two looks at a job
+LATE = 3.0  # seconds that a record may take to be seen on a shared disk
+
+
+@dataclass(frozen=True)
+class Place:
+    """A job of a sweep: where it writes, the blocks that it passes through, and its kept result.
+
+    subdir: of the sweep's folder, in which ``folder`` is.
+    """
+
+    job: Job
+    folder: Path
+    subdir: str
+    blocks: int
+    kept: Path | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job has left its record."""
+        return (self.folder / job.RECORD).exists()
+
+
+def executor(launcher: Launcher) -> str:
+    """``local`` or ``slurm`` for submitit's launchers, else an empty text."""
+    return str(getattr(launcher, "_EXECUTOR", ""))
+
+
+def is_local(launcher: Launcher) -> bool:
+    """Whether a launcher's jobs run on this machine."""
+    return executor(launcher) == "local" or type(launcher).__name__ in (
+        "JoblibLauncher", "BasicLauncher",
+    )  # fmt: skip
+
+
+def overrides_of(place: Place) -> list[str]:
+    """A job's overrides and its folder, which Hydra would number by what is launched, from 0."""
+    folder = place.subdir.replace("\\", "\\\\").replace("'", "\\'")
+    return [*place.job.overrides, f"hydra.sweep.subdir='{folder}'"]
+
+
+def launch(launcher: Launcher, places: Sequence[Place]) -> None:
+    """Launch jobs and wait until each has ended. KeyboardInterrupt cancels those that have not."""
+    if executor(launcher):
+        submit(launcher, places)
+        return
+    try:
+        launcher.launch([overrides_of(place) for place in places], places[0].job.number)
+    except Exception as error:  # a worker died, and with it the pool: whose fault it was isn't said
+        left = [place for place in places if not place.ended]
+        started = [place for place in left if (place.folder / ".hydra").exists()]
+        if len(places) == 1 or not started:
+            for place in left:
+                lost(place, f"its process died ({type(error).__name__}: {error})")
+            return
+        for again in ([place for place in left if place not in started], *([p] for p in started)):
+            if again:
+                launch(launcher, again)
+
+
+def submit(launcher: Any, places: Sequence[Place]) -> None:
+    """What ``hydra-submitit-launcher`` does, but that it also sees to jobs that die, and to Ctrl-C."""
+    import submitit
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+    setup_globals()
+    kind, params = executor(launcher), dict(launcher.params)
+    start = {"folder": params.pop("submitit_folder")}
+    if "max_num_timeout" in params:
+        start[f"{kind}_max_num_timeout"] = params.pop("max_num_timeout")
+    auto = submitit.AutoExecutor(cluster=kind, **start)
+    common = {field.name for field in fields(BaseQueueConf)}
+    auto.update_parameters(**{k if k in common else f"{kind}_{k}": v for k, v in params.items()})
+    state = Singleton.get_state()
+    arguments = [
+        (overrides_of(p), "hydra.sweep.dir", p.job.number, str(p.job.number), state) for p in places
+    ]
+    submitted: list[Any] = []
+    try:
+        if kind == "slurm":
+            submitted += auto.map_array(launcher, *zip(*arguments, strict=True))
+        else:
+            at_once = max(1, (os.cpu_count() or 1) // (params.get("cpus_per_task") or 1))
+            for each in arguments:  # there is no queue: all would start at once
+                while sum(not _over(*pair) for pair in zip(places, submitted)) >= at_once:  # noqa: B905
+                    time.sleep(LOOK)
+                submitted.append(auto.submit(launcher, *each))
+        while not all(_over(*pair) for pair in zip(places, submitted, strict=True)):
+            time.sleep(LOOK)
+    except BaseException:
+        for task in submitted:
+            task.cancel(check=False)
+        raise
+    for place, task in zip(places, submitted, strict=True):
+        if not place.ended and not _appears(place):
+            lost(place, f"its process died ({task.state}; see {task.paths.stderr})")
+
+
+def _over(place: Place, task: Any) -> bool:
+    """Whether a job has ended, of itself or not; the scheduler is asked seldom."""
+    return place.ended or bool(task.done())
+
+
+def _appears(place: Place) -> bool:
+    """Whether a job's record comes after all: a shared disk may show a new file late."""
+    for _ in range(int(LATE / LOOK)):
+        if place.ended:
+            return True
+        time.sleep(LOOK)
+    return False
+
+
+def lost(place: Place, why: str) -> None:
+    """Record that a job ended without saying so."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    job.clear(place.folder)
+    store.write_json(place.folder / job.RECORD, {"status": "failed", "error": why})

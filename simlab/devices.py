@@ -1,0 +1,64 @@
+"""A GPU of one's own for each of several jobs on a machine, by locks that end with their process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from simlab.config import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows: jobs then share the first GPU, as torch has it
+    fcntl = None  # type: ignore[assignment]
+
+WAIT = 0.2  # seconds between two looks for a free GPU
+
+
+def lock_folder() -> Path:
+    """Where this user's locks are. Raises ConfigError where somebody else's folder has that name."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"simlab-gpus-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != user):
+        raise ConfigError(f"{folder}: not this user's; it is needed for the GPUs' locks")
+    return folder
+
+
+def take(names: list[str], folder: Path) -> tuple[int, IO[str]]:
+    """The first of these GPUs that no other job has, waiting for one; and its lock, to be closed."""
+    while True:
+        for index, name in enumerate(names):
+            lock = (folder / name).open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return index, lock
+            except BlockingIOError:
+                lock.close()
+        time.sleep(WAIT)
+
+
+@contextmanager
+def own_gpu(device: str) -> Iterator[None]:
+    """While a job runs on ``auto`` or ``cuda`` and there are several GPUs, one that no other job has.
+
+    It becomes torch's current device, so that ``cuda`` means it. SLURM shows a job only its own.
+    """
+    if device not in ("auto", "cuda") or fcntl is None:
+        yield
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        yield
+        return
+    names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
+    index, lock = take(names, lock_folder())
+    with lock, torch.cuda.device(index):
+        yield

@@ -1,0 +1,102 @@
+"""The one progress bar of a run or a sweep; where stderr is no terminal, a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+EVERY = 30.0  # seconds between two lines where there is no terminal
+LOOK = 0.5  # seconds between two looks at what other processes have finished
+
+
+@contextmanager
+def blocks(total: int) -> Iterator[Callable[[], None]]:
+    """A bar over a run's blocks on stderr, gone when done; yields what to call after each block."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("blocks", total=total)
+        yield lambda: bar.advance(task)
+
+
+class Sweep:
+    """A sweep's bar: how many jobs have ended, and by their blocks how far it is."""
+
+    def __init__(self, jobs: int, total: int, bar: Progress | None) -> None:
+        self.jobs, self.total, self.bar = jobs, total, bar
+        self.ended = 0
+        self.said = time.monotonic()
+        self.task: TaskID | None = bar.add_task(self._text(), total=total) if bar else None
+
+    def _text(self) -> str:
+        return f"{self.ended} of {self.jobs} jobs"
+
+    def block(self) -> None:
+        """A block is done."""
+        if self.bar and self.task is not None:
+            self.bar.advance(self.task)
+
+    def reached(self, ended: int, blocks: int | None = None) -> None:
+        """So many jobs have ended; blocks: those done, where not every one of them was told."""
+        self.ended = ended
+        if self.bar and self.task is not None:
+            self.bar.update(self.task, description=self._text(), completed=blocks)
+        elif not self.bar and time.monotonic() - self.said > EVERY:
+            self.said = time.monotonic()
+            print(f"simlab: {self._text()} done", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def sweep(jobs: int, blocks: int, look: Callable[[], list[int]] | None = None) -> Iterator[Sweep]:
+    """A bar over a sweep's jobs, gone when done.
+
+    look: for jobs in other processes, the blocks of those that have ended; asked now and then.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with (
+            Progress(*columns, console=console, transient=True) as bar,
+            _watched(Sweep(jobs, blocks, bar), look) as shown,
+        ):
+            yield shown
+        return
+    with _watched(Sweep(jobs, blocks, None), look) as shown:
+        yield shown
+
+
+@contextmanager
+def _watched(shown: Sweep, look: Callable[[], list[int]] | None) -> Iterator[Sweep]:
+    if look is None:
+        yield shown
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK):
+            ended = look()
+            shown.reached(len(ended), sum(ended))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield shown
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,245 @@
+"""What is looked at before a run and told after a sweep (``Around``), and the sweep itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.experimental.callback import Callback
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from simlab import cluster, job, store
+from simlab.cluster import Place
+from simlab.config import ConfigError
+from simlab.mistakes import in_one_line
+from simlab.plan import Job, Plan, plan
+from simlab.report import progress
+from simlab.validation import read, read_keep
+
+if TYPE_CHECKING:
+    from simlab.experiment import Prepared
+
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
+NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
+PLAN = "sweep.json"
+
+
+class Around(Callback):
+    """Before Hydra makes a folder, everything that the user named is looked at; after, a report."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Check a run's config, files and device. Raises SystemExit for a mistake and a dry run."""
+        with in_one_line():
+            checked, keep = read(config), read_keep(config)
+            from simlab.experiment import prepare
+
+            ready = prepare(checked)
+        if keep.dry_run:
+            show_estimates([("", ready, False)])
+            raise SystemExit(0)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A plain product of values, Hydra's basic sweeper, is done here. Raises SystemExit then.
+
+        Another sweeper goes its own way; its jobs look for kept results themselves.
+        """
+        if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
+            return
+        with in_one_line():
+            Sweep(config).run()
+        Callbacks(config).on_multirun_end(config=config, config_name=config.hydra.job.config_name)
+        raise SystemExit(0)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """One report over all jobs. Raises SystemExit where one has failed."""
+        if config.dry_run:
+            return
+        with in_one_line():
+            from simlab.sweep import report
+
+            if not report(Path(config.hydra.sweep.dir)):
+                raise SystemExit(1)
+
+
+class Sweep:
+    """Every combination of the values, numbered as Hydra does; all are checked before any starts.
+
+    Only jobs without a kept result are launched. With Hydra's basic launcher they run in this process:
+    Hydra itself takes 60 ms to compose each and to write its files, and again 40 to check it.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config, self.keep = config, read_keep(config)
+        loader = GlobalHydra.instance().config_loader()
+        assert isinstance(loader, ConfigLoaderImpl)
+        self.loader = loader
+        context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
+        installed(config.hydra.launcher._target_)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=job.task, config=config
+        )
+
+    def run(self) -> None:
+        """Check, launch what is missing, leave a record of every job. Raises ConfigError, OSError."""
+        hydra = self.config.hydra
+        params = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+        planned = plan(
+            self.loader,
+            hydra.job.config_name,
+            list(hydra.overrides.hydra),
+            [*params, *hydra.overrides.task],
+        )
+        from simlab.inputs import make_tokens
+
+        self.tokens_of = functools.cache(make_tokens)  # a sweep's jobs often have the same
+        folder = Path(hydra.sweep.dir)
+        places, ready = self.look(planned, folder)
+        if self.keep.dry_run:
+            names = [" ".join(place.job.overrides) for place in places]
+            kept = [place.kept is not None for place in places]
+            show_estimates(list(zip(names, ready, kept, strict=True)))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        store.write_json(folder / PLAN, description(planned, places))
+        store.Results(Path(self.keep.results)).clean()
+        for place in places:
+            job.clear(place.folder)
+            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
+            if place.kept:
+                write_hydra(place)
+                job.take(place.kept, place.folder)
+        try:
+            self.launch([place for place in places if not place.kept])
+        except KeyboardInterrupt:
+            done = sum(place.ended for place in places)
+            print(
+                f"simlab: interrupted; {done} of {len(places)} jobs are done and kept. The same "
+                f"command does the rest; python -m simlab.sweep {folder} reports on these",
+                file=sys.stderr,
+            )
+            raise SystemExit(130) from None
+
+    def look(self, planned: Plan, folder: Path) -> tuple[list[Place], list[Prepared]]:
+        """Prepare every job, as far as this machine can. Raises ConfigError."""
+        import torch
+
+        from simlab.experiment import prepare
+
+        results, places, prepared = store.Results(Path(self.keep.results)), [], []
+        elsewhere = not (self.in_process or cluster.is_local(self.launcher))
+        for each in planned.jobs:
+            unknown = elsewhere and each.config.device == "auto"
+            device = torch.device("cpu" if unknown else each.config.device) if elsewhere else None
+            ready = prepare(each.config, self.tokens_of, device)
+            kept = job.kept(ready, results) if self.keep.resume and not unknown else None
+            subdir = self.subdir(each)
+            places.append(Place(each, folder / subdir, subdir, ready.blocks, kept))
+            prepared.append(ready)
+        if len({place.subdir for place in places}) < len(places):
+            raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
+        return places, prepared
+
+    @functools.cached_property
+    def in_process(self) -> bool:
+        """Whether the jobs run here, and nothing asks for more of Hydra than a composed config."""
+        hydra = self.config.hydra
+        return bool(
+            type(self.launcher) is BasicLauncher
+            and list(hydra.callbacks) == ["simlab"]
+            and not hydra.job.env_set
+            and not hydra.job.chdir
+        )
+
+    def subdir(self, each: Job) -> str:
+        """A job's folder in the sweep's: its number, or what ``hydra.sweep.subdir`` says."""
+        sweep = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        assert isinstance(sweep, dict)
+        if sweep["subdir"] == NUMBER:
+            return str(each.number)
+        composed = self.loader.load_sweep_config(self.config, list(each.overrides))
+        with open_dict(composed):
+            composed.hydra.job.num = composed.hydra.job.id = each.number
+        HydraConfig.instance().set_config(composed)
+        return str(composed.hydra.sweep.subdir)
+
+    def launch(self, places: Sequence[Place]) -> None:
+        """Run these jobs, here or by the launcher; each has then ended, or says why it couldn't."""
+        if not places:
+            return
+        blocks = sum(place.blocks for place in places)
+        if self.in_process:
+            with progress.sweep(len(places), blocks) as bar:
+                for i, place in enumerate(places):
+                    write_hydra(place)
+                    job.sweep_job(
+                        place.job.config, place.folder, self.keep, bar.block, self.tokens_of
+                    )
+                    bar.reached(i + 1, sum(p.blocks for p in places[: i + 1]))
+            return
+
+        def look() -> list[int]:
+            return [place.blocks for place in places if place.ended]
+
+        size = self.config.hydra.sweeper.max_batch_size or len(places)
+        with progress.sweep(len(places), blocks, look):
+            for start in range(0, len(places), size):
+                cluster.launch(self.launcher, places[start : start + size])
+
+
+def installed(target: str) -> None:
+    """Raises ConfigError where a launcher's package isn't there."""
+    package = ".".join(target.split(".")[:2])
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"hydra.launcher: {target} is not installed; pip install 'simlab[cluster]' brings joblib's "
+            "and submitit's"
+        )
+
+
+def write_hydra(place: Place) -> None:
+    """A job's .hydra/, as Hydra writes it but for hydra.yaml, which multirun.yaml has for them all."""
+    folder = place.folder / ".hydra"
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"config": dict(place.job.composed), "overrides": list(place.job.overrides)}
+    for name, content in contents.items():
+        text = yaml.dump(content, Dumper=DUMPER, sort_keys=False, allow_unicode=True)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def description(planned: Plan, places: Sequence[Place]) -> dict[str, Any]:
+    """What sweep.json says: what was swept, and every job that there is to be."""
+    return {
+        "swept": {key: list(values) for key, values in planned.swept.items()},
+        "jobs": [
+            {
+                "job": place.job.number,
+                "folder": place.subdir,
+                "overrides": list(place.job.overrides),
+                "values": dict(place.job.values),
+            }
+            for place in places
+        ],
+    }
+
+
+def show_estimates(jobs: Sequence[tuple[str, Prepared, bool]]) -> None:
+    """A dry run's table: each job's overrides, what it would take, and whether its result is kept."""
+    raise NotImplementedError

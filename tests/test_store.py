@@ -1,0 +1,140 @@
+"""What is kept is whole, and known by what made it."""
+
+import dataclasses
+import json
+import os
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import tiny
+
+from simlab import store
+from simlab.store import Results, config_hash, link, read_csv, result_key, write_csv
+
+
+def fill(value):
+    def write(folder):
+        (folder / "curve.csv").write_text(value)
+        (folder / "summary.json").write_text(json.dumps({"value": value}))
+
+    return write
+
+
+def test_a_result_is_whole_or_not_there(tmp_path):
+    results = Results(tmp_path / "results")
+    assert results.find("k") is None
+
+    def breaks(folder):
+        fill("half")(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        results.put("k", breaks)
+    assert results.find("k") is None
+    assert list((tmp_path / "results").iterdir()) == []
+    assert results.put("k", fill("a")) == results.find("k")
+    results.put("k", fill("b"))
+    assert json.loads((results.find("k") / "summary.json").read_text()) == {"value": "b"}
+    (results.root / "k" / "summary.json").chmod(0o644)
+    (results.root / "k" / "summary.json").write_text("{")  # a broken file is no result
+    assert results.find("k") is None
+
+
+def test_many_processes_may_keep_the_same(tmp_path):
+    results = Results(tmp_path)
+    threads = [
+        threading.Thread(target=lambda i=i: [results.put("k", fill(str(i))) for _ in range(20)])
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        found = results.find("k")
+        if found is not None:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
+    folder = results.find("k")
+    assert json.loads((folder / "summary.json").read_text())["value"] == (
+        folder / "curve.csv"
+    ).read_text()
+
+
+def test_what_the_killed_left_goes_and_what_others_write_stays(tmp_path):
+    results = Results(tmp_path)
+    old, new = tmp_path / ".partial-k-1", tmp_path / ".partial-k-2"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "curve.csv").write_text("half")
+    os.utime(old, (time.time() - 2 * store.STALE,) * 2)
+    results.clean()
+    assert [path.name for path in tmp_path.iterdir()] == [new.name]
+
+
+def test_a_checkpoint_is_known_by_its_weights_too(tmp_path):
+    results = Results(tmp_path)
+
+    def with_weights(folder):
+        (folder / "summary.json").write_text(json.dumps({"weight_hash": "abc"}))
+
+    results.put("k", with_weights)
+    assert results.find("k", lambda: "abc") is not None
+    assert results.find("k", lambda: "abd") is None
+
+
+def test_links_give_the_same_files_and_no_one_writes_through_them(tmp_path):
+    kept = Results(tmp_path / "results").put("k", fill("a"))
+    link(kept, tmp_path / "job")
+    link(kept, tmp_path / "job")  # again is fine
+    file = tmp_path / "job" / "curve.csv"
+    assert file.samefile(kept / "curve.csv")
+    assert file.stat().st_mode & 0o777 == 0o444
+    store.write_atomically(file, lambda path: path.write_text("b") and None)
+    assert (kept / "curve.csv").read_text() == "a"
+
+
+def test_links_to_another_disk_are_copies(tmp_path, monkeypatch):
+    def elsewhere(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", elsewhere)
+    kept = Results(tmp_path / "results").put("k", fill("a"))
+    link(kept, tmp_path / "job")
+    assert (tmp_path / "job" / "curve.csv").read_text() == "a"
+    assert not (tmp_path / "job" / "curve.csv").samefile(kept / "curve.csv")
+
+
+def test_the_key_knows_what_changes_a_result_and_nothing_else():
+    config = tiny()
+    changes = [
+        tiny("depth=4"), tiny("seeds=2"), tiny("seed=1"), tiny("norm.eps=1e-7"),
+        tiny("dtype=bfloat16"), tiny("gradients=true"), tiny("init.std=0.021"),
+    ]  # fmt: skip
+    keys = {result_key(each, b"") for each in [config, *changes]}
+    assert len(keys) == len(changes) + 1
+    assert result_key(config, b"") != result_key(config, b"1")
+    same = tiny("results=elsewhere", "resume=false")
+    assert result_key(same, b"") == result_key(config, b"")
+    gpus = [config_hash(dataclasses.replace(config, device=f"cuda:{i}")) for i in (0, 3)]
+    assert gpus[0] == gpus[1] != config_hash(config)
+
+
+def test_a_table_comes_back_as_it_was(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "kind": ["a", "b", "c"],
+            "value": np.exp(rng.normal(size=3) * 100),
+            "empty": [np.nan] * 3,
+            "some": [1.0, np.nan, 1e-300],
+            "count": [1, 2, 3],
+        }
+    )
+    write_csv(tmp_path / "t.csv", frame)
+    found = read_csv(tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(found, frame, check_exact=True, check_dtype=False)
+    assert found["empty"].dtype == np.float64

@@ -1,0 +1,301 @@
+"""Sweeps as a user runs them: one report, resumed after anything, the same bytes in every launcher."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import INPUTS, SHAPE, simlab, write_olmo
+
+SMALL = [*SHAPE, *INPUTS, "device=cpu", "seeds=2"]
+AXES = ["depth=1,2,3", "init.std=0.02,0.05", "norm=pre,swin_renorm"]
+SWEEP = ["-m", *SMALL, *AXES]
+
+
+def report(folder, cwd):
+    command = [sys.executable, "-m", "simlab.sweep", str(folder)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def files(folder: Path, names=("curve.csv", "summary.json")) -> dict[str, bytes]:
+    """Every job's results, and the sweep's table."""
+    paths = [path for name in names for path in folder.glob(f"*/{name}")]
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return found | {"sweep.parquet": (folder / "sweep.parquet").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted sweep: its folder ``sweep``, in a folder with its kept results."""
+    cwd = tmp_path_factory.mktemp("whole")
+    done = simlab(*SWEEP, "hydra.sweep.dir=sweep", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (cwd / "stdout").write_text(done.stdout)
+    return cwd / "sweep"
+
+
+def test_one_report(whole):
+    frame = pd.read_parquet(whole / "sweep.parquet")
+    assert frame.columns[:7].tolist() == [
+        "job", "depth", "init.std", "norm_placement", "curve", "seed", "sublayer",
+    ]  # fmt: skip
+    assert frame["job"].nunique() == 12
+    for job, rows in frame.groupby("job"):
+        curve = pd.read_csv(whole / str(job) / "curve.csv")
+        summary = json.loads((whole / str(job) / "summary.json").read_text())["config"]
+        assert rows["mean_square"].tolist() == curve["mean_square"].tolist()
+        (values,) = rows[["depth", "init.std", "norm_placement"]].drop_duplicates().to_numpy()
+        model = summary["model"]
+        assert values.tolist() == [
+            model["depth"], summary["init"]["std"], model["norm"]["placement"],
+        ]  # fmt: skip
+    jobs = pd.read_csv(whole / "jobs.csv")
+    assert jobs["job"].tolist() == list(range(12))
+    last = frame.groupby(["job", "seed"]).tail(1).groupby("job")["mean_square"].mean()
+    np.testing.assert_allclose(jobs["mean_square"], last, rtol=1e-12)
+    stdout = (whole.parent / "stdout").read_text()
+    assert max(map(len, stdout.splitlines())) <= 80
+    assert stdout.splitlines()[0].startswith("12 jobs: depth 1, 2, 3; init.std 0.02, 0.05; ")
+    for file in ("sweep.parquet", "jobs.csv", "growth.png"):
+        assert (whole / file).exists()
+        assert f"sweep/{file}" in stdout
+
+
+def test_the_report_is_made_again_from_the_files_alone(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    before = files(tmp_path / "copy", names=())
+    for made in ("sweep.parquet", "jobs.csv", "growth.png"):
+        (tmp_path / "copy" / made).unlink()
+    done = report("copy", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (whole.parent / "stdout").read_text().replace("sweep/", "copy/")
+    assert files(tmp_path / "copy", names=()) == before
+
+
+def test_an_unfinished_sweep_has_a_report(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "part")
+    for job in ("3", "7"):
+        shutil.rmtree(tmp_path / "part" / job)
+    (tmp_path / "part" / "11" / "summary.json").unlink()  # killed between its files
+    done = report("part", tmp_path)
+    assert done.returncode == 1
+    assert "3 jobs are not finished" in done.stdout
+    frame = pd.read_parquet(tmp_path / "part" / "sweep.parquet")
+    assert sorted(set(range(12)) - set(frame["job"])) == [3, 7, 11]
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("nowhere", "nowhere: no sweep's folder, it has no sweep.json"),
+        (".", "no sweep's folder"),
+        ("broken", "not JSON"),
+        ("list", "not a JSON object"),
+        ("away", "leads out of the sweep's folder"),
+        ("other", "not what a sweep writes"),
+    ],
+)
+def test_what_is_no_sweep_is_one_line(tmp_path, folder, said):
+    contents = {
+        "broken": "{", "list": "[]", "other": '{"jobs": [1], "swept": {}}',
+        "away": '{"jobs": [{"folder": "../x", "job": 1, "values": {}, "overrides": []}], "swept": {}}',
+    }  # fmt: skip
+    for name, text in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(text)
+    done = report(folder, tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert said in done.stderr
+
+
+def test_only_what_is_missing_is_computed(whole, tmp_path):
+    """Results are known by content: in another order, in part, and under other names of the same."""
+    shutil.copytree(whole.parent / "outputs", tmp_path / "outputs")
+    kept = tmp_path / "outputs" / "results"
+    assert len(list(kept.iterdir())) == 12
+    times = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    axes = ["norm=swin_renorm,pre", "depth=2,4", "init.std=2e-2,0.05"]
+    done = simlab("-m", *SMALL, "init=normal", *axes, "hydra.sweep.dir=again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert len(after) == 12 + 4  # depth 4
+    assert times.items() <= after.items()
+    old, new = (
+        pd.read_parquet(p) for p in (whole / "sweep.parquet", tmp_path / "again/sweep.parquet")
+    )
+    keys = ["depth", "init.std", "norm_placement", "seed", "sublayer", "kind"]
+    old = old[old["depth"] == 2].drop(columns="job").sort_values(keys, ignore_index=True)
+    new = new[new["depth"] == 2].drop(columns="job").sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(old, new[old.columns])
+    simlab("-m", *SMALL, "depth=2", "resume=false", "init.std=0.02,0.05", "norm=pre", cwd=tmp_path)
+    again = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert sum(again[name] != time for name, time in after.items()) == 2
+
+
+def test_a_kept_result_is_of_the_same_tokens_and_weights(tmp_path, checkpoint):
+    """A text or a checkpoint that has changed under its path is computed again."""
+    from safetensors.torch import load_file, save_file
+
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(32, 60)) * 9)
+    run = ["-m", "source=checkpoint", f"source.path={checkpoint}", "inputs=text", "seeds=0,1",
+           f"inputs.path={text}", "inputs.batch=1", "inputs.length=16", "device=cpu",
+           "source.weights=false"]  # fmt: skip
+    file = checkpoint / "model.safetensors"
+    seen = []
+    for change in ("", "nothing", "text", "weights"):
+        if change == "text":
+            text.write_bytes(b"0" + text.read_bytes())
+        if change == "weights":
+            tensors = load_file(file)
+            tensors["model.layers.2.mlp.up_proj.weight"][3, 5] += 1
+            save_file(tensors, file, {"format": "pt"})
+        done = simlab(*run, "hydra.sweep.dir=sweep", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        seen.append(files(tmp_path / "sweep")["0/curve.csv"])
+        stamps = {p.stat().st_mtime_ns for p in (tmp_path / "outputs" / "results").iterdir()}
+        if change == "nothing":
+            assert stamps == before
+        before = stamps
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
+
+
+def test_killed_at_random_moments(whole, tmp_path):
+    """SIGKILL, 20 times: what is there is whole, and the end is that of the uninterrupted sweep."""
+    rng = random.Random(0)
+    start = time.monotonic()
+    simlab("-m", *SMALL, "depth=1", "hydra.sweep.dir=first", "results=other", cwd=tmp_path)
+    typical = time.monotonic() - start
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "simlab.run", *SWEEP, "hydra.sweep.dir=sweep"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            process.wait(rng.uniform(0.3, 1.3) * typical)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for result in (tmp_path / "outputs" / "results").glob("[!.]*"):
+            pd.read_csv(result / "curve.csv")
+            json.loads((result / "summary.json").read_text())
+    done = simlab(*SWEEP, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "sweep") == files(whole)
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    command = [sys.executable, "-m", "simlab.run", "-m", *SMALL, "seed=range(400)", "seeds=1",
+               "hydra.sweep.dir=sweep"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("sweep/*/job.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = err.splitlines()
+    assert line.startswith("simlab: interrupted; ")
+    done = int(line.split()[2])
+    whole = list(tmp_path.glob("sweep/*/summary.json"))
+    assert 3 <= len(whole) == done < 400
+    assert len(list(tmp_path.glob("outputs/results/[!.]*"))) in (done, done + 1)
+    unfinished = report("sweep", tmp_path)
+    assert f"{400 - done} jobs are not finished" in unfinished.stdout
+
+
+def test_a_failed_job_takes_no_other_down(tmp_path):
+    """A checkpoint whose bytes end within a block: found when that block's turn comes."""
+    for name in ("good", "bad"):
+        write_olmo(tmp_path / name, shards="40KB")
+    bad = sorted((tmp_path / "bad").glob("model-*.safetensors"))
+    run = ["-m", "source=checkpoint", "source.path=bad,good", "seeds=0", "inputs.length=8",
+           "device=cpu", "hydra.sweep.dir=sweep"]  # fmt: skip
+    assert len(bad) > 3
+    code = (
+        "import sys; from simlab import engine, run; real = engine.forward\n"
+        "def broken(weights, *args):\n"
+        "    if 'bad' in str(weights.folder): raise RuntimeError('it broke\\nin two lines')\n"
+        "    return real(weights, *args)\n"
+        "engine.forward = broken\n"
+        "sys.argv[0] = 'simlab.run'; run.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *run],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "1 job failed" in done.stdout
+    assert "RuntimeError: it broke in two lines" in done.stdout
+    record = json.loads((tmp_path / "sweep" / "0" / "job.json").read_text())
+    assert record["status"] == "failed"
+    assert "in broken" in record["traceback"]
+    assert (tmp_path / "sweep" / "1" / "summary.json").exists()
+    assert set(pd.read_parquet(tmp_path / "sweep" / "sweep.parquet")["job"]) == {1}
+    again = simlab(*run, cwd=tmp_path)  # and without the fault, the same command mends it
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "sweep" / "0" / "job.json").read_text()) == {"status": "done"}
+
+
+def test_a_full_disk_loses_nothing_else(tmp_path):
+    """Files beyond a size can't be written: those jobs fail with a line, the others are done."""
+    limit = 9_000  # bytes: a curve of depth 1 fits, one of depth 40 doesn't
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    command = [
+        sys.executable,
+        "-m",
+        "simlab.run",
+        "-m",
+        *SMALL,
+        "depth=1,40",
+        "hydra.sweep.dir=sweep",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=small_files
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "sweep" / "0" / "summary.json").exists()
+    assert not (tmp_path / "sweep" / "1" / "summary.json").exists()
+    assert len(list((tmp_path / "outputs" / "results").iterdir())) == 1
+    done = simlab("-m", *SMALL, "depth=1,40", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_give_the_same_bytes(whole, tmp_path, launcher):
+    """Of twelve jobs eight are kept: four are launched, and the report is over all."""
+    shutil.copytree(whole.parent / "outputs", tmp_path / "outputs")
+    for job in range(0, 12, 3):
+        config = json.loads((whole / str(job) / "curve.csv").with_name("summary.json").read_text())
+        for kept in (tmp_path / "outputs" / "results").iterdir():
+            if json.loads((kept / "summary.json").read_text()) == config:
+                shutil.rmtree(kept)
+    done = simlab(
+        *SWEEP, f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert all("jobs done" in line for line in done.stderr.splitlines())
+    assert files(tmp_path / "sweep") == files(whole)
+    launched = sorted(path.parent.parent.name for path in tmp_path.glob("sweep/*/.hydra/hydra.yaml"))
+    assert launched == ["0", "3", "6", "9"]
