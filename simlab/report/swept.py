@@ -97,13 +97,15 @@ def curves_figure(frame: pd.DataFrame, axes: Sequence[Axis], y: str, title: str)
     figure, panels = grid(len(cells), made.columns, size, below)
     log, few = _log(lines, y), lines["x"].nunique() <= FEW
     behind = _alone(made, axes)
+    more = False  # laws than are drawn
     for ax, cell in zip(panels, cells, strict=True):
         here = matching(lines, cell)
         if behind:
             _others(ax, lines, axes[0].key)
         _draw(ax, here, made, y == "mean_square", few)
         if y == "mean_square":
-            _laws(ax, matching(frame, cell), made.colour, log, float(lines["high"].max()))
+            part, top = matching(frame, cell), float(lines["high"].max())
+            more = _laws(ax, part, made.colour, log, top) or more
         ax.set_title(made.title(cell, size[0]), fontsize=10, color=".35")
     _limits(panels, lines, y, log)
     for ax in panels[:: made.columns]:
@@ -111,6 +113,8 @@ def curves_figure(frame: pd.DataFrame, axes: Sequence[Axis], y: str, title: str)
     said = f"{WORDS[y].capitalize()} after each sublayer{', log axis' if log else ''}."
     entries(panels[0], made.colour)
     _entries(panels[0], lines, made, y, behind)
+    if more:
+        said += " Of a law that differs between colours the lowest and the highest are drawn."
     return finished(figure, panels, made.colour, [title, said, *made.notes])
 
 
@@ -209,11 +213,13 @@ def _others(ax: Axes, lines: pd.DataFrame, key: str) -> None:
         ax.plot(rows["x"], rows["mean"], color=".84", lw=1, zorder=1)
 
 
-def _laws(ax: Axes, here: pd.DataFrame, colour: Axis | None, log: bool, top: float) -> None:
-    """Both laws, once where the colours' coincide, else the lowest and the highest."""
-    names = [name for name in LAW_STYLES if name in here]
-    for name in names:
-        found = []
+def _laws(ax: Axes, here: pd.DataFrame, colour: Axis | None, log: bool, top: float) -> bool:
+    """Both laws, once where the colours' coincide, else lowest and highest; whether there are more."""
+    more = False
+    for name in LAW_STYLES:
+        found: list[pd.Series] = []
+        if name not in here:
+            continue
         for _, part in _groups(here, colour):
             basis = "random" if (part["curve"] == "random").any() else "checkpoint"
             law = part[part["curve"] == basis].groupby("x")[name].mean()
@@ -221,8 +227,11 @@ def _laws(ax: Axes, here: pd.DataFrame, colour: Axis | None, log: bool, top: flo
             law[law.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
             found.append(law)
         _, ink, style = LAW_STYLES[name]
-        for law in _distinct(found, log, top):
+        kept = _distinct(found, log, top)
+        more = more or len(kept) > 2
+        for law in [*kept[:1], *kept[1:][-1:]]:
             ax.plot(law.index, law, color=ink, ls=style, lw=1.4, zorder=40)
+    return more
 
 
 def _distinct(laws: Sequence[pd.Series], log: bool, top: float) -> list[pd.Series]:
@@ -232,7 +241,7 @@ def _distinct(laws: Sequence[pd.Series], log: bool, top: float) -> list[pd.Serie
             kept.append(law)
     shared = min(map(len, kept), default=1) - 1
     kept.sort(key=lambda law: float(law.iloc[shared]))
-    return [kept[0], kept[-1]] if len(kept) > 2 else kept
+    return kept
 
 
 def _same(law: pd.Series, other: pd.Series, log: bool, top: float) -> bool:

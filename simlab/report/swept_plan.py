@@ -55,11 +55,24 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def is_number(text: str) -> bool:
+    """Whether a value's text spells a finite number."""
+    return _number(text) is not None
+
+
 def shorten(text: str, most: int) -> str:
     """At most ``most`` characters: of a path the end is kept, of a name the beginning."""
     if len(text) <= most:
         return text
     return f"…{text[len(text) - most + 1 :]}" if "/" in text else f"{text[: most - 1]}…"
+
+
+def short(value: float) -> str:
+    """Three digits, ``1.2e5`` beyond 10^4 and below 10^-3."""
+    if value and not 1e-3 <= abs(value) < 9999.5:
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(power)}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def key_text(key: str) -> str:
@@ -207,7 +220,7 @@ def plan(axes: Sequence[Axis], coloured: bool = True, most: int = GRID) -> Plan:
     """Colour for a checkpoint's steps, else the numeric key with most values; panels for the rest.
 
     most: panels. Where they are more, keys beyond the second panel key are shown at their first
-    value, then the longest key at some of its values; the plan's notes say so.
+    value, then the numeric key at some of its values; the plan's notes say so.
     """
     colour = _colour(axes) if coloured else None
     rest = [axis for axis in axes if axis is not colour]
@@ -218,16 +231,18 @@ def plan(axes: Sequence[Axis], coloured: bool = True, most: int = GRID) -> Plan:
         fixed.append((axis.key, axis.values[0]))
         notes.append(f"{axis.label(axis.values[0])} alone, of its {len(axis.values)} values")
     while _product(rest) > most:
-        longest = max(range(len(rest)), key=lambda i: len(rest[i].values))
-        axis, others = rest[longest], _product(rest) // len(rest[longest].values)
-        if others > most // 2 and len(rest) > 1:
-            rest.pop(longest)
+        place = max(
+            range(len(rest)), key=lambda i: (rest[i].numbers is not None, len(rest[i].values))
+        )
+        axis = rest[place]
+        room = most // (_product(rest) // len(axis.values))
+        if room < 2 and len(rest) > 1:
+            rest.pop(place)
             fixed.append((axis.key, axis.values[0]))
             notes.append(f"{axis.label(axis.values[0])} alone, of its {len(axis.values)} values")
-            continue
-        rest[longest] = axis.thinned(most // others)
-        count = len(rest[longest].values)
-        notes.append(f"{count} of the {len(axis.values)} values of {key_text(axis.key)}")
+        else:
+            rest[place] = axis.thinned(room)
+            notes.append(f"{room} of the {len(axis.values)} values of {key_text(axis.key)}")
     return Plan(
         colour, tuple(rest), tuple(fixed), (f"Shown: {'; '.join(notes)}.",) if notes else ()
     )

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from simlab.report.style import COLOURS, LABELS, finish
 from simlab.report.swept_plan import (
@@ -29,6 +29,7 @@ from simlab.report.swept_plan import (
     key_text,
     matching,
     plan,
+    short,
 )  # fmt: skip
 
 MEASURES = {
@@ -54,6 +55,10 @@ def ticks(ax: Axes, axis: Axis) -> None:
     """The x axis of a swept key: its values are the ticks."""
     if axis.geometric:
         ax.set_xscale("log")
+    x = np.array(axis.positions, float)
+    ends = np.log(x[[0, -1]]) if axis.geometric else x[[0, -1]]
+    ends = ends + 0.05 * np.array([-1, 1]) * (ends[1] - ends[0])
+    ax.set_xlim(*(np.exp(ends) if axis.geometric else ends))
     some = _every(axis, 8)
     ax.xaxis.set_major_locator(FixedLocator([axis.positions[i] for i in some]))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -74,7 +79,7 @@ def law_lambda(frame: pd.DataFrame) -> pd.DataFrame:
 
     The law's for random inits, where there are any; none where a curve ends early.
     """
-    none = pd.DataFrame({"job": [], "law_lambda": []})
+    none = pd.DataFrame({"job": [0][:0], "law_lambda": [0.0][:0]})
     if frame.empty or "law_additive" not in frame:
         return none
     rows = frame[frame["block"].notna()]
@@ -283,6 +288,10 @@ def heatmap(jobs: pd.DataFrame, axes: Sequence[Axis], title: str) -> Figure | No
         ax.set_title(made.title(cell, size[0]), fontsize=10, color=".35")
     bar = figure.colorbar(ScalarMappable(scale, SEQUENCE), ax=panels, aspect=25, pad=0.01)
     bar.set_label("mean square")
+    if isinstance(scale, LogNorm) and high < 200 * low:
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
     cut = ["×: curves overflow; their last finite value."] if (jobs["overflow"] > 0).any() else []
     lines = [title, f"Mean square at the last sublayer, {LABELS[name]}.", *made.notes, *cut]
     return finish(figure, [], lines)
@@ -300,23 +309,16 @@ def _heat(ax: Axes, here: pd.DataFrame, x: Axis, y: Axis, scale: Normalize) -> N
     shade = np.ma.masked_invalid(np.where(cells > 0, cells, np.nan))
     ax.pcolormesh(shade, norm=scale, cmap=SEQUENCE, edgecolors="white", linewidth=0.8)
     if max(cells.shape) <= CELLS:
+        font = 9.5 if max(cells.shape) <= 6 else 8
         for (row, column), value in np.ndenumerate(cells):
             pale = value > 0 and scale(value) > 0.6
             text = "–" if math.isnan(value) else short(value)
             text += " ×" if cut[row, column] else ""
             ax.text(
-                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8,
+                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=font,
                 color=".1" if pale or not value > 0 else "white",
             )  # fmt: skip
     for axis, of in ((ax.xaxis, x), (ax.yaxis, y)):
         some = _every(of, CELLS)
         axis.set_major_locator(FixedLocator([place + 0.5 for place in some]))
         axis.set_ticklabels([_tick(of, place) for place in some])
-
-
-def short(value: float) -> str:
-    """Three digits, ``1.2e5`` beyond 10^4 and below 10^-3."""
-    if value and not 1e-3 <= abs(value) < 1e4:
-        mantissa, power = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(power)}"
-    return f"{value:.3g}"
