@@ -67,21 +67,22 @@ def figures(
 def prepared(
     curves: pd.DataFrame, jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]
 ) -> pd.DataFrame:
-    """The curves with x, texts for swept values, each seed once, and whether a row ends a cut curve.
+    """The curves with x, texts for swept values, each curve once, and whether a row ends a cut one.
 
-    A sweep over ``seeds`` measures the same seeds again. depth_of: the job's depth.
+    A sweep over ``seeds`` measures the same curves again; one over ``seed`` the same weights on other
+    tokens. depth_of: the job's depth.
     """
     if curves.empty:
         return curves
     frame = labelled(curves, swept)
     # A re-norm happens after its sublayer: half a step to the right makes the drop visible.
     frame["x"] = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
-    one = [*(key for key in swept if key in frame and key not in SEEDS), "curve", "seed"]
-    frame = frame.drop_duplicates([*one, "x"]).reset_index(drop=True)
+    keys = [key for key in swept if key in frame and key not in SEEDS]
+    same = [*keys, "curve", "seed", "x", "mean_square"]
+    frame = frame.drop_duplicates(same).reset_index(drop=True)
     depths = jobs.drop_duplicates("job").set_index("job")["depth"] if len(jobs) else pd.Series()
     frame["depth_of"] = frame["job"].map(depths).astype(float)
-    of_curve = frame.groupby(one, sort=False)["x"]
-    last = of_curve.transform("max")
+    last = frame.groupby(["job", "curve", "seed"], sort=False)["x"].transform("max")
     frame["cut"] = (frame["x"] == last) & (last < 2 * frame["depth_of"])
     return frame
 

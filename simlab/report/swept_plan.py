@@ -147,7 +147,12 @@ def axes_of(frame: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> list[Axi
 def labelled(frame: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
     """The frame with its swept columns as texts."""
     keys = [key for key in swept if key in frame and key not in SEEDS]
-    return frame.assign(**{key: frame[key].map(value_text, na_action=None) for key in keys})
+    return frame.assign(**{key: _texts(frame[key]) for key in keys})
+
+
+def _texts(column: pd.Series) -> np.ndarray:
+    codes, values = pd.factorize(column, use_na_sentinel=False)
+    return np.array([value_text(value) for value in values], object)[codes]
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,8 @@ def statistics_figure(frame: pd.DataFrame, axes: Sequence[Axis], title: str) -> 
     cells = [cell for cell in made.cells if len(matching(frame, cell))]
     shown = {name: words for name, words in STATISTICS.items()
              if name in frame and frame[name].notna().any()}  # fmt: skip
+    if not shown or frame["block"].isna().all():
+        return None
     blocks = int(frame.groupby("job")["block"].max().min()) + 1
     some = sorted({round(b) - 1 for b in np.geomspace(1, blocks, BLOCKS)})
     count = len(shown) * len(cells)

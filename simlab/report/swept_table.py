@@ -28,7 +28,9 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
     """
     notes, rows = [], jobs
     if len(jobs) > MOST:
-        rows = jobs.iloc[:: _stride(len(jobs), [len(values) for values in swept.values()])]
+        fastest = [len(values) for values in swept.values()][-1:]  # but for the curves of a job
+        inner = [*fastest, jobs["curve"].nunique()]
+        rows = jobs.iloc[:: _stride(len(jobs), inner)]
         left = len(jobs) - len(rows)
         notes.append(f"{left} of {len(jobs)} rows are left out; sweep.csv and jobs.csv have all.")
     columns = _measured(rows)
@@ -61,10 +63,10 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
     return table
 
 
-def _stride(count: int, lengths: Sequence[int]) -> int:
-    """Every which row is shown: not a divisor of the last key's values, so that all of them occur."""
+def _stride(count: int, inner: Sequence[int]) -> int:
+    """Every which row is shown: prime to what changes fastest, so that all of its values occur."""
     stride = math.ceil(count / MOST)
-    while lengths and math.gcd(stride, lengths[-1]) > 1:
+    while math.gcd(stride, math.prod(inner)) > 1:
         stride += 1
     return stride
 
