@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from simlab.report import swept_scans
 from simlab.report.style import COLOURS, LABELS, LAW_STYLES
@@ -270,6 +271,7 @@ def _limits(panels: Sequence[Axes], lines: pd.DataFrame, y: str, log: bool) -> N
     positive = lines["low"][lines["low"] > 0]
     top = float(lines["high"].max())
     for ax in panels:
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         ax.set_xlim(-0.01 * lines["x"].max() - 0.2, 1.01 * lines["x"].max() + 0.2)
         if log and len(positive):
             ax.set_yscale("log")

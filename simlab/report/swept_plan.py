@@ -20,9 +20,10 @@ from simlab.report.style import finish
 
 COLOURS_TOLD_APART = 6  # of categories; beyond, each gets its panel
 LEGEND = 8  # entries for values; beyond, a colour bar, or some of the names
+LONG = 18  # characters of an entry
 GRID = 24  # panels of two keys; with further keys REST
 REST = 12
-COLUMNS = 4
+COLUMNS, ROWS = 4, 6
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
 GREY = "#9a9a9a"  # what the coloured curves are held against
@@ -176,7 +177,9 @@ class Plan:
 
     @property
     def _columns(self) -> tuple[Axis, ...]:
-        """The keys whose combinations stand side by side; a single key's panels wrap."""
+        """The keys whose combinations stand side by side; all of them, if already the first's wrap."""
+        if _product(self.panels[:1]) > COLUMNS:
+            return self.panels
         taken = 1
         while taken < len(self.panels) and _product(self.panels[: taken + 1]) <= COLUMNS:
             taken += 1
@@ -190,9 +193,9 @@ class Plan:
     def columns(self) -> int:
         """How many panels stand side by side."""
         side = _product(self._columns)
-        if self._rows or side <= COLUMNS:
-            return side
-        return 3 if side in (5, 6, 9) else COLUMNS
+        if side > COLUMNS:
+            return 3 if side in (5, 6, 9) else COLUMNS
+        return side if _product(self._rows) <= ROWS else COLUMNS // side * side
 
     def title(self, cell: Mapping[str, str], inches: float) -> str:
         """A panel's title, in lines that fit its width."""
@@ -248,6 +251,7 @@ def plan(axes: Sequence[Axis], coloured: bool = True, most: int = GRID) -> Plan:
         else:
             rest[place] = axis.thinned(room)
             notes.append(f"{room} of the {len(axis.values)} values of {key_text(axis.key)}")
+    rest.sort(key=lambda axis: len(axis.values) > COLUMNS)
     return Plan(
         colour, tuple(rest), tuple(fixed), (f"Shown: {'; '.join(notes)}.",) if notes else ()
     )
@@ -332,7 +336,13 @@ def entries(ax: Axes, colour: Axis | None) -> None:
         return
     named = colours(colour)
     for value in (colour.values[i] for i in evenly(len(colour.values), LEGEND)):
-        ax.plot([], [], color=named[value], lw=2.5, label=colour.label(value))
+        label = shorten(value, LONG) if _long(colour) else colour.label(value)
+        ax.plot([], [], color=named[value], lw=2.5, label=label)
+
+
+def _long(axis: Axis) -> bool:
+    """Whether a legend with ``key=value`` would be too wide."""
+    return any(len(axis.label(value, 1000)) > LONG for value in axis.values)
 
 
 def finished(
@@ -342,11 +352,14 @@ def finished(
     if colour is not None and _on_a_bar(colour):
         bar = figure.colorbar(
             ScalarMappable(_scale(colour), SEQUENCE), ax=list(axes), label=key_text(colour.key),
-            aspect=30, pad=0.01,
+            aspect=30, pad=0.01, shrink=min(1, 6 / figure.get_figheight()),
         )  # fmt: skip
         bar.outline.set_visible(False)
-    elif colour is not None and len(colour.values) > LEGEND:
-        lines = [*lines, f"Of {len(colour.values)} colours the legend names {LEGEND}."]
+    elif colour is not None:
+        if _long(colour):
+            lines = [*lines, f"Coloured by {key_text(colour.key)}."]
+        if len(colour.values) > LEGEND:
+            lines = [*lines, f"Of {len(colour.values)} colours the legend names {LEGEND}."]
     return finish(figure, axes[:1], lines)
 
 

@@ -136,12 +136,10 @@ def _lambda_figure(
         _alike(mine)
     entries(panels[0], made.colour)
     _lambda_entries(panels[0], jobs, made, measures)
-    return finished(
-        figure,
-        panels,
-        made.colour,
-        [title, f"Growth exponents λ against {key_text(x.key)}.", *notes],
-    )
+    said = f"Growth exponents λ against {key_text(x.key)}."
+    if (jobs[measures].isna().any(axis=1) & (jobs["overflow"] > 0)).any():
+        said += " There is none where a curve overflows."
+    return finished(figure, panels, made.colour, [title, said, *notes])
 
 
 def _alike(panels: Sequence[Axes]) -> None:
