@@ -61,15 +61,10 @@ def row_of(result, name, seconds):
     found = {"curve": name, "depth": shape.depth, "width": shape.width}
     found["mean_square"] = of.groupby("seed")["mean_square"].last().mean()
     found["per_sublayer"] = verdict["per_sublayer"]["value"]
-    found["exponent"], found["rate"] = (
-        verdict["exponent"]["value"],
-        verdict["rate"]["value"],
-    )
+    found |= {name: verdict[name]["value"] for name in ("exponent", "rate")}
     found["shape"] = verdict["shape"]
     for key, value in summary["lambda"][name].items():
-        if key.startswith(("lambda_paper", "lambda_token")) and not key.endswith(
-            ("additive", "sqrt2")
-        ):
+        if key.removesuffix("_gradient") in ("lambda_paper", "lambda_token"):
             for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
                 number = value and value[part]
                 found[key + suffix] = math.nan if number is None else number
