@@ -106,7 +106,7 @@ def prepare(
 ) -> Prepared:
     """Open the checkpoint, make the tokens, find the device. Raises ConfigError.
 
-    tokens_of: as ``make_tokens``, which it may remember. device: where this isn't the machine to run on.
+    tokens_of: as ``make_tokens``, which it may remember. device: where another machine will run it.
     """
     device = device or resolve_device(config.device)
     checkpoint = None

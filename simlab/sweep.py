@@ -119,6 +119,7 @@ def rows(jobs: Sequence[Entry], frame: pd.DataFrame) -> pd.DataFrame:
                 "mean_square": level.get((each.number, name), np.nan),
                 "per_sublayer": _number(verdict["per_sublayer"]["value"]),
                 "exponent": _number(verdict["exponent"]["value"]),
+                "rate": _number(verdict["rate"]["value"]),
                 "shape": verdict["shape"],
             }
             for key in LAMBDAS:

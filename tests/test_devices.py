@@ -1,5 +1,6 @@
 """Several jobs on a machine with several GPUs: each has its own."""
 
+import itertools
 import multiprocessing
 import time
 
@@ -29,7 +30,7 @@ def test_no_two_processes_have_the_same(tmp_path):
     for index in range(3):
         spans = sorted((start, stop) for gpu, start, stop in held if gpu == index)
         assert len(spans) >= 2
-        assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 def test_a_killed_process_leaves_its_gpu(tmp_path):

@@ -59,9 +59,10 @@ def test_many_processes_may_keep_the_same(tmp_path):
         thread.join()
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
     folder = results.find("k")
-    assert json.loads((folder / "summary.json").read_text())["value"] == (
-        folder / "curve.csv"
-    ).read_text()
+    assert (
+        json.loads((folder / "summary.json").read_text())["value"]
+        == (folder / "curve.csv").read_text()
+    )
 
 
 def test_what_the_killed_left_goes_and_what_others_write_stays(tmp_path):

@@ -1,7 +1,6 @@
 """Sweeps as a user runs them: one report, resumed after anything, the same bytes in every launcher."""
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -154,7 +153,7 @@ def test_a_kept_result_is_of_the_same_tokens_and_weights(tmp_path, checkpoint):
            f"inputs.path={text}", "inputs.batch=1", "inputs.length=16", "device=cpu",
            "source.weights=false"]  # fmt: skip
     file = checkpoint / "model.safetensors"
-    seen = []
+    seen, before = [], set()
     for change in ("", "nothing", "text", "weights"):
         if change == "text":
             text.write_bytes(b"0" + text.read_bytes())
@@ -291,11 +290,11 @@ def test_launchers_give_the_same_bytes(whole, tmp_path, launcher):
         for kept in (tmp_path / "outputs" / "results").iterdir():
             if json.loads((kept / "summary.json").read_text()) == config:
                 shutil.rmtree(kept)
-    done = simlab(
-        *SWEEP, f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", cwd=tmp_path
-    )
+    done = simlab(*SWEEP, f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all("jobs done" in line for line in done.stderr.splitlines())
     assert files(tmp_path / "sweep") == files(whole)
-    launched = sorted(path.parent.parent.name for path in tmp_path.glob("sweep/*/.hydra/hydra.yaml"))
+    launched = sorted(
+        path.parent.parent.name for path in tmp_path.glob("sweep/*/.hydra/hydra.yaml")
+    )
     assert launched == ["0", "3", "6", "9"]
