@@ -7,6 +7,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
 from simlab.model.attention import Attention
@@ -22,37 +23,48 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Reducer:
-    """Statistics of one step over the token batches that pass through it."""
+    """Statistics of one step of S curves over the token batches that pass through it.
 
-    def __init__(self, statistics: Mapping[str, Statistic]) -> None:
-        self.statistics = list(statistics.values())
+    A batch (S·B, T, …) has B sequences of each curve, and a curve's lie together.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistic], curves: int = 1) -> None:
+        self.statistics, self.curves = list(statistics.values()), curves
         self.values: list[list[Tensor]] = [[] for _ in self.statistics]
         self.tokens = 0
 
     def add(self, step: Step) -> None:
-        """Take in one batch's step: (B, T) numbers of each statistic, on its device."""
+        """Take in one batch's step: numbers of each statistic per token, on its device."""
         for statistic, values in zip(self.statistics, self.values, strict=True):
-            value = statistic.of(step)
-            values.append(value.sum((0, 1)) if statistic.reduce == "vector" else value)
-        self.tokens += step.after[..., 0].numel()
+            value = statistic.of(step).unflatten(0, (self.curves, -1))
+            values.append(value.sum((1, 2)) if statistic.reduce == "vector" else value)
+        self.tokens += step.after.shape[:2].numel() // self.curves
 
     def result(self) -> Tensor:
-        """One number per statistic, in their order, on the device: (len(statistics),)."""
-        found = []
-        for statistic, values in zip(self.statistics, self.values, strict=True):
-            if statistic.reduce == "vector":
-                found.append((torch.stack(values).sum(0) / self.tokens).norm())
-            else:
-                found.append(REDUCE[statistic.reduce](torch.cat(values)))
-        return torch.stack([value.to(found[0].dtype) for value in found])
+        """A curve's number per statistic, in their order, on the device: (S, len(statistics))."""
+        found: dict[int, Tensor] = {}
+        alike: dict[str, list[int]] = {}  # what is reduced alike is reduced at once
+        for i, statistic in enumerate(self.statistics):
+            alike.setdefault(statistic.reduce, []).append(i)
+        for reduce, which in alike.items():
+            kind = self.values[0][0].dtype
+            each = [torch.cat(self.values[i], 1).to(kind) for i in which if reduce != "vector"]
+            for i in which if reduce == "vector" else ():
+                found[i] = vector_norm(torch.stack(self.values[i]).sum(0) / self.tokens, dim=-1)
+            if each:
+                found |= dict(zip(which, REDUCE[reduce](torch.stack(each)), strict=True))
+        return torch.stack([found[i] for i in range(len(self.statistics))], -1)
 
 
 class Probe:
-    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output."""
+    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output.
 
-    def __init__(self, block: Block) -> None:
+    curves: S, whose sequences lie one curve's after another's in x (S·B, T, D).
+    """
+
+    def __init__(self, block: Block, curves: int = 1) -> None:
         self.steps = list(block.steps())
-        self.reducers = [Reducer(STATISTICS) for _ in self.steps]
+        self.reducers = [Reducer(STATISTICS, curves) for _ in self.steps]
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, Tensor] = {}
         self.attention: dict[str, Tensor] | None = None
@@ -94,7 +106,7 @@ class Probe:
         self.handles.append(step.register_forward_hook(on_step))
 
     def results(self) -> list[tuple[str, Tensor]]:
-        """Kind and statistics of every step of the block, in the order they happened."""
+        """Kind and statistics (S, entries) of every step of the block, in the order they happened."""
         kinds = (kind for kind, _ in self.steps)
         return [(kind, r.result()) for kind, r in zip(kinds, self.reducers, strict=True)]
 

@@ -148,15 +148,15 @@ def _gain(step: Step, of: Callable[[Tensor], Tensor]) -> Tensor:
     return step.nan if step.gain is None else of(step.gain).expand_as(step.nan)
 
 
-REDUCE: dict[str, Callable[[Tensor], Tensor]] = {  # over the tokens (B, T) of a whole batch
-    "mean": lambda v: v.mean(),
-    "max": lambda v: v.amax(),
-    "rms": lambda v: v.mean().sqrt(),
-    "median": lambda v: v.flatten().quantile(0.5),
-    "p05": lambda v: v.flatten().quantile(0.05),
-    "p95": lambda v: v.flatten().quantile(0.95),
-    "first": lambda v: v[:, 0].mean(),
-    "rest": lambda v: v[:, 1:].mean(),
+REDUCE: dict[str, Callable[[Tensor], Tensor]] = {  # over the tokens of a whole batch (…, B, T)
+    "mean": lambda v: v.mean((-2, -1)),
+    "max": lambda v: v.amax((-2, -1)),
+    "rms": lambda v: v.mean((-2, -1)).sqrt(),
+    "median": lambda v: v.flatten(-2).quantile(0.5, dim=-1),
+    "p05": lambda v: v.flatten(-2).quantile(0.05, dim=-1),
+    "p95": lambda v: v.flatten(-2).quantile(0.95, dim=-1),
+    "first": lambda v: v[..., 0].mean(-1),
+    "rest": lambda v: v[..., 1:].mean((-2, -1)),
 }
 
 

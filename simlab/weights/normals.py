@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -51,25 +52,25 @@ def draw(out: Tensor, entropy: int, piece: int) -> None:
 
 
 class Normals:
-    """Standard normals by key; ``start`` draws ahead of their use."""
+    """Standard normals of several seeds by key; ``start`` draws ahead of their use."""
 
-    def __init__(self, seed: int, pool: ThreadPoolExecutor) -> None:
-        self.seed, self.pool = seed, pool
+    def __init__(self, seeds: Sequence[int], pool: ThreadPoolExecutor) -> None:
+        self.seeds, self.pool = seeds, pool
         self.started: dict[str, tuple[Tensor, list[Future[None]]]] = {}
 
     def start(self, key: str, shape: Shape) -> None:
         """Begin to draw what ``self(key, shape)`` will ask for."""
-        if key in self.started and self.started[key][0].shape == torch.Size(shape):
+        if key in self.started and self.started[key][0].shape[1:] == torch.Size(shape):
             return
-        out, entropy = torch.empty(tuple(shape)), entropy_of(self.seed, "weightless", key)
-        parts = out.view(-1).split(PIECE)
-        self.started[key] = (
-            out,
-            [self.pool.submit(draw, part, entropy, i) for i, part in enumerate(parts)],
-        )
+        out, pieces = torch.empty(len(self.seeds), *shape), []
+        for seed, one in zip(self.seeds, out, strict=True):
+            entropy = entropy_of(seed, "weightless", key)
+            for i, part in enumerate(one.view(-1).split(PIECE)):
+                pieces.append(self.pool.submit(draw, part, entropy, i))
+        self.started[key] = out, pieces
 
     def __call__(self, key: str, shape: Shape, device: torch.device) -> Tensor:
-        """N(0, 1) entries (float32) of this shape, the same for the same (seed, key)."""
+        """N(0, 1) entries (float32), (S, *shape): of each seed the same for the same key."""
         self.start(key, shape)
         out, pieces = self.started.pop(key)
         for piece in pieces:

@@ -17,7 +17,7 @@ import torch
 from conftest import tiny
 
 from simlab.config import InitConfig
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.statistics import GRADIENT_STATISTICS, STATISTICS
 from simlab.weights import gaussian
 from simlab.weights.gaussian import GaussianWeights
@@ -53,7 +53,7 @@ def sample(engine, config):
     curves = []
     for seed in range(SEEDS):
         weights = engine(config.shape, config.init, seed)
-        m = measure_curve(weights, IDS, torch.device("cpu"), torch.float32, True)
+        (m,) = measure_curves(weights, IDS, torch.device("cpu"), torch.float32, True)
         rows = torch.stack([torch.cat([row.values, row.gradient]) for row in m.rows])
         curves.append(torch.cat([rows.flatten(), m.loss.double()[None]]))
     return torch.stack(curves).numpy()
@@ -127,7 +127,7 @@ def fresh_alone(ctx, *gradients):
     """A backward that draws another W: as if G were independent of the forward."""
     scale, lower, _ = gaussian.factor(gradients[1])
     x = ctx.saved_tensors[0]
-    return (scale * lower).float() @ ctx.normals(ctx.name, x.shape, x.device), None, None
+    return (scale * lower).float() @ ctx.normals(ctx.name, x.shape[1:], x.device), None, None
 
 
 def known_alone(ctx, *gradients):
