@@ -17,8 +17,8 @@ from torch import Tensor
 from simlab.config import ConfigError
 from simlab.loss import next_token
 from simlab.model.transformer import Block
-from simlab.probe import Probe, Reducer, wide
-from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step
+from simlab.probe import Probe, Reducer
+from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.weights.source import Weights
 
 
@@ -109,7 +109,7 @@ def forward(
     del embedded
     embedding = Reducer(STATISTICS, curves)
     for stream in streams:
-        embedding.add(Step(after=wide(stream)))
+        embedding.add(Step(after=stream))
     rows, kept = [Row(0, None, "embedding", embedding.result())], []
     sublayer = 0
     for layer in range(model.depth):
@@ -182,4 +182,4 @@ def _back_through(
 def _gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:
     """A stream and the gradient with respect to it, times its curve's ``scale`` (S, 1, 1, 1)."""
     g = (wide(gradient).unflatten(0, (len(scale), -1)) / scale).flatten(0, 1)
-    return Step(after=g, skip=wide(x), branch=g)
+    return Step(after=g, skip=x, branch=g)

@@ -50,7 +50,7 @@ from simlab.weights.random import RandomWeights
 from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
 
 JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
-AHEAD = 7  # layers whose Z is drawn while one computes: a block has so many
+AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slower
 TOGETHER = 1 << 20  # entries of the widest activation of the seeds that pass as one batch
 AT_ONCE = 4096  # columns widened to float64 at a time
 
@@ -67,9 +67,10 @@ def _home(device: torch.device) -> torch.device:
 
 def gram(x: Tensor) -> Tensor:
     """XXᵀ (S, N, N) in float64, of X (S, N, d) in any dtype."""
-    first, *others = (part.to(_home(x.device), torch.float64) for part in x.split(AT_ONCE, dim=-1))
-    total = first @ first.mT
-    for wide in others:
+    shape = (*x.shape[:-1], x.shape[-2])
+    total = torch.zeros(shape, dtype=torch.float64, device=_home(x.device))
+    for columns in x.split(AT_ONCE, dim=-1):
+        wide = columns.to(total)
         total.baddbmm_(wide, wide.mT)
     return total
 
