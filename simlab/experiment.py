@@ -133,7 +133,8 @@ def sources(run: Prepared) -> Iterator[tuple[str, tuple[int, ...], Weights]]:
     if run.checkpoint:
         yield "checkpoint", (config.seed,), run.checkpoint
     weightless = config.engine == "weightless"
-    at_once = together(config.shape, run.tokens.numel()) if weightless else 1
+    tokens = run.tokens.numel()
+    at_once = together(config.shape, tokens, config.gradients) if weightless else 1
     for start in range(0, len(config.seeds), at_once):
         seeds = tuple(config.seeds[start : start + at_once])
         yield "random", seeds, ENGINES[config.engine](config.shape, config.init, *seeds)

@@ -8,7 +8,8 @@ from conftest import tiny
 from simlab.engine import measure_curves
 from simlab.experiment import measure, prepare, run, sources
 from simlab.model.placement import PLACEMENTS
-from simlab.weights.gaussian import GaussianWeights, factor, gram
+from simlab.validation import compose
+from simlab.weights.gaussian import GaussianWeights, factor, gram, together
 
 CPU = torch.device("cpu")
 SEEDS = (3, 0, 7)
@@ -75,6 +76,20 @@ def test_jitter_grows_only_where_it_must():
     assert 1e-11 < jitter[1].item() < 2e-10
     assert not lower[:2].isnan().any()
     assert lower[2].isnan().all()
+
+
+def test_how_many_go_together():
+    """Few where a token is wide or tokens are many, and never none; the logits count backward."""
+
+    def size(width, tokens, gradients=False):
+        sizes = [f"width={width}", "heads=4", "kv_heads=4", f"d_ff={4 * width}"]
+        shape = tiny(*sizes, "vocab_size=50304").shape
+        return together(shape, tokens, gradients)
+
+    assert [size(width, 64) for width in (256, 1024, 4096)] == [16, 4, 1]
+    assert [size(width, 512) for width in (256, 1024, 4096)] == [2, 1, 1]
+    assert size(256, 64, gradients=True) == 4
+    assert together(compose(["model=olmo2_32b"]).shape, 64, False) == 1
 
 
 @pytest.mark.parametrize("gradients", [False, True])

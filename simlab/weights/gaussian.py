@@ -51,13 +51,18 @@ from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
 
 JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
 AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slower
-TOGETHER = 1 << 20  # entries of the widest activation of the seeds that pass as one batch
+# Entries of the widest activation of all seeds that pass as one batch. CPU ms per block and curve
+# for 1, 2, 4, 8 seeds at once, d_ff four times the width, 64 tokens: width 256 7.3, 4.7, 3.3, 2.9;
+# width 1024 11.9, 9.4, 9.6, 9.6; width 4096 40.2, 39.7, 41.7; for 1 and 2 at 512 tokens: width 256
+# 35.6, 36.4; width 1024 195, 221. So 16, 4, 1, 2 and 1 go together: beyond, tensors leave the cache.
+TOGETHER = 1 << 20
 AT_ONCE = 4096  # columns widened to float64 at a time
 
 
-def together(model: ModelConfig, tokens: int) -> int:
+def together(model: ModelConfig, tokens: int, gradients: bool) -> int:
     """How many seeds' curves are measured as one batch, of so many tokens each."""
-    return max(1, TOGETHER // (tokens * max(model.width, model.d_ff)))
+    logits = min(model.vocab_size, COLUMNS_AT_ONCE) if gradients else 0
+    return max(1, TOGETHER // (tokens * max(model.width, model.d_ff, logits)))
 
 
 def _home(device: torch.device) -> torch.device:
