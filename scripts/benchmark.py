@@ -193,7 +193,7 @@ def crossover(overrides: Sequence[str]) -> None:
 
     from simlab import compose
     from simlab.cost import choose
-    from simlab.engine import measure_curve
+    from simlab.engine import measure_curves
     from simlab.experiment import ENGINES, prepare
 
     torch.set_grad_enabled(True)
@@ -208,7 +208,7 @@ def crossover(overrides: Sequence[str]) -> None:
                     weights = engine(config.shape, config.init, 0)
 
                     def work(weights: object = weights) -> object:
-                        return measure_curve(
+                        return measure_curves(
                             weights,  # type: ignore[arg-type]
                             ready.tokens,  # noqa: B023
                             ready.device,  # noqa: B023
@@ -231,7 +231,7 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
     import torch
 
     from simlab import compose
-    from simlab.engine import measure_curve
+    from simlab.engine import measure_curves
     from simlab.experiment import ENGINES, prepare
 
     torch.set_num_threads(1)
@@ -244,7 +244,7 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
             curves = []
             for seed in range(seeds):
                 weights = engine(ready.config.shape, ready.config.init, seed)
-                m = measure_curve(weights, ready.tokens, ready.device, torch.float32, True)
+                (m,) = measure_curves(weights, ready.tokens, ready.device, torch.float32, True)
                 rows = [
                     torch.cat([r.values, r.gradient]) for r in m.rows[1:] if r.gradient is not None
                 ]

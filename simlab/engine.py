@@ -17,8 +17,8 @@ from torch import Tensor
 from simlab.config import ConfigError
 from simlab.loss import next_token
 from simlab.model.transformer import Block
-from simlab.probe import Probe, Reducer, wide
-from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step
+from simlab.probe import Probe, Reducer
+from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.weights.source import Weights
 
 
@@ -26,7 +26,8 @@ from simlab.weights.source import Weights
 class Row:
     """Where a row of the curve was measured, and one number per STATISTICS entry.
 
-    gradient: one number per GRADIENT_STATISTICS entry, where it was asked for.
+    gradient: one number per GRADIENT_STATISTICS entry, where it was asked for. While curves are
+    measured together, each is (S, entries); in what ``measure_curves`` gives, (entries,).
     """
 
     sublayer: int
@@ -34,6 +35,11 @@ class Row:
     kind: str
     values: Tensor
     gradient: Tensor | None = None
+
+    def of(self, curve: int) -> Row:
+        """The row of one of the curves."""
+        gradient = None if self.gradient is None else self.gradient[curve]
+        return replace(self, values=self.values[curve], gradient=gradient)
 
 
 @dataclass(frozen=True)
@@ -60,25 +66,31 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def measure_curve(
+def measure_curves(
     weights: Weights,
     ids: Tensor,
     device: torch.device,
     dtype: torch.dtype,
     gradients: bool = False,
     on_block: Callable[[], None] = lambda: None,
-) -> Measured:
+) -> list[Measured]:
     """The residual stream's statistics after the embedding and after every step of every block.
 
-    ids: (B, T) token ids. gradients: also those of the loss's gradient with respect to that stream.
-    ``on_block`` is called after each block, forward and backward.
+    One curve for each of the weights' S, which pass as one batch (S·B, T, D): a curve's sequences
+    lie together. ids: (B, T) token ids. gradients: also the statistics of the loss's gradient with
+    respect to that stream. ``on_block`` is called after each curve's block, forward and backward.
     """
-    rows, streams = forward(weights, ids, device, dtype, gradients, on_block)
+
+    def passed() -> None:
+        for _ in range(weights.curves):
+            on_block()
+
+    rows, streams = forward(weights, ids, device, dtype, gradients, passed)
     if not gradients:
-        return Measured(rows)
-    loss, values = backward(weights, ids, streams, on_block)
-    pairs = zip(rows, values, strict=True)
-    return Measured([replace(row, gradient=value) for row, value in pairs], loss)
+        return [Measured([row.of(i) for row in rows]) for i in range(weights.curves)]
+    losses, values = backward(weights, ids, streams, passed)
+    rows = [replace(row, gradient=value) for row, value in zip(rows, values, strict=True)]
+    return [Measured([row.of(i) for row in rows], loss) for i, loss in enumerate(losses)]
 
 
 @torch.no_grad()
@@ -91,21 +103,20 @@ def forward(
     on_block: Callable[[], None],
 ) -> tuple[list[Row], list[list[Tensor]]]:
     """The rows, and the streams in batches of sequences: before every block (``keep``), after all."""
-    model = weights.model
-    shape = (model.vocab_size, model.width)
-    embedded = weights.rows("embedding.weight", shape, ids, device, dtype)
+    model, curves = weights.model, weights.curves
+    embedded = weights.embedded(ids, device, dtype)
     streams = list(embedded.split(weights.tokens_at_once // ids.shape[1] or 1))
     del embedded
-    embedding = Reducer(STATISTICS)
+    embedding = Reducer(STATISTICS, curves)
     for stream in streams:
-        embedding.add(Step(after=wide(stream)))
+        embedding.add(Step(after=stream))
     rows, kept = [Row(0, None, "embedding", embedding.result())], []
     sublayer = 0
     for layer in range(model.depth):
         if keep:
             kept.append(list(streams))
         block = weights.block(layer, device, dtype)
-        with Probe(block) as probe:
+        with Probe(block, curves) as probe:
             for i, stream in enumerate(streams):
                 streams[i] = block(stream)
         for kind, values in probe.results():
@@ -119,18 +130,21 @@ def forward(
 def backward(
     weights: Weights, ids: Tensor, streams: list[list[Tensor]], on_block: Callable[[], None]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and for every row of the curve the statistics of its gradient, embedding first.
+    """The losses (S,), and for every row the statistics of its gradient, embedding first.
 
-    streams: as ``forward`` keeps them; they are used up. The gradient travels as that of the summed
-    loss, times a power of two that brings its largest entry near 1: float16 would lose small ones.
+    streams: as ``forward`` keeps them; they are used up. A curve's gradient travels as that of the
+    summed loss, times a power of two that brings its largest entry near 1: float16 would lose small
+    ones.
     """
-    last = streams.pop()
+    last, curves = streams.pop(), weights.curves
     loss, top = next_token(weights, torch.cat(last), ids)
-    power = torch.exp2(-top.abs().amax().float().log2().round())
+    by_curve = top.unflatten(0, (curves, -1))
+    power = torch.exp2(-by_curve.abs().amax((1, 2, 3), keepdim=True).float().log2().round())
     power = torch.where(power.isfinite(), power, 1.0)
     scale = wide(power) * ids[:, 1:].numel()
-    gradients = list((top.float() * power).to(top.dtype).split([len(stream) for stream in last]))
-    reducer = Reducer(GRADIENT_STATISTICS)
+    scaled = (by_curve.float() * power).to(top.dtype).flatten(0, 1)
+    gradients = list(scaled.split([len(stream) for stream in last]))
+    reducer = Reducer(GRADIENT_STATISTICS, curves)
     for stream, gradient in zip(last, gradients, strict=True):
         reducer.add(_gradient_step(stream, gradient, scale))
     values = [reducer.result()]
@@ -152,7 +166,7 @@ def _back_through(
 
     The block and what autograd keeps of it end with this call.
     """
-    reducers = [Reducer(GRADIENT_STATISTICS) for _ in block.steps()]
+    reducers = [Reducer(GRADIENT_STATISTICS, len(scale)) for _ in block.steps()]
     for i, stream in enumerate(streams):
         passed = [stream.requires_grad_()]
         for _, step in block.steps():
@@ -166,6 +180,6 @@ def _back_through(
 
 
 def _gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:
-    """A stream and the gradient with respect to it, which has been multiplied by ``scale``."""
-    g = wide(gradient) / scale
-    return Step(after=g, skip=wide(x), branch=g)
+    """A stream and the gradient with respect to it, times its curve's ``scale`` (S, 1, 1, 1)."""
+    g = (wide(gradient).unflatten(0, (len(scale), -1)) / scale).flatten(0, 1)
+    return Step(after=g, skip=x, branch=g)

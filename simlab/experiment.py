@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.cost import choose, compute_threads
-from simlab.engine import measure_curve, resolve_device
+from simlab.engine import measure_curves, resolve_device
 from simlab.growth.compare import departure, massive, sentences, with_outside
 from simlab.growth.curve import curves
 from simlab.growth.exponents import exponents
@@ -31,7 +31,7 @@ from simlab.store import config_hash
 from simlab.theory.laws import LAWS
 from simlab.tidy import cut, cut_gradients, losses, tidy, with_laws
 from simlab.weights.checkpoint import Checkpoint
-from simlab.weights.gaussian import GaussianWeights
+from simlab.weights.gaussian import GaussianWeights, together
 from simlab.weights.init import Gaussian, distribution
 from simlab.weights.random import RandomWeights
 from simlab.weights.source import Weights, materialise_model
@@ -132,13 +132,20 @@ def prepare(
     return Prepared(config, tokens, checkpoint, device, reason)
 
 
-def sources(run: Prepared) -> Iterator[tuple[str, int, Weights]]:
-    """The run's curves: name, seed, weights. The checkpoint's first, then every random init."""
+def sources(run: Prepared) -> Iterator[tuple[str, tuple[int, ...], Weights]]:
+    """The run's curves: name, seeds, weights. The checkpoint's first, then every random init.
+
+    Weightless ones come several at a time (``together``), to be measured as one batch.
+    """
     config = run.config
     if run.checkpoint:
-        yield "checkpoint", config.seed, run.checkpoint
-    for seed in config.seeds:
-        yield "random", seed, ENGINES[config.engine](config.shape, config.init, seed)
+        yield "checkpoint", (config.seed,), run.checkpoint
+    weightless = config.engine == "weightless"
+    tokens = run.tokens.numel()
+    at_once = together(config.shape, tokens, config.gradients) if weightless else 1
+    for start in range(0, len(config.seeds), at_once):
+        seeds = tuple(config.seeds[start : start + at_once])
+        yield "random", seeds, ENGINES[config.engine](config.shape, config.init, *seeds)
 
 
 @contextmanager
@@ -163,12 +170,12 @@ def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Run
     """Measure every curve of a run and judge it. ``on_block`` is called after each block."""
     config, model, dtype = ready.config, ready.config.shape, getattr(torch, ready.config.dtype)
     measured = []
-    for name, seed, weights in sources(ready):
+    for name, seeds, weights in sources(ready):
         with threads(ready, ready.engines[name]):
-            curve = measure_curve(
+            several = measure_curves(
                 weights, ready.tokens, ready.device, dtype, config.gradients, on_block
             )
-        measured.append((name, seed, curve))
+        measured += [(name, seed, curve) for seed, curve in zip(seeds, several, strict=True)]
     frame = tidy(measured, ready.tokens.numel() * model.width)
     frame, overflow = cut(frame)
     frame["massive"] = massive(frame)

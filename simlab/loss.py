@@ -15,11 +15,11 @@ from simlab.weights.source import Weights, fill
 
 
 def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss (a scalar, nats per predicted token) and the gradient of its sum over these tokens.
+    """Each curve's loss (S,), nats per predicted token, and the gradient of its sum over them.
 
-    x (B, T, D): the residual stream after the last block, all of the batch. ids (B, T), T ≥ 2.
-    The loss is the mean over the B·(T − 1) tokens that have a predecessor, as in transformers; the
-    gradient (B, T, D), with respect to x, is of the sum, which float16 can hold.
+    x (S·B, T, D): the residual stream after the last block, all of the batch. ids (B, T), T ≥ 2.
+    A loss is the mean over the B·(T − 1) tokens that have a predecessor, as in transformers; the
+    gradient (S·B, T, D), with respect to x, is of the sum, which float16 can hold.
     """
     model = weights.model
     with torch.device("meta"):
@@ -28,8 +28,9 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     norm.requires_grad_(False)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        parts, targets = weights.head(norm(x)[:, :-1].flatten(0, 1), ids.to(x.device))
-    log_sum = torch.full((len(targets),), -torch.inf, device=x.device)
+        last = norm(x)[:, :-1].reshape(weights.curves, -1, model.width)
+        parts, targets = weights.head(last, ids.to(x.device))
+    log_sum = torch.full(last.shape[:2], -torch.inf, device=x.device)
     hit = torch.zeros_like(log_sum)
     with torch.no_grad():
         start = 0
@@ -38,8 +39,8 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
                 here, column = _in(chunk, targets - start)
                 logits = (part.coordinates @ chunk).float()
                 log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
-                hit += here * logits.gather(1, column).squeeze(1)
-                start += chunk.shape[1]
+                hit += here * logits.gather(2, column.expand(len(logits), -1, -1)).squeeze(2)
+                start += chunk.shape[2]
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
         start = 0
@@ -49,22 +50,23 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
             for chunk in part.chunks():
                 here, column = _in(chunk, targets - start)
                 logits = (part.coordinates @ chunk).float()
-                g = (logits - log_sum[:, None]).exp_()
-                g.scatter_add_(1, column, -here[:, None].to(g))
-                known.addmm_(g, chunk.T.float())
+                g = (logits - log_sum[..., None]).exp_()
+                known_ones = (-here[:, None].to(g)).expand(len(g), -1, -1)
+                g.scatter_add_(2, column.expand(len(g), -1, -1), known_ones)
+                known.baddbmm_(g, chunk.mT.float())
                 if square is not None:
                     square += gram(g)
-                start += chunk.shape[1]
+                start += chunk.shape[2]
             outputs.append(part.coordinates)
             gradients.append(known.to(part.coordinates.dtype))
             if part.tap is not None and square is not None:
                 outputs.append(part.tap)
                 gradients.append(square)
     (gradient,) = torch.autograd.grad(outputs, x, gradients)
-    return (log_sum - hit).mean(), gradient
+    return (log_sum - hit).mean(1), gradient
 
 
 def _in(chunk: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens have their target in a chunk that starts at column 0, and where, as (N, 1)."""
-    here = (column >= 0) & (column < chunk.shape[1])
+    here = (column >= 0) & (column < chunk.shape[2])
     return here, torch.where(here, column, 0)[:, None]

@@ -7,54 +7,64 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
 from simlab.model.attention import Attention
 from simlab.model.norms import RMSNorm
 from simlab.model.placement import Placement, Renorm
 from simlab.model.transformer import Block
-from simlab.statistics import REDUCE, STATISTICS, Statistic, Step, attention_statistics
-
-
-def wide(x: Tensor) -> Tensor:
-    """float64: squares of any float32 fit, and sums keep their digits. MPS has float32 only."""
-    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+from simlab.statistics import REDUCE, STATISTICS, Statistic, Step, attention_statistics, wide
 
 
 class Reducer:
-    """Statistics of one step over the token batches that pass through it."""
+    """Statistics of one step of S curves over the token batches that pass through it.
 
-    def __init__(self, statistics: Mapping[str, Statistic]) -> None:
-        self.statistics = list(statistics.values())
-        self.values: list[list[Tensor]] = [[] for _ in self.statistics]
+    A batch (S·B, T, …) has B sequences of each curve, and a curve's lie together.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistic], curves: int = 1) -> None:
+        self.curves = curves
+        self.alike: dict[str, list[tuple[int, Statistic]]] = {}  # what is reduced alike, at once
+        for i, statistic in enumerate(statistics.values()):
+            self.alike.setdefault(statistic.reduce, []).append((i, statistic))
+        self.values: dict[str, list[Tensor]] = {reduce: [] for reduce in self.alike}
         self.tokens = 0
 
     def add(self, step: Step) -> None:
-        """Take in one batch's step: (B, T) numbers of each statistic, on its device."""
-        for statistic, values in zip(self.statistics, self.values, strict=True):
-            value = statistic.of(step)
-            values.append(value.sum((0, 1)) if statistic.reduce == "vector" else value)
-        self.tokens += step.after[..., 0].numel()
+        """Take in one batch's step: numbers of each statistic per token, on its device."""
+        for reduce, statistics in self.alike.items():
+            values = [s.of(step).unflatten(0, (self.curves, -1)) for _, s in statistics]
+            if reduce == "vector":
+                values = [value.sum((1, 2)) for value in values]
+            self.values[reduce].append(torch.stack([value.to(step.wide) for value in values]))
+        self.tokens += step.after.shape[:2].numel() // self.curves
 
     def result(self) -> Tensor:
-        """One number per statistic, in their order, on the device: (len(statistics),)."""
+        """A curve's number per statistic, in their order, on the device: (S, entries)."""
         found = []
-        for statistic, values in zip(self.statistics, self.values, strict=True):
-            if statistic.reduce == "vector":
-                found.append((torch.stack(values).sum(0) / self.tokens).norm())
+        for reduce, values in self.values.items():
+            if reduce == "vector":
+                found.append(vector_norm(torch.stack(values).sum(0) / self.tokens, dim=-1))
             else:
-                found.append(REDUCE[statistic.reduce](torch.cat(values)))
-        return torch.stack([value.to(found[0].dtype) for value in found])
+                found.append(REDUCE[reduce](torch.cat(values, 2)))
+        order = [i for statistics in self.alike.values() for i, _ in statistics]
+        by_place = dict(zip(order, torch.cat(found).unbind(), strict=True))
+        return torch.stack([by_place[i] for i in range(len(order))], -1)
 
 
 class Probe:
-    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output."""
+    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output.
 
-    def __init__(self, block: Block) -> None:
+    curves: S, whose sequences lie one curve's after another's in x (S·B, T, D).
+    """
+
+    def __init__(self, block: Block, curves: int = 1) -> None:
         self.steps = list(block.steps())
-        self.reducers = [Reducer(STATISTICS) for _ in self.steps]
+        self.reducers = [Reducer(STATISTICS, curves) for _ in self.steps]
         self.handles: list[RemovableHandle] = []
         self.seen: dict[str, Tensor] = {}
+        self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
         self.attention: dict[str, Tensor] | None = None
 
     def __enter__(self) -> Probe:
@@ -80,10 +90,15 @@ class Probe:
             self.attention = attention_statistics(args[0], args[1], args[3])
 
         def on_add(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
-            self.seen |= {"skip": args[0], "branch": args[1], "sum": out}
+            skip, branch = args
+            if self.last is not None and skip is self.last[0]:
+                skip = self.last[1]
+            self.seen |= {"skip": skip, "branch": branch, "sum": out}
 
         def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            reducer.add(observe(step, args[0], out, self.seen, self.attention))
+            found = observe(step, args[0], out, self.seen, self.attention)
+            reducer.add(found)
+            self.last = out, found.wide
             self.seen, self.attention = {}, None
 
         if isinstance(step, Placement):
@@ -94,7 +109,7 @@ class Probe:
         self.handles.append(step.register_forward_hook(on_step))
 
     def results(self) -> list[tuple[str, Tensor]]:
-        """Kind and statistics of every step of the block, in the order they happened."""
+        """Kind and statistics (S, entries) of every step of the block, in the order they happened."""
         kinds = (kind for kind, _ in self.steps)
         return [(kind, r.result()) for kind, r in zip(kinds, self.reducers, strict=True)]
 
@@ -106,7 +121,7 @@ def observe(
     seen: dict[str, Tensor],
     attention: dict[str, Tensor] | None = None,
 ) -> Step:
-    """A residual step's tensors, widened. ``eps_factor`` is about the norm that acts last.
+    """A residual step's tensors. ``eps_factor`` is about the norm that acts last.
 
     Where a placement norms neither branch nor stream (pre, lns, none …) it is the factor that a
     norm of the branch would have: the additive law is then a claim that the measurement can refute.
@@ -114,7 +129,7 @@ def observe(
     if isinstance(step, Renorm):
         norm = step.norm_out
         moment = norm.moment(wide(before))
-        return Step(after=wide(after), moment=moment, eps=norm.eps, gain=wide(norm.weight))
+        return Step(after=after, moment=moment, eps=norm.eps, gain=wide(norm.weight))
     raw, total = wide(seen["raw"]), seen["sum"]
     if step.normalises is None:
         moment, eps = RMSNorm.moment(raw), step.options.eps
@@ -124,9 +139,9 @@ def observe(
         eps = norm.eps
     norms = [getattr(step, name) for name in step.norms]
     return Step(
-        after=wide(after),
-        skip=wide(seen["skip"]),
-        branch=wide(seen["branch"]),
+        after=after,
+        skip=seen["skip"],
+        branch=seen["branch"],
         raw=raw,
         moment=moment,
         eps=eps,

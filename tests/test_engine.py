@@ -12,7 +12,7 @@ from conftest import PARITY, tiny
 
 from simlab import build_model
 from simlab.config import ConfigError
-from simlab.engine import measure_curve, resolve_device
+from simlab.engine import measure_curves, resolve_device
 from simlab.experiment import ENGINES, prepare, run
 from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.random import RandomWeights
@@ -68,7 +68,7 @@ def test_one_block_lives_at_a_time(monkeypatch, engine, gradients):
     config = tiny("depth=6")
     ids = torch.arange(22).view(2, 11)
     weights = engine(config.shape, config.init, 0)
-    measure_curve(weights, ids, CPU, torch.float32, gradients)
+    measure_curves(weights, ids, CPU, torch.float32, gradients)
     assert len(most) == (12 if gradients else 6)
     assert max(most) <= 1  # the one that is about to go
 
@@ -166,7 +166,7 @@ def test_one_blocks_weights_at_a_time(engine):
 
     weights.block = block
     tokens = prepare(config).tokens
-    measure_curve(weights, tokens, torch.device("cpu"), torch.float32, True)
+    measure_curves(weights, tokens, torch.device("cpu"), torch.float32, True)
     assert len(alive) == 8
     assert not any(any(before) for before in alive)
 

@@ -108,7 +108,7 @@ def test_dtypes_run(dtype):
 
 def test_one_synchronisation_per_run():
     """Between the first block and the last nothing waits for the device."""
-    from simlab.engine import measure_curve
+    from simlab.engine import measure_curves
 
     config = tiny()
     weights, ids = RandomWeights(config.shape, config.init, 0), torch.arange(22).view(2, 11)
@@ -119,7 +119,7 @@ def test_one_synchronisation_per_run():
         torch.cuda.set_sync_debug_mode("error")
 
     try:  # on_block is first called after block 0; from there on, a synchronisation raises
-        measure_curve(weights, ids, CUDA, torch.float32, on_block=strict)
+        measure_curves(weights, ids, CUDA, torch.float32, on_block=strict)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(embedded) == 3

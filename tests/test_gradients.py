@@ -6,7 +6,7 @@ import torch
 from conftest import tiny, write_olmo
 
 from simlab import build_model
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.experiment import prepare, run
 from simlab.model.placement import PLACEMENTS
 from simlab.statistics import GRADIENT_STATISTICS
@@ -85,7 +85,7 @@ def test_a_checkpoints_gradients_are_those_of_transformers(tmp_path, changes):
     hidden = out.hidden_states  # the last one is after the final norm: not a block's output
     wanted = torch.autograd.grad(out.loss, hidden[:-1])
     checkpoint = Checkpoint(str(tmp_path / "m"))
-    measured = measure_curve(checkpoint, ids, CPU, torch.float32, gradients=True)
+    (measured,) = measure_curves(checkpoint, ids, CPU, torch.float32, gradients=True)
     assert measured.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
     names = list(GRADIENT_STATISTICS)
     ends = [row for i, row in enumerate(measured.rows) if i % 2 == 0][:-1]

@@ -6,7 +6,7 @@ import torch
 from conftest import PARITY, tiny, write_olmo
 
 from simlab import build_model
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.experiment import prepare, run
 from simlab.probe import Reducer
 from simlab.statistics import REDUCE, STATISTICS, Step, attention_statistics
@@ -111,7 +111,7 @@ def test_attention_is_that_of_transformers(tmp_path, window):
     kinds = ["sliding_attention", "full_attention", *["sliding_attention"] * 3]
     changes = {"kind": "Olmo3", "sliding_window": window, "layer_types": kinds} if window else {}
     ids, weights = eager(tmp_path, **changes)
-    rows = measure_curve(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32).rows
+    rows = measure_curves(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32)[0].rows
     found = [dict(zip(STATISTICS, row.values.tolist(), strict=True)) for row in rows]
     assert all(np.isnan(row["attention_entropy"]) for row in found[0::2])  # embedding and MLPs
     for row, a in zip(found[1::2], weights, strict=True):

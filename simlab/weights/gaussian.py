@@ -50,8 +50,19 @@ from simlab.weights.random import RandomWeights
 from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
 
 JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
-AHEAD = 7  # layers whose Z is drawn while one computes: a block has so many
+AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slower
+# Entries of the widest activation of all seeds that pass as one batch. CPU ms per block and curve
+# for 1, 2, 4, 8 seeds at once, d_ff four times the width, 64 tokens: width 256 7.3, 4.7, 3.3, 2.9;
+# width 1024 11.9, 9.4, 9.6, 9.6; width 4096 40.2, 39.7, 41.7; for 1 and 2 at 512 tokens: width 256
+# 35.6, 36.4; width 1024 195, 221. So 16, 4, 1, 2 and 1 go together: beyond, tensors leave the cache.
+TOGETHER = 1 << 20
 AT_ONCE = 4096  # columns widened to float64 at a time
+
+
+def together(model: ModelConfig, tokens: int, gradients: bool) -> int:
+    """How many seeds' curves are measured as one batch, of so many tokens each."""
+    logits = min(model.vocab_size, COLUMNS_AT_ONCE) if gradients else 0
+    return max(1, TOGETHER // (tokens * max(model.width, model.d_ff, logits)))
 
 
 def _home(device: torch.device) -> torch.device:
@@ -60,31 +71,39 @@ def _home(device: torch.device) -> torch.device:
 
 
 def gram(x: Tensor) -> Tensor:
-    """XXᵀ (N, N) in float64, of X (N, d) in any dtype."""
-    total = torch.zeros(len(x), len(x), dtype=torch.float64, device=_home(x.device))
-    for columns in x.split(AT_ONCE, dim=1):
+    """XXᵀ (S, N, N) in float64, of X (S, N, d) in any dtype."""
+    shape = (*x.shape[:-1], x.shape[-2])
+    total = torch.zeros(shape, dtype=torch.float64, device=_home(x.device))
+    for columns in x.split(AT_ONCE, dim=-1):
         wide = columns.to(total)
-        total.addmm_(wide, wide.T)
+        total.baddbmm_(wide, wide.mT)
     return total
 
 
-def factor(square: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Lengths D (N, 1), lower triangular L (N, N) and j: LLᵀ = D⁻¹·square·D⁻¹ + j·I.
+def factor(square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths D (S, N, 1), lower triangular L (S, N, N), j (S, 1, 1): LLᵀ = D⁻¹·square·D⁻¹ + j·I.
 
-    square: a Gram matrix (N, N) in float64. Where it isn't finite, L is NaN.
+    square: Gram matrices (S, N, N) in float64. Where one isn't finite, its L is NaN.
     """
-    scale = square.diagonal().sqrt()[:, None]
+    scale = square.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
     inverse = _inverse(scale)
-    unit, total, jitter = inverse * square * inverse.T, 0.0, JITTER
+    unit, jitter = inverse * square * inverse.mT, JITTER
+    diagonal = unit.diagonal(dim1=-2, dim2=-1)
+    failed = torch.ones_like(diagonal[:, :1])
+    total = torch.zeros_like(failed)
     while True:
-        unit.diagonal().add_(jitter)
-        total += jitter
-        lower, failed = torch.linalg.cholesky_ex(unit)
-        if not failed:
-            return scale, lower, total
-        if jitter > 1e-6 or not bool(square.isfinite().all()):
-            return scale, torch.full_like(lower, torch.nan), total
+        added = jitter * failed  # each matrix gets what it would get alone
+        diagonal.add_(added)
+        total += added
+        lower, info = torch.linalg.cholesky_ex(unit)
+        if not info.any():
+            break
+        failed = (info != 0)[:, None].to(failed)
+        if jitter > 1e-6 or not (failed * square.isfinite().all(-1).all(-1, keepdim=True)).any():
+            lower = lower.masked_fill(failed[..., None] > 0, torch.nan)
+            break
         jitter *= 10
+    return scale, lower, total[..., None]
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -93,20 +112,21 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 class _Coordinates(torch.autograd.Function):
-    """X (N, d) to L (N, N), float32, and a zero (N, N) whose "gradient" is Σσ²GGᵀ: the tap."""
+    """X (S, N, d) to L (S, N, N), float32, and a zero like L whose "gradient" is Σσ²GGᵀ: the tap."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, normals: Normals, name: str) -> tuple[Tensor, Tensor]:
         scale, lower, jitter = factor(gram(x.detach()))
-        ctx.save_for_backward(x, scale, lower)
-        ctx.normals, ctx.name, ctx.jitter = normals, f"{name}/backward", jitter
+        ctx.save_for_backward(x, scale, lower, jitter)
+        ctx.normals, ctx.name = normals, f"{name}/backward"
         tap = torch.zeros((), dtype=torch.float64, device=lower.device).expand_as(lower)
         return (scale * lower).to(x.device, torch.float32), tap
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         known, square = gradients
-        x, scale, lower = ctx.saved_tensors
+        x, scale, lower, jitter = ctx.saved_tensors
+        inverse = _inverse(scale)
 
         def solve(right: Tensor) -> Tensor:
             return torch.linalg.solve_triangular(lower, right, upper=False)
@@ -115,14 +135,14 @@ class _Coordinates(torch.autograd.Function):
             return wide.to(x.device, torch.float32)
 
         q = torch.cat(
-            [narrow(solve(_inverse(scale) * part.to(lower))) for part in x.split(AT_ONCE, dim=1)], 1
+            [narrow(solve(inverse * part.to(lower))) for part in x.split(AT_ONCE, dim=-1)], -1
         )
         scale_g, lower_g, _ = factor(square)
         down = narrow(scale_g * lower_g)
-        fresh = ctx.normals(ctx.name, x.shape, x.device)
-        noise = ctx.normals(f"{ctx.name}/jitter", lower.shape, lower.device).to(lower)
-        noise = ctx.jitter**0.5 * solve(noise.T).T
-        seen = torch.addmm(narrow(noise), fresh, q.T)
+        fresh = ctx.normals(ctx.name, x.shape[1:], x.device)
+        noise = ctx.normals(f"{ctx.name}/jitter", lower.shape[1:], lower.device).to(lower)
+        noise = jitter.sqrt() * solve(noise.mT).mT
+        seen = torch.baddbmm(narrow(noise), fresh, q.mT)
         out = (known - down @ seen) @ q + down @ fresh
         return out.to(x.dtype), None, None
 
@@ -139,7 +159,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (z,) = ctx.saved_tensors
         (g,) = gradients
-        return g @ z.T, gram(g), None
+        return g @ z.mT, gram(g), None
 
 
 class Inputs:
@@ -150,17 +170,24 @@ class Inputs:
         self.x: Tensor | None = None
         self.found: tuple[Tensor, Tensor | None]
 
+    def tokens(self, x: Tensor) -> int:
+        """N: how many tokens of each seed x (…, d) holds."""
+        return x.shape[:-1].numel() // len(self.normals.seeds)
+
     def start(self, x: Tensor, name: str) -> None:
         """Begin to draw what the backward from x will ask for, if there is to be one."""
-        tokens, d = x[..., 0].numel(), x.shape[-1]
+        tokens, d = self.tokens(x), x.shape[-1]
         if x.requires_grad and self.x is not x and tokens < d:
             self.normals.start(f"{name}/backward", (tokens, d))
 
     def coordinates(self, x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
-        """L and its tap for x (…, d), named after the first layer that asks; x itself if N ≥ d."""
+        """L (S, N, N) and its tap for x, named after the first layer that asks; x itself if N ≥ d.
+
+        x (…, d): all tokens of the first seed, then all of the next; itself as (S, N, d).
+        """
         if self.x is not x:
-            flat = x.flatten(0, -2)
-            wide = flat.shape[0] < flat.shape[1]
+            flat = x.reshape(len(self.normals.seeds), -1, x.shape[-1])
+            wide = flat.shape[1] < flat.shape[2]
             made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
             self.x, self.found = x, made
         return self.found
@@ -175,13 +202,15 @@ class Turn:
     d_out: int
 
     def z(self, tokens: int) -> Shape:
-        """The shape of its Z for so many tokens."""
+        """The shape of a seed's Z for so many tokens."""
         return min(tokens, self.d_in), self.d_out
 
 
 class GaussianLinear(nn.Module):
     """(…, d_in) to (…, d_out): x Wᵀ in law, for W with i.i.d. N(0, std²) entries. Use it once.
 
+    Each seed of the normals has its own W, and its share of x: the first 1/S of the tokens are the
+    first seed's, and so on.
     ``bind`` gives it its name, its std and what it shares with its block's other layers.
     """
 
@@ -198,7 +227,7 @@ class GaussianLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) to (…, d_out), in x's dtype; computed in float32."""
-        normals, tokens = self.inputs.normals, x[..., 0].numel()
+        normals, tokens = self.inputs.normals, self.inputs.tokens(x)
         normals.start(self.turn.name, self.turn.z(tokens))
         self.inputs.start(x, self.turn.name)
         for turn in self.later:
@@ -208,18 +237,22 @@ class GaussianLinear(nn.Module):
         z = normals(self.turn.name, self.turn.z(tokens), x.device)
         scaled = self.std * coordinates
         y = scaled @ z if tap is None else _Product.apply(scaled, self.std**2 * tap, z)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y.to(x.dtype).view(*x.shape[:-1], self.d_out)
 
 
 class GaussianWeights(RandomWeights):
-    """A random init whose matrices are never drawn; its gains and embedding are as in a dense one.
+    """Random inits whose matrices are never drawn; their gains and embeddings are as in dense ones.
 
+    Several seeds' curves are measured as one batch: their sequences pass the blocks together, and a
+    seed's numbers are those that it would have alone, to float32's rounding.
     Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
     """
 
-    def __init__(self, model: ModelConfig, init: InitConfig, seed: int) -> None:
-        super().__init__(model, init, seed)
-        self.normals = Normals(seed, self.pool)
+    def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int) -> None:
+        super().__init__(model, init, seeds[0])
+        self.curves = len(seeds)
+        self.dense = [RandomWeights(model, init, seed) for seed in seeds]
+        self.normals = Normals(seeds, self.pool)
         self.last = -1  # the block that was asked for last
 
     tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
@@ -253,12 +286,11 @@ class GaussianWeights(RandomWeights):
         targets = ids[:, 1:].flatten()
         if self.model.tied:
             seen, where = ids.unique(return_inverse=True)
-            shape = (count, self.model.width)
-            rows = self.rows("embedding.weight", shape, seen, x.device, x.dtype)
-            parts.append(Columns(x, lambda: iter([rows.T])))
+            rows = self.embedded(seen[None], x.device, x.dtype)
+            parts.append(Columns(x, lambda: iter([rows.mT])))
             targets, count = where[:, 1:].flatten(), count - len(seen)
         coordinates, tap = Inputs(self.normals).coordinates(x, "head.weight")
-        std, d_in = self.std("head.weight"), coordinates.shape[1]
+        std, d_in = self.std("head.weight"), coordinates.shape[-1]
 
         def chunks() -> Iterator[Tensor]:
             for start in range(0, count, COLUMNS_AT_ONCE):
@@ -279,8 +311,7 @@ class GaussianWeights(RandomWeights):
         assert isinstance(law, Gaussian)
         return law.std
 
-    def rows(
-        self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """Rows of the embedding, the same as a dense model's on the CPU."""
-        return super().rows(name, shape, ids, torch.device("cpu"), dtype).to(device)
+    def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """As in Weights; the same as dense models' on the CPU."""
+        cpu = torch.device("cpu")
+        return torch.cat([dense.embedded(ids, cpu, dtype) for dense in self.dense]).to(device)

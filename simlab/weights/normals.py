@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -23,53 +24,65 @@ PIECE = 1 << 16  # normals drawn from one generator, on one thread; torch splits
 
 
 class _Scratch(threading.local):
-    """A thread's buffers for half a piece."""
+    """A thread's buffers: they stay in its core's cache."""
 
     def __init__(self) -> None:
-        self.radius, self.angle = torch.empty(2, PIECE // 2)
+        self.floats = torch.empty(0)
+
+    def of(self, shape: Shape) -> Tensor:
+        """An uninitialised tensor of this shape, until the next call."""
+        count = math.prod(shape)
+        if len(self.floats) < count:
+            self.floats = torch.empty(count)
+        return self.floats[:count].view(tuple(shape))
 
 
 _scratch = _Scratch()
 
 
-def draw(out: Tensor, entropy: int, piece: int) -> None:
-    """Fill a contiguous float32 tensor of one dimension, of PIECE entries at most, with N(0, 1).
+def draw(out: Tensor, entropies: Sequence[int], piece: int) -> None:
+    """Fill a float32 tensor (S, n) with N(0, 1): row s from ``entropies[s]``, n ≤ PIECE.
 
-    A shorter one has the first entries of a longer one.
+    A shorter row has the first entries of a longer one.
     """
-    sequence = np.random.SeedSequence(entropy, spawn_key=(piece,))
-    bits = np.random.SFC64(sequence).random_raw(PIECE // 2).view(np.int32)
-    halves = torch.from_numpy(bits)
-    first, second = out[: PIECE // 2], out[PIECE // 2 :]
-    radius = _scratch.radius[: len(first)]
-    radius.copy_(halves[: len(first)].bitwise_and_(0x7FFFFFFF))
+    first, second = out[:, : PIECE // 2], out[:, PIECE // 2 :]
+    count, rest = first.shape[1], second.shape[1]
+    words = (PIECE // 2 + count + 1) // 2  # of 64 bits; the angles begin in the middle of a piece
+    rows = []
+    for entropy in entropies:
+        sequence = np.random.SeedSequence(entropy, spawn_key=(piece,))
+        rows.append(np.random.SFC64(sequence).random_raw(words).view(np.int32))
+    radius, angle = _scratch.of((2, len(rows), count))
+    for bits, r, a in zip(map(torch.from_numpy, rows), radius, angle, strict=True):
+        r.copy_(bits[:count].bitwise_and_(0x7FFFFFFF))
+        a.copy_(bits[PIECE // 2 :][:count])
     radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
-    angle = _scratch.angle[: len(first)].copy_(halves[PIECE // 2 :][: len(first)])
     angle.mul_(math.pi * 2.0**-31)
     torch.cos(angle, out=first).mul_(radius)
-    torch.sin(angle[: len(second)], out=second).mul_(radius[: len(second)])
+    torch.sin(angle[:, :rest], out=second).mul_(radius[:, :rest])
 
 
 class Normals:
-    """Standard normals by key; ``start`` draws ahead of their use."""
+    """Standard normals of several seeds by key; ``start`` draws ahead of their use."""
 
-    def __init__(self, seed: int, pool: ThreadPoolExecutor) -> None:
-        self.seed, self.pool = seed, pool
+    def __init__(self, seeds: Sequence[int], pool: ThreadPoolExecutor) -> None:
+        self.seeds, self.pool = seeds, pool
         self.started: dict[str, tuple[Tensor, list[Future[None]]]] = {}
 
     def start(self, key: str, shape: Shape) -> None:
         """Begin to draw what ``self(key, shape)`` will ask for."""
-        if key in self.started and self.started[key][0].shape == torch.Size(shape):
+        if key in self.started and self.started[key][0].shape[1:] == torch.Size(shape):
             return
-        out, entropy = torch.empty(tuple(shape)), entropy_of(self.seed, "weightless", key)
-        parts = out.view(-1).split(PIECE)
+        out = torch.empty(len(self.seeds), *shape)
+        entropies = [entropy_of(seed, "weightless", key) for seed in self.seeds]
+        parts = out.flatten(1).split(PIECE, dim=1)
         self.started[key] = (
             out,
-            [self.pool.submit(draw, part, entropy, i) for i, part in enumerate(parts)],
+            [self.pool.submit(draw, part, entropies, i) for i, part in enumerate(parts)],
         )
 
     def __call__(self, key: str, shape: Shape, device: torch.device) -> Tensor:
-        """N(0, 1) entries (float32) of this shape, the same for the same (seed, key)."""
+        """N(0, 1) entries (float32), (S, *shape): of each seed the same for the same key."""
         self.start(key, shape)
         out, pieces = self.started.pop(key)
         for piece in pieces:

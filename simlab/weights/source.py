@@ -18,10 +18,10 @@ COLUMNS_AT_ONCE = 4096  # of the head: bounds what is held of it, and of the log
 
 @dataclass(frozen=True)
 class Columns:
-    """Some of the logits of N tokens, as ``coordinates @ c`` for every c of ``chunks()``.
+    """Some of the logits of S curves' N tokens, as ``coordinates @ c`` for every c of ``chunks()``.
 
-    coordinates: (N, r), a function of the head's input that autograd knows. c: (r, columns), the
-    same every time. tap: what the logits' gradient's Gram matrix goes to (see weights.gaussian).
+    coordinates: (S, N, r), a function of the head's input that autograd knows. c: (S, r, columns),
+    the same every time. tap: what the logits' gradient's Gram matrix goes to (see weights.gaussian).
     """
 
     coordinates: Tensor
@@ -33,6 +33,7 @@ class Weights(ABC):
     """Parameters by name, one at a time; asking twice gives the same numbers."""
 
     model: ModelConfig
+    curves: int = 1  # S: models whose curves are measured together, their sequences one batch
     tokens_at_once: int = 2048  # whole sequences are grouped up to this: bounds the activations
 
     @abstractmethod
@@ -44,6 +45,11 @@ class Weights(ABC):
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Rows ``ids`` (any shape) of the matrix ``name``: (*ids.shape, columns)."""
+
+    def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The embeddings of ids (B, T) in every curve: (S·B, T, D), a curve's sequences together."""
+        shape = (self.model.vocab_size, self.model.width)
+        return self.rows("embedding.weight", shape, ids, device, dtype)
 
     def linear(self, d_in: int, d_out: int) -> nn.Module:
         """What the blocks' linear layers are."""
@@ -59,14 +65,14 @@ class Weights(ABC):
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
         """The head's logits for x in parts, and which of their columns are the next tokens.
 
-        x (B·(T − 1), D): the final norm's output at every position but a sequence's last.
+        x (S, B·(T − 1), D): the final norm's output at every position but a sequence's last.
         ids: (B, T). The parts' columns together are the vocabulary, in any order.
         """
         shape, dtype = (self.model.vocab_size, self.model.width), x.dtype
 
         def chunks() -> Iterator[Tensor]:
             for rows in torch.arange(shape[0]).split(COLUMNS_AT_ONCE):
-                yield self.rows("head.weight", shape, rows, x.device, dtype).T
+                yield self.rows("head.weight", shape, rows, x.device, dtype).T[None]
 
         return [Columns(x, chunks)], ids[:, 1:].flatten()
 

@@ -5,7 +5,7 @@ import torch
 from conftest import PARITY, assert_parity, write_olmo
 
 from simlab import build_model, compose
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.probe import Probe
 from simlab.statistics import STATISTICS
 from simlab.weights.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ def test_the_engine_measures_those_states(tmp_path, case):
     ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
     states, _ = sublayer_states(reference, ids)
     checkpoint = Checkpoint(str(tmp_path / "m"))
-    rows = measure_curve(checkpoint, ids, torch.device("cpu"), torch.float32).rows
+    rows = measure_curves(checkpoint, ids, torch.device("cpu"), torch.float32)[0].rows
     assert [row.sublayer for row in rows] == list(range(len(states)))
     for row, state in zip(rows, states, strict=True):
         x = state.detach().double()

@@ -13,7 +13,7 @@ COUNT = 60 * PIECE  # 3.9 million
 def sample(entropy=3):
     out = torch.empty(COUNT)
     for i, part in enumerate(out.split(PIECE)):
-        draw(part, entropy, i)
+        draw(part[None], [entropy], i)
     return out.double()
 
 
@@ -61,9 +61,22 @@ def test_what_comes_from_one_word_is_independent():
 def test_lengths_and_repeats():
     """Any length up to a piece; the same (entropy, piece), the same numbers, from the first on."""
     whole = torch.empty(PIECE)
-    draw(whole, 9, 4)
+    draw(whole[None], [9], 4)
     for count in (1, 2, 1001, PIECE // 2, PIECE // 2 + 1, PIECE):
         part = torch.full((count,), torch.nan)
-        draw(part, 9, 4)
+        draw(part[None], [9], 4)
         assert torch.equal(part, whole[:count])
     assert len(whole.unique()) > 0.99 * PIECE
+
+
+def test_several_at_once():
+    """Rows are what their seeds give alone, also in a part of a larger tensor."""
+    for count in (1001, PIECE // 2 + 8, PIECE):
+        out = torch.full((3, PIECE + 8), torch.nan)
+        draw(out[:, 8 : 8 + count], [9, 2, 5], 4)
+        for row, entropy in zip(out[:, 8 : 8 + count], (9, 2, 5), strict=True):
+            alone = torch.empty(1, count)
+            draw(alone, [entropy], 4)
+            assert torch.equal(row, alone[0])
+        assert out[:, :8].isnan().all()
+        assert out[:, 8 + count :].isnan().all()

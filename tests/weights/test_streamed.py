@@ -9,7 +9,7 @@ from conftest import PARITY, write_olmo
 from safetensors.torch import load_file
 
 from simlab.config import ConfigError
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.weights import streamed
 from simlab.weights.census import Census, moments
 from simlab.weights.checkpoint import Checkpoint
@@ -179,10 +179,12 @@ def test_streamed_is_as_materialised(tmp_path, monkeypatch):
     """The engine's curve with streamed products, and with nn.Linear holding the same weights."""
     write_olmo(tmp_path / "m")
     ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
-    streamed_rows = measure_curve(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True)
+    (streamed_rows,) = measure_curves(
+        Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True
+    )
     monkeypatch.setattr(Checkpoint, "block", Weights.block)
     monkeypatch.setattr(Checkpoint, "linear", Weights.linear)
-    dense_rows = measure_curve(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True)
+    (dense_rows,) = measure_curves(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True)
     for a, b in zip(streamed_rows.rows, dense_rows.rows, strict=True):
         torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5, equal_nan=True)
         torch.testing.assert_close(a.gradient, b.gradient, rtol=1e-4, atol=1e-7)
@@ -201,7 +203,7 @@ def test_nothing_is_read_but_what_is_needed(tmp_path):
 
     opened.files.rows = rows
     ids = torch.tensor([[3, 60, 3]])
-    measure_curve(opened, ids, CPU, torch.float32)
+    measure_curves(opened, ids, CPU, torch.float32)
     embedding = [a for a in asked if a[0] == "model.embed_tokens.weight"]
     assert embedding == [("model.embed_tokens.weight", i, i + 1) for i in (3, 60)]
     assert not [a for a in asked if a[0].startswith(("lm_head", "model.norm"))]
@@ -209,11 +211,11 @@ def test_nothing_is_read_but_what_is_needed(tmp_path):
 
 PEAK = """
 import resource, sys, torch
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.weights.checkpoint import Checkpoint
 opened = Checkpoint(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-measure_curve(opened, torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"), torch.float32)
+measure_curves(opened, torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"), torch.float32)
 opened.identity()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

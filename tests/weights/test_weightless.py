@@ -17,13 +17,14 @@ import torch
 from conftest import tiny
 
 from simlab.config import InitConfig
-from simlab.engine import measure_curve
+from simlab.engine import measure_curves
 from simlab.statistics import GRADIENT_STATISTICS, STATISTICS
 from simlab.weights import gaussian
 from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.random import RandomWeights
 
 SEEDS = 240
+TOGETHER = 12  # weightless seeds that are measured as one batch
 IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1, 7], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3, 8]])
 PLACEMENTS = ["reordered", "pre", "peri", "swin_renorm", "lns", "deepnorm"]
 CASES = [*itertools.product(PLACEMENTS, (32, 64)), ("reordered", 16)]
@@ -51,11 +52,13 @@ def one_thread():
 def sample(engine, config):
     """(seeds, rows × statistics and the loss)."""
     curves = []
-    for seed in range(SEEDS):
-        weights = engine(config.shape, config.init, seed)
-        m = measure_curve(weights, IDS, torch.device("cpu"), torch.float32, True)
-        rows = torch.stack([torch.cat([row.values, row.gradient]) for row in m.rows])
-        curves.append(torch.cat([rows.flatten(), m.loss.double()[None]]))
+    for seeds in np.split(
+        np.arange(SEEDS), SEEDS // TOGETHER if engine is GaussianWeights else SEEDS
+    ):
+        weights = engine(config.shape, config.init, *seeds.tolist())
+        for m in measure_curves(weights, IDS, torch.device("cpu"), torch.float32, True):
+            rows = torch.stack([torch.cat([row.values, row.gradient]) for row in m.rows])
+            curves.append(torch.cat([rows.flatten(), m.loss.double()[None]]))
     return torch.stack(curves).numpy()
 
 
@@ -127,12 +130,12 @@ def fresh_alone(ctx, *gradients):
     """A backward that draws another W: as if G were independent of the forward."""
     scale, lower, _ = gaussian.factor(gradients[1])
     x = ctx.saved_tensors[0]
-    return (scale * lower).float() @ ctx.normals(ctx.name, x.shape, x.device), None, None
+    return (scale * lower).float() @ ctx.normals(ctx.name, x.shape[1:], x.device), None, None
 
 
 def known_alone(ctx, *gradients):
     """A backward without the part of W that the forward hasn't shown."""
-    x, scale, lower = ctx.saved_tensors
+    x, scale, lower, _ = ctx.saved_tensors
     q = torch.linalg.solve_triangular(lower, (x / scale).double(), upper=False).float()
     return gradients[0] @ q, None, None
 
