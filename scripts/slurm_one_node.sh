@@ -37,14 +37,16 @@ log_of() {
 
 daemon_failed() {  # name, what it didn't do
     say "$1 $2; its log ($(log_of "$1")) ends:" >&2
-    tail -qn 15 "$RUN/$1.out" "$(log_of "$1")" 2>/dev/null >&2 || true
+    tail -qn 15 "$RUN/$1.out" "$(log_of "$1")" >&2 2>/dev/null || true
     exit 1
 }
 
-# A daemon's pid, if start started it and it still runs; a pid that came to another program is none.
+# A daemon's pid, if start started it and it still runs: neither dead and not yet collected, nor
+# another program that came by the same pid.
 pid_of() {
-    local pid
-    pid=$(cat "$RUN/$1.pid" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$1" ]] && echo "$pid"
+    local pid program state _
+    { read -r pid <"$RUN/$1.pid" && read -r _ program state _ <"/proc/$pid/stat"; } 2>/dev/null || return
+    [[ $program == "($1)" && $state != Z ]] && echo "$pid"
 }
 
 wait_for() {  # name of a daemon, then the command that succeeds once it answers
@@ -119,6 +121,8 @@ ClusterName=one-node
 SlurmctldHost=localhost($ADDRESS)
 SlurmUser=slurm
 AuthType=auth/munge
+# A requeued job waits until its old credential is out of date: 15 seconds, not two minutes.
+AuthInfo=cred_expire=15
 # Listen on the address of this machine's name, which is loopback's, not on all that it has.
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 
@@ -144,6 +148,8 @@ AccountingStorageHost=$ADDRESS
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=$((memory / cpus))
+# A job that asks for more than there is is refused, not left waiting for ever.
+EnforcePartLimits=ALL
 # Jobs are few and small here: look for one to start every second, not every half minute.
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 
