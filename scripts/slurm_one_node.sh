@@ -74,14 +74,15 @@ refuse_foreign() {
     fi
 }
 
-# The daemons and srun listen on the address that the machine's name stands for.
+# SLURM binds its daemons and srun to the address that the machine's name stands for. Not any
+# 127.… will do: a connection to 127.0.1.1 comes from 127.0.0.1, where nobody then answers.
 need_loopback_name() {
-    local name
+    local name address
     name=$(uname -n)
-    ADDRESS=$(getent ahostsv4 "$name" | awk '{print $1; exit}') || true
-    [[ $ADDRESS == 127.* ]] \
-        || die "the machine's name stands for ${ADDRESS:-no address}, not loopback:" \
-            "put '127.0.0.1 $name' first into /etc/hosts"
+    address=$(getent ahostsv4 "$name" | awk '{print $1; exit}') || true
+    [[ $address == 127.0.0.1 ]] \
+        || die "this machine's name stands for ${address:-no address}, so SLURM would listen there and" \
+            "not on 127.0.0.1: append '127.0.0.1 $name' to /etc/hosts"
 }
 
 install_missing() {
@@ -118,12 +119,12 @@ slurm_conf() {
     cat <<CONF
 $MARK
 ClusterName=one-node
-SlurmctldHost=localhost($ADDRESS)
+SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=slurm
 AuthType=auth/munge
 # A requeued job waits until its old credential is out of date: 15 seconds, not two minutes.
 AuthInfo=cred_expire=15
-# Listen on the address of this machine's name, which is loopback's, not on all that it has.
+# Listen on the address of this machine's name, 127.0.0.1, not on all that it has.
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 
 StateSaveLocation=$STATE/slurmctld
@@ -141,7 +142,7 @@ JobAcctGatherFrequency=10
 MpiDefault=none
 
 AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=$ADDRESS
+AccountingStorageHost=127.0.0.1
 
 # CPUs and memory are shared out one by one, so that several jobs run at once; a job that names no
 # memory gets a CPU's share of it, not the whole node's.
@@ -155,7 +156,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=localhost NodeAddr=$ADDRESS CPUs=$cpus RealMemory=$memory State=UNKNOWN
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 CONF
 }
@@ -166,7 +167,7 @@ slurmdbd_conf() {
 $MARK
 AuthType=auth/munge
 DbdHost=localhost
-DbdAddr=$ADDRESS
+DbdAddr=127.0.0.1
 CommunicationParameters=NoInAddrAny
 SlurmUser=slurm
 StorageType=accounting_storage/mysql
