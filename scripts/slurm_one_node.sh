@@ -13,6 +13,7 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 MARK="# written by slurm_one_node.sh"   # a configuration without this line is somebody's own
 CONF=/etc/slurm/slurm.conf
 DBD_CONF=/etc/slurm/slurmdbd.conf
+CGROUP_CONF=/etc/slurm/cgroup.conf
 STATE=/var/lib/slurm
 LOG=/var/log/slurm
 RUN=/run/slurm-one-node                 # holds the pid files of what start started
@@ -64,7 +65,7 @@ wait_for() {  # name of a daemon, then the command that succeeds once it answers
 
 refuse_foreign() {
     local file
-    for file in "$CONF" "$DBD_CONF" /etc/slurm-llnl/slurm.conf; do
+    for file in "$CONF" "$DBD_CONF" "$CGROUP_CONF" /etc/slurm-llnl/slurm.conf; do
         if [[ -e $file ]] && ! grep -qxF "$MARK" "$file"; then
             die "$file is not this script's; leaving the SLURM configured there alone"
         fi
@@ -134,7 +135,7 @@ SlurmdPidFile=$RUN/slurmd.pid
 SlurmctldLogFile=$LOG/slurmctld.log
 SlurmdLogFile=$LOG/slurmd.log
 
-# No cgroups: a container seldom may make them.
+# No cgroups, for a container seldom may make them; newer SLURMs want cgroup.conf to say so too.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=$task
 JobAcctGatherType=jobacct_gather/linux
@@ -188,6 +189,7 @@ configure() {
     fi
     if ! pid_of slurmctld >/dev/null && ! pid_of slurmd >/dev/null; then
         slurm_conf | install -m 644 /dev/stdin "$CONF"
+        printf '%s\nCgroupPlugin=disabled\n' "$MARK" | install -m 644 /dev/stdin "$CGROUP_CONF"
     fi
 }
 
