@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from simlab import build_model, compose
 from simlab.config import DEMO_DIR, DEMO_STEPS, ConfigError
 from simlab.experiment import prepare
-from simlab.report.console import compared
+from simlab.report.console import show_sweep
 from simlab.weights.random import RandomWeights
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo.py"
@@ -140,13 +140,14 @@ def test_a_sweeps_checkpoints_stand_in_one_table(capsys):
     }  # fmt: skip
     job = {"departure": departure, "config": {"model": {"name": "demo (step 1000)"}}}
     later = job | {"departure": departure | {"sublayer": None, "checkpoint": None}}
-    compared({"0": job, "1": {"config": {}}, "10": later})
+    summaries = {"0": job, "1": {"config": {}}, "10": later}
+    show_sweep("3 jobs", pd.DataFrame(), {}, summaries, {}, [], 0, [])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
-    assert lines[2].split() == ["0", "demo", "(step", "1000)", "26.5", "26.9", "-0.4", "0.58", "29"]
-    assert lines[3].split() == ["10", "demo", "(step", "1000)", "26.5", "0.58"]
-    compared({"0": job})
-    assert capsys.readouterr().out == ""
+    assert len(lines) == 6
+    assert lines[3].split() == ["0", "demo", "(step", "1000)", "26.5", "26.9", "-0.4", "0.58", "29"]
+    assert lines[4].split() == ["10", "demo", "(step", "1000)", "26.5", "0.58"]
+    show_sweep("1 job", pd.DataFrame(), {}, {"0": job}, {}, [], 0, [])
+    assert capsys.readouterr().out == "1 job\n"
 
 
 @pytest.mark.parametrize(

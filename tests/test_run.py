@@ -245,4 +245,4 @@ def test_a_sweep_names_checkpoints_that_are_the_same(tmp_path, checkpoint):
                   cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "have the same" in line)
-    assert line.startswith("simlab: jobs 0, 2 have the same embedding and blocks (")
+    assert line.startswith("Jobs 0, 2 have the same embedding and blocks (")
