@@ -97,7 +97,7 @@ def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
         front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
         frames.append(pd.concat([front, frame], axis=1))
     found = pd.concat(frames, ignore_index=True)
-    for column in found.select_dtypes("object"):
+    for column in (key for key in jobs[0].values if key in found):
         if found[column].map(type).nunique() > 1:  # numbers and null, say: a column has one type
             found[column] = found[column].map(lambda v: "null" if v is None else str(v))
     return found
