@@ -135,7 +135,7 @@ SlurmdPidFile=$RUN/slurmd.pid
 SlurmctldLogFile=$LOG/slurmctld.log
 SlurmdLogFile=$LOG/slurmd.log
 
-# No cgroups, for a container seldom may make them; newer SLURMs want cgroup.conf to say so too.
+# No cgroups, for a container seldom may make them.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=$task
 JobAcctGatherType=jobacct_gather/linux
@@ -180,6 +180,16 @@ PidFile=$RUN/slurmdbd.pid
 CONF
 }
 
+# slurmd looks for cgroups even if nothing uses them, and for v2 it wants systemd. From 24.05 on one
+# may say that there are none; before, the plugin for v1, which does nothing by itself, is as good.
+cgroup_conf() {
+    local version plugin=cgroup/v1
+    version=$(slurmd -V)   # "slurm-wlm 22.05.8"
+    version=${version##* }
+    if ((${version%%.*} >= 24)); then plugin=disabled; fi
+    printf '%s\nCgroupPlugin=%s\n' "$MARK" "$plugin"
+}
+
 configure() {
     install -d -o slurm -g slurm -m 755 "$RUN" "$LOG" "$STATE" "$STATE/slurmctld"
     install -d -m 755 /etc/slurm "$STATE/slurmd"
@@ -189,7 +199,7 @@ configure() {
     fi
     if ! pid_of slurmctld >/dev/null && ! pid_of slurmd >/dev/null; then
         slurm_conf | install -m 644 /dev/stdin "$CONF"
-        printf '%s\nCgroupPlugin=disabled\n' "$MARK" | install -m 644 /dev/stdin "$CGROUP_CONF"
+        cgroup_conf | install -m 644 /dev/stdin "$CGROUP_CONF"
     fi
 }
 
