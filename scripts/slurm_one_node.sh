@@ -112,11 +112,11 @@ install_missing() {
 
 slurm_conf() {
     local cpus memory task=task/affinity
-    cpus=$(nproc)
+    cpus=$(clean nproc)   # which heeds OMP_NUM_THREADS
     # A twentieth is left to the system and the daemons, as jobs get what they ask for.
     memory=$(awk '/^MemTotal:/ {print int($2 / 1024 * 0.95)}' /proc/meminfo)
     # In a container held to some of the CPUs, SLURM's numbering of them would not be the kernel's.
-    [[ $cpus == "$(nproc --all)" ]] || task=task/none
+    [[ $cpus == "$(clean nproc --all)" ]] || task=task/none
     cat <<CONF
 $MARK
 ClusterName=one-node
@@ -233,8 +233,7 @@ start_mariadbd() {
         mv "$data.new" "$data"
     fi
     if ! pid_of mariadbd >/dev/null; then
-        # The lock's time is what slurmdbd wants at the least.
-        # Not by clean: $! would be the pid of a shell.
+        # Not by clean, or $! were the pid of a shell. The lock's time is what slurmdbd wants.
         "${CLEAN[@]}" setsid mariadbd --no-defaults --user=slurm --datadir="$data" --socket="$DB_SOCKET" \
             --pid-file="$data/mariadbd.pid" --skip-networking --innodb-lock-wait-timeout=900 \
             </dev/null >>"$(log_of mariadbd)" 2>&1 9>&- &
@@ -265,6 +264,8 @@ node_up() { [[ $(clean sinfo -h -N -o %T) =~ ^(idle|mixed|allocated|completing)$
 
 start_slurmd() {
     pid_of slurmd >/dev/null || launch slurmd slurmd -N localhost
+    # A node that was drained, as after a process that could not be killed, takes jobs again.
+    clean scontrol update nodename=localhost state=resume >/dev/null 2>&1 || true
     wait_for slurmd node_up
 }
 
