@@ -112,11 +112,11 @@ install_missing() {
 
 slurm_conf() {
     local cpus memory task=task/affinity
-    cpus=$(nproc)
+    cpus=$(clean nproc)   # which heeds OMP_NUM_THREADS
     # A twentieth is left to the system and the daemons, as jobs get what they ask for.
     memory=$(awk '/^MemTotal:/ {print int($2 / 1024 * 0.95)}' /proc/meminfo)
     # In a container held to some of the CPUs, SLURM's numbering of them would not be the kernel's.
-    [[ $cpus == "$(nproc --all)" ]] || task=task/none
+    [[ $cpus == "$(clean nproc --all)" ]] || task=task/none
     cat <<CONF
 $MARK
 ClusterName=one-node
@@ -135,7 +135,7 @@ SlurmdPidFile=$RUN/slurmd.pid
 SlurmctldLogFile=$LOG/slurmctld.log
 SlurmdLogFile=$LOG/slurmd.log
 
-# No cgroups, for a container seldom may make them; newer SLURMs want cgroup.conf to say so too.
+# No cgroups, for a container seldom may make them.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=$task
 JobAcctGatherType=jobacct_gather/linux
@@ -180,6 +180,16 @@ PidFile=$RUN/slurmdbd.pid
 CONF
 }
 
+# slurmd looks for cgroups even if nothing uses them, and for v2 it wants systemd. From 24.05 on one
+# may say that there are none; before, the plugin for v1, which does nothing by itself, is as good.
+cgroup_conf() {
+    local version plugin=cgroup/v1
+    version=$(slurmd -V)   # "slurm-wlm 22.05.8"
+    version=${version##* }
+    if ((${version%%.*} >= 24)); then plugin=disabled; fi
+    printf '%s\nCgroupPlugin=%s\n' "$MARK" "$plugin"
+}
+
 configure() {
     install -d -o slurm -g slurm -m 755 "$RUN" "$LOG" "$STATE" "$STATE/slurmctld"
     install -d -m 755 /etc/slurm "$STATE/slurmd"
@@ -189,7 +199,7 @@ configure() {
     fi
     if ! pid_of slurmctld >/dev/null && ! pid_of slurmd >/dev/null; then
         slurm_conf | install -m 644 /dev/stdin "$CONF"
-        printf '%s\nCgroupPlugin=disabled\n' "$MARK" | install -m 644 /dev/stdin "$CGROUP_CONF"
+        cgroup_conf | install -m 644 /dev/stdin "$CGROUP_CONF"
     fi
 }
 
@@ -223,8 +233,7 @@ start_mariadbd() {
         mv "$data.new" "$data"
     fi
     if ! pid_of mariadbd >/dev/null; then
-        # The lock's time is what slurmdbd wants at the least.
-        # Not by clean: $! would be the pid of a shell.
+        # Not by clean, or $! were the pid of a shell. The lock's time is what slurmdbd wants.
         "${CLEAN[@]}" setsid mariadbd --no-defaults --user=slurm --datadir="$data" --socket="$DB_SOCKET" \
             --pid-file="$data/mariadbd.pid" --skip-networking --innodb-lock-wait-timeout=900 \
             </dev/null >>"$(log_of mariadbd)" 2>&1 9>&- &
@@ -255,6 +264,8 @@ node_up() { [[ $(clean sinfo -h -N -o %T) =~ ^(idle|mixed|allocated|completing)$
 
 start_slurmd() {
     pid_of slurmd >/dev/null || launch slurmd slurmd -N localhost
+    # A node that was drained, as after a process that could not be killed, takes jobs again.
+    clean scontrol update nodename=localhost state=resume >/dev/null 2>&1 || true
     wait_for slurmd node_up
 }
 
