@@ -24,6 +24,7 @@ from simlab.growth.exponents import exponents
 from simlab.growth.fit import Estimate
 from simlab.growth.verdict import Verdict, judge
 from simlab.inputs import make_tokens
+from simlab.memory import refuse
 from simlab.model.placement import PLACEMENTS
 from simlab.model.transformer import Transformer, parameter_count
 from simlab.store import config_hash
@@ -99,7 +100,7 @@ def open_checkpoint(source: SourceConfig) -> Checkpoint:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Open the checkpoint, make the tokens, find the device. Raises ConfigError."""
+    """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError."""
     device = resolve_device(config.device)
     checkpoint = None
     if config.source.stored:
@@ -121,6 +122,7 @@ def prepare(config: RunConfig) -> Prepared:
         other = "weightless" if engine == "dense" else "dense"
         reason = f"auto: by estimate {size}× cheaper than {other}"
     config = dataclasses.replace(config, inputs=inputs, device=str(device), engine=engine)
+    refuse(config, torch.get_num_threads())
     return Prepared(config, tokens, checkpoint, device, reason)
 
 

@@ -20,7 +20,9 @@ MAY = {
     "model": {"config"},
     "weights": {"config", "model"},
     "probe": {"model", "statistics"},
-    "cost": {"config"},
+    "resources": set(),
+    "cost": {"config", "resources"},
+    "memory": {"config", "cost", "resources"},
     "loss": {"model", "weights"},
     "engine": {"config", "loss", "model", "weights", "probe", "statistics"},
     "theory": set(),
@@ -29,7 +31,8 @@ MAY = {
     "report": {"config", "growth", "store", "theory"},
     "tidy": {"engine", "growth", "statistics", "theory"},
     "experiment": {
-        "config", "inputs", "model", "weights", "cost", "engine", "tidy", "growth", "theory", "store",
+        "config", "inputs", "model", "weights", "cost", "memory", "engine", "tidy", "growth", "theory",
+        "store",
     },
     "run": {"config", "validation", "process", "experiment", "store", "report"},
 }  # fmt: skip
