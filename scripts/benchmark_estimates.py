@@ -2,8 +2,11 @@
 
 Each case is a fresh process with the settings of the command's, one after another on the CPU. Memory:
 the peak beyond the interpreter with everything imported. Time: of the measuring alone, against the
-rates that the machine has in the seconds before. Ratios are estimate to measured. WORD: only cases that
-contain it. All of them take about ten minutes on two cores.
+rates that the machine has in the second before. Ratios are estimate to measured. WORD: only cases that
+contain it. All of them take about ten minutes on two cores that nobody else uses.
+
+--timed: other, shorter cases, for the time; --one-thread: it is then the processor's, on one thread,
+which others on the machine disturb little.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from simlab.resources import calibrate
 unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 before = peak()
-ready = experiment.prepare(compose(sys.argv[1:]))
-rates = calibrate(ready.config.dtype)
+if sys.argv[1] == "alone":
+    torch.set_num_threads(1)
+ready = experiment.prepare(compose(sys.argv[2:]))
+clock = time.process_time if sys.argv[1] == "alone" else time.perf_counter
+rates = calibrate(ready.config.dtype, clock=clock)
 curves = cost.curves(ready.config, torch.get_num_threads())
-start = time.perf_counter()
+start = clock()
 experiment.measure(ready)
-took = time.perf_counter() - start
+took = clock() - start
 print("RESULT", json.dumps({
     "interpreter": before,
     "peak": peak() - before,
@@ -98,6 +104,38 @@ CASES = [
     "file 0 4x512 dense gradients=true",
     "file 0 1x4096 dense",
 ]
+# Of other sizes and shorter, for the time.
+TIMED = [
+    "256 64 1x64 dense",
+    "tiny 1000 1x16 weightless gradients=true",
+    "256 1 1x4096 dense",
+    "256 1 1x4096 dense gradients=true",
+    "512 8 64x64 dense",
+    "512 8 32x64 dense gradients=true",
+    "512 8 4x256 weightless gradients=true",
+    "1024 1 16x1024 dense",
+    "1024 2 4x512 dense gradients=true",
+    "1024 2 4x512 dense gradients=true dtype=bfloat16",
+    "1024 2 4x512 weightless",
+    "1b 0 1x64 weightless",
+    "1b 8 1x512 dense",
+    "1b 2 1x512 weightless gradients=true",
+    "1b 2 1x1024 dense gradients=true",
+    "7b 0 1x64 weightless",
+    "7b 8 1x64 weightless gradients=true",
+    "7b 2 1x64 dense",
+    "7b 1 4x256 dense",
+    "7b 1 4x256 dense dtype=bfloat16",
+    "7b 2 32x32 weightless",
+    "32b 16 1x64 weightless",
+    "32b 16 1x64 weightless gradients=true",
+    "32b 2 1x512 weightless",
+    "8192 1 1x64 dense",
+    "8192 1 1x64 dense gradients=true",
+    "file 0 1x64 dense",
+    "file 0 1x64 dense dtype=bfloat16",
+    "file 0 4x256 dense gradients=true",
+]
 
 
 def overrides(case: str, folder: Path) -> list[str]:
@@ -110,9 +148,12 @@ def overrides(case: str, folder: Path) -> list[str]:
     return list({item.partition("=")[0]: item for item in given}.values())  # the last of each
 
 
-def measured(case: str, folder: Path) -> dict[str, float] | None:
-    """A case in a fresh process; None where it has been killed, or refused."""
-    command = [sys.executable, "-c", CASE, *overrides(case, folder)]
+def measured(case: str, folder: Path, threads: str = "all") -> dict[str, float] | None:
+    """A case in a fresh process; None where it has been killed, or refused.
+
+    threads: all, or alone.
+    """
+    command = [sys.executable, "-c", CASE, threads, *overrides(case, folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not lines:
@@ -128,17 +169,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("word", nargs="?", default="")
-    word = parser.parse_args().word
+    parser.add_argument("--timed", action="store_true")
+    parser.add_argument("--one-thread", action="store_true")
+    args = parser.parse_args()
+    threads = "alone" if args.one_thread else "all"
+    cases = [case for case in (TIMED if args.timed else CASES) if args.word in case]
     large, all_of_them, times = [], [], []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "checkpoint"
-        if any(case.startswith("file") and word in case for case in CASES):
+        if any(case.startswith("file") for case in cases):
             writer = [sys.executable, str(Path(__file__).with_name("write_random.py")), str(folder)]
-            shape = ["model=olmo2_1b", "depth=4", "dtype=bfloat16"]
+            shape = ["model=olmo2_1b", "depth=8", "dtype=bfloat16"]
             subprocess.run([*writer, *shape], check=True, capture_output=True)
         print("   MiB estimate ratio   seconds estimate ratio   case")
-        for case in CASES:
-            if word not in case or (row := measured(case, folder)) is None:
+        for case in cases:
+            if (row := measured(case, folder, threads)) is None:
                 continue
             ratio, time = row["memory"] / row["peak"], row["seconds"] / row["took"]
             print(

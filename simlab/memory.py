@@ -21,8 +21,8 @@ STREAMED = 8 * MIB  # bytes of a checkpoint's weight that a thread takes (weight
 HASHED = 64 * STREAMED  # of the embedding, mapped while it is hashed (weights.checkpoint)
 
 INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.experiment are imported
-ROW = 4000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients
-LIBRARIES = 20 * MIB  # thread pools, kernels' workspaces
+ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients
+LIBRARIES = 40 * MIB  # thread pools, kernels' workspaces
 # malloc's holes: of what lives beside the largest matrices, so much and at most. One run differs from
 # the next by as much.
 HOLES, MOST_HOLES = 2 / 3, 400 * MIB
@@ -31,16 +31,17 @@ HOLES, MOST_HOLES = 2 / 3, 400 * MIB
 def peak(curve: Curve) -> int:
     """Peak bytes that a curve needs on its device, beyond INTERPRETER.
 
-    MEASURED_MEMORY
+    Measured on 2 cores, 39 runs that peak above 1 GB (up to 5.4): 0.93 to 1.27 of the peak. 26 smaller
+    ones: 0.77 to 1.85 of it, where libraries and malloc's holes are most.
     """
     phases = [_embedding(curve), _forward(curve)]
     if curve.gradients:
         phases += [_loss(curve), _backward(curve)]
-    if curve.stored:
-        phases.append(min(HASHED, 4 * curve.model.vocab_size * curve.model.width))
+    hashed = min(HASHED, 4 * curve.model.vocab_size * curve.model.width) * curve.stored
+    phases.append(hashed)
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
     live = max(phases) + rows + LIBRARIES
-    whole = _weights(curve)  # these are mapped for themselves
+    whole = max(hashed, _weights(curve))  # these are mapped for themselves
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
         whole += _attention_statistics(curve)
     return int(live + min(HOLES * max(0, live - whole), MOST_HOLES))
@@ -56,8 +57,10 @@ def _weights(curve: Curve) -> int:
     if curve.weightless:
         return 0  # counted as Z
     if curve.stored and curve.device == "cpu":
-        mapped = 4 * max(d_in * d_out for d_in, d_out in curve.layers)  # pages of one matrix
-        return 3 * STREAMED * curve.threads + mapped  # and each thread's rows, and a copy
+        # Pages of one matrix, and of all the head's rows, as if in float32; each thread's copy of rows.
+        head = curve.gradients * curve.model.vocab_size * curve.model.width
+        pages = max(d_in * d_out for d_in, d_out in curve.layers) + head
+        return 4 * pages + 3 * STREAMED * curve.threads
     # Pieces are drawn in float32, with their masks: 1 MiB for each thread.
     return curve.size * sum(d_in * d_out for d_in, d_out in curve.layers) + MIB * curve.threads
 
@@ -95,6 +98,8 @@ def _forward(curve: Curve) -> int:
         n * (3 * model.d_ff + 2 * d) * size,  # gate, up and their product
         n * (model.d_ff + 2 * d) * size + gram,
     ]
+    if curve.stored:  # a product, before it's turned
+        moments[3] += n * model.d_ff * size
     if curve.weightless and size == 2:  # computed in float32
         moments[3] += 4 * n * model.d_ff
     kept = model.depth if curve.gradients else 1  # the backward needs the stream before every block
@@ -114,6 +119,8 @@ def _backward(curve: Curve) -> int:
         inputs = [d_in for _, d_in, _ in groups(model, False) if n < d_in]
         normals += 8 * n * sum(inputs)
         saved += 12 * n * n * len(inputs)  # L in float64 and in float32
+    if curve.stored:  # products and their sums in float32, before they are turned
+        gradients += n * model.d_ff * (size + wide)
     block = max(saved + gradients, _attention_statistics(curve))
     streams = (model.depth + 3) * curve.stream
     return _weights(curve) + _normals(curve) + normals + streams + block

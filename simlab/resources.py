@@ -139,18 +139,20 @@ class Rates:
 
 
 @cache
-def calibrate(dtype: str = "float32", device: str = "cpu") -> Rates:
+def calibrate(
+    dtype: str = "float32", device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> Rates:
     """Measured in 0.1 s, each the best of three; more where others keep the machine busy."""
     import numpy as np
     import torch
 
     def best(work: Callable[[], object]) -> float:
         def once() -> float:
-            start = time.perf_counter()
+            start = clock()
             work()
             if device.startswith("cuda"):
                 torch.cuda.synchronize(device)
-            return time.perf_counter() - start
+            return clock() - start
 
         return min(once() for _ in range(3))
 
