@@ -181,8 +181,8 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     """Time that measuring all ``seeds`` of a curve takes, without imports, tables and figures.
 
     rates: of this machine by default, as it is at the moment; so others on it shift the estimate.
-    Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread; of the clock's
-    on two cores that others use too, 0.41 to 2.16, three beyond a factor of 2.
+    Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread; of the
+    clock's, on two cores that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
     """
     model, n = curve.model, curve.tokens
     rates = rates or calibrate(curve.dtype, curve.device)
