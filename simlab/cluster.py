@@ -7,6 +7,7 @@ process that was killed: by the system for its memory, by SLURM for its time, by
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +22,8 @@ from simlab import job, store
 from simlab.plan import Job
 
 LOOK = 0.2  # seconds between two looks at a job
-LATE = 3.0  # seconds that a record may take to be seen on a shared disk
+ASK = 3.0  # seconds between two questions to SLURM
+LATE = 5.0  # seconds that a record may take to be seen on a shared disk
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,17 @@ def is_local(launcher: Launcher) -> bool:
     return executor(launcher) == "local" or type(launcher).__name__ in (
         "JoblibLauncher", "BasicLauncher",
     )  # fmt: skip
+
+
+def at_once(launcher: Any) -> int:
+    """How many jobs run on this machine at a time; 1 where that isn't known."""
+    cores = os.cpu_count() or 1
+    if type(launcher).__name__ == "JoblibLauncher":
+        jobs = int(launcher.joblib["n_jobs"])
+        return max(1, jobs if jobs > 0 else cores + 1 + jobs)
+    if executor(launcher) == "local":
+        return int(max(1, cores // (launcher.params.get("cpus_per_task") or 1)))
+    return 1
 
 
 def overrides_of(place: Place) -> list[str]:
@@ -101,26 +114,50 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
     try:
         if kind == "slurm":
             submitted += auto.map_array(launcher, *zip(*arguments, strict=True))
+            queue = Queue(submitted)
+            while not all(p.ended or queue.left(t) for p, t in zip(places, submitted, strict=True)):
+                time.sleep(LOOK)
         else:
-            at_once = max(1, (os.cpu_count() or 1) // (params.get("cpus_per_task") or 1))
             for each in arguments:  # there is no queue: all would start at once
-                while sum(not _over(*pair) for pair in zip(places, submitted)) >= at_once:  # noqa: B905
+                while sum(not t.done() for t in submitted) >= at_once(launcher):
                     time.sleep(LOOK)
                 submitted.append(auto.submit(launcher, *each))
-        while not all(_over(*pair) for pair in zip(places, submitted, strict=True)):
-            time.sleep(LOOK)
+            while not all(task.done() for task in submitted):
+                time.sleep(LOOK)
     except BaseException:
         for task in submitted:
             task.cancel(check=False)
         raise
     for place, task in zip(places, submitted, strict=True):
         if not place.ended and not _appears(place):
-            lost(place, f"its process died ({task.state}; see {task.paths.stderr})")
+            state = task.get_info(mode="force").get("State", "no longer in the queue")
+            lost(place, f"its process died ({state}; see {task.paths.stderr})")
 
 
-def _over(place: Place, task: Any) -> bool:
-    """Whether a job has ended, of itself or not; the scheduler is asked seldom."""
-    return place.ended or bool(task.done())
+class Queue:
+    """Which of these jobs SLURM still has. sacct says nothing of a cancelled one that was waiting."""
+
+    def __init__(self, submitted: Sequence[Any]) -> None:
+        self.ids = sorted({str(task.job_id).partition("_")[0] for task in submitted})
+        self.asked = 0.0
+        self.has: set[str] | None = None  # not known
+
+    def left(self, task: Any) -> bool:
+        """Whether the job is surely no longer in the queue; SLURM is asked every few seconds."""
+        if time.monotonic() - self.asked > ASK:
+            self.has = self._ask()
+            self.asked = time.monotonic()
+        return self.has is not None and str(task.job_id) not in self.has
+
+    def _ask(self) -> set[str] | None:
+        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(self.ids)}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        except subprocess.TimeoutExpired:
+            return None
+        if done.returncode and "Invalid job id" not in done.stderr:
+            return None  # the controller doesn't answer: that says nothing of the jobs
+        return set(done.stdout.split())
 
 
 def _appears(place: Place) -> bool:

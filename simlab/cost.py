@@ -1,4 +1,4 @@
-"""What a curve costs in each engine, and the choice that ``engine=auto`` makes.
+"""What a curve costs in each engine: the choice that ``engine=auto`` makes, and seconds.
 
 A matrix of a block (d_out × d_in) meets N tokens. Operations, with multiply-adds counted as two:
 
@@ -11,13 +11,17 @@ A matrix of a block (d_out × d_in) meets N tokens. Operations, with multiply-ad
 The Gram matrix is counted once for matrices with the same input. With gradients, dense draws twice
 and multiplies three times; weightless draws twice, and N·d_in more, and see ``_weightless``. One
 float64 operation counts as two, and a random number as ``DRAW``.
+
+``seconds`` is an estimate too. Its constants are measured on a CPU, and so is how far off it is
+(``python scripts/benchmark_estimates.py`` does it again); of other devices they are guesses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simlab.config import ModelConfig
+from simlab.config import ModelConfig, RunConfig
+from simlab.resources import Rates, calibrate
 
 # What one random number costs in float32 operations: of a dense weight, of a weightless normal. CPU:
 # scripts/benchmark.py crossover. CUDA draws weights on the device but normals on the CPU; these two
@@ -98,3 +102,139 @@ def compute_threads(model: ModelConfig, tokens: int, gradients: bool, threads: i
     cost = costs(model, tokens, gradients)["weightless"]
     drawing = cost.numbers * DRAW["cpu"][1]
     return max(1, round(threads * cost.operations / (cost.operations + drawing)))
+
+
+# What bounds the pieces of work elsewhere; tests hold these against the originals.
+TOKENS_AT_ONCE = 2048  # of a dense curve's block (weights.source)
+PIECE = 1 << 13  # numbers of an embedding that are drawn from one generator (weights.random)
+SEEDS_ENTRIES, LOGITS = 1 << 20, 4096  # what bounds the seeds in a batch (weights.gaussian)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is measured: so many ``seeds`` of one kind of curve. Sizes of it are in bytes.
+
+    engine: dense or weightless. stored: of a checkpoint, which is dense. device: its type.
+    threads: of the CPU.
+    """
+
+    model: ModelConfig
+    batch: int
+    length: int
+    gradients: bool
+    engine: str
+    dtype: str
+    device: str = "cpu"
+    threads: int = 1
+    stored: bool = False
+    seeds: int = 1
+
+    @property
+    def weightless(self) -> bool:
+        """Whether its matrices are never drawn."""
+        return self.engine == "weightless" and not self.stored
+
+    @property
+    def size(self) -> int:
+        """Of one number of the stream."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def tokens(self) -> int:
+        """All of the batch."""
+        return self.batch * self.length
+
+    @property
+    def together(self) -> int:
+        """How many sequences pass through a block at a time."""
+        return (
+            self.batch
+            if self.weightless
+            else min(self.batch, max(1, TOKENS_AT_ONCE // self.length))
+        )
+
+    @property
+    def widest(self) -> int:
+        """Entries of a token's largest activation."""
+        logits = min(self.model.vocab_size, LOGITS) if self.gradients else 0
+        return max(self.model.width, self.model.d_ff, logits)
+
+    @property
+    def at_once(self) -> int:
+        """How many seeds' curves are measured as one batch."""
+        most = SEEDS_ENTRIES // (self.tokens * self.widest) if self.weightless else 1
+        return max(1, min(most, self.seeds))
+
+    @property
+    def heads_dim(self) -> tuple[int, int]:
+        """Width of all query heads and of all key heads."""
+        return self.model.heads * self.model.head_dim, self.model.kv_heads * self.model.head_dim
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """d_in and d_out of a block's matrices."""
+        return [(d_in, d_out) for _, d_in, d_outs in groups(self.model, False) for d_out in d_outs]
+
+    @property
+    def stream(self) -> int:
+        """The residual stream of all tokens."""
+        return self.tokens * self.model.width * self.size
+
+
+# Passes over a large tensor, as Rates.entry counts them; measured.
+STEP_PASSES = 12  # of the stream's statistics, a residual step
+ATTENTION_PASSES = 5  # of the attention matrices' statistics
+LOGIT_PASSES = 6
+CALLS = 3000  # Rates.call of a group of sequences in a block, with its statistics
+# Rates.number: of a dense weight, cut at ±3σ and written; of a weightless normal (weights.normals).
+WEIGHT, NORMAL = 1.4, 0.5
+
+
+def seconds(curve: Curve, rates: Rates | None = None) -> float:
+    """Time that measuring all ``seeds`` of a curve takes, without imports, tables and figures.
+
+    rates: of this machine by default, as it is at the moment; so others on it shift the estimate.
+    Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread; of the
+    clock's, on two cores that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
+    """
+    model, n = curve.model, curve.tokens
+    rates = rates or calibrate(curve.dtype, curve.device)
+    counted = costs(model, n, curve.gradients)["weightless" if curve.weightless else "dense"]
+    matrices = sum(d_in * d_out for d_in, d_out in curve.layers)
+    (q, _), d = curve.heads_dim, model.width
+    there, back = 1, 2 * curve.gradients  # the backward runs every block again
+    rows = max(1, PIECE // d)  # of the embedding, drawn for one token's sake
+    numbers = WEIGHT * min(n * rows, model.vocab_size) * d
+    entries = model.depth * n * (d * 2 * STEP_PASSES + 10 * q + 5 * model.d_ff) * (there + back)
+    entries += model.depth * n * curve.length * model.heads * ATTENTION_PASSES
+    entries += n * model.vocab_size * LOGIT_PASSES * curve.gradients
+    operations = model.depth * n * curve.length * q * (4 + 3 * back)  # the causal half of each
+    if curve.stored:
+        entries += 2 * model.depth * matrices * (there + back)  # widened and hashed
+        numbers = 0
+    else:
+        numbers += counted.numbers * (NORMAL if curve.weightless else WEIGHT)
+    passes = -(-curve.batch // curve.together) * model.depth * (there + back)
+    one = counted.operations * (rates.wide if curve.weightless else rates.product)
+    one += operations * rates.product + numbers * rates.number
+    one += entries * rates.entry + passes * CALLS * rates.call / curve.at_once
+    return curve.seeds * one
+
+
+def curves(config: RunConfig, threads: int) -> list[Curve]:
+    """A run's, checkpoint first. Its engine must have been chosen and its inputs be known."""
+    batch, length = config.inputs.batch or 1, config.inputs.length or 1
+    device = config.device.partition(":")[0]
+    found = []
+    for engine, stored, seeds in (
+        ("dense", True, int(config.source.stored)),
+        (config.engine, False, len(config.seeds)),
+    ):
+        if seeds:
+            found.append(
+                Curve(
+                    config.shape, batch, length, config.gradients, engine, config.dtype,
+                    device, threads, stored, seeds,
+                )
+            )  # fmt: skip
+    return found

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
-from simlab.cost import choose, compute_threads
+from simlab.cost import choose, compute_threads, seconds
+from simlab.cost import curves as curves_of
 from simlab.engine import measure_curves, resolve_device
 from simlab.growth.compare import departure, massive, sentences, with_outside
 from simlab.growth.curve import curves
@@ -25,6 +26,7 @@ from simlab.growth.exponents import exponents
 from simlab.growth.fit import Estimate
 from simlab.growth.verdict import Verdict, judge
 from simlab.inputs import make_tokens
+from simlab.memory import INTERPRETER, needed, refuse
 from simlab.model.placement import PLACEMENTS
 from simlab.model.transformer import Transformer, parameter_count
 from simlab.store import config_hash
@@ -70,6 +72,13 @@ class Prepared:
         return self.config.shape.depth * curves * (1 + self.config.gradients)
 
     @property
+    def estimate(self) -> tuple[int, float]:
+        """Peak bytes of the process, and seconds of measuring on this machine; both are estimates."""
+        threads = torch.get_num_threads()
+        size = needed(self.config, threads) + INTERPRETER
+        return size, sum(map(seconds, curves_of(self.config, threads)))
+
+    @property
     def engines(self) -> dict[str, str]:
         """The engine of each kind of curve: a checkpoint has its weights, so it is always dense."""
         found = {"checkpoint": "dense"} if self.checkpoint else {}
@@ -103,11 +112,14 @@ def prepare(
     config: RunConfig,
     tokens_of: Callable[..., Tensor] = make_tokens,
     device: torch.device | None = None,
+    share: int = 1,
 ) -> Prepared:
-    """Open the checkpoint, make the tokens, find the device. Raises ConfigError.
+    """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError.
 
-    tokens_of: as ``make_tokens``, which it may remember. device: where another machine will run it.
+    tokens_of: as ``make_tokens``, which it may remember. device: where another machine will run it,
+    whose memory isn't known. share: how many runs at a time this machine's memory is for.
     """
+    elsewhere = device is not None
     device = device or resolve_device(config.device)
     checkpoint = None
     if config.source.stored:
@@ -129,6 +141,8 @@ def prepare(
         other = "weightless" if engine == "dense" else "dense"
         reason = f"auto: by estimate {size}× cheaper than {other}"
     config = dataclasses.replace(config, inputs=inputs, device=str(device), engine=engine)
+    if not elsewhere:
+        refuse(config, torch.get_num_threads(), share)
     return Prepared(config, tokens, checkpoint, device, reason)
 
 

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Around(Callback):
 
             ready = prepare(checked)
         if keep.dry_run:
-            show_estimates([("", ready, False)])
+            show_estimates([({}, ready, False)], 1)
             raise SystemExit(0)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -108,9 +108,13 @@ class Sweep:
         folder = Path(hydra.sweep.dir)
         places, ready = self.look(planned, folder)
         if self.keep.dry_run:
-            names = [" ".join(place.job.overrides) for place in places]
-            kept = [place.kept is not None for place in places]
-            show_estimates(list(zip(names, ready, kept, strict=True)))
+            show_estimates(
+                [
+                    (place.job.values, each, place.kept is not None)
+                    for place, each in zip(places, ready, strict=True)
+                ],
+                cluster.at_once(self.launcher),
+            )
             return
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -140,11 +144,12 @@ class Sweep:
         from simlab.experiment import prepare
 
         results, places, prepared = store.Results(Path(self.keep.results)), [], []
+        share = cluster.at_once(self.launcher)
         elsewhere = not (self.in_process or cluster.is_local(self.launcher))
         for each in planned.jobs:
             unknown = elsewhere and each.config.device == "auto"
             device = torch.device("cpu" if unknown else each.config.device) if elsewhere else None
-            ready = prepare(each.config, self.tokens_of, device)
+            ready = prepare(each.config, self.tokens_of, device, share)
             kept = job.kept(ready, results) if self.keep.resume and not unknown else None
             subdir = self.subdir(each)
             places.append(Place(each, folder / subdir, subdir, ready.blocks, kept))
@@ -240,6 +245,13 @@ def description(planned: Plan, places: Sequence[Place]) -> dict[str, Any]:
     }
 
 
-def show_estimates(jobs: Sequence[tuple[str, Prepared, bool]]) -> None:
-    """A dry run's table: each job's overrides, what it would take, and whether its result is kept."""
-    raise NotImplementedError
+def show_estimates(jobs: Sequence[tuple[Mapping[str, Any], Prepared, bool]], at_once: int) -> None:
+    """A dry run's table. jobs: swept values, what is ready, whether its result is kept."""
+    from simlab.report import estimates
+
+    rows = []
+    for number, (values, ready, kept) in enumerate(jobs):
+        memory, seconds = ready.estimate
+        engine = " + ".join(dict.fromkeys(ready.engines.values()))
+        rows.append(estimates.Row(number, values, ready.parameters, engine, memory, seconds, kept))
+    estimates.show(rows, at_once)

@@ -85,7 +85,7 @@ def test_a_job_that_slurm_ends_takes_no_other_down(tmp_path):
     wait_for(lambda: (tmp_path / "sweep" / ".submitit").exists() and len(queued()) > 0)
     array = queued()[0]
     subprocess.run(["scancel", f"{array}_5"], check=True)  # of six on two cores it is still waiting
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=100)
     records = [json.loads((tmp_path / f"sweep/{i}" / RECORD).read_text()) for i in range(6)]
     assert [record["status"] for record in records] == ["done"] * 5 + ["failed"], records
     assert "its process died (CANCELLED" in records[5]["error"]

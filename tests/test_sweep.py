@@ -281,6 +281,41 @@ def test_a_full_disk_loses_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):
+    shutil.copytree(whole.parent / "outputs", tmp_path / "outputs")
+    before = sorted(tmp_path.rglob("*"))
+    axes = ["depth=3,6", "init.std=0.02,0.05", "norm=pre", "gradients=false"]
+    done = simlab("-m", *SMALL, *axes, "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == [
+        "job",
+        "depth",
+        "init.std",
+        "parameters",
+        "engine",
+        "memory",
+        "time",
+    ]
+    assert [line.split()[-1] for line in lines[1:3]] == ["kept", "kept"]
+    assert lines[3].split()[:3] == ["2", "6", "0.02"]
+    assert lines[-1].startswith("2 jobs to run, 2 kept, about ")
+    assert sorted(tmp_path.rglob("*")) == before
+    single = simlab(*SMALL, "dry_run=true", cwd=tmp_path)
+    assert single.returncode == 0
+    assert single.stdout.splitlines()[-1].startswith("1 job to run, about ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_too_large_is_refused_before_anything_starts(tmp_path):
+    sizes = ["engine=dense", "inputs.batch=4096", "inputs.length=64,4096", "gradients=true"]
+    done = simlab("-m", "model=olmo2_7b", "device=cpu", *sizes, cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "needs about" in done.stderr
+    assert "would fit" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_launchers_give_the_same_bytes(whole, tmp_path, launcher):
     """Of twelve jobs eight are kept: four are launched, and the report is over all."""

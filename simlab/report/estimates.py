@@ -1,0 +1,71 @@
+"""What a dry run shows: every job's size, engine, memory and time, by estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MOST = 40  # rows; of more jobs the first and the last
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job: swept values, parameters of the model, peak bytes, seconds, whether its result is kept."""
+
+    number: int
+    values: Mapping[str, Any]
+    parameters: int
+    engine: str
+    memory: int
+    seconds: float
+    kept: bool
+
+
+def count(value: float) -> str:
+    """Three digits: ``7.30 B``."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """As people say it: ``2.3 s``, ``4 min``, ``1.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show(rows: Sequence[Row], at_once: int) -> None:
+    """The table, for 80 columns, and all jobs together. at_once: how many run at a time."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("job", justify="right")
+    swept = list(rows[0].values) if rows else []
+    for key in swept:
+        table.add_column(key, overflow="ellipsis", no_wrap=True)
+    for head in ("parameters", "engine", "memory", "time"):
+        table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
+    shown = rows if len(rows) <= MOST else [*rows[: MOST - 1], rows[-1]]
+    for row in shown:
+        if row is rows[-1] and len(shown) < len(rows):
+            table.add_row("…")
+        time = "kept" if row.kept else duration(row.seconds)
+        values = [str(row.values[key]) for key in swept]
+        memory = f"{row.memory / 1e9:.2g} GB"
+        table.add_row(str(row.number), *values, count(row.parameters), row.engine, memory, time)
+    console.print(table)
+    missing = [row for row in rows if not row.kept]
+    total = sum(row.seconds for row in missing) / at_once
+    jobs = f"{len(missing)} job{'s' if len(missing) != 1 else ''} to run"
+    if len(missing) < len(rows):
+        jobs += f", {len(rows) - len(missing)} kept"
+    peak = max((row.memory for row in missing), default=0) * min(at_once, max(1, len(missing)))
+    size = f", about {duration(total)} and {peak / 1e9:.2g} GB" if missing else ""
+    together = f" with {at_once} at a time" if at_once > 1 else ""
+    console.print(Text(f"{jobs}{size}{together} (estimates); nothing was run", style="bold"))

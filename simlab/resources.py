@@ -1,0 +1,184 @@
+"""What the machine has: memory that a process may still take, and how fast it computes.
+
+Of a CPU's memory the least of what several parties allow counts: the system, the control groups that
+the process is in (containers; versions 1 and 2), and SLURM's allocation. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+MIB = 1 << 20
+# A control group's limit, its usage, and what of that the system can take back, by version.
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+SLURM_CPUS = ("SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK")
+
+
+def available(device: torch.device | str, share: int = 1) -> int | None:
+    """Bytes that a process may still take on a device; None where nobody says.
+
+    share: among how many processes that start together it is divided. MPS shares the CPU's memory.
+    """
+    kind = str(device).partition(":")[0]
+    free = on_cuda(str(device)) if kind == "cuda" else on_cpu()
+    return None if free is None else free // share
+
+
+def on_cuda(device: str) -> int:
+    """What the device has free, and what torch has taken from it and doesn't use."""
+    import torch  # late: `--help` needs none
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def on_cpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int | None:
+    """The least of what is known. root: where proc/ and sys/ are."""
+    found = [system(root), slurm(environment, resident(root)), *groups(root)]
+    known = [max(0, size) for size in found if size is not None]
+    return min(known, default=None)
+
+
+def system(root: Path) -> int | None:
+    """Linux: what can be had without swapping. Elsewhere all the memory there is."""
+    free = _entry(root / "proc/meminfo", "MemAvailable:")
+    if free is not None:
+        return free * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def groups(root: Path) -> Iterator[int]:
+    """What is left in each control group that the process is in, from its own to the topmost."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            mount, files = root / "sys/fs/cgroup", V2
+        elif "memory" in controllers.split(","):
+            mount, files = root / "sys/fs/cgroup/memory", V1
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for count in range(len(parts), -1, -1):
+            left = _left(mount.joinpath(*parts[:count]), *files)
+            if left is not None:
+                yield left
+
+
+def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+    """A group's limit less its usage; pages of files that can be dropped don't count as used."""
+    most, used = _integer(_text(folder / limit)), _integer(_text(folder / usage))
+    if most is None or used is None:
+        return None  # no such file, or "max"
+    return most - used + (_entry(folder / "memory.stat", cached) or 0)
+
+
+def slurm(environment: Mapping[str, str], used: int) -> int | None:
+    """SLURM's allocation on this node, less what the process uses; None without one."""
+    node = _integer(environment.get("SLURM_MEM_PER_NODE", ""))
+    each = _integer(environment.get("SLURM_MEM_PER_CPU", ""))
+    cpus = next((n for key in SLURM_CPUS if (n := _integer(environment.get(key, "")))), 1)
+    mebibytes = node or (each or 0) * cpus  # 0: all of the node's
+    return mebibytes * MIB - used if mebibytes else None
+
+
+def resident(root: Path = Path("/")) -> int:
+    """What the process has in memory; 0 where it isn't known."""
+    pages = _text(root / "proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if text.strip().isdecimal() else None
+
+
+def _entry(path: Path, name: str) -> int | None:
+    """The number after a name, in a file of names and numbers."""
+    for line in _text(path).splitlines():
+        words = line.split()
+        if len(words) > 1 and words[0] == name:
+            return _integer(words[1])
+    return None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on this machine for one of each.
+
+    product: a float operation in a matrix product, in the run's dtype. wide: in float32. number: a
+    normal, drawn on all threads. entry: of a large float32 tensor, made from another. call: of torch,
+    for next to nothing.
+    """
+
+    product: float
+    wide: float
+    number: float
+    entry: float
+    call: float
+
+
+@cache
+def calibrate(
+    dtype: str = "float32", device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> Rates:
+    """Measured in 0.1 s, each the best of three; more where others keep the machine busy."""
+    import numpy as np
+    import torch
+
+    def best(work: Callable[[], object]) -> float:
+        def once() -> float:
+            start = clock()
+            work()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            return clock() - start
+
+        return min(once() for _ in range(3))
+
+    x = torch.full((256, 1024), 0.5, device=device)
+    w = torch.full((1024, 1024), 0.5, device=device)
+    low = x.to(getattr(torch, dtype)), w.to(getattr(torch, dtype))
+    large = torch.full(
+        (1 << 23,), 0.5, device=device
+    )  # malloc doesn't keep it: new pages each time
+    generators = [np.random.Generator(np.random.SFC64(i)) for i in range(torch.get_num_threads())]
+    buffers = [np.empty(1 << 16, np.float32) for _ in generators]
+
+    def draw(i: int) -> None:
+        for _ in range(4):
+            generators[i].standard_normal(out=buffers[i], dtype=np.float32)
+
+    def calls() -> None:
+        for _ in range(100):
+            torch.add(small, small)
+
+    with torch.no_grad(), ThreadPoolExecutor(len(generators)) as pool:
+        small = x[:8, :8]
+        operations = 2 * x.numel() * len(w)
+        wide = best(lambda: x @ w) / operations
+        product = wide if dtype == "float32" else best(lambda: low[0] @ low[1]) / operations
+        numbers = 4 * (1 << 16) * len(generators)
+        number = best(lambda: list(pool.map(draw, range(len(generators))))) / numbers
+        entry, call = best(lambda: large + 1) / large.numel(), best(calls) / 100
+    return Rates(product, wide, number, entry, call)
