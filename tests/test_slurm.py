@@ -88,7 +88,7 @@ def test_a_job_that_slurm_ends_takes_no_other_down(tmp_path):
     out, err = process.communicate(timeout=100)
     records = [json.loads((tmp_path / f"sweep/{i}" / RECORD).read_text()) for i in range(6)]
     assert [record["status"] for record in records] == ["done"] * 5 + ["failed"], records
-    assert "its process died (CANCELLED" in records[5]["error"]
+    assert "its process died (" in records[5]["error"]
     assert process.returncode == 1, err
     assert "1 job failed" in out
     assert set(pd.read_parquet(tmp_path / "sweep/sweep.parquet")["job"]) == set(range(5))
