@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +34,9 @@ def lock_folder() -> Path:
 
 def take(names: list[str], folder: Path) -> tuple[int, IO[str]]:
     """The first of these GPUs that no other job has, waiting for one; and its lock, to be closed."""
-    while True:
+    for look in itertools.count():
+        if look == 1:
+            print(f"simlab: waiting for one of {len(names)} GPUs, all have a job", file=sys.stderr)
         for index, name in enumerate(names):
             lock = (folder / name).open("w")
             try:
@@ -41,6 +45,7 @@ def take(names: list[str], folder: Path) -> tuple[int, IO[str]]:
             except BlockingIOError:
                 lock.close()
         time.sleep(WAIT)
+    raise AssertionError  # never: the loop has no end
 
 
 @contextmanager

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from simlab.config import RunConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUMMARY = "summary.json"  # written last: where it is, the result is whole
 PARTIAL = ".partial-"
@@ -226,8 +227,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         pyarrow.field(f.name, pyarrow.float64() if pyarrow.types.is_null(f.type) else f.type)
         for f in table.schema
     ]
-    found = table.cast(pyarrow.schema(fields)).to_pandas()
-    assert isinstance(found, pd.DataFrame)
+    found: pd.DataFrame = table.cast(pyarrow.schema(fields)).to_pandas()
     return found
 
 

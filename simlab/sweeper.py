@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from simlab.cluster import Place
 from simlab.config import ConfigError
 from simlab.mistakes import in_one_line
 from simlab.plan import Job, Plan, plan
-from simlab.report import progress
+from simlab.report import estimates, progress
 from simlab.validation import read, read_keep
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Around(Callback):
 
             ready = prepare(checked)
         if keep.dry_run:
-            show_estimates([({}, ready, False)], 1)
+            estimates.show([estimated(None, ready, False)], 1)
             raise SystemExit(0)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -65,12 +65,13 @@ class Around(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """One report over all jobs. Raises SystemExit where one has failed."""
-        if config.dry_run:
+        folder = Path(config.hydra.sweep.dir)
+        if not (folder / PLAN).exists():  # a dry run, or another sweeper
             return
         with in_one_line():
             from simlab.sweep import report
 
-            if not report(Path(config.hydra.sweep.dir)):
+            if not report(folder):
                 raise SystemExit(1)
 
 
@@ -106,16 +107,16 @@ class Sweep:
 
         self.tokens_of = functools.cache(make_tokens)  # a sweep's jobs often have the same
         folder = Path(hydra.sweep.dir)
-        places, ready = self.look(planned, folder)
+        places, rows = [], []
+        for place, ready in self.look(planned, folder):
+            places.append(place)
+            if self.keep.dry_run:
+                rows.append(estimated(place.job, ready, place.kept is not None))
         if self.keep.dry_run:
-            show_estimates(
-                [
-                    (place.job.values, each, place.kept is not None)
-                    for place, each in zip(places, ready, strict=True)
-                ],
-                cluster.at_once(self.launcher),
-            )
+            estimates.show(rows, cluster.at_once(self.launcher))
             return
+        if len({place.subdir for place in places}) < len(places):
+            raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         store.write_json(folder / PLAN, description(planned, places))
@@ -137,13 +138,13 @@ class Sweep:
             )
             raise SystemExit(130) from None
 
-    def look(self, planned: Plan, folder: Path) -> tuple[list[Place], list[Prepared]]:
+    def look(self, planned: Plan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
         import torch
 
         from simlab.experiment import prepare
 
-        results, places, prepared = store.Results(Path(self.keep.results)), [], []
+        results = store.Results(Path(self.keep.results))
         share = cluster.at_once(self.launcher)
         elsewhere = not (self.in_process or cluster.is_local(self.launcher))
         for each in planned.jobs:
@@ -152,11 +153,7 @@ class Sweep:
             ready = prepare(each.config, self.tokens_of, device, share)
             kept = job.kept(ready, results) if self.keep.resume and not unknown else None
             subdir = self.subdir(each)
-            places.append(Place(each, folder / subdir, subdir, ready.blocks, kept))
-            prepared.append(ready)
-        if len({place.subdir for place in places}) < len(places):
-            raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
-        return places, prepared
+            yield Place(each, folder / subdir, subdir, ready.blocks, kept), ready
 
     @functools.cached_property
     def in_process(self) -> bool:
@@ -245,13 +242,9 @@ def description(planned: Plan, places: Sequence[Place]) -> dict[str, Any]:
     }
 
 
-def show_estimates(jobs: Sequence[tuple[Mapping[str, Any], Prepared, bool]], at_once: int) -> None:
-    """A dry run's table. jobs: swept values, what is ready, whether its result is kept."""
-    from simlab.report import estimates
-
-    rows = []
-    for number, (values, ready, kept) in enumerate(jobs):
-        memory, seconds = ready.estimate
-        engine = " + ".join(dict.fromkeys(ready.engines.values()))
-        rows.append(estimates.Row(number, values, ready.parameters, engine, memory, seconds, kept))
-    estimates.show(rows, at_once)
+def estimated(each: Job | None, ready: Prepared, kept: bool) -> estimates.Row:
+    """A job's row of a dry run's table; each: None for a single run."""
+    memory, seconds = ready.estimate
+    number, values = (each.number, each.values) if each else (0, {})
+    engine = " + ".join(dict.fromkeys(ready.engines.values()))
+    return estimates.Row(number, values, ready.parameters, engine, memory, seconds, kept)

@@ -1,6 +1,7 @@
 """Sweeps as a user runs them: one report, resumed after anything, the same bytes in every launcher."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -279,6 +280,40 @@ def test_a_full_disk_loses_nothing_else(tmp_path):
     assert len(list((tmp_path / "outputs" / "results").iterdir())) == 1
     done = simlab("-m", *SMALL, "depth=1,40", "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_else_of_hydra_is_asked_for(whole, tmp_path):
+    """Callbacks, folders by name, another working directory: Hydra launches, with the same result."""
+    (tmp_path / "told.py").write_text(
+        "from hydra.experimental.callback import Callback\n"
+        "class Told(Callback):\n"
+        "    def __getattribute__(self, name):\n"
+        "        if name.startswith('on_'):\n"
+        "            open('told', 'a').write(name + '\\n')\n"
+        "        return object.__getattribute__(self, name)\n"
+    )
+    done = simlab(
+        "-m", *SMALL, "depth=1,2", "init.std=0.02", "norm=pre", "hydra.sweep.dir=sweep",
+        "+hydra.callbacks.told._target_=told.Told",
+        "hydra.sweep.subdir='depth-${depth}/${hydra.job.override_dirname}'",
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "told").read_text().split()
+    assert told == ["on_multirun_start", *["on_job_start", "on_job_end"] * 2, "on_multirun_end"]
+    for depth, job in ((1, 0), (2, 4)):
+        (curve,) = (tmp_path / "sweep" / f"depth-{depth}").glob("*/curve.csv")
+        assert curve.read_bytes() == (whole / str(job) / "curve.csv").read_bytes()
+    assert pd.read_parquet(tmp_path / "sweep/sweep.parquet")["depth"].unique().tolist() == [1, 2]
+    again = simlab(
+        "-m", *SMALL, "depth=1,2", "init.std=0.02", "norm=pre", "hydra.job.chdir=true",
+        "hydra.sweep.dir=moved", cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert len(list((tmp_path / "outputs" / "results").iterdir())) == 2
+    same = simlab("-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=one", cwd=tmp_path)
+    assert (same.returncode, len(same.stderr.splitlines())) == (2, 1)
+    assert "gives several jobs the same folder" in same.stderr
 
 
 def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):
