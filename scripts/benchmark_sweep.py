@@ -89,6 +89,7 @@ def against_transformers() -> None:
         "96 jobs, one process": [*sweep, *each],
         "96 jobs, joblib": [*sweep, *each, "hydra/launcher=joblib"],
         "12 jobs of 8 seeds, one process": [*sweep, f"seeds={SEEDS}"],
+        "12 jobs of 8 seeds, joblib": [*sweep, f"seeds={SEEDS}", "hydra/launcher=joblib"],
     }
     found = {name: [command(*args)] for name, args in kinds.items()}
     theirs, _, peak = process(TRANSFORMERS, swept(DEPTHS), swept(STDS), str(SEEDS))

@@ -196,6 +196,7 @@ class Sweep:
         def look() -> list[int]:
             return [place.blocks for place in places if place.ended]
 
+        places = sorted(places, key=lambda place: -place.blocks)  # none is left to the end alone
         size = self.config.hydra.sweeper.max_batch_size or len(places)
         with progress.sweep(len(places), blocks, look):
             for start in range(0, len(places), size):
