@@ -17,6 +17,7 @@ from simlab.resources import MIB, available
 # What bounds the pieces of work elsewhere; tests hold these against the originals.
 COLUMNS_AT_ONCE = 4096  # of the head (weights.source); of a Gram matrix's input (weights.gaussian)
 HEADS_AT_ONCE = 1 << 24  # entries of attention matrices (statistics)
+AHEAD = 4  # layers whose Z is drawn while one computes (weights.gaussian)
 STREAMED = 8 * MIB  # bytes of a checkpoint's weight that a thread takes (weights.streamed)
 HASHED = 64 * STREAMED  # of the embedding, mapped while it is hashed (weights.checkpoint)
 
@@ -80,9 +81,10 @@ def _normals(curve: Curve) -> int:
     """Weightless: what is held of Z, in float32."""
     if not curve.weightless:
         return 0
-    few = [4 * curve.tokens * d_out for d_in, d_out in curve.layers if curve.tokens < d_in]
+    few = [4 * curve.tokens * d_out * (curve.tokens < d_in) for d_in, d_out in curve.layers]
     many = [4 * d_in * d_out for d_in, d_out in curve.layers if curve.tokens >= d_in]
-    ahead = sum(few) + max(few, default=0)  # a block's are drawn while one more is used
+    turns = few + few  # the next block's follow
+    ahead = max(sum(turns[i : i + 1 + AHEAD]) for i in range(len(few)))
     return ahead + max(many, default=0)  # those as large as the matrix one at a time
 
 

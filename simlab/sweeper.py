@@ -58,9 +58,14 @@ class Around(Callback):
         """
         if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
             return
+        about = {"config": config, "config_name": config.hydra.job.config_name}
+        others = Callbacks(config)  # Hydra won't come to call the user's own
+        others.callbacks = [each for each in others.callbacks if not isinstance(each, Around)]
+        others.on_multirun_start(**about)
         with in_one_line():
             Sweep(config).run()
-        Callbacks(config).on_multirun_end(config=config, config_name=config.hydra.job.config_name)
+        others.on_multirun_end(**about)
+        self.on_multirun_end(config)
         raise SystemExit(0)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

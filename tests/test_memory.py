@@ -38,13 +38,15 @@ def test_constants_are_the_codes():
     from simlab import process, statistics
 
     assert source.Weights.tokens_at_once == cost.TOKENS_AT_ONCE
-    assert random.PIECE == cost.PIECE
+    assert random.FEW == cost.PIECE
+    assert gaussian.TOGETHER == cost.SEEDS_ENTRIES
+    assert source.COLUMNS_AT_ONCE == cost.LOGITS
     assert source.COLUMNS_AT_ONCE == gaussian.AT_ONCE == memory.COLUMNS_AT_ONCE
     assert statistics.HEADS_AT_ONCE == memory.HEADS_AT_ONCE
     assert streamed.AT_ONCE == memory.STREAMED
     assert checkpoint.RUNS_AT_ONCE * streamed.AT_ONCE == memory.HASHED
     assert memory.MOST_HOLES > process.KEPT
-    assert len(curves(tiny(), 1)[0].layers) == gaussian.AHEAD
+    assert memory.AHEAD == gaussian.AHEAD
 
 
 def curve(*overrides: str) -> Curve:
@@ -82,8 +84,12 @@ import resource, sys
 from simlab.process import tune_process
 tune_process()
 from simlab import compose, experiment
-unit = 1 if sys.platform == "darwin" else 1024
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def peak():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss: Linux begins it at the size of the process that started this one.
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 before = peak()
 experiment.run(compose(sys.argv[1:]))
 print(peak() - before)

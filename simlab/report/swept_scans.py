@@ -39,12 +39,12 @@ MEASURES = {
     "lambda_paper_gradient": "λ of the gradient's mean vector",
 }
 STATISTICS = {  # column: title, scale
+    "norm": ("norm ‖x‖", "log"),
     "mean_abs": ("mean |x|", "log"),
-    "rms": ("rms of x", "log"),
     "max_abs": ("largest |x|", "log"),
     "attention_max_logit": ("largest attention logit", "log"),
     "attention_entropy": ("attention entropy, nats", "linear"),
-    "gradient_rms": ("rms of the gradient", "log"),
+    "gradient_norm": ("norm of the gradient", "log"),
 }
 BLOCKS = 5  # that the statistics are shown after, beside the embedding
 STEPS = 4  # rows of statistics
@@ -203,7 +203,7 @@ def statistics_figure(frame: pd.DataFrame, axes: Sequence[Axis], title: str) -> 
     A row per value of another swept key.
     """
     width = next((axis for axis in axes if axis.key == "width" and axis.numbers), None)
-    frame = frame[frame["curve"] == "random"].assign(rms=np.sqrt(frame["mean_square"]))
+    frame = frame[frame["curve"] == "random"]
     if width is None or frame.empty:
         return None
     made = plan([axis for axis in axes if axis is not width], coloured=False, most=STEPS)
