@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hydra.core.utils import setup_globals
 from hydra.plugins.launcher import Launcher
 
 from simlab import job, store
+from simlab.config import ConfigError
 from simlab.plan import Job
 
 LOOK = 0.2  # seconds between two looks at a job
@@ -61,7 +63,9 @@ def at_once(launcher: Any) -> int:
     """How many jobs run on this machine at a time; 1 where that isn't known."""
     cores = os.cpu_count() or 1
     if type(launcher).__name__ == "JoblibLauncher":
-        jobs = int(launcher.joblib["n_jobs"])
+        jobs = launcher.joblib["n_jobs"]
+        if not isinstance(jobs, int) or not jobs:
+            raise ConfigError(f"hydra.launcher.n_jobs={jobs}: allowed: an integer, not 0")
         return max(1, jobs if jobs > 0 else cores + 1 + jobs)
     if executor(launcher) == "local":
         return int(max(1, cores // (launcher.params.get("cpus_per_task") or 1)))
@@ -103,6 +107,10 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
     start = {"folder": params.pop("submitit_folder")}
     if "max_num_timeout" in params:
         start[f"{kind}_max_num_timeout"] = params.pop("max_num_timeout")
+    if kind == "local" and params.get("gpus_per_node") is None:
+        import torch
+
+        params["gpus_per_node"] = torch.cuda.device_count()  # else a job is shown none of them
     auto = submitit.AutoExecutor(cluster=kind, **start)
     common = {field.name for field in fields(BaseQueueConf)}
     auto.update_parameters(**{k if k in common else f"{kind}_{k}": v for k, v in params.items()})
@@ -115,13 +123,14 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
         if kind == "slurm":
             submitted += auto.map_array(launcher, *zip(*arguments, strict=True))
             queue = Queue(submitted)
-            while not all(p.ended or queue.left(t) for p, t in zip(places, submitted, strict=True)):
+            while not all(p.ended or queue.gone(t) for p, t in zip(places, submitted, strict=True)):
                 time.sleep(LOOK)
         else:
             for each in arguments:  # there is no queue: all would start at once
                 while sum(not t.done() for t in submitted) >= at_once(launcher):
                     time.sleep(LOOK)
-                submitted.append(auto.submit(launcher, *each))
+                with stderr_in(Path(start["folder"]).parent):
+                    submitted.append(auto.submit(launcher, *each))
             while not all(task.done() for task in submitted):
                 time.sleep(LOOK)
     except BaseException:
@@ -134,6 +143,20 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
             lost(place, f"its process died ({state}; see {task.paths.stderr})")
 
 
+@contextmanager
+def stderr_in(folder: Path) -> Iterator[None]:
+    """Processes that are started meanwhile write their stderr there: submitit's tell much of Ctrl-C."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(2)
+    try:
+        with (folder / "submitit.log").open("a") as log:
+            os.dup2(log.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 class Queue:
     """Which of these jobs SLURM still has. sacct says nothing of a cancelled one that was waiting."""
 
@@ -142,7 +165,7 @@ class Queue:
         self.asked = 0.0
         self.has: set[str] | None = None  # not known
 
-    def left(self, task: Any) -> bool:
+    def gone(self, task: Any) -> bool:
         """Whether the job is surely no longer in the queue; SLURM is asked every few seconds."""
         if time.monotonic() - self.asked > ASK:
             self.has = self._ask()

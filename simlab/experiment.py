@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,9 +74,16 @@ class Prepared:
 
     @property
     def estimate(self) -> tuple[int, float]:
-        """Peak bytes of the process, and seconds of measuring on this machine; both are estimates."""
+        """Peak bytes of the process, and seconds of measuring on this machine; both are estimates.
+
+        NaN seconds where this machine hasn't the device.
+        """
         threads = torch.get_num_threads()
         size = needed(self.config, threads) + INTERPRETER
+        try:
+            resolve_device(str(self.device))
+        except ConfigError:
+            return size, math.nan
         return size, sum(map(seconds, curves_of(self.config, threads)))
 
     @property
@@ -112,14 +120,13 @@ def prepare(
     config: RunConfig,
     tokens_of: Callable[..., Tensor] = make_tokens,
     device: torch.device | None = None,
-    share: int = 1,
 ) -> Prepared:
     """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError.
 
-    tokens_of: as ``make_tokens``, which it may remember. device: where another machine will run it,
-    whose memory isn't known. share: how many runs at a time this machine's memory is for.
+    tokens_of: as ``make_tokens``, which it may remember. device: where it will run, which then isn't
+    looked at, nor whether it has the memory.
     """
-    elsewhere = device is not None
+    known = device is not None
     device = device or resolve_device(config.device)
     checkpoint = None
     if config.source.stored:
@@ -141,8 +148,8 @@ def prepare(
         other = "weightless" if engine == "dense" else "dense"
         reason = f"auto: by estimate {size}× cheaper than {other}"
     config = dataclasses.replace(config, inputs=inputs, device=str(device), engine=engine)
-    if not elsewhere:
-        refuse(config, torch.get_num_threads(), share)
+    if not known:
+        refuse(config, torch.get_num_threads())
     return Prepared(config, tokens, checkpoint, device, reason)
 
 

@@ -80,6 +80,8 @@ def task(config: DictConfig) -> None:
         run(read(config), folder)
         return
     keep = read_keep(config)
+    if keep.dry_run:  # of another sweeper
+        return
     keep = replace(keep, results=str(Path(hydra.runtime.cwd) / keep.results))
     tune_process()
     sweep_job(config, folder, keep)
@@ -132,21 +134,26 @@ def write_tables(result: RunResult, folder: Path) -> list[Path]:
 def key_of(ready: Prepared) -> str:
     """The key of a run's result.
 
-    A checkpoint's weight hash leaves out the head, which gradients read: then the key also knows its
-    files' sizes and times.
+    A checkpoint's weight hash leaves out the head, which gradients and weights.csv read: with these the
+    key also knows its files' sizes and times.
     """
     seen = ready.tokens.numpy().tobytes()
-    if ready.checkpoint and ready.config.gradients:
-        files = sorted(path for path in ready.checkpoint.folder.rglob("*") if path.is_file())
-        stats = [(path.name, path.stat()) for path in files]
+    source = ready.config.source
+    if ready.checkpoint and (ready.config.gradients or source.weights):
+        top = ready.checkpoint.folder
+        inner = [top, top / "model_and_optim"]
+        files = sorted(p for folder in inner if folder.is_dir() for p in folder.iterdir())
+        stats = [(str(p.relative_to(top)), p.stat()) for p in files if p.is_file()]
         seen += repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()
     return result_key(ready.config, seen)
 
 
-def kept(ready: Prepared, results: Results) -> Path | None:
-    """Where this run's result is, if it was computed before."""
+def kept(ready: Prepared, results: Results, key: str = "") -> Path | None:
+    """Where this run's result is, if it was computed before. key: where it is known already."""
     weights = ready.checkpoint.identity if ready.checkpoint else None
-    return results.find(key_of(ready), (lambda: weights()["weight_hash"]) if weights else None)
+    return results.find(
+        key or key_of(ready), (lambda: weights()["weight_hash"]) if weights else None
+    )
 
 
 def sweep_job(
@@ -173,10 +180,11 @@ def sweep_job(
             checked = read(config) if isinstance(config, DictConfig) else config
             with own_gpu(checked.device):
                 ready = experiment.prepare(checked, tokens_of or make_tokens)
-                found = kept(ready, results) if keep.resume else None
+                key = key_of(ready)  # before its files are read, which may change meanwhile
+                found = kept(ready, results, key) if keep.resume else None
                 if found is None:
                     result = experiment.measure(ready, on_block)
-                    found = results.put(key_of(ready), lambda aside: _fill(result, aside))
+                    found = results.put(key, lambda aside: _fill(result, aside))
             link(found, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart
             record = failure(error)

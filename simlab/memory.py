@@ -150,12 +150,14 @@ def needed(config: RunConfig, threads: int) -> int:
     return max(peak(curve) for curve in curves(config, threads))
 
 
-def refuse(config: RunConfig, threads: int, share: int = 1) -> None:
+def refuse(config: RunConfig, threads: int, share: int = 1, beside: int = 0) -> None:
     """Raise ConfigError for a run that needs more memory than there is, naming what would fit.
 
-    share: among how many runs at a time the memory is divided.
+    share: among how many runs at a time the memory is divided. beside: bytes that each of them takes
+    besides.
     """
     free = available(config.device, share)
+    free = None if free is None else max(0, free - beside)
     if free is None or (need := needed(config, threads)) <= free:
         return
     options = [text for text, _ in fitting(config, threads, free)][:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -34,6 +35,20 @@ def in_one_line() -> Iterator[None]:
         yield
     except MISTAKES as error:
         fail(explain(error))
+
+
+@contextmanager
+def or_exit() -> Iterator[None]:
+    """As ``in_one_line``; and any other exception ends the process, with its traceback.
+
+    For Hydra's callbacks, whose exceptions Hydra turns into warnings, and goes on.
+    """
+    try:
+        with in_one_line():
+            yield
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
 
 
 def explain(error: Exception) -> str:

@@ -6,6 +6,7 @@ for every combination of groups, by Hydra, and a job's own values are then set a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from simlab.config import ConfigError, RunConfig
 from simlab.validation import read
 
-TAKEN = {"norm": "norm_placement"}  # curve.csv has a column ``norm``: mean over tokens of ‖x‖
+# curve.csv has a column ``norm``, the mean over tokens of ‖x‖, and ``seed``, each curve's own.
+TAKEN = {"norm": "norm_placement", "seed": "first_seed"}
 MOST_JOBS = 10_000
 
 
@@ -97,12 +99,13 @@ def plan(
     count = 1
     for key, override in last.items():
         if override.is_sweep_override():
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            axis = itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1)
+            axes[key] = [f"{key}={value}" for value in axis]
             if not axes[key]:
                 raise ConfigError(f"{override.input_line}: stands for no value at all")
             count *= len(axes[key])
     if count > MOST_JOBS:
-        raise ConfigError(f"{' '.join(overrides)}: {count} jobs; at most {MOST_JOBS}")
+        raise ConfigError(f"{' '.join(overrides)}: {count} jobs or more; at most {MOST_JOBS}")
     (combinations,) = BasicSweeper.split_arguments(list(last.values()), None)
     jobs = []
     for number, chosen in enumerate(combinations):

@@ -47,6 +47,8 @@ def main() -> None:
     try:
         with in_one_line():
             refuse_empty_choices(sys.argv[1:])
+            if {"-m", "--multirun"} & set(sys.argv) and {"--cfg", "-c"} & set(sys.argv):
+                fail("--cfg shows one job's config: leave -m and the swept values out")
             prefer_our_launchers()
             hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(task)()
     except KeyboardInterrupt:

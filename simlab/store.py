@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"  # written last: where it is, the result is whole
 PARTIAL = ".partial-"
 STALE = 3600.0  # seconds; what a killed process has left is then removed
-NOT_RESULTS = ("report", "demo")  # parts of simlab that no measured number depends on
+# Parts of simlab that no measured number depends on, and packages that all do.
+NOT_RESULTS = (
+    "report", "demo", "run.py", "plan.py", "sweeper.py", "cluster.py", "sweep.py", "mistakes.py",
+)  # fmt: skip
+BELOW = ("torch", "numpy")
 
 
 def config_hash(config: RunConfig) -> str:
@@ -45,9 +50,9 @@ def config_hash(config: RunConfig) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """A hash over simlab's own source: another version's results are not this one's."""
+    """A hash over simlab's source and torch's and NumPy's versions: others' results are not these."""
     root = Path(__file__).parent
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(" ".join(map(version, BELOW)).encode())
     for path in sorted(root.rglob("*.py")):
         if path.relative_to(root).parts[0] not in NOT_RESULTS:
             digest.update(path.read_bytes())
@@ -82,7 +87,10 @@ class Results:
         folder = self.root / key
         try:
             summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            whole = isinstance(summary, dict) and (folder / "curve.csv").stat().st_size > 0
         except (OSError, ValueError):
+            return None
+        if not whole:
             return None
         if weights is not None and summary.get("weight_hash") != weights():
             return None
@@ -189,15 +197,6 @@ def write_json(path: Path, values: dict[str, Any], durable: bool = True) -> None
     """A readable JSON file."""
     text = json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: _write_text(temporary, text), durable)
-
-
-def summaries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of a sweep's folder, each job's summary.json, in the order of their numbers."""
-    jobs = [path.parent.name for path in folder.glob("*/summary.json")]
-    return {
-        job: json.loads((folder / job / "summary.json").read_text(encoding="utf-8"))
-        for job in sorted(jobs, key=lambda name: (len(name), name))
-    }
 
 
 def same_weights(jobs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from simlab.mistakes import in_one_line
 from simlab.store import SUMMARY, read_csv, same_weights, write_atomically, write_csv
 
 PLAN = "sweep.json"
+READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
+MOST_SHOWN = 40  # characters of a value in the heading
 LAMBDAS = (
     "lambda_paper", "lambda_token", "lambda_paper_gradient", "lambda_token_gradient",
 )  # fmt: skip
@@ -69,12 +71,17 @@ def entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
             inner = Path(each["folder"])
             if inner.is_absolute() or ".." in inner.parts:
                 raise ConfigError(f"{folder / PLAN}: {inner} leads out of the sweep's folder")
+            for path in (folder / inner, *(folder / inner / name for name in READ)):
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    raise ConfigError(f"{path}: leads out of the sweep's folder")
             status, error = _status(folder / inner)
             values = {key: each["values"][key] for key in swept}
             found.append(
                 Entry(int(each["job"]), folder / inner, each["overrides"], values, status, error)
             )
-    except (KeyError, TypeError, AttributeError) as error:
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{folder / PLAN}: not what a sweep writes") from error
     return found, swept
 
@@ -91,8 +98,12 @@ def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
     """The rows of sweep.parquet: every finished job's curve.csv, its number and swept values first."""
     frames = []
     for each in jobs:
-        frame = read_csv(each.folder / "curve.csv")
-        frame["block"] = frame["block"].astype("Int64")
+        try:
+            frame = read_csv(each.folder / "curve.csv")
+            frame["block"] = frame["block"].astype("Int64")
+            frame[["curve", "seed", "sublayer", "kind", "mean_square"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{each.folder / 'curve.csv'}: not a curve ({error})") from error
         keys = {"job": each.number} | {k: v for k, v in each.values.items() if k not in frame}
         front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
         frames.append(pd.concat([front, frame], axis=1))
@@ -109,31 +120,38 @@ def rows(jobs: Sequence[Entry], frame: pd.DataFrame) -> pd.DataFrame:
     last = frame.groupby(["job", "curve", "seed"], sort=False).tail(1)
     level = last.groupby(["job", "curve"])["mean_square"].mean()
     for each in jobs:
-        summary = each.summary
-        for name, verdict in summary["verdict"].items():
-            theories, loss = summary["theories"][name], summary.get("loss", {}).get(name)
-            row = {"job": each.number, "curve": name} | dict(each.values)
-            model = summary["config"]["model"]
-            row |= {key: row.get(key, model[key]) for key in ("depth", "width")}
-            row |= {
-                "mean_square": level.get((each.number, name), np.nan),
-                "per_sublayer": _number(verdict["per_sublayer"]["value"]),
-                "exponent": _number(verdict["exponent"]["value"]),
-                "rate": _number(verdict["rate"]["value"]),
-                "shape": verdict["shape"],
-            }
-            for key in LAMBDAS:
-                row |= _interval(key, summary["lambda"][name].get(key))
-            row |= {
-                "loss": _number(loss["value"]) if loss else np.nan,
-                "additive": theories["additive"]["status"],
-                "additive_error": _number(theories["additive"]["log_error"]),
-                "sqrt2": theories["sqrt2"]["status"],
-                "overflow": sum(row["curve"] == name for row in summary["overflow"]),
-                "sentence": verdict["sentence"],
-            }
-            found.append(row)
+        try:
+            found += list(_rows_of(each, level))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{each.folder / SUMMARY}: not what a job writes") from error
     return pd.DataFrame(found)
+
+
+def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
+    summary = each.summary
+    for name, verdict in summary["verdict"].items():
+        theories, loss = summary["theories"][name], summary.get("loss", {}).get(name)
+        row = {"job": each.number, "curve": name} | dict(each.values)
+        model = summary["config"]["model"]
+        row |= {key: row.get(key, model[key]) for key in ("depth", "width")}
+        row |= {
+            "mean_square": level.get((each.number, name), np.nan),
+            "per_sublayer": _number(verdict["per_sublayer"]["value"]),
+            "exponent": _number(verdict["exponent"]["value"]),
+            "rate": _number(verdict["rate"]["value"]),
+            "shape": verdict["shape"],
+        }
+        for key in LAMBDAS:
+            row |= _interval(key, summary["lambda"][name].get(key))
+        row |= {
+            "loss": _number(loss["value"]) if loss else np.nan,
+            "additive": theories["additive"]["status"],
+            "additive_error": _number(theories["additive"]["log_error"]),
+            "sqrt2": theories["sqrt2"]["status"],
+            "overflow": sum(row["curve"] == name for row in summary["overflow"]),
+            "sentence": verdict["sentence"],
+        }
+        yield row
 
 
 def _number(value: float | None) -> float:
@@ -181,13 +199,20 @@ def title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
     """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm_placement pre, post``."""
     axes = []
     for key, values in keys.items():
-        shown = [str(value) for value in values]
+        shown = [_plain(value) for value in values]
         if len(shown) > 6:
             shown = [*shown[:2], "…", shown[-1]]
         axes.append(f"{key} {', '.join(shown)}")
     return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (
         f": {'; '.join(axes)}" if axes else ""
     )
+
+
+def _plain(value: Any) -> str:
+    """A value as it is typed, in one line, without control codes, not endless."""
+    text = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
 
 def of_sweep(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import shutil
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from simlab import cluster, job, store
 from simlab.cluster import Place
 from simlab.config import ConfigError
-from simlab.mistakes import in_one_line
+from simlab.mistakes import or_exit
 from simlab.plan import Job, Plan, plan
 from simlab.report import estimates, progress
 from simlab.validation import read, read_keep
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
 NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
 PLAN = "sweep.json"
+REPORT = ("heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
 
 
 class Around(Callback):
@@ -42,14 +44,14 @@ class Around(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Check a run's config, files and device. Raises SystemExit for a mistake and a dry run."""
-        with in_one_line():
+        with or_exit():
             checked, keep = read(config), read_keep(config)
             from simlab.experiment import prepare
 
             ready = prepare(checked)
-        if keep.dry_run:
-            estimates.show([estimated(None, ready, False)], 1)
-            raise SystemExit(0)
+            if keep.dry_run:
+                estimates.show([estimated(None, ready, False)], 1)
+                raise SystemExit(0)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """A plain product of values, Hydra's basic sweeper, is done here. Raises SystemExit then.
@@ -62,7 +64,7 @@ class Around(Callback):
         others = Callbacks(config)  # Hydra won't come to call the user's own
         others.callbacks = [each for each in others.callbacks if not isinstance(each, Around)]
         others.on_multirun_start(**about)
-        with in_one_line():
+        with or_exit():
             Sweep(config).run()
         others.on_multirun_end(**about)
         self.on_multirun_end(config)
@@ -73,10 +75,18 @@ class Around(Callback):
         folder = Path(config.hydra.sweep.dir)
         if not (folder / PLAN).exists():  # a dry run, or another sweeper
             return
-        with in_one_line():
+        with or_exit():
             from simlab.sweep import report
 
-            if not report(folder):
+            try:
+                whole = report(folder)
+            except KeyboardInterrupt:
+                print(
+                    f"simlab: interrupted; the jobs are kept, python -m simlab.sweep {folder} reports",
+                    file=sys.stderr,
+                )
+                raise SystemExit(130) from None
+            if not whole:
                 raise SystemExit(1)
 
 
@@ -101,16 +111,14 @@ class Sweep:
     def run(self) -> None:
         """Check, launch what is missing, leave a record of every job. Raises ConfigError, OSError."""
         hydra = self.config.hydra
-        params = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-        planned = plan(
-            self.loader,
-            hydra.job.config_name,
-            list(hydra.overrides.hydra),
-            [*params, *hydra.overrides.task],
-        )
+        # As they are, not resolved: an override may name another key's value.
+        plain: Any = OmegaConf.to_container(hydra, resolve=False)
+        params = [f"{key}={value}" for key, value in (plain["sweeper"]["params"] or {}).items()]
+        given, task = plain["overrides"]["hydra"], plain["overrides"]["task"]
+        planned = plan(self.loader, hydra.job.config_name, given, [*params, *task])
         from simlab.inputs import make_tokens
 
-        self.tokens_of = functools.cache(make_tokens)  # a sweep's jobs often have the same
+        self.tokens_of = functools.lru_cache(4)(make_tokens)  # jobs often have the same
         folder = Path(hydra.sweep.dir)
         places, rows = [], []
         for place, ready in self.look(planned, folder):
@@ -122,19 +130,30 @@ class Sweep:
             return
         if len({place.subdir for place in places}) < len(places):
             raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
+        if any(Path(p.subdir).is_absolute() or ".." in Path(p.subdir).parts for p in places):
+            raise ConfigError("hydra.sweep.subdir: leads out of the sweep's folder")
         folder.mkdir(parents=True, exist_ok=True)
+        forget(folder)
+        for place in places:
+            job.clear(place.folder)
+            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         store.write_json(folder / PLAN, description(planned, places))
         store.Results(Path(self.keep.results)).clean()
         for place in places:
-            job.clear(place.folder)
-            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
             if place.kept:
                 write_hydra(place)
                 job.take(place.kept, place.folder)
         try:
             self.launch([place for place in places if not place.kept])
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as end:
+            for place in places:
+                if not place.ended:
+                    shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
+                    with contextlib.suppress(OSError):  # it holds something, or was never made
+                        place.folder.rmdir()
+            if isinstance(end, SystemExit):
+                raise
             done = sum(place.ended for place in places)
             print(
                 f"simlab: interrupted; {done} of {len(places)} jobs are done and kept. The same "
@@ -147,16 +166,26 @@ class Sweep:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
         import torch
 
+        from simlab.engine import resolve_device
         from simlab.experiment import prepare
+        from simlab.memory import INTERPRETER, refuse
 
         results = store.Results(Path(self.keep.results))
         share = cluster.at_once(self.launcher)
-        elsewhere = not (self.in_process or cluster.is_local(self.launcher))
+        local = self.in_process or cluster.is_local(self.launcher)
+        beside = 0 if self.in_process else INTERPRETER  # of each process that is started
         for each in planned.jobs:
-            unknown = elsewhere and each.config.device == "auto"
-            device = torch.device("cpu" if unknown else each.config.device) if elsewhere else None
-            ready = prepare(each.config, self.tokens_of, device, share)
-            kept = job.kept(ready, results) if self.keep.resume and not unknown else None
+            # On a cluster ``auto`` may be either: what is kept of either is an answer.
+            names = ["cpu", "cuda"] if each.config.device == "auto" else [each.config.device]
+            devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
+            for device in devices:
+                ready = prepare(each.config, self.tokens_of, device)
+                kept = job.kept(ready, results) if self.keep.resume else None
+                if kept:
+                    break
+            if local and not kept:
+                threads, cpu = torch.get_num_threads(), device.type != "cuda"
+                refuse(ready.config, threads, share if cpu else 1, beside if cpu else 0)
             subdir = self.subdir(each)
             yield Place(each, folder / subdir, subdir, ready.blocks, kept), ready
 
@@ -206,6 +235,13 @@ class Sweep:
         with progress.sweep(len(places), blocks, look):
             for start in range(0, len(places), size):
                 cluster.launch(self.launcher, places[start : start + size])
+
+
+def forget(folder: Path) -> None:
+    """Remove an earlier sweep's plan and report from its folder: they are not this one's."""
+    for pattern in (PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def installed(target: str) -> None:

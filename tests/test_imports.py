@@ -40,10 +40,10 @@ MAY = {
         "config", "validation", "process", "devices", "inputs", "experiment", "store", "report",
     },
     "plan": {"config", "validation"},
-    "cluster": {"job", "plan", "store"},
+    "cluster": {"config", "job", "plan", "store"},
     "sweeper": {
-        "config", "validation", "mistakes", "plan", "inputs", "experiment", "store", "job", "cluster",
-        "report", "sweep",
+        "config", "validation", "mistakes", "plan", "inputs", "engine", "memory", "experiment",
+        "store", "job", "cluster", "report", "sweep",
     },
     "sweep": {"config", "mistakes", "job", "store", "report"},
     "run": {"config", "validation", "process", "mistakes", "job"},

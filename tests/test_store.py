@@ -80,6 +80,7 @@ def test_a_checkpoint_is_known_by_its_weights_too(tmp_path):
     results = Results(tmp_path)
 
     def with_weights(folder):
+        (folder / "curve.csv").write_text("a")
         (folder / "summary.json").write_text(json.dumps({"weight_hash": "abc"}))
 
     results.put("k", with_weights)

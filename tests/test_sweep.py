@@ -105,6 +105,10 @@ def test_an_unfinished_sweep_has_a_report(whole, tmp_path):
         ("list", "not a JSON object"),
         ("away", "leads out of the sweep's folder"),
         ("other", "not what a sweep writes"),
+        ("number", "not what a sweep writes"),
+        ("curve", "curve.csv: not a curve"),
+        ("summary", "summary.json: not what a job writes"),
+        ("linked", "leads out of the sweep's folder"),
     ],
 )
 def test_what_is_no_sweep_is_one_line(tmp_path, folder, said):
@@ -112,9 +116,17 @@ def test_what_is_no_sweep_is_one_line(tmp_path, folder, said):
         "broken": "{", "list": "[]", "other": '{"jobs": [1], "swept": {}}',
         "away": '{"jobs": [{"folder": "../x", "job": 1, "values": {}, "overrides": []}], "swept": {}}',
     }  # fmt: skip
+    one = '{"jobs": [{"folder": "0", "job": JOB, "values": {}, "overrides": []}], "swept": {}}'
+    contents |= {"number": one.replace("JOB", '"abc"')}
+    contents |= dict.fromkeys(("curve", "summary", "linked"), one.replace("JOB", "0"))
     for name, text in contents.items():
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "0").mkdir(parents=True)
         (tmp_path / name / "sweep.json").write_text(text)
+        (tmp_path / name / "0" / "summary.json").write_text("{}")
+    (tmp_path / "curve" / "0" / "curve.csv").write_text("")
+    (tmp_path / "linked" / "0" / "curve.csv").symlink_to("/etc/passwd")
+    whole_curve = "curve,seed,sublayer,block,kind,mean_square\nrandom,0,0,,embedding,1.0\n"
+    (tmp_path / "summary" / "0" / "curve.csv").write_text(whole_curve)
     done = report(folder, tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert said in done.stderr
@@ -311,9 +323,77 @@ def test_what_else_of_hydra_is_asked_for(whole, tmp_path):
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert len(list((tmp_path / "outputs" / "results").iterdir())) == 2
+    named = simlab(
+        "-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=job-${hydra.job.num}", "hydra.sweep.dir=named",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert named.returncode == 0, named.stderr
+    assert {path.parent.name for path in tmp_path.glob("named/*/summary.json")} == {
+        "job-0",
+        "job-1",
+    }
     same = simlab("-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=one", cwd=tmp_path)
     assert (same.returncode, len(same.stderr.splitlines())) == (2, 1)
     assert "gives several jobs the same folder" in same.stderr
+
+
+def test_a_folder_that_is_used_again_has_nothing_of_the_sweep_before(tmp_path):
+    simlab("-m", *SMALL, "depth=1,2", "init.std=0.02,0.05", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert (tmp_path / "sweep" / "heatmap.png").exists()
+    done = simlab("-m", *SMALL, "norm=pre,post", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "sweep").glob("heatmap*"))
+    assert not list((tmp_path / "sweep").glob("lambda_*"))
+    assert pd.read_csv(tmp_path / "sweep" / "jobs.csv")["norm_placement"].tolist() == [
+        "pre",
+        "post",
+    ]
+
+
+def test_a_swept_seed_is_a_column(tmp_path):
+    """seed also draws the tokens, so with given seeds it is something else than a curve's own."""
+    done = simlab("-m", *SMALL, "seeds=[5]", "seed=0,1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_parquet(tmp_path / "sweep" / "sweep.parquet")
+    assert set(zip(frame["job"], frame["first_seed"], frame["seed"], strict=True)) == {
+        (0, 0, 5), (1, 1, 5),
+    }  # fmt: skip
+    a, b = (rows["mean_square"].tolist() for _, rows in frame.groupby("job"))
+    assert a != b
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=abc"], "n_jobs=abc: allowed: an integer"),
+        (["--cfg", "job"], "--cfg shows one job's config"),
+        (["hydra.sweep.subdir='../${hydra.job.num}'"], "leads out of the sweep's folder"),
+        (["seed=range(30000000)"], "jobs or more; at most 10000"),
+        (["hydra/launcher=submitit"], "allowed: basic, joblib, submitit_local, submitit_slurm"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, overrides, said):
+    done = simlab("-m", *SMALL, "depth=1,2", *overrides, cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_ours_is_no_mere_warning(tmp_path):
+    """Hydra warns of a callback's exception and runs the sweep itself: here the command ends."""
+    code = (
+        "import sys; from simlab import plan, run, sweeper\n"
+        "def broken(*args): raise RuntimeError('ours')\n"
+        "sweeper.plan = broken\n"
+        "sys.argv[0] = 'simlab.run'; run.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-m", *SMALL, "depth=1,2"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "RuntimeError: ours" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ def count(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """As people say it: ``2.3 s``, ``4 min``, ``1.5 h``."""
+    if math.isnan(seconds):
+        return "unknown"
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

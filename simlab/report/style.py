@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from simlab.store import write_atomically
 
@@ -57,6 +58,9 @@ def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """NAME.png and NAME.svg; the same figure gives the same bytes."""
+    for text in figure.findobj(Text):  # a user's own may have a dollar: only ticks are mathematics
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     with matplotlib.rc_context({"svg.hashsalt": "simlab"}):
         write_atomically(paths[0], lambda path: figure.savefig(path, dpi=150))

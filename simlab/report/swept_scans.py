@@ -18,6 +18,7 @@ from simlab.report.swept_plan import (
     COLUMNS,
     GREY,
     ORDERED,
+    SEEDS,
     SEQUENCE,
     Axis,
     Plan,
@@ -194,7 +195,10 @@ def _lambda_entries(ax: Axes, jobs: pd.DataFrame, made: Plan, measures: Sequence
     if "lambda_token" in measures and jobs["law_lambda"].notna().any():
         ax.plot([], [], color=".13", ls=(0, (1.2, 1.2)), lw=1.6, label="additive law (dotted)")
     if any(f"{m}_low" in jobs and jobs[f"{m}_low"].notna().any() for m in measures):
-        ax.errorbar([], [], yerr=[], color=".4", ls="", capsize=2.5, label="95 % interval")
+        label = "95 % interval"
+        if any(key in jobs and jobs[key].nunique() > 1 for key in SEEDS):
+            label += "; of several jobs least to most"
+        ax.errorbar([], [], yerr=[], color=".4", ls="", capsize=2.5, label=label)
 
 
 def statistics_figure(frame: pd.DataFrame, axes: Sequence[Axis], title: str) -> Figure | None:
