@@ -35,8 +35,16 @@ def files(folder: Path, names=("curve.csv", "summary.json")) -> dict[str, bytes]
     return found | {"sweep.parquet": (folder / "sweep.parquet").read_bytes()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """In every launcher: with another number of threads the last bits may be others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(one_thread, tmp_path_factory) -> Path:
     """An uninterrupted sweep: its folder ``sweep``, in a folder with its kept results."""
     cwd = tmp_path_factory.mktemp("whole")
     done = simlab(*SWEEP, "hydra.sweep.dir=sweep", cwd=cwd)
