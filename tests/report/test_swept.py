@@ -371,7 +371,7 @@ def test_jobs_table():
 def test_a_long_jobs_table_says_what_it_leaves_out():
     _, jobs, swept = made_up(width=[1, 2, 3, 4], init__std=range(1, 13), norm_placement=["a", "b"])
     lines = lines_of(jobs_table(jobs, swept))
-    assert lines[-1] == "64 of 96 rows are left out; sweep.parquet and jobs.csv have all."
+    assert lines[-1] == "64 of 96 rows are left out; jobs.csv has them all."
     assert {line.split()[3] for line in lines[1:-1]} == {"a", "b"}
     assert len(lines) == 34
 
