@@ -32,9 +32,7 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
         inner = [*fastest, jobs["curve"].nunique()]
         rows = jobs.iloc[:: _stride(len(jobs), inner)]
         left = len(jobs) - len(rows)
-        notes.append(
-            f"{left} of {len(jobs)} rows are left out; jobs.csv has them all."
-        )
+        notes.append(f"{left} of {len(jobs)} rows are left out; jobs.csv has them all.")
     columns = _measured(rows)
     keys = [key for key in (*swept, *SEEDS) if key in rows and rows[key].nunique(dropna=False) > 1]
     given = {key: [value_text(value) for value in rows[key]] for key in dict.fromkeys(keys)}
