@@ -168,6 +168,11 @@ class KeepConfig:
     dry_run: bool = False
 
 
+def printable(text: str) -> str:
+    """A text without control codes: it may be a stranger's, and goes to a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """``"; did you mean …?"`` where one of the allowed names is close, else an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

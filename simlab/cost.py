@@ -22,6 +22,9 @@ from dataclasses import dataclass
 
 from simlab.config import ModelConfig, RunConfig
 from simlab.resources import Rates, calibrate
+from simlab.weights.gaussian import together
+from simlab.weights.random import FEW
+from simlab.weights.source import COLUMNS_AT_ONCE, Weights
 
 # What one random number costs in float32 operations: of a dense weight, of a weightless normal. CPU:
 # scripts/benchmark.py crossover. CUDA draws weights on the device but normals on the CPU; these two
@@ -104,12 +107,6 @@ def compute_threads(model: ModelConfig, tokens: int, gradients: bool, threads: i
     return max(1, round(threads * cost.operations / (cost.operations + drawing)))
 
 
-# What bounds the pieces of work elsewhere; tests hold these against the originals.
-TOKENS_AT_ONCE = 2048  # of a dense curve's block (weights.source)
-PIECE = 1 << 13  # numbers of an embedding that are drawn from one generator (weights.random)
-SEEDS_ENTRIES, LOGITS = 1 << 20, 4096  # what bounds the seeds in a batch (weights.gaussian)
-
-
 @dataclass(frozen=True)
 class Curve:
     """What is measured: so many ``seeds`` of one kind of curve. Sizes of it are in bytes.
@@ -150,20 +147,21 @@ class Curve:
         return (
             self.batch
             if self.weightless
-            else min(self.batch, max(1, TOKENS_AT_ONCE // self.length))
+            else min(self.batch, max(1, Weights.tokens_at_once // self.length))
         )
 
     @property
     def widest(self) -> int:
         """Entries of a token's largest activation."""
-        logits = min(self.model.vocab_size, LOGITS) if self.gradients else 0
+        logits = min(self.model.vocab_size, COLUMNS_AT_ONCE) if self.gradients else 0
         return max(self.model.width, self.model.d_ff, logits)
 
     @property
     def at_once(self) -> int:
         """How many seeds' curves are measured as one batch."""
-        most = SEEDS_ENTRIES // (self.tokens * self.widest) if self.weightless else 1
-        return max(1, min(most, self.seeds))
+        if not self.weightless:
+            return 1
+        return max(1, min(self.seeds, together(self.model, self.tokens, self.gradients)))
 
     @property
     def heads_dim(self) -> tuple[int, int]:
@@ -203,7 +201,7 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     matrices = sum(d_in * d_out for d_in, d_out in curve.layers)
     (q, _), d = curve.heads_dim, model.width
     there, back = 1, 2 * curve.gradients  # the backward runs every block again
-    rows = max(1, PIECE // d)  # of the embedding, drawn for one token's sake
+    rows = max(1, FEW // d)  # of the embedding, drawn for one token's sake
     numbers = WEIGHT * min(n * rows, model.vocab_size) * d
     entries = model.depth * n * (d * 2 * STEP_PASSES + 10 * q + 5 * model.d_ff) * (there + back)
     entries += model.depth * n * curve.length * model.heads * ATTENTION_PASSES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from simlab.config import ConfigError
 try:
     import fcntl
 except ImportError:  # no such locks on Windows: jobs then share the first GPU, as torch has it
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module's name, for where there is none
 
 WAIT = 0.2  # seconds between two looks for a free GPU
 
@@ -34,9 +33,8 @@ def lock_folder() -> Path:
 
 def take(names: list[str], folder: Path) -> tuple[int, IO[str]]:
     """The first of these GPUs that no other job has, waiting for one; and its lock, to be closed."""
-    for look in itertools.count():
-        if look == 1:
-            print(f"simlab: waiting for one of {len(names)} GPUs, all have a job", file=sys.stderr)
+    told = False
+    while True:
         for index, name in enumerate(names):
             lock = (folder / name).open("w")
             try:
@@ -44,8 +42,10 @@ def take(names: list[str], folder: Path) -> tuple[int, IO[str]]:
                 return index, lock
             except BlockingIOError:
                 lock.close()
+        if not told:
+            told = True
+            print(f"simlab: waiting for one of {len(names)} GPUs, all have a job", file=sys.stderr)
         time.sleep(WAIT)
-    raise AssertionError  # never: the loop has no end
 
 
 @contextmanager

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from simlab.experiment import Prepared, RunResult
 
 RECORD = "job.json"  # how a sweep's job ended
+PLAN = "sweep.json"  # what a sweep is to do
 TABLES = ("curve.csv", "weights.csv")
 FIGURES = ("growth.png", "growth.svg", "lambda.png", "lambda.svg", "inside.png", "inside.svg")
 OUR_FOLDER = re.compile(
@@ -84,7 +85,7 @@ def task(config: DictConfig) -> None:
         return
     keep = replace(keep, results=str(Path(hydra.runtime.cwd) / keep.results))
     tune_process()
-    sweep_job(config, folder, keep)
+    sweep_job(read(config), folder, keep)
 
 
 def run(config: RunConfig, folder: Path) -> None:
@@ -148,22 +149,20 @@ def key_of(ready: Prepared) -> str:
     return result_key(ready.config, seen)
 
 
-def kept(ready: Prepared, results: Results, key: str = "") -> Path | None:
-    """Where this run's result is, if it was computed before. key: where it is known already."""
+def kept(key: str, ready: Prepared, results: Results) -> Path | None:
+    """Where the result of this key is, if it was computed before. ready: the run that asks."""
     weights = ready.checkpoint.identity if ready.checkpoint else None
-    return results.find(
-        key or key_of(ready), (lambda: weights()["weight_hash"]) if weights else None
-    )
+    return results.find(key, (lambda: weights()["weight_hash"]) if weights else None)
 
 
 def sweep_job(
-    config: RunConfig | DictConfig,
+    config: RunConfig,
     folder: Path,
     keep: KeepConfig,
     on_block: Callable[[], None] = lambda: None,
     tokens_of: Callable[..., Tensor] | None = None,
-) -> bool:
-    """One job of a sweep: its result in its folder, and how it ended in RECORD. Whether it succeeded.
+) -> None:
+    """One job of a sweep: its result in its folder, and how it ended in RECORD.
 
     tokens_of: as for ``experiment.prepare``. Whatever is raised ends this job and not the sweep; what a
     user or the machine can get wrong is recorded as a line, anything else with its traceback.
@@ -177,11 +176,10 @@ def sweep_job(
     with nothing_left_behind(folder):
         try:
             clear(folder)
-            checked = read(config) if isinstance(config, DictConfig) else config
-            with own_gpu(checked.device):
-                ready = experiment.prepare(checked, tokens_of or make_tokens)
+            with own_gpu(config.device):
+                ready = experiment.prepare(config, tokens_of or make_tokens)
                 key = key_of(ready)  # before its files are read, which may change meanwhile
-                found = kept(ready, results, key) if keep.resume else None
+                found = kept(key, ready, results) if keep.resume else None
                 if found is None:
                     result = experiment.measure(ready, on_block)
                     found = results.put(key, lambda aside: _fill(result, aside))
@@ -190,7 +188,6 @@ def sweep_job(
             record = failure(error)
     with suppress(OSError):  # a full disk: a job without a record counts as unfinished
         write_json(folder / RECORD, record, durable=False)
-    return bool(record["status"] == "done")
 
 
 def take(kept: Path, folder: Path) -> None:
@@ -204,7 +201,7 @@ def _fill(result: RunResult, folder: Path) -> None:
     write_json(folder / SUMMARY, result.summary)
 
 
-def failure(error: BaseException) -> dict[str, Any]:
+def failure(error: Exception) -> dict[str, Any]:
     """A failed job's record."""
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:

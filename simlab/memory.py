@@ -13,13 +13,13 @@ from dataclasses import replace
 from simlab.config import ConfigError, RunConfig
 from simlab.cost import Curve, curves, groups
 from simlab.resources import MIB, available
+from simlab.statistics import HEADS_AT_ONCE
+from simlab.weights import checkpoint, streamed
+from simlab.weights.gaussian import AHEAD
+from simlab.weights.source import COLUMNS_AT_ONCE
 
-# What bounds the pieces of work elsewhere; tests hold these against the originals.
-COLUMNS_AT_ONCE = 4096  # of the head (weights.source); of a Gram matrix's input (weights.gaussian)
-HEADS_AT_ONCE = 1 << 24  # entries of attention matrices (statistics)
-AHEAD = 4  # layers whose Z is drawn while one computes (weights.gaussian)
-STREAMED = 8 * MIB  # bytes of a checkpoint's weight that a thread takes (weights.streamed)
-HASHED = 64 * STREAMED  # of the embedding, mapped while it is hashed (weights.checkpoint)
+STREAMED = streamed.AT_ONCE  # bytes of a checkpoint's weight that a thread takes
+HASHED = checkpoint.RUNS_AT_ONCE * STREAMED  # of the embedding, mapped while it is hashed
 
 INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.experiment are imported
 ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients

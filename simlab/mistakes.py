@@ -12,7 +12,7 @@ from typing import NoReturn
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from simlab.config import CONF_DIR, ConfigError, nearest
+from simlab.config import CONF_DIR, ConfigError, nearest, printable
 from simlab.validation import known_keys
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
@@ -21,9 +21,7 @@ MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, without control codes and not endless, and exit status 2."""
-    line = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split())
-    )
+    line = printable(" ".join(message.split()))
     print(f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -46,7 +44,7 @@ def or_exit() -> Iterator[None]:
     try:
         with in_one_line():
             yield
-    except Exception:
+    except Exception:  # Hydra would make a warning of it, and run the sweep its own way
         traceback.print_exc()
         raise SystemExit(1) from None
 

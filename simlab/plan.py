@@ -1,6 +1,6 @@
 """A sweep's jobs, composed and checked before the first of them starts.
 
-Hydra composes a job in some 60 ms, twice. Here what doesn't change from job to job is composed once
+Hydra composes a job in some 40 ms, twice. Here what doesn't change from job to job is composed once
 for every combination of groups, by Hydra, and a job's own values are then set as Hydra sets them.
 """
 
@@ -33,9 +33,7 @@ class Job:
     number: int
     overrides: tuple[str, ...]
     values: Mapping[str, Any]  # of the swept keys
-    composed: Mapping[
-        str, Any
-    ]  # plain: hundreds of them are held, and OmegaConf's take 20 times as much
+    composed: Mapping[str, Any]  # plain: OmegaConf's take 20 times the memory, of hundreds of jobs
     config: RunConfig
 
 

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simlab.config import ConfigError
-from simlab.job import RECORD
+from simlab.config import ConfigError, printable
+from simlab.job import PLAN, RECORD
 from simlab.mistakes import in_one_line
 from simlab.store import SUMMARY, read_csv, same_weights, write_atomically, write_csv
 
-PLAN = "sweep.json"
 READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
 MOST_SHOWN = 40  # characters of a value in the heading
 LAMBDAS = (
@@ -197,22 +196,17 @@ def report(folder: Path) -> bool:
 
 def title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
     """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm_placement pre, post``."""
+    from simlab.report.swept_plan import shorten, value_text
+
     axes = []
     for key, values in keys.items():
-        shown = [_plain(value) for value in values]
+        shown = [shorten(printable(value_text(value)), MOST_SHOWN) for value in values]
         if len(shown) > 6:
             shown = [*shown[:2], "…", shown[-1]]
-        axes.append(f"{key} {', '.join(shown)}")
+        axes.append(f"{printable(key)} {', '.join(shown)}")
     return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (
         f": {'; '.join(axes)}" if axes else ""
     )
-
-
-def _plain(value: Any) -> str:
-    """A value as it is typed, in one line, without control codes, not endless."""
-    text = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
 
 def of_sweep(entry: Entry) -> str:

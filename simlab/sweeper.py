@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
 NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
-PLAN = "sweep.json"
 REPORT = ("heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
 
 
@@ -73,7 +72,7 @@ class Around(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """One report over all jobs. Raises SystemExit where one has failed."""
         folder = Path(config.hydra.sweep.dir)
-        if not (folder / PLAN).exists():  # a dry run, or another sweeper
+        if config.dry_run or not (folder / job.PLAN).exists():  # the latter: another sweeper's
             return
         with or_exit():
             from simlab.sweep import report
@@ -138,7 +137,7 @@ class Sweep:
             job.clear(place.folder)
             shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        store.write_json(folder / PLAN, description(planned, places))
+        store.write_json(folder / job.PLAN, description(planned, places))
         store.Results(Path(self.keep.results)).clean()
         for place in places:
             if place.kept:
@@ -180,7 +179,7 @@ class Sweep:
             devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
             for device in devices:
                 ready = prepare(each.config, self.tokens_of, device)
-                kept = job.kept(ready, results) if self.keep.resume else None
+                kept = job.kept(job.key_of(ready), ready, results) if self.keep.resume else None
                 if kept:
                     break
             if local and not kept:
@@ -239,7 +238,7 @@ class Sweep:
 
 def forget(folder: Path) -> None:
     """Remove an earlier sweep's plan and report from its folder: they are not this one's."""
-    for pattern in (PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
+    for pattern in (job.PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
         for path in folder.glob(pattern):
             path.unlink()
 

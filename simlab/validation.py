@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +28,7 @@ from simlab.config import (
     full_layers,
     nearest,
 )
+from simlab.reader import Reader
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
 OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
@@ -70,109 +70,6 @@ def known_keys() -> dict[str, list[str]]:
 MOST_BLOCKS, MOST_TOKENS, MOST_SEEDS = 10**6, 10**8, 10**6
 
 
-class _Reader:
-    """Takes the keys of one config node one by one, checks each, and refuses what is left."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self.values, self.prefix = dict(values), prefix
-        self.known: list[str] = []
-
-    def fail(self, key: str, value: object, why: str) -> ConfigError:
-        typed = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
-        return ConfigError(f"{self.prefix}{key}={typed}: {why}")
-
-    def take(self, key: str) -> Any:
-        self.known.append(key)
-        return self.values.pop(key, None)
-
-    def number(
-        self, key: str, allowed: str, low: float, high: float = 1e30, *, null: bool = False
-    ) -> float | None:
-        """A number from low to high (above low, where ``allowed`` says "above")."""
-        value = self.take(key)
-        if value is None and null:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, value, f"not a number; allowed: {allowed}")
-        below = value <= low if allowed.startswith("above") else value < low
-        if below or not value <= high:  # the latter is also true of NaN
-            raise self.fail(key, value, f"allowed: {allowed}, at most {high:g}")
-        return float(value)
-
-    def integer(
-        self, key: str, low: int = 1, high: int = 10**9, *, null: bool = False
-    ) -> int | None:
-        value = self.take(key)
-        if value is None and null:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, value, f"not an integer; allowed: an integer, at least {low}")
-        if value < low:
-            raise self.fail(key, value, f"allowed: an integer, at least {low}")
-        if value > high:
-            raise self.fail(key, value, f"allowed: an integer, at most {high}")
-        return value
-
-    def positive(self, key: str, high: int = 10**9) -> int:
-        value = self.integer(key, high=high)
-        assert value is not None
-        return value
-
-    def finite(self, key: str, allowed: str, low: float) -> float:
-        value = self.number(key, allowed, low)
-        assert value is not None
-        return value
-
-    def text(self, key: str) -> str | None:
-        value = self.take(key)
-        if value is None:
-            return None
-        if isinstance(value, Mapping | list | bool):
-            raise self.fail(key, value, "not a text")
-        try:
-            str(value).encode()
-        except UnicodeEncodeError as error:
-            raise self.fail(key, repr(value), "not UTF-8 text") from error
-        return str(value)
-
-    def choice(self, key: str, allowed: Sequence[str]) -> str:
-        value = self.take(key)
-        if str(value) not in allowed:
-            hint = nearest(str(value), allowed)
-            raise self.fail(key, value, f"allowed: {', '.join(allowed)}{hint}")
-        return str(value)
-
-    def boolean(self, key: str) -> bool:
-        value = self.take(key)
-        if not isinstance(value, bool):
-            raise self.fail(key, value, "allowed: true, false")
-        return value
-
-    def node(self, key: str) -> _Reader:
-        value = self.take(key)
-        if not isinstance(value, Mapping):
-            raise self.fail(key, value, "not a group of keys")
-        return _Reader(value, f"{self.prefix}{key}.")
-
-    def only(self, owner: str, allowed: Iterable[str]) -> None:
-        """Refuse keys that this owner (a placement, a rule) has no use for."""
-        allowed = list(allowed)
-        for key, value in self.values.items():
-            if key not in allowed:
-                hint = nearest(key, allowed)
-                raise self.fail(
-                    key, value, f"{owner} has no such key; it has {', '.join(allowed)}{hint}"
-                )
-
-    def done(self) -> None:
-        for key, value in self.values.items():
-            raise self.fail(
-                key,
-                value,
-                f"no such key; allowed: {', '.join(sorted(self.known))}{nearest(key, self.known)}",
-            )
-
-
 @functools.cache
 def _keys_of(group: str, name: str) -> list[str]:
     """The keys that a file in conf/ sets: what that placement, rule or input understands."""
@@ -180,7 +77,7 @@ def _keys_of(group: str, name: str) -> list[str]:
     return [str(key) for key in loaded]
 
 
-def _norm(reader: _Reader) -> NormConfig:
+def _norm(reader: Reader) -> NormConfig:
     if reader.values.get("placement", "") is None:
         raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
     names = [name for name in options("norm") if name != "from_checkpoint"]
@@ -199,7 +96,7 @@ def _norm(reader: _Reader) -> NormConfig:
     return norm
 
 
-def _yarn(reader: _Reader) -> YarnConfig | None:
+def _yarn(reader: Reader) -> YarnConfig | None:
     if reader.values.get("yarn") is None:
         reader.take("yarn")
         return None
@@ -215,7 +112,7 @@ def _yarn(reader: _Reader) -> YarnConfig | None:
     return yarn
 
 
-def _model(top: _Reader, norm: NormConfig) -> ModelConfig:
+def _model(top: Reader, norm: NormConfig) -> ModelConfig:
     depth = top.positive("depth", MOST_BLOCKS)
     width, heads = top.positive("width"), top.positive("heads")
     kv_heads, d_ff, vocab_size = (top.positive(key) for key in ("kv_heads", "d_ff", "vocab_size"))
@@ -253,7 +150,7 @@ def _model(top: _Reader, norm: NormConfig) -> ModelConfig:
     return model
 
 
-def _init(reader: _Reader) -> InitConfig:
+def _init(reader: Reader) -> InitConfig:
     rule = reader.choice("rule", options("init"))
     reader.only(f"init={rule}", _keys_of("init", rule))
     has_std = "std" in reader.values
@@ -269,7 +166,7 @@ def _init(reader: _Reader) -> InitConfig:
     return init
 
 
-def _source(reader: _Reader) -> SourceConfig:
+def _source(reader: Reader) -> SourceConfig:
     kind = reader.choice("kind", options("source"))
     if kind == "random":
         source = SourceConfig(kind)
@@ -293,7 +190,7 @@ def _source(reader: _Reader) -> SourceConfig:
     return source
 
 
-def _inputs(reader: _Reader, default: str | None) -> InputsConfig:
+def _inputs(reader: Reader, default: str | None) -> InputsConfig:
     """default: the text where inputs=text names none."""
     kind = reader.choice("kind", options("inputs"))
     reader.only(f"inputs={kind}", _keys_of("inputs", kind))
@@ -318,7 +215,7 @@ def _inputs(reader: _Reader, default: str | None) -> InputsConfig:
     return inputs
 
 
-def _seeds(reader: _Reader, first: int, lowest: int) -> tuple[int, ...]:
+def _seeds(reader: Reader, first: int, lowest: int) -> tuple[int, ...]:
     value = reader.take("seeds")
     allowed = "a count, or a list of different seeds such as [0,1,2]"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -334,7 +231,7 @@ def _seeds(reader: _Reader, first: int, lowest: int) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _device(reader: _Reader) -> str:
+def _device(reader: Reader) -> str:
     value = str(reader.take("device"))
     kind, _, index = value.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
@@ -343,7 +240,7 @@ def _device(reader: _Reader) -> str:
     return value
 
 
-def _keep(top: _Reader) -> KeepConfig:
+def _keep(top: Reader) -> KeepConfig:
     results = top.text("results")
     if not results:
         raise top.fail("results", results, "allowed: a folder")
@@ -352,7 +249,7 @@ def _keep(top: _Reader) -> KeepConfig:
 
 def read_keep(config: DictConfig) -> KeepConfig:
     """Check what a config says of results. Raises ConfigError."""
-    return _keep(_Reader({key: config.get(key) for key in ("results", "resume", "dry_run")}))
+    return _keep(Reader({key: config.get(key) for key in ("results", "resume", "dry_run")}))
 
 
 def read(config: DictConfig) -> RunConfig:
@@ -367,7 +264,7 @@ def read(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(values, dict)
-    top = _Reader({str(key): value for key, value in values.items()})
+    top = Reader({str(key): value for key, value in values.items()})
     source, init, inputs = (top.node(key) for key in ("source", "init", "inputs"))
     text = source.text("text") if source.values.get("kind") == "demo" else None
     checked_source = _source(source)
@@ -397,7 +294,7 @@ def read(config: DictConfig) -> RunConfig:
     return run
 
 
-def _refuse_shape(top: _Reader, kind: str) -> None:
+def _refuse_shape(top: Reader, kind: str) -> None:
     """With a checkpoint, nothing that its own config decides may be given."""
     shape = {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
     shape["vocab_size"] = top.take("vocab_size")

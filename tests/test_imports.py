@@ -12,7 +12,8 @@ LOWER = {"config", "validation", "theory", "growth", "store"}
 # A room and what of simlab it may import, itself always.
 MAY = {
     "__init__": {"config", "validation", "experiment"},
-    "validation": {"config"},
+    "reader": {"config"},
+    "validation": {"config", "reader"},
     "config": set(),
     "process": set(),
     "inputs": {"config"},
@@ -21,8 +22,8 @@ MAY = {
     "weights": {"config", "model"},
     "probe": {"model", "statistics"},
     "resources": set(),
-    "cost": {"config", "resources"},
-    "memory": {"config", "cost", "resources"},
+    "cost": {"config", "resources", "weights"},
+    "memory": {"config", "cost", "resources", "statistics", "weights"},
     "loss": {"model", "weights"},
     "engine": {"config", "loss", "model", "weights", "probe", "statistics"},
     "theory": set(),

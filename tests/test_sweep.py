@@ -424,6 +424,12 @@ def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):
     assert lines[3].split()[:3] == ["2", "6", "0.02"]
     assert lines[-1].startswith("2 jobs to run, 2 kept, about ")
     assert sorted(tmp_path.rglob("*")) == before
+    shutil.copytree(whole, tmp_path / "done")  # into a finished sweep's folder: it is left alone
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    into = simlab("-m", *SMALL, *axes, "dry_run=true", "hydra.sweep.dir=done", cwd=tmp_path)
+    assert into.returncode == 0, into.stderr  # times are measured anew, and vary
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
+    shutil.rmtree(tmp_path / "done")
     single = simlab(*SMALL, "dry_run=true", cwd=tmp_path)
     assert single.returncode == 0
     assert single.stdout.splitlines()[-1].startswith("1 job to run, about ")

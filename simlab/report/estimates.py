@@ -69,6 +69,7 @@ def show(rows: Sequence[Row], at_once: int) -> None:
     if len(missing) < len(rows):
         jobs += f", {len(rows) - len(missing)} kept"
     peak = max((row.memory for row in missing), default=0) * min(at_once, max(1, len(missing)))
-    size = f", about {duration(total)} and {peak / 1e9:.2g} GB" if missing else ""
+    time = "a time that isn't known here" if math.isnan(total) else f"about {duration(total)}"
+    size = f", {time} and {peak / 1e9:.2g} GB" if missing else ""
     together = f" with {at_once} at a time" if at_once > 1 else ""
     console.print(Text(f"{jobs}{size}{together} (estimates); nothing was run", style="bold"))

@@ -27,7 +27,7 @@ COLUMNS, ROWS = 4, 6
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
 GREY = "#9a9a9a"  # what the coloured curves are held against
-SEEDS = ("first_seed", "seed", "seeds")  # what bands are made of
+SEEDS = ("first_seed", "seeds")  # what bands are made of
 
 
 def value_text(value: Any) -> str:

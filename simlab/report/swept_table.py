@@ -11,6 +11,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from simlab.config import printable
 from simlab.growth.verdict import off_by
 from simlab.report.swept_plan import SEEDS, is_number, key_text, short, shorten, value_text
 
@@ -156,10 +157,5 @@ def failed_table(failed: Sequence[Mapping[str, Any]]) -> Table:
             overrides,
             error if len(error) <= LONGEST else f"{error[: LONGEST - 1]}…",
         )
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
-
-
-def _printable(text: str) -> str:
-    """Without control codes."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from simlab.experiment import run
+from simlab.plan import TAKEN
 from simlab.report.style import save
 from simlab.report.swept import figures, prepared
 from simlab.report.swept_plan import GREY, axes_of, plan, shorten, value_text
@@ -32,7 +33,7 @@ def sweep(base, **axes):
     axes: override's key with __ for a dot: its values.
     """
     keys = [key.replace("__", ".") for key in axes]
-    named = ["norm_placement" if key == "norm" else key for key in keys]
+    named = [TAKEN.get(key, key) for key in keys]
     frames, rows = [], []
     for job, values in enumerate(itertools.product(*axes.values())):
         began = time.perf_counter()
@@ -41,15 +42,14 @@ def sweep(base, **axes):
         of_job = {"job": job} | dict(zip(named, values, strict=True))
         frame = result.curve.copy()
         for key, value in reversed(of_job.items()):
-            if key != "seed":
-                frame.insert(0, key, value)
+            frame.insert(0, key, value)
         frames.append(frame)
         for name in result.verdicts:
             rows.append(of_job | row_of(result, name, time.perf_counter() - began))
     swept = {
         name: list(values)
         for name, values in zip(named, axes.values(), strict=True)
-        if len(values) > 1 and name != "seed"
+        if len(values) > 1
     }
     return pd.concat(frames, ignore_index=True), pd.DataFrame(rows), swept
 
@@ -199,13 +199,11 @@ def test_laws_that_coincide_are_drawn_once():
 def test_a_swept_seed_is_a_band():
     curves, jobs, swept = sweep([*SHAPE, "inputs.length=8", "device=cpu", "depth=3", "seeds=1"],
                                 seed=(0, 1, 2, 3))  # fmt: skip
-    assert swept == {}
+    assert swept == {"first_seed": [0, 1, 2, 3]}
     figure = drawn((curves, jobs, swept))["growth"]
     assert has(figure.axes[0], curves.groupby("sublayer")["mean_square"].mean())
     assert "4 seeds: mean, min to max" in legend(figure)
-    # As a key it is the same, and of a swept count each seed is drawn once.
-    again = drawn((curves, jobs, {"seed": [0, 1, 2, 3]}))["growth"]
-    assert has(again.axes[0], curves.groupby("sublayer")["mean_square"].mean())
+    # Of a swept count each seed is drawn once.
     more = sweep([*SHAPE, "inputs.length=8", "device=cpu", "depth=3"], seeds=(2, 4))
     four = more[0].query("job == 1").groupby("sublayer")["mean_square"].mean()
     assert has(drawn(more)["growth"].axes[0], four)
