@@ -33,6 +33,7 @@ STALE = 3600.0  # seconds; what a killed process has left is then removed
 # Parts of simlab that no measured number depends on, and packages that all do.
 NOT_RESULTS = (
     "report", "demo", "run.py", "plan.py", "sweeper.py", "cluster.py", "sweep.py", "mistakes.py",
+    "baseline.py", "regress.py",
 )  # fmt: skip
 BELOW = ("torch", "numpy")
 
@@ -196,7 +197,7 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, values: dict[str, Any], durable: bool = True) -> None:
     """A readable JSON file."""
     text = json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text), durable)
+    write_atomically(path, lambda temporary: write_text(temporary, text), durable)
 
 
 def same_weights(jobs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -230,5 +231,6 @@ def read_csv(path: Path) -> pd.DataFrame:
     return found
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, whatever the system's own encoding."""
     path.write_text(text, encoding="utf-8")

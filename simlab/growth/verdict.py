@@ -53,6 +53,19 @@ def sign_flip(differences: Array, floor: Array) -> float:
     Holds when a curve and its negative are equally likely, as they are for the cross terms
     ⟨x, branch⟩: flipping a sublayer's last matrix flips them.
     """
+    statistic = _flips(differences, floor).max(-1)
+    return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
+
+
+def flipped(differences: Array, floor: Array) -> tuple[Array, float]:
+    """Each row's statistic (R,), and what ``sign_flip`` lets the largest reach, at ALPHA."""
+    statistic = _flips(differences, floor)
+    ordered = np.sort(statistic.max(-1))[::-1]
+    return statistic[0], float(ordered[math.floor(ALPHA * len(ordered))] * (1 + 1e-9))
+
+
+def _flips(differences: Array, floor: Array) -> Array:
+    """(|mean| − floor)₊ / standard error of every way to flip signs, as they are first: (F, R)."""
     seeds = len(differences)
     if 2**seeds <= FLIPS:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=seeds)))
@@ -63,8 +76,8 @@ def sign_flip(differences: Array, floor: Array) -> float:
     squares = (differences**2).mean(0)
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (seeds - 1))
     beyond = np.maximum(np.abs(means) - floor, 0)
-    statistic = (beyond / np.maximum(errors, 1e-3 * floor)).max(-1)
-    return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
+    found: Array = beyond / np.maximum(errors, 1e-3 * floor)
+    return found
 
 
 def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
@@ -120,6 +133,15 @@ def _range(e: Estimate) -> str:
     return f"{e.value:.2f}" if e.low is None else f"{e.low:.2f} … {e.high:.2f}"
 
 
+def linear(p: Estimate) -> bool:
+    """Whether the exponent's interval has 1 in it, to two hundredths.
+
+    That is what a linear curve's p is seen to vary by with its first sublayers.
+    """
+    low, high = (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high)
+    return low <= 1.02 and high >= 0.98
+
+
 def _how(g: Growth, level: float, one_piece: bool) -> str:
     """The growth clause: how fast and in which shape. level: the last mean square."""
     if g.shape == "constant":
@@ -132,9 +154,7 @@ def _how(g: Growth, level: float, one_piece: bool) -> str:
         verb = "grows" if g.rate.value > 1 else "shrinks"
         return f"mean square {verb} by a factor {plus_minus(g.rate)} per sublayer, exponentially"
     p = g.exponent
-    low, high = (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high)
-    # Two hundredths: what a linear curve's p is seen to vary by with its first sublayers.
-    if low <= 1.02 and high >= 0.98:
+    if linear(p):
         word = "linearly"
     else:
         word = "faster than linearly" if p.value > 1 else "more slowly than linearly"

@@ -1,0 +1,356 @@
+"""Three gates between recorded curves and new ones: ``exact``, ``statistical`` and ``law``.
+
+exact        the same seeds: every number within RTOL of the recorded one.
+statistical  other seeds: mean curves within chance, by a permutation test.
+law          the additive law holds and growth is linear, whatever was recorded.
+
+A gate that fails names the first row that is off, by how much, and the component to blame.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.growth.fit import MIN_SEEDS
+from simlab.growth.permutation import permuted
+from simlab.growth.verdict import Verdict, flipped, linear, off_by
+from simlab.theory.laws import Array
+
+# How far rounding moves a number of a curve, relative to its size: the same run with other thread
+# counts, batches of seeds and instruction sets differs by up to RTOL/20 (scripts/measure_rounding.py).
+RTOL = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
+# Columns that may be negative: their rounding is in units of the column's rms, not of the number.
+SIGNED = ("mean", "cosine", "delta_cross", "token_cosine", "attention_max_logit", "gradient_cosine")
+QUANTITIES = (
+    "norm", "branch_raw_mean_square", "branch_mean_square", "cosine", "attention_entropy",
+    "token_cosine",
+)  # fmt: skip
+ALPHA = 1e-3  # how often a run of the statistical gate, all cases together, is a false alarm
+KEYS = ["curve", "seed", "sublayer", "block", "kind"]
+STEP = ["sublayer", "block", "kind"]
+ATTENTION = ("attention_entropy", "attention_max_logit", "attention_first")
+NORM = ("branch_mean_square", "eps_factor", "gain_mean_square", "gain_max_abs")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where new curves first leave the recorded ones.
+
+    size is in standard errors (statistical, law) or relative (exact), and limit what it may be.
+    blame: attention, mlp, norm, embedding, residual add, or structure: other steps than recorded.
+    """
+
+    sublayer: int
+    block: int | None
+    kind: str
+    quantity: str
+    expected: float
+    got: float
+    size: float
+    limit: float
+    blame: str
+
+    @property
+    def where(self) -> str:
+        """``sublayer 7, the attention of block 4``, the block counted from 1."""
+        if self.block is None:
+            return f"sublayer {self.sublayer}, the {self.kind}"
+        return f"sublayer {self.sublayer}, the {self.kind} of block {self.block + 1}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a gate says: ``short`` is its figure (``3.1/6.0``), ``why`` a sentence where it fails."""
+
+    gate: str
+    passed: bool
+    short: str
+    why: str = ""
+    finding: Finding | None = None
+
+
+def _failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
+    f = finding
+    why = (
+        f"first at {f.where}: {f.quantity} is {f.got:.6g}, not {f.expected:.6g}, {size};"
+        f" to blame: {f.blame}"
+    )
+    return Outcome(gate, False, short, why, finding)
+
+
+def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome | None:
+    """A failed gate where the curves' steps aren't the recorded ones, else None."""
+    want = _steps(expected)
+    for (name, seed), rows in got.groupby(["curve", "seed"], sort=False):
+        steps = list(rows[STEP].itertuples(index=False, name=None))
+        if steps == want.get(str(name), steps[:0]):
+            continue
+        if str(name) not in want:
+            why = f"there is a curve {name!r}, which isn't recorded"
+            return Outcome(gate, False, "other curves", why)
+        paired = itertools.zip_longest(want[str(name)], steps)
+        index, (old, new) = next((i, p) for i, p in enumerate(paired) if p[0] != p[1])
+        sublayer, block, kind = old or new
+        found = Finding(
+            int(sublayer), None if pd.isna(block) else int(block), str(kind), "step",
+            math.nan, math.nan, math.inf, 0.0, "structure",
+        )  # fmt: skip
+        why = (
+            f"first at step {index} of seed {seed}: it is {_step(new)}, not {_step(old)};"
+            " to blame: the structure, or an overflow that ends the curve"
+        )
+        return Outcome(gate, False, "other steps", why, found)
+    return None
+
+
+def _steps(frame: pd.DataFrame) -> dict[str, list[tuple[Any, ...]]]:
+    """The longest curve's steps, by the curves' name."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for (name, _), rows in frame.groupby(["curve", "seed"], sort=False):
+        steps = list(rows[STEP].itertuples(index=False, name=None))
+        if len(steps) > len(found.get(str(name), [])):
+            found[str(name)] = steps
+    return found
+
+
+def _step(step: tuple[Any, ...] | None) -> str:
+    if step is None:
+        return "the end"
+    sublayer, block, kind = step
+    of = "" if pd.isna(block) else f" of block {int(block) + 1}"
+    return f"{kind}{of} (sublayer {sublayer})"
+
+
+def exact(
+    expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], dtype: str
+) -> Outcome:
+    """Same seeds, same numbers: |got − expected| ≤ RTOL·size, at every row and quantity.
+
+    The size is |expected|; of a quantity in SIGNED, its rms over the curve. got's curves must all be
+    among the expected.
+    """
+    other = structure(expected, got, "exact")
+    if other:
+        return other
+    limit, worst, found = RTOL[dtype], 0.0, None
+    by_curve = dict(list(expected.groupby(["curve", "seed"], sort=False)))
+    for key, rows in got.groupby(["curve", "seed"], sort=False):
+        if key not in by_curve:
+            return Outcome("exact", False, "other seeds", f"seed {key[1]} isn't recorded")
+        old = by_curve[key]
+        off = np.stack([_relative(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
+        worst = max(worst, float(off.max()))
+        first = np.flatnonzero((off > limit).any(0))
+        if len(first) and (found is None or first[0] < found[0]):
+            found = (first[0], off, old, rows)
+    short = f"{worst:.0e}"
+    if found is None:
+        return Outcome("exact", True, short)
+    row, off, old, rows = found
+    beyond = [q for q, size in zip(quantities, off[:, row], strict=True) if size > limit]
+    normed = _normed(old)
+    finding = _finding(
+        old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), limit,
+        blame(str(old["kind"].iloc[row]), beyond, normed),
+    )  # fmt: skip
+    return _failed("exact", short, finding, f"off by {finding.size:.1e} (limit {limit:.0e})")
+
+
+def _relative(old: pd.Series, new: pd.Series, signed: bool) -> Array:
+    """How far each number (R,) is off, relative; 0 where both are missing, inf where one is."""
+    a, b = old.to_numpy(np.float64), new.to_numpy(np.float64)
+    size = np.sqrt(np.nanmean(a**2)) if signed and not np.isnan(a).all() else np.abs(a)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        off = np.where(a == b, 0.0, np.abs(a - b) / size)
+    off[np.isnan(a) & np.isnan(b)] = 0.0
+    return np.where(np.isnan(off), np.inf, off)
+
+
+def _finding(
+    old: pd.DataFrame,
+    new: pd.DataFrame,
+    row: int,
+    quantity: str,
+    size: float,
+    limit: float,
+    to: str,
+) -> Finding:
+    step = old.iloc[row]
+    return Finding(
+        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
+        str(step["kind"]), quantity, float(step[quantity]), float(new[quantity].iloc[row]),
+        float(size), float(limit), to,
+    )  # fmt: skip
+
+
+def _normed(rows: pd.DataFrame) -> bool:
+    """Whether branches were normed when recorded: their mean square the same at every sublayer."""
+    if "branch_mean_square" not in rows:
+        return False
+    b = rows["branch_mean_square"].dropna()
+    return bool(len(b) > 1 and b.std() < 0.01 * b.mean())
+
+
+def blame(kind: str, beyond: Sequence[str], normed: bool) -> str:
+    """The component behind the first row that is off, from which of its quantities are.
+
+    A re-norm's row is the norm's, the embedding's the embedding's. Of a sublayer's: where branches are
+    normed, another size of what is added is the norm's; another raw branch, attention weight or
+    direction of the branch is the sublayer's own; where all of these are as recorded and the stream is
+    not, it's the residual add.
+    """
+    if kind == "renorm":
+        return "norm"
+    if kind == "embedding":
+        return "embedding"
+    own = {*ATTENTION, "branch_raw_mean_square"} & set(beyond)
+    if set(NORM) & set(beyond) and (normed or not own):
+        return "norm"
+    if own or {"cosine", "delta_cross", "delta_branch"} & set(beyond):
+        return kind
+    return "residual add"
+
+
+def statistical(
+    expected: pd.DataFrame,
+    got: pd.DataFrame,
+    quantities: Sequence[str],
+    dtype: str,
+    alpha: float = ALPHA,
+) -> Outcome:
+    """Other seeds, same law: mean curves as near as chance brings them, at every row at once.
+
+    The statistic is max over rows and quantities of t = (|Δ mean| − floor)₊ / joint standard error,
+    of logs where a quantity is positive; floor is what rounding explains. Its distribution comes from
+    dealing the curves anew into two groups (all ways, or PERMUTATIONS random ones), so the rows may
+    depend on each other and have any law: a false alarm has probability ≤ alpha exactly, for all rows
+    and quantities together (Westfall & Young 1993, §2.3: max-T). Where t > the limit, that row is off.
+    """
+    other = structure(expected, got, "statistical")
+    if other:
+        return other
+    old, new, floor, labels = _stack(expected, got, quantities, RTOL[dtype])
+    lost = np.isnan(old).any(0) | np.isnan(new).any(0)
+    row_of, names = labels
+    rows = expected.groupby(["curve", "seed"], sort=False).get_group(
+        tuple(expected[["curve", "seed"]].iloc[0])
+    )
+    means = (expected.groupby(["sublayer", "kind"], sort=False)[list(quantities)].mean(), got)
+    t = np.zeros(old.shape[1])
+    whole = ~lost
+    limit = 0.0
+    if whole.any():
+        t[whole], limit = permuted(old[:, whole], new[:, whole], floor[whole], alpha)
+    t[lost] = np.where(np.isnan(old[:, lost]).all(0) & np.isnan(new[:, lost]).all(0), 0, np.inf)
+    short = f"{t.max():.1f}/{limit:.1f}"
+    if not (t > limit).any():
+        return Outcome("statistical", True, short)
+    row = int(row_of[t > limit].min())
+    here = row_of == row
+    beyond = [names[i] for i in np.flatnonzero(here & (t > limit))]
+    worst = int(np.flatnonzero(here)[t[here].argmax()])
+    step, name = rows.iloc[row], names[worst]
+    key = (step["sublayer"], step["kind"])
+    finding = Finding(
+        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
+        str(step["kind"]), name, float(means[0].loc[key, name]),
+        float(got.groupby(["sublayer", "kind"], sort=False)[name].mean().loc[key]),
+        float(t[worst]), float(limit),
+        blame(str(step["kind"]), beyond, _normed(means[0].reset_index())),
+    )  # fmt: skip
+    size = f"{finding.size:.1f} standard errors (limit {limit:.1f})"
+    return _failed("statistical", short, finding, size)
+
+
+def _stack(
+    expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], rtol: float
+) -> tuple[Array, Array, Array, tuple[np.ndarray, list[str]]]:
+    """Both sets of curves as (S, R·Q), the floor of each column, its row and its quantity."""
+    old, new, floors, row_of, names = [], [], [], [], []
+    for q in quantities:
+        a, b = (
+            np.stack(
+                [g[q].to_numpy(np.float64) for _, g in frame.groupby(["curve", "seed"], sort=False)]
+            )
+            for frame in (expected, got)
+        )
+        floor = np.full(a.shape[1], rtol)
+        if q in SIGNED or (a[~np.isnan(a)] <= 0).any() or (b[~np.isnan(b)] <= 0).any():
+            floor *= np.sqrt(np.nanmean(a**2)) if not np.isnan(a).all() else 0.0
+        else:
+            a, b = np.log(a), np.log(b)
+        both = ~(np.isnan(a).all(0) & np.isnan(b).all(0))  # an MLP's row has no attention
+        rows = np.flatnonzero(both)
+        old.append(a[:, rows])
+        new.append(b[:, rows])
+        floors.append(floor[rows])
+        row_of.append(rows)
+        names += [q] * len(rows)
+    return (
+        np.concatenate(old, 1),
+        np.concatenate(new, 1),
+        np.concatenate(floors),
+        (np.concatenate(row_of), names),
+    )
+
+
+def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:
+    """The additive law holds, and p = 1 within its interval, of at least MIN_SEEDS random curves.
+
+    By ``growth.verdict``: the sign-flip test and the resampled interval (widened by what a linear
+    curve's p varies by with its first sublayers). frame: the random curves, with ``law_additive``.
+    """
+    fit, p = verdict.laws["additive"], verdict.growth.exponent
+    if verdict.seeds < MIN_SEEDS:
+        raise ValueError(f"{verdict.seeds} seeds: {MIN_SEEDS} needed")
+    low, high = (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high)
+    short = f"p {low:.2f}…{high:.2f}"
+    holds, straight = fit.status == "holds", linear(p)
+    if holds and straight:
+        return Outcome("law", True, short)
+    of_seed = [g for _, g in frame.groupby("seed", sort=True)]
+    length = min(map(len, of_seed))
+    v, expected = (
+        np.stack([g[c].to_numpy(np.float64)[:length] for g in of_seed])
+        for c in ("mean_square", "law_additive")
+    )
+    gap = v - expected
+    t, limit = flipped(gap[:, 1:], RTOL[dtype] * v.mean(0)[1:])
+    beyond = np.flatnonzero(t > limit)
+    if not len(beyond):
+        why = (
+            f"growth is not linear, p = {low:.3f} … {high:.3f}; the additive law is off by"
+            f" {off_by(fit.log_error)} at most, within chance"
+        )
+        return Outcome("law", False, short, why)
+    row = int(beyond[0]) + 1
+    step = of_seed[0].iloc[row]
+    finding = Finding(
+        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
+        str(step["kind"]), "mean_square", float(expected[:, row].mean()), float(v[:, row].mean()),
+        float(t[row - 1]), float(limit), _law_blame([g.iloc[row] for g in of_seed], gain, dtype),
+    )  # fmt: skip
+    size = f"{finding.size:.1f} standard errors (limit {limit:.1f})"
+    return _failed("law", short, finding, size)
+
+
+def _law_blame(rows: Sequence[pd.Series], gain: float, dtype: str) -> str:
+    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean."""
+    kind = str(rows[0]["kind"])
+    if kind == "renorm":
+        return "norm"
+    b, c, cosine = (
+        np.array([float(row[name]) for row in rows])
+        for name in ("branch_mean_square", "eps_factor", "cosine")
+    )
+    if abs(b.mean() / (gain**2 * c.mean()) - 1) > 100 * RTOL[dtype]:
+        return "norm"
+    error = cosine.std(ddof=1) / math.sqrt(len(cosine))
+    return kind if abs(cosine.mean()) > 2 * error else "residual add"

@@ -1,0 +1,63 @@
+"""Two samples of curves, compared at all rows at once by dealing them anew (max-T permutation test)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from simlab.theory.laws import Array
+
+PERMUTATIONS = 1 << 16
+AT_ONCE = 1 << 21  # numbers that are held of a block of permutations
+
+
+def enough(first: int, second: int, alpha: float) -> bool:
+    """Whether so many curves can be dealt in enough ways for a false-alarm rate of alpha."""
+    return min(math.comb(first + second, first), PERMUTATIONS) * alpha >= 1
+
+
+def permuted(old: Array, new: Array, floor: Array, alpha: float) -> tuple[Array, float]:
+    """t of each column of two samples (n, C), (m, C), and the limit that its maximum may reach.
+
+    floor: (C,). The limit is the ⌊alpha·P⌋ + 1st largest maximum over P ways of dealing.
+    """
+    both = np.concatenate([new, old])
+    scale = both.std(0)
+    scale[scale == 0] = 1.0
+    z, f = (both - both.mean(0)) / scale, floor / scale
+    deals = _deals(len(new), len(both))
+    squares, most = z**2, []
+    for part in np.array_split(deals, max(1, deals.size * z.shape[1] // AT_ONCE // len(both))):
+        most.append(_t(part, z, squares, f, len(new)).max(1))
+    ordered = np.sort(np.concatenate(most))[::-1]
+    above = math.floor(alpha * len(ordered) * (1 + 1e-9))
+    if above < 1:
+        raise ValueError(f"{len(old)} and {len(new)} curves are too few for alpha = {alpha:g}")
+    t = _t(deals[:1], z, squares, f, len(new))[0]
+    return t, float(ordered[above] * (1 + 1e-9))
+
+
+def _t(deals: Array, z: Array, squares: Array, floor: Array, first: int) -> Array:
+    """|t| with pooled variance of every deal (P, n + m) and column (C): (P, C)."""
+    count = len(z)
+    mean = deals @ z / first
+    rest = -mean * first / (count - first)  # z has mean zero
+    within = squares.sum(0) - first * mean**2 - (count - first) * rest**2
+    error = np.sqrt(np.maximum(within, 0) / (count - 2) * (1 / first + 1 / (count - first)))
+    beyond = np.maximum(np.abs(mean - rest) - floor, 0)
+    return beyond / np.maximum(error, 0.05 * floor + 1e-9)
+
+
+def _deals(first: int, count: int) -> Array:
+    """Ways to deal ``first`` of ``count`` curves to one group, as rows of 0 and 1; as it is first."""
+    if math.comb(count, first) <= PERMUTATIONS:
+        chosen = np.array(list(itertools.combinations(range(count), first)))
+    else:
+        generator = np.random.default_rng(0)
+        chosen = generator.random((PERMUTATIONS, count)).argsort(1)[:, :first]
+        chosen[0] = np.arange(first)
+    deals = np.zeros((len(chosen), count))
+    np.put_along_axis(deals, chosen, 1.0, axis=1)
+    return deals

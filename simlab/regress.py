@@ -1,0 +1,245 @@
+"""``python -m simlab.regress``: do growth curves still look as recorded? Exit status 0, 1 or 2.
+
+A case is a file NAME.yaml beside its recorded curves NAME.csv (``baseline``), and what holds it are
+gates (``growth.gates``). Only ``--update NAME --reason "…"`` records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simlab.baseline import (
+    Baseline,
+    Case,
+    Checked,
+    read_baseline,
+    read_cases,
+    write_baseline,
+)
+from simlab.config import ConfigError, RunConfig, nearest
+from simlab.growth.fit import MIN_SEEDS
+from simlab.growth.gates import ALPHA, Outcome, exact, law, statistical
+from simlab.growth.permutation import enough
+from simlab.mistakes import in_one_line
+from simlab.process import tune_process
+from simlab.validation import compose
+
+if TYPE_CHECKING:
+    from simlab.experiment import Prepared, RunResult
+
+FOLDER = Path("tests/baselines")
+FIGURES = Path("outputs/regress")  # of cases that fail, where --html names no other folder
+FRESH = MIN_SEEDS  # random inits that the statistical gate and the law look at
+
+
+def configure(case: Case) -> RunConfig:
+    """The run that a case records. Raises ConfigError."""
+    from hydra.errors import HydraException
+
+    from simlab.mistakes import explain
+
+    try:
+        config = compose(case.overrides)
+    except (ConfigError, HydraException) as error:
+        raise ConfigError(f"{case.name}: {explain(error)}") from error
+    if "exact" not in case.gates and not config.seeds:
+        raise ConfigError(f"{case.name}: gates {', '.join(case.gates)} need random inits: seeds=…")
+    return config
+
+
+def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
+    """The run that holds a case against its record: other seeds, and for ``exact`` the first again.
+
+    alpha: the case's share of the statistical gate's false alarms.
+    """
+    seeds = config.seeds[:1] if "exact" in case.gates else ()
+    if {"statistical", "law"} & set(case.gates):
+        if not config.seeds:
+            raise ConfigError(f"{case.name}: gates statistical and law need random inits: seeds=…")
+        first = max(config.seeds) + 1
+        seeds += tuple(range(first, first + FRESH))
+    if "statistical" in case.gates and not enough(len(config.seeds), FRESH, alpha):
+        count = next(n for n in range(2, 1000) if enough(n, FRESH, alpha))
+        raise ConfigError(
+            f"{case.name}: seeds={len(config.seeds)}: the statistical gate needs at least {count}"
+        )
+    return dataclasses.replace(config, seeds=seeds)
+
+
+def judge(case: Case, recorded: Baseline, result: RunResult, about: Mapping[str, str], alpha: float
+          ) -> list[Outcome]:  # fmt: skip
+    """What each gate of a case says of a new run."""
+    old, new, dtype = recorded.frame, result.curve, result.config.dtype
+    model = result.config.shape
+    outcomes = []
+    fresh = new[(new["curve"] == "random") & ~new["seed"].isin(old["seed"].unique())]
+    for gate in case.gates:
+        if gate == "exact":
+            differ = [k for k in ("engine", "device", "dtype") if recorded.about.get(k) != about[k]]
+            if differ:
+                key = differ[0]
+                why = f"recorded with {key} {recorded.about.get(key)}, run with {about[key]}"
+                outcomes.append(Outcome(gate, False, f"other {key}", why))
+                continue
+            same = new[(new["curve"] != "random") | new["seed"].isin(old["seed"].unique())]
+            outcomes.append(exact(old, same, case.quantities, dtype))
+        elif gate == "statistical":
+            drawn = old[old["curve"] == "random"]
+            outcomes.append(statistical(drawn, fresh, case.quantities, dtype, alpha))
+        else:
+            drawn = new[new["curve"] == "random"]
+            outcomes.append(law(drawn, result.verdicts["random"], model.norm.gain, dtype))
+    return outcomes
+
+
+def about_run(ready: Prepared) -> dict[str, str]:
+    """What has to be the same for the same numbers."""
+    return {
+        "engine": ready.config.engine,
+        "device": ready.config.device.split(":")[0],
+        "dtype": ready.config.dtype,
+    }
+
+
+def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checked]:
+    """Run cases and hold them against their records; every mistake is found before the first runs.
+
+    Raises ConfigError.
+    """
+    from simlab.experiment import measure, prepare
+    from simlab.report import progress
+
+    share = ALPHA / max(1, sum("statistical" in case.gates for case in cases))
+    plans = []
+    for case in cases:
+        recorded = read_baseline(case.curves, case.quantities)
+        said = recorded.about.get("overrides")
+        if said != " ".join(case.overrides):
+            raise ConfigError(f"{case.name}: recorded with other overrides ({said}): --update it")
+        plans.append((case, recorded, prepare(to_check(case, configure(case), share))))
+    done = []
+    with progress.blocks(sum(ready.blocks for *_, ready in plans)) as on_block:
+        for case, recorded, ready in plans:
+            start = time.perf_counter()
+            result = measure(ready, on_block)
+            outcomes = judge(case, recorded, result, about_run(ready), share)
+            done.append(
+                Checked(case, outcomes, recorded.frame, result.curve, time.perf_counter() - start)
+            )
+            show(done[-1])
+    return done
+
+
+def record(case: Case, reason: str) -> Sequence[str]:
+    """Run a case as it stands and keep its curves; what that changes, in lines. Raises ConfigError."""
+    from simlab.experiment import measure, prepare, versions
+    from simlab.report import progress
+    from simlab.report.regressed import changes
+
+    config = configure(case)
+    to_check(case, config, ALPHA)
+    ready = prepare(config)
+    with progress.blocks(ready.blocks) as on_block:
+        result = measure(ready, on_block)
+    if result.summary["overflow"]:
+        raise ConfigError(f"{case.name}: a curve overflows; only finite ones are recorded")
+    about = {"case": case.name, "reason": reason, "overrides": " ".join(case.overrides)}
+    about |= about_run(ready) | {k: v for k, v in versions().items() if k != "python"}
+    before = None
+    if case.curves.exists():
+        try:
+            before = read_baseline(case.curves, case.quantities).frame
+        except ConfigError:
+            before = None  # of other quantities, say: nothing to compare
+    write_baseline(case.curves, result.curve, case.quantities, about)
+    return changes(before, read_baseline(case.curves, case.quantities).frame, case.quantities)
+
+
+def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases of these names, all where there are none. Raises ConfigError."""
+    known = {case.name: case for case in cases}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{name}: no such case; allowed: {', '.join(known)}{nearest(name, known)}"
+            )
+    return [known[name] for name in names] or list(cases)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simlab.regress",
+        description="Hold growth curves against recorded ones. Exit status 1 where one differs.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases; by default all")
+    parser.add_argument(
+        "--baselines", type=Path, default=FOLDER, metavar="DIR",
+        help=f"the folder with the cases (default: {FOLDER})",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list the cases and run nothing")
+    parser.add_argument("--update", metavar="NAME", help="record this case anew; needs --reason")
+    parser.add_argument("--reason", metavar="TEXT", help="why, kept with the curves")
+    parser.add_argument("--html", type=Path, metavar="DIR", help="write a page with figures there")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML there")
+    args = parser.parse_args()
+    if args.update and (args.names or args.list or args.html or args.junit):
+        parser.error("--update NAME goes with --reason, and with --baselines, alone")
+    if bool(args.update) != bool(args.reason and args.reason.strip()):
+        parser.error('--update NAME needs --reason "why", and the other way round')
+    return args
+
+
+def main() -> None:
+    """The command. Exit status 0: as recorded; 1: not; 2: a mistake; 130: Ctrl-C."""
+    args = parse()
+    tune_process()
+    try:
+        with in_one_line():
+            sys.exit(command(args))
+    except KeyboardInterrupt:
+        print("simlab: interrupted; nothing was recorded", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def command(args: argparse.Namespace) -> int:
+    """Do what was asked, and give the exit status. Raises ConfigError, OSError."""
+    from simlab.report import regressed
+
+    cases = read_cases(args.baselines)
+    if args.list:
+        regressed.show_list([(case, _about(case)) for case in choose(cases, args.names)])
+        return 0
+    if args.update:
+        (case,) = choose(cases, [args.update])
+        for line in record(case, args.reason):
+            print(line)
+        print(case.curves)
+        return 0
+    chosen = choose(cases, args.names)
+    for path in (args.html, args.junit.parent if args.junit else None):
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    width = max(len(case.name) for case in chosen)
+    done = check(chosen, lambda checked: regressed.show_line(checked, width))
+    drawn = regressed.draw(done, args.html or FIGURES, every=args.html is not None)
+    if args.html:
+        drawn.append(regressed.write_page(args.html, done))
+    if args.junit:
+        drawn.append(regressed.write_junit(args.junit, done))
+    regressed.show_end(done, drawn)
+    return 0 if all(checked.passed for checked in done) else 1
+
+
+def _about(case: Case) -> Mapping[str, str]:
+    return read_baseline(case.curves, case.quantities).about if case.curves.exists() else {}
+
+
+if __name__ == "__main__":
+    main()
