@@ -145,7 +145,7 @@ def _log_residual(basis: Array) -> float:
 @functools.cache
 def t_quantile(q: float, df: int) -> float:
     """Student's t quantile for q > 0.5: bisection on the integrated density, to about 1e-6."""
-    constant = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
+    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
     low, high = 0.0, 1000.0
     for _ in range(60):
         middle = (low + high) / 2

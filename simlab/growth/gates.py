@@ -19,13 +19,14 @@ import numpy as np
 import pandas as pd
 
 from simlab.growth.fit import MIN_SEEDS
-from simlab.growth.permutation import permuted
+from simlab.growth.permutation import limit, permuted
 from simlab.growth.verdict import Verdict, flipped, linear, off_by
 from simlab.theory.laws import Array
 
-# How far rounding moves a number of a curve, relative to its size: the same run with other thread
-# counts, batches of seeds and instruction sets differs by up to RTOL/20 (scripts/measure_rounding.py).
-RTOL = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 5e-3}
+# How far rounding may move a number of a curve, relative to its size. With other thread counts and
+# instruction sets the same run differs by up to 6.6e-6, 8.1e-3 and 4.3e-2, the cosine at depth 64 most
+# (scripts/measure_rounding.py): some six times as much, for machines not at hand.
+RTOL = {"float32": 5e-5, "float16": 5e-2, "bfloat16": 2e-1}
 # Columns that may be negative: their rounding is in units of the column's rms, not of the number.
 SIGNED = ("mean", "cosine", "delta_cross", "token_cosine", "attention_max_logit", "gradient_cosine")
 QUANTITIES = (
@@ -236,7 +237,7 @@ def statistical(
     other = structure(expected, got, "statistical")
     if other:
         return other
-    old, new, floor, labels = _stack(expected, got, quantities, RTOL[dtype])
+    old, new, floor, labels = stack(expected, got, quantities, RTOL[dtype])
     lost = np.isnan(old).any(0) | np.isnan(new).any(0)
     row_of, names = labels
     rows = expected.groupby(["curve", "seed"], sort=False).get_group(
@@ -245,16 +246,17 @@ def statistical(
     means = (expected.groupby(["sublayer", "kind"], sort=False)[list(quantities)].mean(), got)
     t = np.zeros(old.shape[1])
     whole = ~lost
-    limit = 0.0
+    most = 0.0
     if whole.any():
-        t[whole], limit = permuted(old[:, whole], new[:, whole], floor[whole], alpha)
+        t[whole], maxima = permuted(old[:, whole], new[:, whole], floor[whole])
+        most = limit(maxima, alpha)
     t[lost] = np.where(np.isnan(old[:, lost]).all(0) & np.isnan(new[:, lost]).all(0), 0, np.inf)
-    short = f"{t.max():.1f}/{limit:.1f}"
-    if not (t > limit).any():
+    short = f"{t.max():.1f}/{most:.1f}"
+    if not (t > most).any():
         return Outcome("statistical", True, short)
-    row = int(row_of[t > limit].min())
+    row = int(row_of[t > most].min())
     here = row_of == row
-    beyond = [names[i] for i in np.flatnonzero(here & (t > limit))]
+    beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
     worst = int(np.flatnonzero(here)[t[here].argmax()])
     step, name = rows.iloc[row], names[worst]
     key = (step["sublayer"], step["kind"])
@@ -262,14 +264,14 @@ def statistical(
         int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
         str(step["kind"]), name, float(means[0].loc[key, name]),
         float(got.groupby(["sublayer", "kind"], sort=False)[name].mean().loc[key]),
-        float(t[worst]), float(limit),
+        float(t[worst]), most,
         blame(str(step["kind"]), beyond, _normed(means[0].reset_index())),
     )  # fmt: skip
-    size = f"{finding.size:.1f} standard errors (limit {limit:.1f})"
+    size = f"{finding.size:.1f} standard errors (limit {most:.1f})"
     return _failed("statistical", short, finding, size)
 
 
-def _stack(
+def stack(
     expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], rtol: float
 ) -> tuple[Array, Array, Array, tuple[np.ndarray, list[str]]]:
     """Both sets of curves as (S, R·Q), the floor of each column, its row and its quantity."""

@@ -18,25 +18,30 @@ def enough(first: int, second: int, alpha: float) -> bool:
     return min(math.comb(first + second, first), PERMUTATIONS) * alpha >= 1
 
 
-def permuted(old: Array, new: Array, floor: Array, alpha: float) -> tuple[Array, float]:
-    """t of each column of two samples (n, C), (m, C), and the limit that its maximum may reach.
+def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> tuple[Array, Array]:
+    """t of each column of two samples (n, C), (m, C), and its maxima over P ways of dealing them anew.
 
-    floor: (C,). The limit is the ⌊alpha·P⌋ + 1st largest maximum over P ways of dealing.
+    t = (|Δ mean| − floor)₊ / standard error, the variance pooled. floor: (C,). The maxima (P,) descend;
+    all ways are dealt, or ``most`` random ones.
     """
     both = np.concatenate([new, old])
     scale = both.std(0)
     scale[scale == 0] = 1.0
     z, f = (both - both.mean(0)) / scale, floor / scale
-    deals = _deals(len(new), len(both))
-    squares, most = z**2, []
-    for part in np.array_split(deals, max(1, deals.size * z.shape[1] // AT_ONCE // len(both))):
-        most.append(_t(part, z, squares, f, len(new)).max(1))
-    ordered = np.sort(np.concatenate(most))[::-1]
-    above = math.floor(alpha * len(ordered) * (1 + 1e-9))
-    if above < 1:
-        raise ValueError(f"{len(old)} and {len(new)} curves are too few for alpha = {alpha:g}")
+    deals = _deals(len(new), len(both), most)
+    squares, found = z**2, []
+    for part in np.array_split(deals, 1 + len(deals) * z.shape[1] // AT_ONCE):
+        found.append(_t(part, z, squares, f, len(new)).max(1))
     t = _t(deals[:1], z, squares, f, len(new))[0]
-    return t, float(ordered[above] * (1 + 1e-9))
+    return t, np.sort(np.concatenate(found))[::-1]
+
+
+def limit(maxima: Array, alpha: float) -> float:
+    """What the largest t may reach: the ⌊alpha·P⌋ + 1st largest maximum. Chance exceeds it ≤ alpha."""
+    above = math.floor(alpha * len(maxima) * (1 + 1e-9))
+    if above < 1:
+        raise ValueError(f"{len(maxima)} ways of dealing are too few for alpha = {alpha:g}")
+    return float(maxima[above] * (1 + 1e-9))
 
 
 def _t(deals: Array, z: Array, squares: Array, floor: Array, first: int) -> Array:
@@ -50,13 +55,13 @@ def _t(deals: Array, z: Array, squares: Array, floor: Array, first: int) -> Arra
     return beyond / np.maximum(error, 0.05 * floor + 1e-9)
 
 
-def _deals(first: int, count: int) -> Array:
+def _deals(first: int, count: int, most: int) -> Array:
     """Ways to deal ``first`` of ``count`` curves to one group, as rows of 0 and 1; as it is first."""
-    if math.comb(count, first) <= PERMUTATIONS:
+    if math.comb(count, first) <= most:
         chosen = np.array(list(itertools.combinations(range(count), first)))
     else:
         generator = np.random.default_rng(0)
-        chosen = generator.random((PERMUTATIONS, count)).argsort(1)[:, :first]
+        chosen = generator.random((most, count)).argsort(1)[:, :first]
         chosen[0] = np.arange(first)
     deals = np.zeros((len(chosen), count))
     np.put_along_axis(deals, chosen, 1.0, axis=1)
