@@ -15,27 +15,40 @@ from .record import Edit, Mutation, applied
 __all__ = ["MUTATIONS", "NO_MISTAKE", "SETTINGS", "Edit", "Mutation", "applied"]
 
 # Small: 32 curves take half a second. Weights so large that eps plays no part, but where it should.
-BASE = (
+UNSCALED = (
     "device=cpu", "engine=dense", "depth=3", "width=64", "heads=8", "kv_heads=2", "d_ff=96",
-    "vocab_size=97", "inputs.batch=2", "inputs.length=16", "init.std=0.1",
+    "vocab_size=97", "inputs.batch=2", "inputs.length=16",
 )  # fmt: skip
+BASE = (*UNSCALED, "init.std=0.1")
+SHORT = ("inputs.batch=16", "inputs.length=4")
 SETTINGS = {
     "plain": BASE,
     "ungrouped": (*BASE, "kv_heads=8"),
     "no_qk_norm": (*BASE, "model.qk_norm=none"),
-    "rope": (*BASE, "heads=2", "inputs.length=48", "inputs.batch=1"),
+    # Positions count where tokens are alike, and in as many heads as turn quickly.
+    "rope": (
+        *BASE,
+        "heads=16",
+        "kv_heads=16",
+        "vocab_size=2",
+        "inputs.length=24",
+        "model.rope_theta=30",
+    ),
+    # Entries of order 1 and tokens that differ: what an activation or a dropped weight does.
+    "active": (*UNSCALED, "init=fan_in", "depth=2", "width=128", "vocab_size=1009", *SHORT),
+    "loud": (*BASE, "init.std=1"),  # squares are beyond float16
     "window": (*BASE, "model.window=3"),
     "quiet": (*BASE, "init.std=0.04"),  # the branches' mean squares are near eps
     "gain": (*BASE, "norm.gain=0.5"),
-    "swin": (*BASE, "depth=8", "width=32", "d_ff=32", "norm=swin_renorm"),
+    "swin": (*BASE, "depth=7", "width=32", "d_ff=32", "norm=swin_renorm"),
     "lns": (*BASE, "norm=lns"),
     "deepnorm": (*BASE, "norm=deepnorm"),
     "residual_scale": (*BASE, "norm=residual_scale"),
     "peri": (*BASE, "norm=peri"),
     # Many tokens and one block: what the embedding is made of.
     "drawn": (*BASE, "depth=1", "vocab_size=1009", "inputs.batch=8", "inputs.length=32"),
-    "mitchell": (*(o for o in BASE if "init.std" not in o), "init=mitchell", "norm=pre"),
-    "fan_in": (*(o for o in BASE if "init.std" not in o), "init=fan_in"),
+    "mitchell": (*UNSCALED, "init=mitchell", "norm=pre"),
+    "fan_in": (*UNSCALED, "init=fan_in"),
     "weightless": (*BASE, "engine=weightless", "kv_heads=8", "init.truncate=2"),
     "gradients": (*BASE, "engine=weightless", "gradients=true"),
 }

@@ -177,6 +177,7 @@ ATTENTION = (
         "mask_next_seen",
         "a token sees the next one",
         edit(Attend.forward, MASK, "torch.ones(2 * q.shape[2:3]).tril(1).bool()"),
+        "active",
     ),
     Mutation(
         "mask_added",
@@ -213,6 +214,7 @@ ATTENTION = (
         "dropout_left_on",
         "attention dropout of 10 %, as if training",
         edit(Attend.forward, MASK, MASK + ", dropout_p=0.1"),
+        "active",
     ),
     Mutation(
         "window_off_by_one",
@@ -234,7 +236,10 @@ MLP = (
         same="both matrices are i.i.d. of one law",
     ),
     Mutation(
-        "gelu", "GELU for SiLU", edit(FeedForward.forward, "functional.silu", "functional.gelu")
+        "gelu",
+        "GELU for SiLU",
+        edit(FeedForward.forward, "functional.silu", "functional.gelu"),
+        "active",
     ),
     Mutation(
         "gate_without_silu", "no activation", edit(FeedForward.forward, "nn.functional.silu", "")
@@ -247,6 +252,7 @@ MLP = (
             SWIGLU,
             "nn.functional.silu(self.gate_proj(x_BTD) * self.up_proj(x_BTD))",
         ),
+        "active",
     ),
 )
 

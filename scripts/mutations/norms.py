@@ -47,7 +47,7 @@ NORM = (
         "mean_in_float16",
         "the norm's squares are summed in float16",
         edit(RMSNorm.forward, "(x32.pow(2).mean", "(x.half().pow(2).mean"),
-        "quiet",
+        "loud",
     ),
     Mutation(
         "norm_by_sum",

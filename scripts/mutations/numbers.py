@@ -16,10 +16,10 @@ from simlab.weights.init import Gaussian
 from simlab.weights.normals import Normals
 from simlab.weights.source import Weights
 
-from .record import Mutation, edit
+from .record import Edit, Mutation, edit
 
 FORWARD = inspect.unwrap(engine.forward)  # under torch.no_grad
-STD = Gaussian.std.fget
+STD = vars(Gaussian)["std"].fget
 LAW = "Gaussian(sigma * scale(role, model.depth),"
 SEEDED = "entropy = entropy_of(self.seed, name)"
 Z = "normals(self.turn.name,"
@@ -122,7 +122,10 @@ INIT = (
     Mutation(
         "same_numbers_in_all_seeds",
         "the seed isn't in the seed",
-        edit(random.RandomWeights.tensor, SEEDED, "entropy = entropy_of(name)"),
+        (
+            Edit(random.RandomWeights.tensor, SEEDED, "entropy = entropy_of(name)"),
+            Edit(random.RandomWeights.rows, "entropy_of(self.seed, name)", "entropy_of(name)"),
+        ),
     ),
     Mutation(
         "embedding_scaled",
