@@ -7,6 +7,8 @@ chance limit for as many comparisons, and whether the mistaken model departs fro
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -129,6 +131,7 @@ def reference(kv_heads: int) -> tuple[Path, torch.Tensor, list[torch.Tensor], to
     from test_checkpoint_parity import sublayer_states
 
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     rope = {"rope_type": "default", "rope_theta": 1234.5}  # nothing at a default
     model = write_olmo(folder, num_key_value_heads=kv_heads, rope_parameters=rope)
     ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))

@@ -102,7 +102,7 @@ ATTENTION = (
             " self._angles(x_BTD.shape[1] + 1, x_BTD.device)))",
         ),
         "rope",
-        same="one fixed rotation of the keys: the law of Gaussian matrices doesn't change by it",
+        same="one rotation of all keys: Gaussian rows keep their law exactly, cut ones nearly",
     ),
     Mutation(
         "rope_backwards",
