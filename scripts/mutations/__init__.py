@@ -1,0 +1,55 @@
+"""The catalogue: plausible mistakes, each a record (record.py) with the setting in which it shows.
+
+Some can change nothing of the random inits' law: their ``same`` says why. With a checkpoint's
+weights the model then departs from transformers', which ``mutation_table.parity`` sees.
+
+No mistake at all, though it is an "off by one": RoPE's positions counted from 1, for only differences
+of positions enter. ``NO_MISTAKE`` is that edit, which neither a gate nor parity may see.
+"""
+
+from .attention import ATTENTION, MLP, NO_MISTAKE
+from .norms import NORM, PLACEMENT
+from .numbers import ENGINE, INIT, WEIGHTLESS
+from .record import Edit, Mutation, applied
+
+__all__ = ["MUTATIONS", "NO_MISTAKE", "SETTINGS", "Edit", "Mutation", "applied"]
+
+# Small: 32 curves take half a second. Weights so large that eps plays no part, but where it should.
+UNSCALED = (
+    "device=cpu", "engine=dense", "depth=3", "width=64", "heads=8", "kv_heads=2", "d_ff=96",
+    "vocab_size=97", "inputs.batch=2", "inputs.length=16",
+)  # fmt: skip
+BASE = (*UNSCALED, "init.std=0.1")
+SHORT = ("inputs.batch=16", "inputs.length=4")
+SETTINGS = {
+    "plain": BASE,
+    "ungrouped": (*BASE, "kv_heads=8"),
+    "no_qk_norm": (*BASE, "model.qk_norm=none"),
+    # Positions count where tokens are alike, and in as many heads as turn quickly.
+    "rope": (
+        *BASE,
+        "heads=16",
+        "kv_heads=16",
+        "vocab_size=2",
+        "inputs.length=24",
+        "model.rope_theta=30",
+    ),
+    # Entries of order 1 and tokens that differ: what an activation or a dropped weight does.
+    "active": (*UNSCALED, "init=fan_in", "depth=2", "width=128", "vocab_size=1009", *SHORT),
+    "loud": (*BASE, "init.std=1"),  # squares are beyond float16
+    "window": (*BASE, "model.window=3"),
+    "quiet": (*BASE, "init.std=0.04"),  # the branches' mean squares are near eps
+    "gain": (*BASE, "norm.gain=0.5"),
+    "swin": (*BASE, "depth=7", "width=32", "d_ff=32", "norm=swin_renorm"),
+    "lns": (*BASE, "norm=lns"),
+    "deepnorm": (*BASE, "norm=deepnorm"),
+    "residual_scale": (*BASE, "norm=residual_scale"),
+    "peri": (*BASE, "norm=peri"),
+    # Many tokens and one block: what the embedding is made of.
+    "drawn": (*BASE, "depth=1", "vocab_size=1009", "inputs.batch=8", "inputs.length=32"),
+    "mitchell": (*UNSCALED, "init=mitchell", "norm=pre"),
+    "fan_in": (*UNSCALED, "init=fan_in"),
+    "weightless": (*BASE, "engine=weightless", "kv_heads=8", "init.truncate=2"),
+    "gradients": (*BASE, "engine=weightless", "gradients=true"),
+}
+MUTATIONS = (*ATTENTION, *MLP, *NORM, *PLACEMENT, *INIT, *WEIGHTLESS, *ENGINE)

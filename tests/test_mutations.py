@@ -1,0 +1,79 @@
+"""Plausible mistakes (scripts/mutations): each shows in the law of the curve, or in parity.
+
+In the law: 32 curves of other seeds against 32 right ones, all statistics at all steps. What a record
+says of itself, ``shifts`` or not, is held against that too.
+"""
+
+import pytest
+import torch
+from mutation_table import departure, in_law, parity, right
+from mutations import MUTATIONS, NO_MISTAKE, SETTINGS, Edit, Mutation, applied
+
+from simlab.model.placement import ResidualAdd
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are quicker so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def named(mutation):
+    return mutation.name
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=named)
+def test_every_mistake_is_caught(mutation):
+    found = in_law(mutation)
+    assert found.shows == mutation.shifts, found
+    assert mutation.shifts or parity(mutation)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_other_seeds_are_no_mistake(setting):
+    """Negative control: a false alarm in 1 of 1000 runs a setting, and seeds are fixed."""
+    found = departure(right(setting), right(setting, first=100))
+    assert not found.shows, found
+
+
+def test_the_right_model_agrees_with_transformers():
+    assert not parity(None)
+
+
+def test_an_edit_that_is_no_mistake_is_not_seen():
+    """RoPE's positions counted from 1."""
+    assert not in_law(NO_MISTAKE).shows
+    assert not parity(NO_MISTAKE)
+
+
+def test_the_catalogue():
+    names = [mutation.name for mutation in MUTATIONS]
+    assert len(set(names)) == len(names) > 25
+    assert {mutation.setting for mutation in MUTATIONS} <= set(SETTINGS)
+    assert sum(not mutation.shifts for mutation in MUTATIONS) > 5
+
+
+def test_a_mistake_ends_with_its_block():
+    add, x = ResidualAdd(), torch.ones(3)
+    twice = Mutation("", "", (Edit(ResidualAdd.forward, "skip + branch", "skip + 2 * branch"),))
+
+    def fails():
+        with applied(twice):
+            assert torch.equal(add(x, x), 3 * x)
+            raise KeyError
+
+    before = ResidualAdd.forward.__code__
+    with pytest.raises(KeyError):
+        fails()
+    assert ResidualAdd.forward.__code__ is before
+    assert torch.equal(add(x, x), 2 * x)
+
+
+def test_an_edit_of_what_is_not_there_is_an_error():
+    for words in ("skip * branch", "branch"):  # not at all, and more than once
+        stale = Mutation("", "", (Edit(ResidualAdd.forward, words, ""),))
+        with pytest.raises(ValueError, match="not once"), applied(stale):
+            pass
