@@ -1,8 +1,8 @@
-"""Which mistakes show in the curve, and which in parity: python scripts/mutation_table.py [NAME …].
+"""Which mistakes which gate catches: python scripts/mutation_table.py [NAME …].
 
-A markdown row for each mutation of the catalogue (all, or those named): the statistic and step in
-which the curves of other seeds depart most from the right ones, by how many standard errors, the
-chance limit for as many comparisons, and whether the mistaken model departs from transformers'.
+A markdown row for each mutation of the catalogue (all, or those named): what each gate of
+``simlab.regress`` says of the mistaken model, where the first that fails sees it and what it blames,
+and whether the mistaken model departs from transformers' with the same weights (parity).
 """
 
 from __future__ import annotations
@@ -12,28 +12,26 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from mutations import MUTATIONS, SETTINGS, Mutation, applied
 
 from simlab import RunConfig, build_model, compose
 from simlab.engine import measure_curves
-from simlab.experiment import measure, prepare
+from simlab.experiment import RunResult, measure, prepare
+from simlab.growth.gates import KEYS, Outcome, exact, law, statistical
 from simlab.statistics import STATISTICS
 from simlab.weights.checkpoint import Checkpoint
 
-SEEDS = 32
-FALSE_ALARMS = 1e-3  # of one comparison of two samples, all of their numbers together
-ROUNDING = 1e-6  # relative: what another order of float32's operations may change
-KEYS = ["block", "kind"]
+SEEDS = 32  # recorded, and as many others
+MARKS = {True: "", False: "caught"}
 OF_A_STATE = ["norm", "mean_square", "mean", "mean_abs", "max_abs"]  # what parity compares
+NOT_STATISTICS = (*KEYS, "massive", "outside", "law_additive", "law_sqrt2")
 
 
 @cache
@@ -42,84 +40,54 @@ def config_of(setting: str) -> RunConfig:
     return compose(SETTINGS[setting])
 
 
-def curves(setting: str, seeds: Sequence[int], mutation: Mutation | None = None) -> pd.DataFrame:
-    """The rows of curve.csv for these random inits, all with the same tokens."""
+def result(setting: str, seeds: Sequence[int], mutation: Mutation | None = None) -> RunResult:
+    """The curves of these random inits, all with the same tokens."""
     config = replace(config_of(setting), seeds=tuple(seeds))
     torch.manual_seed(0)  # simlab has no use for it, but a forgotten dropout has
     with applied(mutation):
-        return measure(prepare(config)).curve
+        return measure(prepare(config))
 
 
 @cache
-def right(setting: str, first: int = 0) -> pd.DataFrame:
-    """The curves without a mistake."""
-    return curves(setting, range(first, first + SEEDS))
+def right(setting: str) -> RunResult:
+    """What is recorded: the curves without a mistake."""
+    return result(setting, range(SEEDS))
 
 
-def samples(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows (block, kind, statistic), a column per seed: ln |v|, and v itself where signs vary.
-
-    Both of these: RMSNorm's mean over width is 0 on average, and LayerNorm's is 0.
-    """
-    last = frame.columns.get_loc("law_additive")
-    assert isinstance(last, int)
-    names = [
-        n for n in frame.columns[:last] if n not in ("curve", "seed", "sublayer", "massive", *KEYS)
-    ]
-    names += [n for n in frame.columns if n.startswith("gradient_")]
-    long = frame.melt([*KEYS, "seed"], names, "statistic", "value").dropna(subset="value")
-    long["block"] = long["block"].fillna(-1).astype(int)
-    wide = long.pivot(index=[*KEYS, "statistic"], columns="seed", values="value")
-    signed = wide[(wide < 0).any(axis=1)]
-    logs = wide.abs().clip(lower=1e-30).apply(np.log)
-    return pd.concat([logs, signed], keys=["ln", ""])
+@cache
+def law_holds(setting: str) -> bool:
+    """Whether the right model passes the law's gate, which then is one of the setting's."""
+    found = right(setting)
+    return law(found.curve, found.verdicts["random"], gain(setting), "float32").passed
 
 
-@dataclass(frozen=True)
-class Departure:
-    """The largest |t| of a comparison, where it is, and what chance alone passes once in 1000."""
-
-    t: float
-    limit: float
-    statistic: str
-    where: str
-
-    @property
-    def shows(self) -> bool:
-        """Whether it is more than chance."""
-        return self.t > self.limit
+def gain(setting: str) -> float:
+    """Of the sublayer norms."""
+    return config_of(setting).shape.norm.gain
 
 
-def departure(ours: pd.DataFrame, theirs: pd.DataFrame) -> Departure:
-    """Welch's t of every statistic at every step. A step that only one of them has: infinite."""
-    a, b = samples(ours), samples(theirs)
-    both = a.index.intersection(b.index)
-    steps = [set(frame.droplevel([0, 3]).index) for frame in (a, b)]
-    if steps[0] != steps[1]:
-        odd = min(steps[0] ^ steps[1])
-        return Departure(np.inf, 0.0, "a row that isn't there", f"{odd[1]} {odd[0]}")
-    x, y = a.loc[both].to_numpy(), b.loc[both].to_numpy()
-    error = np.sqrt(x.var(1, ddof=1) / x.shape[1] + y.var(1, ddof=1) / y.shape[1])
-    t = np.abs(x.mean(1) - y.mean(1)) / np.hypot(error, ROUNDING)
-    t = np.where(np.isnan(t), np.inf, t)  # a number that some seeds haven't
-    worst = int(t.argmax())
-    log, block, kind, statistic = both[worst]
-    return Departure(
-        float(t[worst]), limit(len(t), x.shape[1]), f"{log} {statistic}".strip(), f"{kind} {block}"
-    )
+def quantities(frame: pd.DataFrame) -> list[str]:
+    """Every statistic that is measured."""
+    return [str(name) for name in frame if name not in NOT_STATISTICS and frame[name].notna().any()]
 
 
-def limit(comparisons: int, seeds: int) -> float:
-    """Bonferroni's bound on |t|: Student's quantile, expanded about the normal's."""
-    z = NormalDist().inv_cdf(1 - FALSE_ALARMS / (2 * comparisons))
-    n = 2 * seeds - 2
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+def outcomes(setting: str, first: int, mutation: Mutation | None = None) -> dict[str, Outcome]:
+    """What the gates say of a model with this mistake, its seeds counted from ``first``."""
+    recorded = right(setting)
+    found = result(setting, [0, *range(first, first + SEEDS)], mutation)
+    names, frame = quantities(recorded.curve), found.curve
+    said = {
+        "exact": exact(recorded.curve, frame[frame["seed"] == 0], names, "float32"),
+        "statistical": statistical(recorded.curve, frame[frame["seed"] > 0], names, "float32"),
+    }
+    if law_holds(setting):
+        said["law"] = law(frame, found.verdicts["random"], gain(setting), "float32")
+    return said
 
 
-def in_law(mutation: Mutation) -> Departure:
-    """How far the mistaken curves of other seeds are from the right ones."""
-    seeds = range(100, 100 + SEEDS)
-    return departure(right(mutation.setting), curves(mutation.setting, seeds, mutation))
+def judged(mutation: Mutation) -> dict[str, Outcome]:
+    """What the gates say of a mutation of the catalogue."""
+    return outcomes(mutation.setting, 100, mutation)
 
 
 @cache
@@ -169,17 +137,23 @@ def of_a_state(x: torch.Tensor) -> list[float]:
 def main(names: Sequence[str]) -> None:
     """Print the table."""
     torch.set_num_threads(1)  # matrices this small are quicker so
-    print("| mutation | mistake | statistic | step | t | limit | law | parity |")
+    print("| mutation | mistake | exact | statistical | law | parity | first seen at | blamed |")
     print("|---|---|---|---|---|---|---|---|")
     for mutation in MUTATIONS:
         if names and mutation.name not in names:
             continue
-        found = in_law(mutation)
-        marks = ["yes" if mark else "no" for mark in (found.shows, parity(mutation))]
-        odd = "" if found.shows == mutation.shifts else " (!)"
+        said = judged(mutation)
+        marks = [
+            MARKS[said[g].passed] if g in said else "" for g in ("exact", "statistical", "law")
+        ]
+        odd = "" if said["statistical"].passed != mutation.shifts else " (!)"
+        found = next((o.finding for o in reversed(said.values()) if o.finding), None)
+        seen = (
+            f"{found.kind} {found.sublayer}, {found.quantity} | {found.blame}" if found else " | "
+        )
         print(
-            f"| {mutation.name} | {mutation.mistake} | {found.statistic} | {found.where} "
-            f"| {found.t:.1f} | {found.limit:.1f} | {marks[0]}{odd} | {marks[1]} |",
+            f"| {mutation.name} | {mutation.mistake} | {marks[0]} | {marks[1]}{odd} | {marks[2]} "
+            f"| {MARKS[not parity(mutation)]} | {seen} |",
             flush=True,
         )
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 FOLDER = Path("tests/baselines")
 FIGURES = Path("outputs/regress")  # of cases that fail, where --html names no other folder
-FRESH = MIN_SEEDS  # random inits that the statistical gate and the law look at
 
 
 def configure(case: Case) -> RunConfig:
@@ -48,27 +47,29 @@ def configure(case: Case) -> RunConfig:
         config = compose(case.overrides)
     except (ConfigError, HydraException) as error:
         raise ConfigError(f"{case.name}: {explain(error)}") from error
-    if "exact" not in case.gates and not config.seeds:
-        raise ConfigError(f"{case.name}: gates {', '.join(case.gates)} need random inits: seeds=…")
+    for gate in case.gates:
+        if gate != "exact" and not config.seeds:
+            raise ConfigError(f"{case.name}: gate {gate} needs random inits: seeds=…")
     return config
 
 
 def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
-    """The run that holds a case against its record: other seeds, and for ``exact`` the first again.
+    """The run that holds a case against its record: ``exact`` draws its first random init again,
+    ``statistical`` and ``law`` as many others as are recorded.
 
     alpha: the case's share of the statistical gate's false alarms.
     """
-    seeds = config.seeds[:1] if "exact" in case.gates else ()
+    seeds, count = config.seeds[:1] if "exact" in case.gates else (), len(config.seeds)
     if {"statistical", "law"} & set(case.gates):
-        if not config.seeds:
-            raise ConfigError(f"{case.name}: gates statistical and law need random inits: seeds=…")
         first = max(config.seeds) + 1
-        seeds += tuple(range(first, first + FRESH))
-    if "statistical" in case.gates and not enough(len(config.seeds), FRESH, alpha):
-        count = next(n for n in range(2, 1000) if enough(n, FRESH, alpha))
-        raise ConfigError(
-            f"{case.name}: seeds={len(config.seeds)}: the statistical gate needs at least {count}"
-        )
+        seeds += tuple(range(first, first + count))
+    needed = {
+        "law": MIN_SEEDS,
+        "statistical": next(n for n in range(2, 1000) if enough(n, n, alpha)),
+    }
+    for gate, least in needed.items():
+        if gate in case.gates and count < least:
+            raise ConfigError(f"{case.name}: seeds={count}: gate {gate} needs at least {least}")
     return dataclasses.replace(config, seeds=seeds)
 
 

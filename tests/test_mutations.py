@@ -1,12 +1,13 @@
-"""Plausible mistakes (scripts/mutations): each shows in the law of the curve, or in parity.
+"""Plausible mistakes (scripts/mutations): each is caught by a gate of simlab.regress, or by parity.
 
-In the law: 32 curves of other seeds against 32 right ones, all statistics at all steps. What a record
-says of itself, ``shifts`` or not, is held against that too.
+Those that change the law of the curves by the statistical gate: 32 curves of other seeds against 32
+right ones, all statistics at all steps. What a record says of itself, ``shifts`` or not, is held
+against that too.
 """
 
 import pytest
 import torch
-from mutation_table import departure, in_law, parity, right
+from mutation_table import judged, outcomes, parity
 from mutations import MUTATIONS, NO_MISTAKE, SETTINGS, Edit, Mutation, applied
 
 from simlab.model.placement import ResidualAdd
@@ -27,16 +28,18 @@ def named(mutation):
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=named)
 def test_every_mistake_is_caught(mutation):
-    found = in_law(mutation)
-    assert found.shows == mutation.shifts, found
-    assert mutation.shifts or parity(mutation)
+    said = judged(mutation)
+    assert said["statistical"].passed != mutation.shifts, said
+    if not mutation.shifts:
+        assert parity(mutation)
+        assert "law" not in said or said["law"].passed, said
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_other_seeds_are_no_mistake(setting):
     """Negative control: a false alarm in 1 of 1000 runs a setting, and seeds are fixed."""
-    found = departure(right(setting), right(setting, first=100))
-    assert not found.shows, found
+    for gate, outcome in outcomes(setting, first=100).items():
+        assert outcome.passed, (gate, outcome)
 
 
 def test_the_right_model_agrees_with_transformers():
@@ -45,7 +48,7 @@ def test_the_right_model_agrees_with_transformers():
 
 def test_an_edit_that_is_no_mistake_is_not_seen():
     """RoPE's positions counted from 1."""
-    assert not in_law(NO_MISTAKE).shows
+    assert judged(NO_MISTAKE)["statistical"].passed
     assert not parity(NO_MISTAKE)
 
 

@@ -42,7 +42,8 @@ SETTINGS = {
     "gain": (*BASE, "norm.gain=0.5"),
     "swin": (*BASE, "depth=7", "width=32", "d_ff=32", "norm=swin_renorm"),
     "lns": (*BASE, "norm=lns"),
-    "deepnorm": (*BASE, "norm=deepnorm"),
+    # Branches of the stream's size, or its scale wouldn't matter.
+    "deepnorm": (*BASE, "norm=deepnorm", "init.std=0.25", "width=128", "d_ff=192", *SHORT),
     "residual_scale": (*BASE, "norm=residual_scale"),
     "peri": (*BASE, "norm=peri"),
     # Many tokens and one block: what the embedding is made of.

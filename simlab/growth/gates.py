@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from simlab.growth.fit import MIN_SEEDS
-from simlab.growth.permutation import limit, permuted
+from simlab.growth.permutation import deals_for, limit, permuted
 from simlab.growth.verdict import Verdict, flipped, linear, off_by
 from simlab.theory.laws import Array
 
@@ -33,11 +33,12 @@ QUANTITIES = (
     "norm", "branch_raw_mean_square", "branch_mean_square", "cosine", "attention_entropy",
     "token_cosine",
 )  # fmt: skip
+LEAST = 1e-6  # of |v| in ln |v|: below is rounding, as of the mean that LayerNorm subtracts
 ALPHA = 1e-3  # how often a run of the statistical gate, all cases together, is a false alarm
 KEYS = ["curve", "seed", "sublayer", "block", "kind"]
 STEP = ["sublayer", "block", "kind"]
 ATTENTION = ("attention_entropy", "attention_max_logit", "attention_first")
-NORM = ("branch_mean_square", "eps_factor", "gain_mean_square", "gain_max_abs")
+PARTS = ("mean_square_median", "mean_square_p05", "mean_square_p95", "mean_square_rest")
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,9 @@ def exact(
         return Outcome("exact", True, short)
     row, off, old, rows = found
     beyond = [q for q, size in zip(quantities, off[:, row], strict=True) if size > limit]
-    normed = _normed(old)
     finding = _finding(
         old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), limit,
-        blame(str(old["kind"].iloc[row]), beyond, normed),
+        blame(old, rows.iloc[row], beyond, dtype),
     )  # fmt: skip
     return _failed("exact", short, finding, f"off by {finding.size:.1e} (limit {limit:.0e})")
 
@@ -191,32 +191,45 @@ def _finding(
     )  # fmt: skip
 
 
-def _normed(rows: pd.DataFrame) -> bool:
-    """Whether branches were normed when recorded: their mean square the same at every sublayer."""
-    if "branch_mean_square" not in rows:
-        return False
-    b = rows["branch_mean_square"].dropna()
-    return bool(len(b) > 1 and b.std() < 0.01 * b.mean())
+def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: str) -> str:
+    """The component behind the first row that is off.
 
-
-def blame(kind: str, beyond: Sequence[str], normed: bool) -> str:
-    """The component behind the first row that is off, from which of its quantities are.
-
-    A re-norm's row is the norm's, the embedding's the embedding's. Of a sublayer's: where branches are
-    normed, another size of what is added is the norm's; another raw branch, attention weight or
-    direction of the branch is the sublayer's own; where all of these are as recorded and the stream is
-    not, it's the residual add.
+    expected: the recorded mean curve; got: the new one's row; beyond: its quantities that are off.
+    A re-norm's row is the norm's, the embedding's the embedding's. Of a sublayer's row: where branches
+    were normed and the new one isn't g²·m/(m + eps), or a gain is another, it's the norm. Where another
+    stream has come of the same branch, the residual add. Else the sublayer itself.
     """
-    if kind == "renorm":
+    kind, off = str(got["kind"]), set(beyond)
+    if kind in ("renorm", "embedding"):
+        return "norm" if kind == "renorm" else kind
+    own = off & {*ATTENTION, "branch_raw_mean_square", "cosine", "delta_cross"}
+    of_norm = _off_norm(got, dtype) if _normed(expected) else None
+    if of_norm or off & {"gain_mean_square", "gain_max_abs"}:
         return "norm"
-    if kind == "embedding":
-        return "embedding"
-    own = {*ATTENTION, "branch_raw_mean_square"} & set(beyond)
-    if set(NORM) & set(beyond) and (normed or not own):
+    if of_norm is None and not own and off & {"branch_mean_square", "delta_branch", "eps_factor"}:
         return "norm"
-    if own or {"cosine", "delta_cross", "delta_branch"} & set(beyond):
+    if own or not off & {"norm", "mean_square", "variance", *PARTS}:
         return kind
     return "residual add"
+
+
+def _normed(expected: pd.DataFrame) -> bool:
+    """Whether recorded branches were normed: of one size at nearly every sublayer, unlike the raw ones."""
+    if "branch_mean_square" not in expected:
+        return False
+    b = expected["branch_mean_square"].dropna()
+    raw = expected.get("branch_raw_mean_square", pd.Series(math.nan, expected.index))[b.index]
+    alike, as_raw = abs(b - b.median()) < 0.1 * b.median(), abs(b - raw) < 0.01 * b
+    return bool(len(b) > 1 and alike.mean() > 0.7 and as_raw.mean() < 0.3)
+
+
+def _off_norm(got: pd.Series, dtype: str) -> bool | None:
+    """Whether a branch isn't what a norm of one gain for all entries leaves of it; None: can't tell."""
+    names = ("branch_mean_square", "eps_factor", "gain_mean_square", "gain_max_abs")
+    b, c, square, largest = (float(got.get(name, math.nan)) for name in names)
+    if not abs(largest**2 - square) <= 1e-6 * square or not c > 0:
+        return None
+    return not abs(b / (square * c) - 1) < 10 * RTOL[dtype]
 
 
 def statistical(
@@ -229,7 +242,7 @@ def statistical(
     """Other seeds, same law: mean curves as near as chance brings them, at every row at once.
 
     The statistic is max over rows and quantities of t = (|Δ mean| − floor)₊ / joint standard error,
-    of logs where a quantity is positive; floor is what rounding explains. Its distribution comes from
+    of the columns that ``stack`` makes; floor is what rounding explains. Its distribution comes from
     dealing the curves anew into two groups (all ways, or PERMUTATIONS random ones), so the rows may
     depend on each other and have any law: a false alarm has probability ≤ alpha exactly, for all rows
     and quantities together (Westfall & Young 1993, §2.3: max-T). Where t > the limit, that row is off.
@@ -240,15 +253,11 @@ def statistical(
     old, new, floor, labels = stack(expected, got, quantities, RTOL[dtype])
     lost = np.isnan(old).any(0) | np.isnan(new).any(0)
     row_of, names = labels
-    rows = expected.groupby(["curve", "seed"], sort=False).get_group(
-        tuple(expected[["curve", "seed"]].iloc[0])
-    )
-    means = (expected.groupby(["sublayer", "kind"], sort=False)[list(quantities)].mean(), got)
     t = np.zeros(old.shape[1])
     whole = ~lost
     most = 0.0
     if whole.any():
-        t[whole], maxima = permuted(old[:, whole], new[:, whole], floor[whole])
+        t[whole], maxima = permuted(old[:, whole], new[:, whole], floor[whole], deals_for(alpha))
         most = limit(maxima, alpha)
     t[lost] = np.where(np.isnan(old[:, lost]).all(0) & np.isnan(new[:, lost]).all(0), 0, np.inf)
     short = f"{t.max():.1f}/{most:.1f}"
@@ -258,24 +267,39 @@ def statistical(
     here = row_of == row
     beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
     worst = int(np.flatnonzero(here)[t[here].argmax()])
-    step, name = rows.iloc[row], names[worst]
-    key = (step["sublayer"], step["kind"])
-    finding = Finding(
-        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
-        str(step["kind"]), name, float(means[0].loc[key, name]),
-        float(got.groupby(["sublayer", "kind"], sort=False)[name].mean().loc[key]),
-        float(t[worst]), most,
-        blame(str(step["kind"]), beyond, _normed(means[0].reset_index())),
-    )  # fmt: skip
+    mean, step = _mean(expected), _mean(got).iloc[row]
+    finding = _finding(
+        mean, _mean(got), row, names[worst], t[worst], most, blame(mean, step, beyond, dtype)
+    )
     size = f"{finding.size:.1f} standard errors (limit {most:.1f})"
     return _failed("statistical", short, finding, size)
+
+
+def _mean(frame: pd.DataFrame) -> pd.DataFrame:
+    """The mean curve: a row per step, with its keys."""
+    step = frame.groupby(["curve", "seed"], sort=False).cumcount()
+    numbers = frame.drop(columns=[*KEYS]).groupby(step).mean()
+    return frame.loc[step.drop_duplicates().index, STEP].reset_index(drop=True).join(numbers)
 
 
 def stack(
     expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], rtol: float
 ) -> tuple[Array, Array, Array, tuple[np.ndarray, list[str]]]:
-    """Both sets of curves as (S, R·Q), the floor of each column, its row and its quantity."""
+    """Both sets of curves as (S, C), the floor of each column, its row and its quantity.
+
+    A quantity has a column per row where it is measured, of ln v; one that may be negative two, of v
+    and of ln |v|: a spread that changes about 0 leaves the mean.
+    """
     old, new, floors, row_of, names = [], [], [], [], []
+
+    def add(a: Array, b: Array, floor: float, quantity: str) -> None:
+        rows = np.flatnonzero(~(np.isnan(a).all(0) & np.isnan(b).all(0)))  # an MLP has no attention
+        old.append(a[:, rows])
+        new.append(b[:, rows])
+        floors.append(np.full(len(rows), floor))
+        row_of.append(rows)
+        names.extend([quantity] * len(rows))
+
     for q in quantities:
         a, b = (
             np.stack(
@@ -283,24 +307,13 @@ def stack(
             )
             for frame in (expected, got)
         )
-        floor = np.full(a.shape[1], rtol)
-        if q in SIGNED or (a[~np.isnan(a)] <= 0).any() or (b[~np.isnan(b)] <= 0).any():
-            floor *= np.sqrt(np.nanmean(a**2)) if not np.isnan(a).all() else 0.0
-        else:
-            a, b = np.log(a), np.log(b)
-        both = ~(np.isnan(a).all(0) & np.isnan(b).all(0))  # an MLP's row has no attention
-        rows = np.flatnonzero(both)
-        old.append(a[:, rows])
-        new.append(b[:, rows])
-        floors.append(floor[rows])
-        row_of.append(rows)
-        names += [q] * len(rows)
-    return (
-        np.concatenate(old, 1),
-        np.concatenate(new, 1),
-        np.concatenate(floors),
-        (np.concatenate(row_of), names),
-    )
+        signed = q in SIGNED or (a <= 0).any() or (b <= 0).any()
+        if signed and not np.isnan(a).all():
+            add(a, b, rtol * float(np.sqrt(np.nanmean(a**2))), q)
+        least = LEAST if signed else 0.0
+        add(np.log(np.maximum(np.abs(a), least)), np.log(np.maximum(np.abs(b), least)), rtol, q)
+    columns = (np.concatenate(old, 1), np.concatenate(new, 1), np.concatenate(floors))
+    return *columns, (np.concatenate(row_of), names)
 
 
 def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:

@@ -13,9 +13,18 @@ PERMUTATIONS = 1 << 16
 AT_ONCE = 1 << 21  # numbers that are held of a block of permutations
 
 
+def deals_for(alpha: float) -> int:
+    """How many random deals are enough to tell what one in 1/alpha is: the limit has 20 beyond it."""
+    return min(PERMUTATIONS, math.ceil(20 / alpha))
+
+
 def enough(first: int, second: int, alpha: float) -> bool:
-    """Whether so many curves can be dealt in enough ways for a false-alarm rate of alpha."""
-    return min(math.comb(first + second, first), PERMUTATIONS) * alpha >= 1
+    """Whether so many curves can be dealt in enough ways for a false-alarm rate of alpha.
+
+    Of two groups of one size every deal has a mirror image with the same statistic.
+    """
+    mirrored = 2 if first == second else 1
+    return min(math.comb(first + second, first), PERMUTATIONS) * alpha >= mirrored
 
 
 def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> tuple[Array, Array]:
