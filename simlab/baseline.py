@@ -90,6 +90,7 @@ def read_case(path: Path) -> Case:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a group of keys")
     reader = Reader({str(key): value for key, value in values.items()}, f"{path}: ")
+    reader.only("a case", ("description", "overrides", "gates", "quantities"))
     quantities = _texts(reader, "quantities") if "quantities" in values else QUANTITIES
     gates = _texts(reader, "gates")
     for gate in gates:
@@ -100,7 +101,6 @@ def read_case(path: Path) -> Case:
         path.stem, path.parent, reader.text("description") or "", _texts(reader, "overrides"),
         gates, quantities,
     )  # fmt: skip
-    reader.done()
     return case
 
 

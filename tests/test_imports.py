@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "simlab"
-LOWER = {"config", "validation", "theory", "growth", "store"}
+LOWER = {"config", "validation", "theory", "growth", "store", "baseline"}
 # A room and what of simlab it may import, itself always.
 MAY = {
     "__init__": {"config", "validation", "experiment"},
@@ -29,7 +29,7 @@ MAY = {
     "theory": set(),
     "growth": {"theory"},
     "store": {"config"},
-    "report": {"config", "growth", "store", "theory"},
+    "report": {"baseline", "config", "growth", "store", "theory"},
     "tidy": {"engine", "growth", "statistics", "theory"},
     "experiment": {
         "config", "inputs", "model", "weights", "cost", "memory", "engine", "tidy", "growth", "theory",
@@ -48,6 +48,10 @@ MAY = {
     },
     "sweep": {"config", "mistakes", "job", "store", "report"},
     "run": {"config", "validation", "process", "mistakes", "job"},
+    "baseline": {"config", "growth", "reader", "store"},
+    "regress": {
+        "config", "validation", "process", "mistakes", "baseline", "growth", "experiment", "report",
+    },
 }  # fmt: skip
 
 

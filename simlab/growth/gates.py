@@ -46,7 +46,7 @@ class Finding:
     """Where new curves first leave the recorded ones.
 
     size is in standard errors (statistical, law) or relative (exact), and limit what it may be.
-    blame: attention, mlp, norm, embedding, residual add, or structure: other steps than recorded.
+    blame: attention, mlp, norm, embedding, residual add, loss, or structure: other steps than recorded.
     """
 
     sublayer: int
@@ -85,6 +85,11 @@ def _failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
         f" to blame: {f.blame}"
     )
     return Outcome(gate, False, short, why, finding)
+
+
+def _se(size: float) -> str:
+    """So many standard errors: ``6.3``, ``5e4``."""
+    return f"{size:.1f}" if size < 1000 else f"{size:.0e}".replace("e+0", "e")
 
 
 def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome | None:
@@ -149,9 +154,11 @@ def exact(
         old = by_curve[key]
         off = np.stack([_relative(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
         worst = max(worst, float(off.max()))
-        first = np.flatnonzero((off > limit).any(0))
-        if len(first) and (found is None or first[0] < found[0]):
-            found = (first[0], off, old, rows)
+        where, which = np.nonzero((off > limit).T)
+        if len(where):
+            row = first(where, [quantities[int(i)] for i in which])
+            if found is None or row < found[0]:
+                found = (row, off, old, rows)
     short = f"{worst:.0e}"
     if found is None:
         return Outcome("exact", True, short)
@@ -162,6 +169,15 @@ def exact(
         blame(old, rows.iloc[row], beyond, dtype),
     )  # fmt: skip
     return _failed("exact", short, finding, f"off by {finding.size:.1e} (limit {limit:.0e})")
+
+
+def first(rows: np.ndarray, names: Sequence[str]) -> int:
+    """The row where what is off begins: the first, or the last where only gradients are off.
+
+    rows: of each number that is off; names: their quantities. Gradients come from the loss.
+    """
+    forward = [int(r) for r, n in zip(rows, names, strict=True) if not n.startswith("gradient")]
+    return min(forward) if forward else int(max(rows))
 
 
 def _relative(old: pd.Series, new: pd.Series, signed: bool) -> Array:
@@ -195,26 +211,30 @@ def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: 
     """The component behind the first row that is off.
 
     expected: the recorded mean curve; got: the new one's row; beyond: its quantities that are off.
-    A re-norm's row is the norm's, the embedding's the embedding's. Of a sublayer's row: where branches
-    were normed and the new one isn't g²·m/(m + eps), or a gain is another, it's the norm. Where another
-    stream has come of the same branch, the residual add. Else the sublayer itself.
+    A re-norm's row is the norm's, the embedding's the embedding's; the stream's last one is the loss's
+    where only gradients are off. Of a sublayer's row: where branches were normed and the new one isn't
+    g²·m/(m + eps), or a gain is another, it's the norm. Where another stream has come of the same
+    branch, the residual add. Else the sublayer itself.
     """
     kind, off = str(got["kind"]), set(beyond)
     if kind in ("renorm", "embedding"):
         return "norm" if kind == "renorm" else kind
     own = off & {*ATTENTION, "branch_raw_mean_square", "cosine", "delta_cross"}
+    if all(name.startswith("gradient") for name in beyond):
+        return "loss" if got["sublayer"] == expected["sublayer"].max() else kind
     of_norm = _off_norm(got, dtype) if _normed(expected) else None
     if of_norm or off & {"gain_mean_square", "gain_max_abs"}:
         return "norm"
-    if of_norm is None and not own and off & {"branch_mean_square", "delta_branch", "eps_factor"}:
+    added = off & {"branch_mean_square", "delta_branch", "eps_factor"}
+    if of_norm is None and added and not own:
         return "norm"
-    if own or not off & {"norm", "mean_square", "variance", *PARTS}:
+    if own or added or not off & {"norm", "mean_square", "variance", *PARTS}:
         return kind
     return "residual add"
 
 
 def _normed(expected: pd.DataFrame) -> bool:
-    """Whether recorded branches were normed: of one size at nearly every sublayer, unlike the raw ones."""
+    """Whether recorded branches were normed: of one size nearly everywhere, unlike the raw ones."""
     if "branch_mean_square" not in expected:
         return False
     b = expected["branch_mean_square"].dropna()
@@ -260,10 +280,10 @@ def statistical(
         t[whole], maxima = permuted(old[:, whole], new[:, whole], floor[whole], deals_for(alpha))
         most = limit(maxima, alpha)
     t[lost] = np.where(np.isnan(old[:, lost]).all(0) & np.isnan(new[:, lost]).all(0), 0, np.inf)
-    short = f"{t.max():.1f}/{most:.1f}"
+    short = f"{_se(t.max())}/{most:.1f}"
     if not (t > most).any():
         return Outcome("statistical", True, short)
-    row = int(row_of[t > most].min())
+    row = first(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
     here = row_of == row
     beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
     worst = int(np.flatnonzero(here)[t[here].argmax()])
@@ -271,7 +291,7 @@ def statistical(
     finding = _finding(
         mean, _mean(got), row, names[worst], t[worst], most, blame(mean, step, beyond, dtype)
     )
-    size = f"{finding.size:.1f} standard errors (limit {most:.1f})"
+    size = f"{_se(finding.size)} standard errors (limit {most:.1f})"
     return _failed("statistical", short, finding, size)
 
 
@@ -352,7 +372,7 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
         str(step["kind"]), "mean_square", float(expected[:, row].mean()), float(v[:, row].mean()),
         float(t[row - 1]), float(limit), _law_blame([g.iloc[row] for g in of_seed], gain, dtype),
     )  # fmt: skip
-    size = f"{finding.size:.1f} standard errors (limit {limit:.1f})"
+    size = f"{_se(finding.size)} standard errors (limit {limit:.1f})"
     return _failed("law", short, finding, size)
 
 

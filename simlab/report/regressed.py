@@ -150,7 +150,7 @@ def figure(checked: Checked) -> Figure:
     means = pd.concat([old["mean"], new["mean"]])
     if means.min() > 0 and means.max() > 10 * means.min():
         left.set_yscale("log")
-    both = old.join(new, how="inner", lsuffix="_old", rsuffix="_new")
+    both = old.add_suffix("_old").join(new.add_suffix("_new"), how="inner")
     signed = name in SIGNED
     for end in ("mean", "low", "high"):
         base = both["mean_old"]
