@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from simlab.block_probe import Probe, Reducer
 from simlab.config import ConfigError
 from simlab.loss import next_token
 from simlab.model.transformer import Block
-from simlab.probe import Probe, Reducer
 from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.weights.source import Weights
 
