@@ -75,7 +75,8 @@ def attention_weights(out: Any) -> dict[str, Tensor] | None:
     """
     if not isinstance(out, (tuple, list)) or len(out) < 2 or not isinstance(out[1], Tensor):
         return None
-    if out[1].ndim != 4:
+    length = out[0].shape[1]
+    if out[1].ndim != 4 or out[1].shape[2:] != (length, length):
         return None
     a = out[1].detach().float()
     entropy = torch.special.entr(a).sum(-1).mean(1)
