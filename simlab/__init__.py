@@ -1,10 +1,11 @@
 """simlab: how activations grow with depth, for random-init and pretrained transformers.
 
-    from simlab import build_model, compose
+    from simlab import build_model, compose, probe
     from simlab.experiment import run
     config = compose(["model=small", "norm=swin_renorm"])
     result = run(config)            # .curve (a DataFrame), .summary, .verdicts
     model = build_model(config)     # such a model, as one nn.Module
+    rows = probe(model, ids).rows() # the same rows, of any PyTorch decoder
 
 Imports are late, so that ``--help`` and tab completion don't wait for torch.
 """
@@ -16,9 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simlab.config import ConfigError, RunConfig
     from simlab.experiment import RunResult, build_model
+    from simlab.layout import Layout, Sublayer
+    from simlab.model_probe import probe
     from simlab.validation import compose
 
-__all__ = ["ConfigError", "RunConfig", "RunResult", "build_model", "compose"]
+__all__ = [
+    "ConfigError",
+    "Layout",
+    "RunConfig",
+    "RunResult",
+    "Sublayer",
+    "build_model",
+    "compose",
+    "probe",
+]
 
 _HOMES = {
     "ConfigError": "simlab.config",
@@ -26,6 +38,9 @@ _HOMES = {
     "compose": "simlab.validation",
     "RunResult": "simlab.experiment",
     "build_model": "simlab.experiment",
+    "probe": "simlab.model_probe",
+    "Layout": "simlab.layout",
+    "Sublayer": "simlab.layout",
 }
 
 

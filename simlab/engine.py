@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from simlab.block_probe import Probe, Reducer
 from simlab.config import ConfigError
 from simlab.loss import next_token
 from simlab.model.transformer import Block
-from simlab.probe import Probe, Reducer
 from simlab.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.weights.source import Weights
 
@@ -48,6 +48,16 @@ class Measured:
 
     rows: list[Row]
     loss: Tensor | None = None
+
+
+def rows_of(embedding: Tensor, blocks: list[list[tuple[str, Tensor]]]) -> list[Row]:
+    """The rows of what was found: the embedding's statistics, and every block's by kind of step."""
+    rows, sublayer = [Row(0, None, "embedding", embedding)], 0
+    for block, steps in enumerate(blocks):
+        for kind, values in steps:
+            sublayer += kind != "renorm"
+            rows.append(Row(sublayer, block, kind, values))
+    return rows
 
 
 def resolve_device(name: str) -> torch.device:
@@ -110,8 +120,8 @@ def forward(
     embedding = Reducer(STATISTICS, curves)
     for stream in streams:
         embedding.add(Step(after=stream))
-    rows, kept = [Row(0, None, "embedding", embedding.result())], []
-    sublayer = 0
+    blocks: list[list[tuple[str, Tensor]]] = []
+    kept: list[list[Tensor]] = []
     for layer in range(model.depth):
         if keep:
             kept.append(list(streams))
@@ -119,12 +129,10 @@ def forward(
         with Probe(block, curves) as probe:
             for i, stream in enumerate(streams):
                 streams[i] = block(stream)
-        for kind, values in probe.results():
-            sublayer += kind != "renorm"
-            rows.append(Row(sublayer, layer, kind, values))
+        blocks.append(probe.results())
         del block, probe  # before the next one is made: one block's weights at a time
         on_block()
-    return rows, [*kept, streams]
+    return rows_of(embedding.result(), blocks), [*kept, streams]
 
 
 def backward(

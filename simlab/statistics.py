@@ -251,6 +251,7 @@ GRADIENT_STATISTICS: dict[str, Statistic] = {
 HEADS_AT_ONCE = 1 << 24  # entries of attention matrices that are held at a time
 
 
+@torch.no_grad()
 def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """What the weights a = softmax(QKᵀ/√C) of an attention are like, per token (B, T), in float32.
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "simlab"
 LOWER = {"config", "validation", "theory", "growth", "store", "baseline"}
 # A room and what of simlab it may import, itself always.
 MAY = {
-    "__init__": {"config", "validation", "experiment"},
+    "__init__": {"config", "validation", "experiment", "layout", "model_probe"},
     "reader": {"config"},
     "validation": {"config", "reader"},
     "config": set(),
@@ -20,12 +20,18 @@ MAY = {
     "statistics": set(),
     "model": {"config"},
     "weights": {"config", "model"},
-    "probe": {"model", "statistics"},
+    "block_probe": {"model", "statistics"},
     "resources": set(),
     "cost": {"config", "resources", "weights"},
     "memory": {"config", "cost", "resources", "statistics", "weights"},
     "loss": {"model", "weights"},
-    "engine": {"config", "loss", "model", "weights", "probe", "statistics"},
+    "engine": {"config", "loss", "model", "weights", "block_probe", "statistics"},
+    "layout": {"config"},
+    "layout_probe": {"block_probe", "config", "layout", "model", "statistics"},
+    "model_probe": {
+        "config", "block_probe", "engine", "growth", "layout", "layout_probe", "model", "statistics",
+        "theory", "tidy",
+    },
     "theory": set(),
     "growth": {"theory"},
     "store": {"config"},

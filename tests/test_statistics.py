@@ -6,9 +6,9 @@ import torch
 from conftest import PARITY, tiny, write_olmo
 
 from simlab import build_model
+from simlab.block_probe import Reducer
 from simlab.engine import measure_curves
 from simlab.experiment import prepare, run
-from simlab.probe import Reducer
 from simlab.statistics import REDUCE, STATISTICS, Step, attention_statistics
 from simlab.weights.checkpoint import Checkpoint
 

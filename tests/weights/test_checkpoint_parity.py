@@ -5,8 +5,8 @@ import torch
 from conftest import PARITY, assert_parity, write_olmo
 
 from simlab import build_model, compose
+from simlab.block_probe import Probe
 from simlab.engine import measure_curves
-from simlab.probe import Probe
 from simlab.statistics import STATISTICS
 from simlab.weights.checkpoint import Checkpoint
 

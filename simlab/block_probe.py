@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ class Reducer:
         self.values: dict[str, list[Tensor]] = {reduce: [] for reduce in self.alike}
         self.tokens = 0
 
+    @torch.no_grad()
     def add(self, step: Step) -> None:
         """Take in one batch's step: numbers of each statistic per token, on its device."""
         for reduce, statistics in self.alike.items():
@@ -53,23 +56,23 @@ class Reducer:
         return torch.stack([by_place[i] for i in range(len(order))], -1)
 
 
-class Probe:
-    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output.
+class BlockProbe(ABC):
+    """Statistics of the residual steps of a block, from hooks that live in its ``with`` block.
 
-    curves: S, whose sequences lie one curve's after another's in x (S·B, T, D).
+    kinds: of the steps, in the order they happen. curves: S, whose sequences lie one curve's after
+    another's in x (S·B, T, D). normalises and gain: what the laws may know of the block.
     """
 
-    def __init__(self, block: Block, curves: int = 1) -> None:
-        self.steps = list(block.steps())
-        self.reducers = [Reducer(STATISTICS, curves) for _ in self.steps]
-        self.handles: list[RemovableHandle] = []
-        self.seen: dict[str, Tensor] = {}
-        self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
-        self.attention: dict[str, Tensor] | None = None
+    normalises: str | None
+    gain: float
 
-    def __enter__(self) -> Probe:
-        for (_, step), reducer in zip(self.steps, self.reducers, strict=True):
-            self._listen(step, reducer)
+    def __init__(self, block: nn.Module, kinds: Sequence[str], curves: int = 1) -> None:
+        self.block, self.kinds = block, kinds
+        self.reducers = [Reducer(STATISTICS, curves) for _ in kinds]
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self.listen()
         return self
 
     def __exit__(
@@ -81,6 +84,32 @@ class Probe:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    @abstractmethod
+    def listen(self) -> None:
+        """Register hooks that take every step to its reducer; their handles go to ``handles``."""
+
+    def results(self) -> list[tuple[str, Tensor]]:
+        """Kind and statistics (S, entries) of every step of the block, in the order they happened."""
+        return [(kind, r.result()) for kind, r in zip(self.kinds, self.reducers, strict=True)]
+
+
+class Probe(BlockProbe):
+    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output."""
+
+    def __init__(self, block: Block, curves: int = 1) -> None:
+        kinds, self.steps = zip(*block.steps(), strict=True)
+        super().__init__(block, kinds, curves)
+        self.normalises = block.attention.normalises
+        self.gain = block.attention.options.gain
+        self.seen: dict[str, Tensor] = {}
+        self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
+        self.attention: dict[str, Tensor] | None = None
+
+    def listen(self) -> None:
+        """Hooks on sublayers, adds, attention and the steps themselves."""
+        for step, reducer in zip(self.steps, self.reducers, strict=True):
+            self._listen(step, reducer)
 
     def _listen(self, step: Placement | Renorm, reducer: Reducer) -> None:
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
@@ -98,7 +127,7 @@ class Probe:
         def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             found = observe(step, args[0], out, self.seen, self.attention)
             reducer.add(found)
-            self.last = out, found.wide
+            self.last = None if step is self.steps[-1] else (out, found.wide)
             self.seen, self.attention = {}, None
 
         if isinstance(step, Placement):
@@ -107,11 +136,6 @@ class Probe:
             if isinstance(step.sublayer, Attention):
                 self.handles.append(step.sublayer.attend.register_forward_hook(on_attend))
         self.handles.append(step.register_forward_hook(on_step))
-
-    def results(self) -> list[tuple[str, Tensor]]:
-        """Kind and statistics (S, entries) of every step of the block, in the order they happened."""
-        kinds = (kind for kind, _ in self.steps)
-        return [(kind, r.result()) for kind, r in zip(kinds, self.reducers, strict=True)]
 
 
 def observe(

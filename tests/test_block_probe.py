@@ -6,9 +6,9 @@ import torch
 from conftest import PARITY, tiny
 
 from simlab import build_model
+from simlab.block_probe import Probe
 from simlab.experiment import run
 from simlab.model.placement import PLACEMENTS, Placement
-from simlab.probe import Probe
 from simlab.statistics import STATISTICS
 
 
