@@ -1,6 +1,7 @@
 # make run    .venv, install, the main job; ends with the figure's path
 # make test   the test suite
 # make demo   the bundled trained model beside random inits
+# make regress  growth curves of OLMo-2's shapes and of the demo against the recorded ones
 # make check  ruff, ruff-format, mypy
 # run, demo and test pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run demo test check checkpoint format clean
+.PHONY: run demo test regress check checkpoint format clean
 
 # A stamp per extra: reinstalled when the dependencies change, not on every call.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
@@ -26,6 +27,9 @@ demo: $(VENV)/run.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+regress: $(VENV)/run.stamp
+	@$(BIN)/python -m simlab.regress $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

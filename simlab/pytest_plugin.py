@@ -1,4 +1,4 @@
-"""The pytest fixture ``growth_regression``: a model's growth curve recorded and checked by its own tests.
+"""The pytest fixture ``growth_regression``: a model's growth curve, held by its own test suite.
 
     def test_growth(growth_regression):
         torch.manual_seed(0)

@@ -55,6 +55,7 @@ MAY = {
     "sweep": {"config", "mistakes", "job", "store", "report"},
     "run": {"config", "validation", "process", "mistakes", "job"},
     "baseline": {"config", "growth", "reader", "store"},
+    "pytest_plugin": {"config", "growth", "baseline", "layout", "report"},
     "regress": {
         "config", "validation", "process", "mistakes", "baseline", "growth", "experiment", "report",
     },

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 
 from simlab import engine
-from simlab.probe import Probe
+from simlab.block_probe import Probe
 from simlab.weights import gaussian, init, random
 from simlab.weights.gaussian import GaussianLinear
 from simlab.weights.init import Gaussian

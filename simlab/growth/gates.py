@@ -143,6 +143,7 @@ def exact(
     The size is |expected|; of a quantity in SIGNED, its rms over the curve. got's curves must all be
     among the expected.
     """
+    expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
     other = structure(expected, got, "exact")
     if other:
         return other
@@ -267,6 +268,7 @@ def statistical(
     depend on each other and have any law: a false alarm has probability ≤ alpha exactly, for all rows
     and quantities together (Westfall & Young 1993, §2.3: max-T). Where t > the limit, that row is off.
     """
+    expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
     other = structure(expected, got, "statistical")
     if other:
         return other

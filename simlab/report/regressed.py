@@ -172,6 +172,7 @@ def figure(checked: Checked) -> Figure:
 
 def _by_step(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """Mean and range over a quantity's curves, by position on the sublayer axis."""
+    frame = frame.reset_index(drop=True)
     x = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
     grouped = frame.dropna(subset=[name]).groupby(x)[name]
     table = grouped.agg(["mean", "min", "max", "count"])
