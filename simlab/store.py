@@ -33,6 +33,7 @@ STALE = 3600.0  # seconds; what a killed process has left is then removed
 # Parts of simlab that no measured number depends on, and packages that all do.
 NOT_RESULTS = (
     "report", "demo", "run.py", "plan.py", "sweeper.py", "cluster.py", "sweep.py", "mistakes.py",
+    "layout.py", "layout_probe.py", "model_probe.py",
 )  # fmt: skip
 BELOW = ("torch", "numpy")
 
