@@ -1,8 +1,9 @@
-"""How often the statistical gate is a false alarm: python scripts/false_alarms.py [RUNS].
+"""How often the gates are false alarms: python scripts/false_alarms.py [RUNS].
 
 A pool of random inits of one small model is dealt into pairs of groups of the gate's sizes, which
 differ by chance alone; the share of alarms is printed for several alphas beside its 95 % upper bound
-(Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen.
+(Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen. Then the law's gate, on
+a tenth as many groups of random inits, for which the law holds.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import pandas as pd
 
 from simlab import compose
 from simlab.experiment import run
+from simlab.growth.curve import Curves, curves
 from simlab.growth.gates import QUANTITIES, RTOL, stack
+from simlab.growth.law_gate import SEEDS, passes
 from simlab.growth.permutation import limit, permuted
+from simlab.growth.verdict import judge
 from simlab.theory.laws import Array
 
 RECORDED = 10  # seeds of simlab's own cases, and as many others
@@ -60,16 +64,28 @@ def stacked(frames: list[pd.DataFrame]) -> tuple[Array, Array]:
     return values, floor
 
 
+def law_alarms(runs: int, depth: int) -> int:
+    """Of so many groups of random inits that obey the law, how many fail its gate."""
+    config = compose([*MODEL, f"depth={depth}", "init.std=0.1", f"seeds={POOL // 2}"])
+    every = curves(run(config).curve, "random")
+    generator, alarms = np.random.default_rng(2), 0
+    for _ in range(runs):
+        picked = generator.choice(every.count, SEEDS, replace=False)
+        group = Curves(every.kinds, every.mean_square[picked], every.eps_factor[picked])
+        alarms += not passes(judge(group, 1.0, "branch", "float32"))
+    return alarms
+
+
 def main() -> None:
     """Draw the pool, deal it, and count."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-    curves, floor = stacked(pool(range(POOL)))
+    pooled, floor = stacked(pool(range(POOL)))
     generator = np.random.default_rng(1)
     alarms = dict.fromkeys(ALPHAS, 0)
     said = time.perf_counter()
     for done in range(1, runs + 1):
         picked = generator.choice(POOL, 2 * RECORDED, replace=False)
-        t, maxima = permuted(curves[picked[:RECORDED]], curves[picked[RECORDED:]], floor, DEALS)
+        t, maxima = permuted(pooled[picked[:RECORDED]], pooled[picked[RECORDED:]], floor, DEALS)
         for alpha in ALPHAS:
             alarms[alpha] += bool(t.max() > limit(maxima, alpha))
         if time.perf_counter() - said > 30:
@@ -84,11 +100,15 @@ def main() -> None:
         wrong, _ = stacked(pool(range(POOL, POOL + 200), f"init.std={0.05 * off}"))
         seen = 0
         for _ in range(200):
-            old = curves[generator.choice(POOL, RECORDED, replace=False)]
+            old = pooled[generator.choice(POOL, RECORDED, replace=False)]
             new = wrong[generator.choice(len(wrong), RECORDED, replace=False)]
             t, maxima = permuted(old, new, floor, DEALS)
             seen += bool(t.max() > limit(maxima, 0.001))
         print(f"a std {100 * (off - 1):.0f} % too large is seen in {seen / 2:.0f} % of runs")
+    for depth in (8, 32):
+        alarms, groups = law_alarms(runs // 10, depth), runs // 10
+        print(f"law, depth {depth}: {alarms} false alarms in {groups} groups", end=" ")
+        print(f"(at most {upper(alarms, groups):.2g} with 95 %)")
 
 
 if __name__ == "__main__":

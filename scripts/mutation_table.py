@@ -24,7 +24,8 @@ from mutations import MUTATIONS, SETTINGS, Mutation, applied
 from simlab import RunConfig, build_model, compose
 from simlab.engine import measure_curves
 from simlab.experiment import RunResult, measure, prepare
-from simlab.growth.gates import KEYS, Outcome, exact, law, statistical
+from simlab.growth.gates import KEYS, Outcome, exact, statistical
+from simlab.growth.law_gate import law
 from simlab.statistics import STATISTICS
 from simlab.weights.checkpoint import Checkpoint
 

@@ -23,8 +23,8 @@ from simlab.baseline import (
     write_baseline,
 )
 from simlab.config import ConfigError, RunConfig, nearest
-from simlab.growth.fit import MIN_SEEDS
-from simlab.growth.gates import ALPHA, Outcome, exact, law, statistical
+from simlab.growth.gates import ALPHA, Outcome, exact, statistical
+from simlab.growth.law_gate import SEEDS, law
 from simlab.growth.permutation import enough
 from simlab.mistakes import in_one_line
 from simlab.process import tune_process
@@ -64,7 +64,7 @@ def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
         first = max(config.seeds) + 1
         seeds += tuple(range(first, first + count))
     needed = {
-        "law": MIN_SEEDS,
+        "law": SEEDS - ("exact" in case.gates),
         "statistical": next(n for n in range(2, 1000) if enough(n, n, alpha)),
     }
     for gate, least in needed.items():

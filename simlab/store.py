@@ -33,7 +33,7 @@ STALE = 3600.0  # seconds; what a killed process has left is then removed
 # Parts of simlab that no measured number depends on, and packages that all do.
 NOT_RESULTS = (
     "report", "demo", "run.py", "plan.py", "sweeper.py", "cluster.py", "sweep.py", "mistakes.py",
-    "baseline.py", "regress.py",
+    "baseline.py", "regress.py", "pytest_plugin.py", "layout.py", "layout_probe.py", "model_probe.py",
 )  # fmt: skip
 BELOW = ("torch", "numpy")
 

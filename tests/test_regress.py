@@ -18,7 +18,7 @@ OWN = Path(__file__).parent / "baselines"
 CASE = """\
 description: three small blocks
 overrides: [model=small, depth=3, width=32, heads=2, kv_heads=2, d_ff=64, vocab_size=64, init.std=0.3,
-            inputs.batch=1, inputs.length=8, device=cpu, engine=dense, seeds=9]
+            inputs.batch=1, inputs.length=8, device=cpu, engine=dense, seeds=10]
 gates: [exact, statistical, law]
 """
 
@@ -82,7 +82,7 @@ def test_what_is_recorded(recorded, command):
     assert (about["engine"], about["device"], about["dtype"]) == ("dense", "cpu", "float32")
     frame = pd.read_csv(path, comment="#")
     assert list(frame) == [*KEYS, *QUANTITIES]
-    assert len(frame) == 9 * 7
+    assert len(frame) == 10 * 7
     status, out, _ = command("--update", "small", "--reason", "to begin with")
     assert status == 0
     assert "norm: as before" in out
@@ -192,14 +192,15 @@ def test_recording_needs_a_reason(cases, command, args):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("seeds=9", "seeds=6", "small: seeds=6: gate law needs at least 8"),
-        ("seeds=9", "source=demo", "source=demo it is read from the checkpoint"),
-        ("seeds=9", "sees=9", "small: sees: no such key; did you mean seeds?"),
+        ("seeds=10", "seeds=6", "small: seeds=6: gate law needs at least 10"),
+        ("seeds=10", "source=demo", "source=demo it is read from the checkpoint"),
+        ("seeds=10", "sees=9", "small: sees: no such key; did you mean seeds?"),
         ("exact,", "exct,", "gates=exct: allowed: exact, statistical, law; did you mean exact?"),
         ("gates:", "gate:", "a case has no such key; it has description, overrides, gates"),
         ("[exact, statistical, law]", "exact", "allowed: a list of texts"),
         ("[exact, statistical, law]", "[exact, exact]", "something is in it twice"),
-        ("[exact,", "[", None),
+        ("[exact, statistical, law]", "[statistical]", None),
+        ("[exact,", "[", "small: seeds=10: gate law needs at least 11"),
         ("gates: [", "gates: [[", "not YAML"),
         ("gates:", "quantities: [nrom]\ngates:", "quantities=nrom: isn't measured; did you mean norm?"),
     ],
@@ -216,7 +217,7 @@ def test_mistakes_in_a_case(cases, command, old, new, said):
 
 def test_a_case_of_a_few_seeds(cases, command):
     (cases / "small.yaml").write_text(
-        CASE.replace("seeds=9", "seeds=6").replace("exact, statistical, law", "statistical")
+        CASE.replace("seeds=10", "seeds=6").replace("exact, statistical, law", "statistical")
     )
     assert (
         "seeds=6: gate statistical needs at least 7"
@@ -258,7 +259,7 @@ def test_broken_records(recorded, command, change):
 
 
 def test_an_overflow_is_not_recorded(cases, command):
-    text = CASE.replace("seeds=9", "seeds=9, dtype=float16, init.std=1000, norm=none")
+    text = CASE.replace("seeds=10", "seeds=10, dtype=float16, init.std=1000, norm=none")
     (cases / "small.yaml").write_text(text.replace("exact, statistical, law", "exact"))
     status, _, err = command("--update", "small", "--reason", "why")
     assert status == 2

@@ -1,8 +1,7 @@
-"""Three gates between recorded curves and new ones: ``exact``, ``statistical`` and ``law``.
+"""Gates between recorded curves and new ones: ``exact`` and ``statistical`` (``law`` needs no record).
 
 exact        the same seeds: every number within RTOL of the recorded one.
 statistical  other seeds: mean curves within chance, by a permutation test.
-law          the additive law holds and growth is linear, whatever was recorded.
 
 A gate that fails names the first row that is off, by how much, and the component to blame.
 """
@@ -18,9 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simlab.growth.fit import MIN_SEEDS
 from simlab.growth.permutation import deals_for, limit, permuted
-from simlab.growth.verdict import Verdict, flipped, linear, off_by
 from simlab.theory.laws import Array
 
 # How far rounding may move a number of a curve, relative to its size. With other thread counts and
@@ -78,7 +75,8 @@ class Outcome:
     finding: Finding | None = None
 
 
-def _failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
+def failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
+    """A gate that fails, with its sentence. size: how far it is off, in words."""
     f = finding
     why = (
         f"first at {f.where}: {f.quantity} is {f.got:.6g}, not {f.expected:.6g}, {size};"
@@ -87,7 +85,7 @@ def _failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
     return Outcome(gate, False, short, why, finding)
 
 
-def _se(size: float) -> str:
+def standard_errors(size: float) -> str:
     """So many standard errors: ``6.3``, ``5e4``."""
     return f"{size:.1f}" if size < 1000 else f"{size:.0e}".replace("e+0", "e")
 
@@ -169,7 +167,7 @@ def exact(
         old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), limit,
         blame(old, rows.iloc[row], beyond, dtype),
     )  # fmt: skip
-    return _failed("exact", short, finding, f"off by {finding.size:.1e} (limit {limit:.0e})")
+    return failed("exact", short, finding, f"off by {finding.size:.1e} (limit {limit:.0e})")
 
 
 def first(rows: np.ndarray, names: Sequence[str]) -> int:
@@ -282,7 +280,7 @@ def statistical(
         t[whole], maxima = permuted(old[:, whole], new[:, whole], floor[whole], deals_for(alpha))
         most = limit(maxima, alpha)
     t[lost] = np.where(np.isnan(old[:, lost]).all(0) & np.isnan(new[:, lost]).all(0), 0, np.inf)
-    short = f"{_se(t.max())}/{most:.1f}"
+    short = f"{standard_errors(t.max())}/{most:.1f}"
     if not (t > most).any():
         return Outcome("statistical", True, short)
     row = first(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
@@ -293,8 +291,8 @@ def statistical(
     finding = _finding(
         mean, _mean(got), row, names[worst], t[worst], most, blame(mean, step, beyond, dtype)
     )
-    size = f"{_se(finding.size)} standard errors (limit {most:.1f})"
-    return _failed("statistical", short, finding, size)
+    size = f"{standard_errors(finding.size)} standard errors (limit {most:.1f})"
+    return failed("statistical", short, finding, size)
 
 
 def _mean(frame: pd.DataFrame) -> pd.DataFrame:
@@ -336,58 +334,3 @@ def stack(
         add(np.log(np.maximum(np.abs(a), least)), np.log(np.maximum(np.abs(b), least)), rtol, q)
     columns = (np.concatenate(old, 1), np.concatenate(new, 1), np.concatenate(floors))
     return *columns, (np.concatenate(row_of), names)
-
-
-def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:
-    """The additive law holds, and p = 1 within its interval, of at least MIN_SEEDS random curves.
-
-    By ``growth.verdict``: the sign-flip test and the resampled interval (widened by what a linear
-    curve's p varies by with its first sublayers). frame: the random curves, with ``law_additive``.
-    """
-    fit, p = verdict.laws["additive"], verdict.growth.exponent
-    if verdict.seeds < MIN_SEEDS:
-        raise ValueError(f"{verdict.seeds} seeds: {MIN_SEEDS} needed")
-    low, high = (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high)
-    short = f"p {low:.2f}…{high:.2f}"
-    holds, straight = fit.status == "holds", linear(p)
-    if holds and straight:
-        return Outcome("law", True, short)
-    of_seed = [g for _, g in frame.groupby("seed", sort=True)]
-    length = min(map(len, of_seed))
-    v, expected = (
-        np.stack([g[c].to_numpy(np.float64)[:length] for g in of_seed])
-        for c in ("mean_square", "law_additive")
-    )
-    gap = v - expected
-    t, limit = flipped(gap[:, 1:], RTOL[dtype] * v.mean(0)[1:])
-    beyond = np.flatnonzero(t > limit)
-    if not len(beyond):
-        why = (
-            f"growth is not linear, p = {low:.3f} … {high:.3f}; the additive law is off by"
-            f" {off_by(fit.log_error)} at most, within chance"
-        )
-        return Outcome("law", False, short, why)
-    row = int(beyond[0]) + 1
-    step = of_seed[0].iloc[row]
-    finding = Finding(
-        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
-        str(step["kind"]), "mean_square", float(expected[:, row].mean()), float(v[:, row].mean()),
-        float(t[row - 1]), float(limit), _law_blame([g.iloc[row] for g in of_seed], gain, dtype),
-    )  # fmt: skip
-    size = f"{_se(finding.size)} standard errors (limit {limit:.1f})"
-    return _failed("law", short, finding, size)
-
-
-def _law_blame(rows: Sequence[pd.Series], gain: float, dtype: str) -> str:
-    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean."""
-    kind = str(rows[0]["kind"])
-    if kind == "renorm":
-        return "norm"
-    b, c, cosine = (
-        np.array([float(row[name]) for row in rows])
-        for name in ("branch_mean_square", "eps_factor", "cosine")
-    )
-    if abs(b.mean() / (gain**2 * c.mean()) - 1) > 100 * RTOL[dtype]:
-        return "norm"
-    error = cosine.std(ddof=1) / math.sqrt(len(cosine))
-    return kind if abs(cosine.mean()) > 2 * error else "residual add"

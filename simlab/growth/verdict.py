@@ -57,11 +57,11 @@ def sign_flip(differences: Array, floor: Array) -> float:
     return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
 
 
-def flipped(differences: Array, floor: Array) -> tuple[Array, float]:
-    """Each row's statistic (R,), and what ``sign_flip`` lets the largest reach, at ALPHA."""
+def flipped(differences: Array, floor: Array, alpha: float) -> tuple[Array, float]:
+    """Each row's statistic (R,), and what ``sign_flip`` lets the largest reach at alpha."""
     statistic = _flips(differences, floor)
     ordered = np.sort(statistic.max(-1))[::-1]
-    return statistic[0], float(ordered[math.floor(ALPHA * len(ordered))] * (1 + 1e-9))
+    return statistic[0], float(ordered[math.floor(alpha * len(ordered))] * (1 + 1e-9))
 
 
 def _flips(differences: Array, floor: Array) -> Array:

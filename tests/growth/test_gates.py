@@ -10,10 +10,10 @@ from simlab.growth.gates import (
     blame,
     exact,
     first,
-    law,
     statistical,
     structure,
 )
+from simlab.growth.law_gate import SEEDS, law, stretched
 
 DTYPE = "float32"
 
@@ -156,7 +156,7 @@ def test_the_law(measured):
 def test_the_law_fails_where_no_norm_holds_it(overrides, to):
     from conftest import tiny
 
-    found = run(tiny("depth=4", "seeds=10", *overrides))
+    found = run(tiny("depth=4", f"seeds={SEEDS}", *overrides))
     outcome = law(found.curve, found.verdicts["random"], 1.0, DTYPE)
     assert not outcome.passed
     assert (outcome.finding.sublayer, outcome.finding.blame) == (1, to)
@@ -178,5 +178,16 @@ def test_the_law_needs_seeds():
     from conftest import tiny
 
     found = run(tiny("seeds=2"))
-    with pytest.raises(ValueError, match="2 seeds: 8 needed"):
+    with pytest.raises(ValueError, match="2 seeds: 11 needed"):
         law(found.curve, found.verdicts["random"], 1.0, DTYPE)
+
+
+def test_the_law_is_stricter_than_the_verdict():
+    """Stretched as Student's t of 10 degrees of freedom is: 4.587 at 99.95 %, 2.228 at 97.5 %."""
+    from simlab.growth.fit import Estimate
+
+    p = stretched(Estimate(1.0, 0.9, 1.2), 11)
+    assert (p.low, p.high) == pytest.approx(
+        (1 - 0.1 * 4.587 / 2.228, 1 + 0.2 * 4.587 / 2.228), abs=1e-3
+    )
+    assert stretched(Estimate(1.0), 1) == Estimate(1.0)

@@ -1,0 +1,88 @@
+"""The gate ``law``: random inits obey the additive law, whatever was recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from simlab.growth.fit import Estimate, t_quantile
+from simlab.growth.gates import ALPHA, RTOL, Finding, Outcome, failed, standard_errors
+from simlab.growth.verdict import Verdict, flipped, linear, off_by
+
+SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
+
+
+def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:
+    """The additive law holds, and the exponent p is 1 within its interval, of S ≥ SEEDS random inits.
+
+    By ``growth.verdict``'s sign-flip test and ``growth.fit``'s interval, but at ALPHA instead of 1 %
+    and 5 %, since a gate is asked often; p may be 1 to two hundredths, as there. frame: the curves,
+    with ``law_additive``. verdict: of these.
+    """
+    fit, growth = verdict.laws["additive"], verdict.growth
+    if verdict.seeds < SEEDS:
+        raise ValueError(f"{verdict.seeds} seeds: {SEEDS} needed")
+    p = stretched(growth.exponent, verdict.seeds)
+    shown = f"{p.low:.2f}…{p.high:.2f}" if p.low is not None else f"{p.value:.2f}"
+    short = f"p {shown}"
+    if passes(verdict):
+        return Outcome("law", True, short)
+    of_seed = [g for _, g in frame.groupby("seed", sort=True)]
+    length = min(map(len, of_seed))
+    v, expected = (
+        np.stack([g[c].to_numpy(np.float64)[:length] for g in of_seed])
+        for c in ("mean_square", "law_additive")
+    )
+    gap = v - expected
+    t, limit = flipped(gap[:, 1:], RTOL[dtype] * v.mean(0)[1:], ALPHA)
+    beyond = np.flatnonzero(t > limit)
+    if not len(beyond):
+        why = (
+            f"growth is not linear, p = {shown}; the additive law is off by"
+            f" {off_by(fit.log_error)} at most, within chance"
+        )
+        return Outcome("law", False, short, why)
+    row = int(beyond[0]) + 1
+    step = of_seed[0].iloc[row]
+    finding = Finding(
+        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
+        str(step["kind"]), "mean_square", float(expected[:, row].mean()), float(v[:, row].mean()),
+        float(t[row - 1]), float(limit), _law_blame([g.iloc[row] for g in of_seed], gain, dtype),
+    )  # fmt: skip
+    size = f"{standard_errors(finding.size)} standard errors (limit {limit:.1f})"
+    return failed("law", short, finding, size)
+
+
+def passes(verdict: Verdict) -> bool:
+    """Whether neither the law's p-value nor the exponent p speaks against it at ALPHA."""
+    p_value = verdict.laws["additive"].p_value
+    growing = linear(stretched(verdict.growth.exponent, verdict.seeds))
+    return p_value is not None and p_value >= ALPHA and growing
+
+
+def stretched(p: Estimate, seeds: int) -> Estimate:
+    """A 95 % interval made one of 1 − ALPHA, by the ratio of Student's t."""
+    if p.low is None or p.high is None:
+        return p
+    ratio = t_quantile(1 - ALPHA / 2, seeds - 1) / t_quantile(0.975, seeds - 1)
+    return Estimate(
+        p.value, p.value - ratio * (p.value - p.low), p.value + ratio * (p.high - p.value)
+    )
+
+
+def _law_blame(rows: Sequence[pd.Series], gain: float, dtype: str) -> str:
+    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean."""
+    kind = str(rows[0]["kind"])
+    if kind == "renorm":
+        return "norm"
+    b, c, cosine = (
+        np.array([float(row[name]) for row in rows])
+        for name in ("branch_mean_square", "eps_factor", "cosine")
+    )
+    if abs(b.mean() / (gain**2 * c.mean()) - 1) > 100 * RTOL[dtype]:
+        return "norm"
+    error = cosine.std(ddof=1) / math.sqrt(len(cosine))
+    return kind if abs(cosine.mean()) > 2 * error else "residual add"
