@@ -2,8 +2,8 @@
 
 A pool of random inits of one small model is dealt into pairs of groups of the gate's sizes, which
 differ by chance alone; the share of alarms is printed for several alphas beside its 95 % upper bound
-(Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen. Then the law's gate, on
-a tenth as many groups of random inits, for which the law holds.
+(Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen. Then
+the law's gate, on a tenth as many groups of random inits, for which the law holds.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def main() -> None:
             seen += bool(t.max() > limit(maxima, 0.001))
         print(f"a std {100 * (off - 1):.0f} % too large is seen in {seen / 2:.0f} % of runs")
     for depth in (8, 32):
-        alarms, groups = law_alarms(runs // 10, depth), runs // 10
-        print(f"law, depth {depth}: {alarms} false alarms in {groups} groups", end=" ")
-        print(f"(at most {upper(alarms, groups):.2g} with 95 %)")
+        found, groups = law_alarms(runs // 10, depth), runs // 10
+        print(f"law, depth {depth}: {found} false alarms in {groups} groups", end=" ")
+        print(f"(at most {upper(found, groups):.2g} with 95 %)")
 
 
 if __name__ == "__main__":
