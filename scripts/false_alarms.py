@@ -2,8 +2,8 @@
 
 A pool of random inits of one small model is dealt into pairs of groups of the gate's sizes, which
 differ by chance alone; the share of alarms is printed for several alphas beside its 95 % upper bound
-(Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen. Then
-the law's gate, on a tenth as many groups of random inits, for which the law holds.
+(Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen.
+Then the law's gate, on a tenth as many groups of random inits, for which the law holds.
 """
 
 from __future__ import annotations
