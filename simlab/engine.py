@@ -49,6 +49,10 @@ class Measured:
     rows: list[Row]
     loss: Tensor | None = None
 
+    def first(self, depth: int) -> Measured:
+        """Its rows as far as this many blocks go."""
+        return Measured([row for row in self.rows if row.block is None or row.block < depth])
+
 
 def resolve_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda[:N]`` or ``mps`` to a device that is there.
