@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _PACKAGED = Path(__file__).resolve().parent / "conf"
@@ -155,6 +155,13 @@ class RunConfig:
         if self.model is None:
             raise ConfigError("the checkpoint's shape has not been read yet")
         return self.model
+
+    @property
+    def but_depth(self) -> RunConfig:
+        """The run without its depth, and what of the config follows from that: for comparison."""
+        if self.model is None:
+            return self
+        return replace(self, model=replace(self.model, depth=0, full_attention=()))
 
 
 @dataclass(frozen=True)

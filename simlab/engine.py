@@ -49,6 +49,10 @@ class Measured:
     rows: list[Row]
     loss: Tensor | None = None
 
+    def first(self, depth: int) -> Measured:
+        """Its rows as far as this many blocks go."""
+        return Measured([row for row in self.rows if row.block is None or row.block < depth])
+
 
 def rows_of(embedding: Tensor, blocks: list[list[tuple[str, Tensor]]]) -> list[Row]:
     """The rows of what was found: the embedding's statistics, and every block's by kind of step."""

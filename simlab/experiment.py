@@ -19,8 +19,8 @@ from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.cost import choose, compute_threads, seconds
-from simlab.cost import curves as curves_of
-from simlab.engine import measure_curves, resolve_device
+from simlab.cost import curves as costs_of
+from simlab.engine import Measured, measure_curves, resolve_device
 from simlab.growth.compare import departure, massive, sentences, with_outside
 from simlab.growth.curve import curves
 from simlab.growth.exponents import exponents
@@ -36,9 +36,11 @@ from simlab.tidy import cut, cut_gradients, losses, tidy, with_laws
 from simlab.weights.checkpoint import Checkpoint
 from simlab.weights.gaussian import GaussianWeights, together
 from simlab.weights.init import Gaussian, distribution
+from simlab.weights.layers import begins
 from simlab.weights.random import RandomWeights
 from simlab.weights.source import Weights, materialise_model
 
+Curves = list[tuple[str, int, Measured]]  # name, seed, rows
 ENGINES = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
 
 
@@ -84,7 +86,7 @@ class Prepared:
             resolve_device(str(self.device))
         except ConfigError:
             return size, math.nan
-        return size, sum(map(seconds, curves_of(self.config, threads)))
+        return size, sum(map(seconds, costs_of(self.config, threads)))
 
     @property
     def engines(self) -> dict[str, str]:
@@ -164,18 +166,28 @@ def sources(run: Prepared) -> Iterator[tuple[str, tuple[int, ...], Weights]]:
     weightless = config.engine == "weightless"
     tokens = run.tokens.numel()
     at_once = together(config.shape, tokens, config.gradients) if weightless else 1
+    # No more draw than cores are left: measured, they take up to 8 % of the time from the products.
+    beside = torch.get_num_threads() - threads_for(run, config.engine)
     for start in range(0, len(config.seeds), at_once):
         seeds = tuple(config.seeds[start : start + at_once])
-        yield "random", seeds, ENGINES[config.engine](config.shape, config.init, *seeds)
+        weights = ENGINES[config.engine](config.shape, config.init, *seeds, beside=beside)
+        yield "random", seeds, weights
+
+
+def threads_for(run: Prepared, engine: str) -> int:
+    """torch's threads for a curve: all, or while a CPU's others draw normals, some."""
+    every = torch.get_num_threads()
+    if engine == "weightless" and run.device.type == "cpu":
+        config, tokens = run.config, run.tokens.numel()
+        return compute_threads(config.shape, tokens, config.gradients, every)
+    return every
 
 
 @contextmanager
 def threads(run: Prepared, engine: str) -> Iterator[None]:
-    """torch's threads for a curve: all, or while a CPU's others draw normals, some."""
+    """With as many of torch's threads as a curve is to have."""
     before = torch.get_num_threads()
-    if engine == "weightless" and run.device.type == "cpu":
-        config, tokens = run.config, run.tokens.numel()
-        torch.set_num_threads(compute_threads(config.shape, tokens, config.gradients, before))
+    torch.set_num_threads(threads_for(run, engine))
     try:
         yield
     finally:
@@ -187,16 +199,68 @@ def run(config: RunConfig) -> RunResult:
     return measure(prepare(config))
 
 
-def measure(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> RunResult:
-    """Measure every curve of a run and judge it. ``on_block`` is called after each block."""
-    config, model, dtype = ready.config, ready.config.shape, getattr(torch, ready.config.dtype)
-    measured = []
+def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
+    """Every curve of a run, measured. ``on_block`` is called after each block."""
+    config, dtype = ready.config, getattr(torch, ready.config.dtype)
+    found = []
     for name, seeds, weights in sources(ready):
         with threads(ready, ready.engines[name]):
             several = measure_curves(
                 weights, ready.tokens, ready.device, dtype, config.gradients, on_block
             )
-        measured += [(name, seed, curve) for seed, curve in zip(seeds, several, strict=True)]
+        found += [(name, seed, curve) for seed, curve in zip(seeds, several, strict=True)]
+    return found
+
+
+class Prefixes:
+    """``measured_curves`` for one run after another, which remembers the last curves it measured.
+
+    A run that differs in its depth alone, and has the same layers as far as it goes, is given their
+    first rows: no number on them knows what comes after.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Prepared, Curves] | None = None
+
+    def __call__(self, ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
+        """As ``measured_curves``; ``on_block`` isn't called for what is remembered."""
+        if self.last and is_prefix(ready, self.last[0]):
+            depth = ready.config.shape.depth
+            return [(name, seed, curve.first(depth)) for name, seed, curve in self.last[1]]
+        self.last = None  # before the next is measured
+        found = measured_curves(ready, on_block)
+        if not ready.checkpoint and not ready.config.gradients:
+            self.last = ready, found
+        return found
+
+
+def is_prefix(run: Prepared, deep: Prepared) -> bool:
+    """Whether the curves of ``run`` are, to the last bit, the first rows of those of ``deep``.
+
+    Of random inits: everything but the depth is the same, and so is every layer of ``run``.
+    A gradient comes from the end, which is another.
+    """
+    one, other = run.config, deep.config
+    return (
+        not (one.source.stored or one.gradients)
+        and one.but_depth == other.but_depth
+        and torch.equal(run.tokens, deep.tokens)
+        and threads_for(run, one.engine) == threads_for(deep, one.engine)
+        and begins(one.shape, other.shape, one.init)
+    )
+
+
+def measure(
+    ready: Prepared,
+    on_block: Callable[[], None] = lambda: None,
+    curves_of: Callable[..., Curves] = measured_curves,
+) -> RunResult:
+    """Measure every curve of a run and judge it. ``on_block`` is called after each block.
+
+    curves_of: as ``measured_curves``, which it may remember.
+    """
+    config, model = ready.config, ready.config.shape
+    measured = curves_of(ready, on_block)
     frame = tidy(measured, ready.tokens.numel() * model.width)
     frame, overflow = cut(frame)
     frame["massive"] = massive(frame)

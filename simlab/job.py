@@ -27,7 +27,7 @@ from simlab.validation import read, read_keep
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from simlab.experiment import Prepared, RunResult
+    from simlab.experiment import Curves, Prepared, RunResult
 
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
@@ -161,6 +161,7 @@ def sweep_job(
     keep: KeepConfig,
     on_block: Callable[[], None] = lambda: None,
     tokens_of: Callable[..., Tensor] | None = None,
+    curves_of: Callable[..., Curves] | None = None,
 ) -> None:
     """One job of a sweep: its result in its folder, and how it ended in RECORD.
 
@@ -181,7 +182,9 @@ def sweep_job(
                 key = key_of(ready)  # before its files are read, which may change meanwhile
                 found = kept(key, ready, results) if keep.resume else None
                 if found is None:
-                    result = experiment.measure(ready, on_block)
+                    result = experiment.measure(
+                        ready, on_block, curves_of or experiment.measured_curves
+                    )
                     found = results.put(key, lambda aside: _fill(result, aside))
             link(found, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart

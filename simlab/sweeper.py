@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from simlab import cluster, job, store
 from simlab.cluster import Place
-from simlab.config import ConfigError
+from simlab.config import ConfigError, RunConfig
 from simlab.mistakes import or_exit
 from simlab.plan import Job, Plan, plan
 from simlab.report import estimates, progress
@@ -217,11 +217,19 @@ class Sweep:
             return
         blocks = sum(place.blocks for place in places)
         if self.in_process:
+            from simlab.experiment import Prefixes
+
+            places, curves_of = deepest_first(places), Prefixes()
             with progress.sweep(len(places), blocks) as bar:
                 for i, place in enumerate(places):
                     write_hydra(place)
                     job.sweep_job(
-                        place.job.config, place.folder, self.keep, bar.block, self.tokens_of
+                        place.job.config,
+                        place.folder,
+                        self.keep,
+                        bar.block,
+                        self.tokens_of,
+                        curves_of,
                     )
                     bar.reached(i + 1, sum(p.blocks for p in places[: i + 1]))
             return
@@ -234,6 +242,18 @@ class Sweep:
         with progress.sweep(len(places), blocks, look):
             for start in range(0, len(places), size):
                 cluster.launch(self.launcher, places[start : start + size])
+
+
+def deepest_first(places: Sequence[Place]) -> list[Place]:
+    """Jobs that differ in depth alone one after another, the deepest first: it may hold the others."""
+    families: dict[RunConfig, list[Place]] = {}
+    for place in places:
+        families.setdefault(place.job.config.but_depth, []).append(place)
+    return [
+        place
+        for family in families.values()
+        for place in sorted(family, key=lambda place: -place.blocks)
+    ]
 
 
 def forget(folder: Path) -> None:

@@ -40,9 +40,15 @@ class Placement(nn.Module):
     def __init__(self, sublayer: nn.Module, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.sublayer, self.add = sublayer, ResidualAdd()
-        self.layer, self.depth, self.options = layer, config.depth, config.norm
+        self.layer, self.options = layer, config.norm
+        self.alpha = self.alpha_of(config)
         for name in self.norms:
             setattr(self, name, NORMS[config.norm.type](config.width, config.norm.eps))
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """The placement's constant ``self.alpha``: what ``forward`` knows of the model's depth."""
+        return 1.0
 
     @staticmethod
     def init_scale(role: str, depth: int) -> float:
@@ -133,8 +139,12 @@ class DeepNorm(Placement):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        alpha = (2 * self.depth) ** 0.25
-        return self.norm_out(self.add(alpha * x, self.sublayer(x)))
+        return self.norm_out(self.add(self.alpha * x, self.sublayer(x)))
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α."""
+        return (2 * config.depth) ** 0.25
 
     @staticmethod
     def init_scale(role: str, depth: int) -> float:
@@ -156,9 +166,13 @@ class ResidualScale(Pre):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        beta_squared = 1 / self.depth  # 2 / sublayers, and a block has two
         branch = self.sublayer(self.norm_in(x))
-        return self.add(math.sqrt(1 - beta_squared) * x, math.sqrt(beta_squared) * branch)
+        return self.add(math.sqrt(1 - self.alpha) * x, math.sqrt(self.alpha) * branch)
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """β²: 2/sublayers, and a block has two."""
+        return 1 / config.depth
 
 
 class LayerScale(Pre):
@@ -166,19 +180,23 @@ class LayerScale(Pre):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.add(x, self._alpha() * self.sublayer(self.norm_in(x)))
+        return self.add(x, self.alpha * self.sublayer(self.norm_in(x)))
 
-    def _alpha(self) -> float:
-        if self.options.alpha is not None:
-            return self.options.alpha
-        return 0.1 if self.depth <= 18 else 1e-5 if self.depth <= 24 else 1e-6
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α: as given, else by depth."""
+        if config.norm.alpha is not None:
+            return config.norm.alpha
+        return 0.1 if config.depth <= 18 else 1e-5 if config.depth <= 24 else 1e-6
 
 
 class ReZero(LayerScale):
     """x + αF(N(x)), α = 0 at init: the identity (arXiv 2003.04887)."""
 
-    def _alpha(self) -> float:
-        return self.options.alpha or 0.0
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α: as given, else 0."""
+        return config.norm.alpha or 0.0
 
 
 PLACEMENTS: dict[str, type[Placement]] = {

@@ -248,8 +248,8 @@ class GaussianWeights(RandomWeights):
     Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
     """
 
-    def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int) -> None:
-        super().__init__(model, init, seeds[0])
+    def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int, beside: int = 0) -> None:
+        super().__init__(model, init, seeds[0], beside)
         self.curves = len(seeds)
         self.dense = [RandomWeights(model, init, seed) for seed in seeds]
         self.normals = Normals(seeds, self.pool)

@@ -81,11 +81,14 @@ def fill(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
 
 
 class RandomWeights(Weights):
-    """The weights of one random init; see the module's docstring."""
+    """The weights of one random init; see the module's docstring.
 
-    def __init__(self, model: ModelConfig, init: InitConfig, seed: int) -> None:
+    beside: threads that draw while torch's compute; 0: as many as torch has, by turns with them.
+    """
+
+    def __init__(self, model: ModelConfig, init: InitConfig, seed: int, beside: int = 0) -> None:
         self.model, self.init, self.seed = model, init, seed
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+        self.pool = ThreadPoolExecutor(beside or torch.get_num_threads())
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter; a head tied to the embedding is the embedding."""

@@ -119,11 +119,11 @@ def test_layerscale_alpha_by_depth():
     for depth, alpha in ((18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6)):
         config = tiny(f"depth={depth}", "norm=layerscale")
         step = PLACEMENTS["layerscale"](torch.nn.Identity(), config.shape, 0)
-        assert step._alpha() == alpha
+        assert step.alpha == alpha
     step = PLACEMENTS["layerscale"](
         torch.nn.Identity(), tiny("norm=layerscale", "norm.alpha=0.3").shape, 0
     )
-    assert step._alpha() == 0.3
+    assert step.alpha == 0.3
 
 
 def test_deepnorm_scales_its_init():
