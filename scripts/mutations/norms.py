@@ -202,13 +202,13 @@ PLACEMENT = (
     Mutation(
         "deepnorm_alpha",
         "DeepNorm's α of L instead of 2L",
-        edit(DeepNorm.forward, "(2 * self.depth)", "self.depth"),
+        edit(DeepNorm.alpha_of, "(2 * config.depth)", "config.depth"),
         "deepnorm",
     ),
     Mutation(
         "residual_scale_beta",
         "β² = 2/L: sublayers taken for blocks",
-        edit(ResidualScale.forward, "1 / self.depth", "2 / self.depth"),
+        edit(ResidualScale.alpha_of, "1 / config.depth", "2 / config.depth"),
         "residual_scale",
     ),
     Mutation(
