@@ -1,5 +1,5 @@
 # make run    .venv, install, the main job; ends with the figure's path
-# make test   the test suite
+# make test   the test suite, in up to four processes
 # make demo   the bundled trained model beside random inits
 # make regress  growth curves of OLMo-2's shapes and of the demo against the recorded ones
 # make check  ruff, ruff-format, mypy
@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run demo test regress check checkpoint format clean
+.PHONY: run demo test regress mutations check checkpoint format clean
 
 # A stamp per extra: reinstalled when the dependencies change, not on every call.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
@@ -26,10 +26,16 @@ demo: $(VENV)/run.stamp
 	@$(BIN)/python -m simlab.run source=demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal $(ARGS)
 
 regress: $(VENV)/run.stamp
 	@$(BIN)/python -m simlab.regress $(ARGS)
+
+# Which of the mistakes in scripts/mutations which gate catches, as a markdown table.
+mutations: $(VENV)/test.stamp
+	@mkdir -p outputs
+	@$(BIN)/python scripts/mutation_table.py $(ARGS) > outputs/mutations.md
+	@echo outputs/mutations.md
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ The CSV has a few ``# key: value`` lines, then a row per curve × seed × step.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class Case:
     overrides: tuple[str, ...]
     gates: tuple[str, ...]
     quantities: tuple[str, ...] = QUANTITIES
+
+    @property
+    def said(self) -> str:
+        """The overrides as the record has them."""
+        return " ".join(" ".join(self.overrides).split())
 
     @property
     def curves(self) -> Path:
@@ -84,11 +90,13 @@ def read_cases(folder: Path) -> list[Case]:
 def read_case(path: Path) -> Case:
     """One case. Raises ConfigError, naming the file and the key."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that is none, say
         raise ConfigError(f"{path}: not YAML ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a group of keys")
+    if not re.fullmatch(r"[\w.-]+", path.stem):
+        raise ConfigError(f"{path}: a case's name may have letters, digits, _, - and .")
     reader = Reader({str(key): value for key, value in values.items()}, f"{path}: ")
     reader.only("a case", ("description", "overrides", "gates", "quantities"))
     quantities = _texts(reader, "quantities") if "quantities" in values else QUANTITIES
@@ -117,9 +125,9 @@ def write_baseline(
     path: Path, frame: pd.DataFrame, quantities: Sequence[str], about: Mapping[str, Any]
 ) -> None:
     """Record curves, atomically: the same curves, the same bytes. Raises ConfigError, OSError."""
-    missing = [q for q in quantities if q not in frame]
+    measured = [str(c) for c in frame.columns if c not in KEYS]
+    missing = [q for q in quantities if q not in measured]
     if missing:
-        measured = [str(c) for c in frame.columns if c not in KEYS]
         hint = nearest(missing[0], measured)
         raise ConfigError(f"quantities={missing[0]}: isn't measured{hint}; {', '.join(measured)}")
     kept = frame[[*KEYS, *quantities]].copy()
@@ -134,7 +142,7 @@ def write_baseline(
 def read_baseline(path: Path, quantities: Sequence[str]) -> Baseline:
     """Recorded curves with these quantities. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not recorded yet") from error
     except UnicodeDecodeError as error:
@@ -153,7 +161,9 @@ def read_baseline(path: Path, quantities: Sequence[str]) -> Baseline:
             (name, tuple(rows[STEP].itertuples(index=False, name=None)))
             for (name, _), rows in frame.groupby(["curve", "seed"], sort=False)
         }
-    except (ValueError, TypeError, KeyError, pd.errors.ParserError) as error:
+        if np.isinf(frame[list(quantities)].to_numpy()).any():
+            raise ValueError("an infinite number")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         what = str(error).splitlines()[0]
         raise ConfigError(f"{path}: not recorded curves of these quantities ({what})") from error
     if not found or len(found) != frame["curve"].nunique():

@@ -11,7 +11,8 @@ fails, so that it is looked at and committed; later runs compare; ``--growth-upd
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from simlab.layout import Layout
 
 GATES = ("exact", "statistical")
+USED = pytest.StashKey[dict[Path, str]]()  # recorded files of a session, and which test's they are
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,15 +41,28 @@ def growth_regression(request: pytest.FixtureRequest, tmp_path: Path) -> GrowthR
     """Holds a model's growth curve against the one recorded beside the test."""
     update = bool(request.config.getoption("--growth-update"))
     update |= bool(request.config.getoption("force_regen", False))  # pytest-regressions'
+    name = ".".join(filter(None, [request.cls and request.cls.__name__, request.node.name]))
+    used = request.config.stash.setdefault(USED, {})
     folder = request.path.parent / request.path.stem
-    return GrowthRegression(folder, re.sub(r"\W", "_", request.node.name), tmp_path, update)
+    return GrowthRegression(
+        folder, re.sub(r"[^\w.]", "_", name), tmp_path, update, used, request.node.nodeid
+    )
 
 
 class GrowthRegression:
     """What the fixture gives. A curve's file is FOLDER/NAME.csv; ``basename`` is another NAME."""
 
-    def __init__(self, folder: Path, name: str, tmp_path: Path, update: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        tmp_path: Path,
+        update: bool,
+        used: dict[Path, str],
+        test: str,
+    ) -> None:
         self.folder, self.name, self.tmp_path, self.update = folder, name, tmp_path, update
+        self.used, self.test, self.here = used, test, set[Path]()
 
     def check(
         self,
@@ -62,7 +77,8 @@ class GrowthRegression:
         import simlab
 
         dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point()))
-        rows = simlab.probe(model, batch, layout=layout).rows()
+        with _one_line():
+            rows = simlab.probe(model, batch, layout=layout).rows()
         self.check_rows(
             rows, dtype=dtype.removeprefix("torch."), quantities=quantities, basename=basename
         )
@@ -84,28 +100,50 @@ class GrowthRegression:
         """
         from simlab.baseline import Case, read_baseline, write_baseline
         from simlab.config import ConfigError
-        from simlab.growth.gates import QUANTITIES, RTOL
+        from simlab.growth.gates import QUANTITIES, RTOL, exact, statistical
 
-        if gate not in GATES:
-            raise ConfigError(f"gate={gate}: allowed: {', '.join(GATES)}")
-        if dtype not in RTOL:
-            raise ConfigError(f"dtype={dtype}: allowed: {', '.join(RTOL)}")
-        kept = tuple(quantities or QUANTITIES)
-        case = Case(basename or self.name, self.folder, "", (), (gate,), kept)
-        if gate == "statistical":
-            _refuse_few(rows)
-        if self.update or not case.curves.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_baseline(case.curves, rows, kept, {"case": case.name, "dtype": dtype})
-            again = "anew" if self.update else "for the first time"
-            pytest.fail(
-                f"growth curve recorded {again}, look at it and commit it: {case.curves}",
-                pytrace=False,
-            )
-        recorded = read_baseline(case.curves, kept)
-        outcome = _judge(gate, recorded.frame, rows, kept, dtype)
+        with _one_line():
+            if gate not in GATES:
+                raise ConfigError(f"gate={gate}: allowed: {', '.join(GATES)}")
+            if dtype not in RTOL:
+                raise ConfigError(f"dtype={dtype}: allowed: {', '.join(RTOL)}")
+            if isinstance(quantities, str):
+                raise ConfigError(f"quantities={quantities!r}: allowed: a list of columns")
+            kept = tuple(quantities or QUANTITIES)
+            case = Case(self._name(basename), self.folder, "", (), (gate,), kept)
+            if gate == "statistical":
+                _refuse_few(rows, "these")
+            if self.update or not case.curves.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_baseline(case.curves, rows, kept, {"case": case.name, "dtype": dtype})
+                again = "anew" if self.update else "for the first time"
+                pytest.fail(
+                    f"growth curve recorded {again}, look at it and commit it: {case.curves}",
+                    pytrace=False,
+                )
+            recorded = read_baseline(case.curves, kept)
+            if recorded.about.get("dtype") != dtype:
+                was = recorded.about.get("dtype")
+                raise ConfigError(f"dtype={dtype}: {case.curves} was recorded with {was}")
+            if gate == "statistical":
+                _refuse_few(recorded.frame, "the recorded")
+        judge = exact if gate == "exact" else statistical
+        outcome = judge(recorded.frame, rows, kept, dtype)
         if not outcome.passed:
             pytest.fail(self._message(case, outcome, recorded.frame, rows), pytrace=False)
+
+    def _name(self, basename: str | None) -> str:
+        """The file's name, which no other check has. Raises ConfigError."""
+        from simlab.config import ConfigError
+
+        name = basename or self.name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"basename={name}: allowed: letters, digits, _, - and .")
+        path = self.folder / f"{name}.csv"
+        if self.used.setdefault(path, self.test) != self.test or path in self.here:
+            raise ConfigError(f"{path} is the curve of another check: give this one a basename")
+        self.here.add(path)
+        return name
 
     def _message(
         self, case: Any, outcome: Outcome, expected: pd.DataFrame, got: pd.DataFrame
@@ -124,25 +162,30 @@ class GrowthRegression:
         )
 
 
-def _judge(
-    gate: str, old: pd.DataFrame, new: pd.DataFrame, quantities: Sequence[str], dtype: str
-) -> Outcome:
-    from simlab.growth.gates import exact, statistical
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """A mistake fails the test in one line."""
+    from simlab.config import ConfigError
 
-    judge = exact if gate == "exact" else statistical
-    return judge(old, new, quantities, dtype)
+    message = None
+    try:
+        yield
+    except ConfigError as error:
+        message = f"growth_regression: {error}"
+    if message:
+        pytest.fail(message, pytrace=False)
 
 
-def _refuse_few(rows: pd.DataFrame) -> None:
+def _refuse_few(rows: pd.DataFrame, which: str) -> None:
     """Raise ConfigError where there are too few curves for the statistical gate, or two kinds."""
     from simlab.config import ConfigError
     from simlab.growth.gates import ALPHA
     from simlab.growth.permutation import enough
 
-    count = rows["seed"].nunique()
+    count, kinds = rows["seed"].nunique(), rows["curve"].nunique()
     least = next(n for n in range(2, 1000) if enough(n, n, ALPHA))
-    if rows["curve"].nunique() > 1 or count < least:
+    if kinds > 1 or count < least:
         raise ConfigError(
-            f"gate=statistical: {count} seeds of {rows['curve'].nunique()} curves: needs one curve"
-            f" of at least {least} seeds"
+            f"gate=statistical: {which} rows have {count} seeds of {kinds} curves: needs one curve of"
+            f" at least {least} seeds"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ class Reader:
 
     def fail(self, key: str, value: object, why: str) -> ConfigError:
         """The error to raise: ``key=value: why``."""
+        if isinstance(value, Mapping | list):  # a stranger's may be endless
+            value = reprlib.repr(value)
         typed = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
         return ConfigError(f"{self.prefix}{key}={typed}: {why}")
 

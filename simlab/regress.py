@@ -10,9 +10,13 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from simlab.baseline import (
     Baseline,
@@ -26,7 +30,7 @@ from simlab.config import ConfigError, RunConfig, nearest
 from simlab.growth.gates import ALPHA, Outcome, exact, statistical
 from simlab.growth.law_gate import SEEDS, law
 from simlab.growth.permutation import enough
-from simlab.mistakes import in_one_line
+from simlab.mistakes import explain, in_one_line
 from simlab.process import tune_process
 from simlab.validation import compose
 
@@ -37,16 +41,19 @@ FOLDER = Path("tests/baselines")
 FIGURES = Path("outputs/regress")  # of cases that fail, where --html names no other folder
 
 
+@contextmanager
+def named(case: Case) -> Iterator[None]:
+    """Mistakes with the case's name before them."""
+    try:
+        yield
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{case.name}: {explain(error)}") from error
+
+
 def configure(case: Case) -> RunConfig:
     """The run that a case records. Raises ConfigError."""
-    from hydra.errors import HydraException
-
-    from simlab.mistakes import explain
-
-    try:
+    with named(case):
         config = compose(case.overrides)
-    except (ConfigError, HydraException) as error:
-        raise ConfigError(f"{case.name}: {explain(error)}") from error
     for gate in case.gates:
         if gate != "exact" and not config.seeds:
             raise ConfigError(f"{case.name}: gate {gate} needs random inits: seeds=…")
@@ -89,7 +96,8 @@ def judge(case: Case, recorded: Baseline, result: RunResult, about: Mapping[str,
                 outcomes.append(Outcome(gate, False, f"other {key}", why))
                 continue
             same = new[(new["curve"] != "random") | new["seed"].isin(old["seed"].unique())]
-            outcomes.append(exact(old, same, case.quantities, dtype))
+            again = old[(old["curve"] != "random") | old["seed"].isin(result.config.seeds)]
+            outcomes.append(exact(again, same, case.quantities, dtype))
         elif gate == "statistical":
             drawn = old[old["curve"] == "random"]
             outcomes.append(statistical(drawn, fresh, case.quantities, dtype, alpha))
@@ -121,9 +129,13 @@ def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checke
     for case in cases:
         recorded = read_baseline(case.curves, case.quantities)
         said = recorded.about.get("overrides")
-        if said != " ".join(case.overrides):
+        if said != case.said:
             raise ConfigError(f"{case.name}: recorded with other overrides ({said}): --update it")
-        plans.append((case, recorded, prepare(to_check(case, configure(case), share))))
+        config, drawn = configure(case), recorded.frame[recorded.frame["curve"] == "random"]
+        if set(drawn["seed"]) != set(config.seeds):
+            raise ConfigError(f"{case.curves}: doesn't have the seeds {list(config.seeds)}")
+        with named(case):
+            plans.append((case, recorded, prepare(to_check(case, config, share))))
     done = []
     with progress.blocks(sum(ready.blocks for *_, ready in plans)) as on_block:
         for case, recorded, ready in plans:
@@ -145,12 +157,13 @@ def record(case: Case, reason: str) -> Sequence[str]:
 
     config = configure(case)
     to_check(case, config, ALPHA)
-    ready = prepare(config)
+    with named(case):
+        ready = prepare(config)
     with progress.blocks(ready.blocks) as on_block:
         result = measure(ready, on_block)
     if result.summary["overflow"]:
         raise ConfigError(f"{case.name}: a curve overflows; only finite ones are recorded")
-    about = {"case": case.name, "reason": reason, "overrides": " ".join(case.overrides)}
+    about = {"case": case.name, "reason": reason, "overrides": case.said}
     about |= about_run(ready) | {k: v for k, v in versions().items() if k != "python"}
     before = None
     if case.curves.exists():
@@ -222,19 +235,21 @@ def command(args: argparse.Namespace) -> int:
         for line in record(case, args.reason):
             print(line)
         print(case.curves)
+        print(f"held against other random inits by: python -m simlab.regress {case.name}")
         return 0
     chosen = choose(cases, args.names)
+    if args.junit and args.junit.is_dir():
+        raise ConfigError(f"--junit {args.junit}: a folder; give a file")
     for path in (args.html, args.junit.parent if args.junit else None):
         if path is not None:
             path.mkdir(parents=True, exist_ok=True)
     width = max(len(case.name) for case in chosen)
     done = check(chosen, lambda checked: regressed.show_line(checked, width))
-    drawn = regressed.draw(done, args.html or FIGURES, every=args.html is not None)
+    files = [regressed.write_junit(args.junit, done)] if args.junit else []
+    files += regressed.draw(done, args.html or FIGURES, every=args.html is not None)
     if args.html:
-        drawn.append(regressed.write_page(args.html, done))
-    if args.junit:
-        drawn.append(regressed.write_junit(args.junit, done))
-    regressed.show_end(done, drawn)
+        files.append(regressed.write_page(args.html, done))
+    regressed.show_end(done, files)
     return 0 if all(checked.passed for checked in done) else 1
 
 

@@ -224,7 +224,7 @@ def _seeds(reader: Reader, first: int, lowest: int) -> tuple[int, ...]:
             raise reader.fail("seeds", value, f"{limits}; allowed: {allowed}")
         return tuple(range(first, first + value))
     seeds = value if isinstance(value, list) else [None]
-    if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
+    if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**62 for s in seeds):
         raise reader.fail("seeds", value, f"allowed: {allowed}")
     if len(set(seeds)) != len(seeds) or len(seeds) < lowest:
         raise reader.fail("seeds", value, f"allowed: {allowed}")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,10 @@ from simlab.config import RunConfig
 from simlab.validation import compose
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: together they use the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests run
 
 
 def assert_parity(ours: torch.Tensor, theirs: torch.Tensor, what: str = "") -> None:

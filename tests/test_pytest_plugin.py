@@ -75,6 +75,7 @@ def model(seed=0):
     return simlab.build_model(config, seed=seed)
 
 IDS = torch.arange(16)[None]
+FAILED = pytest.fail.Exception
 """
 
 
@@ -84,15 +85,15 @@ def test_mistakes_and_names(pytester):
         + """
 def test_few(growth_regression):
     rows = [simlab.probe(model(seed), IDS, seed=seed).rows() for seed in range(3)]
-    with pytest.raises(simlab.ConfigError, match="3 seeds of 1 curves: needs one curve of at least 7"):
+    with pytest.raises(FAILED, match="these rows have 3 seeds of 1 curves"):
         growth_regression.check_rows(pd.concat(rows), gate="statistical")
 
 def test_gate(growth_regression):
-    with pytest.raises(simlab.ConfigError, match="gate=law: allowed: exact, statistical"):
+    with pytest.raises(FAILED, match="gate=law: allowed: exact, statistical"):
         growth_regression.check_rows(simlab.probe(model(), IDS).rows(), gate="law")
 
 def test_dtype(growth_regression):
-    with pytest.raises(simlab.ConfigError, match="dtype=int8: allowed: float32"):
+    with pytest.raises(FAILED, match="dtype=int8: allowed: float64"):
         growth_regression.check_rows(simlab.probe(model(), IDS).rows(), dtype="int8")
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -112,6 +113,55 @@ def test_basename(growth_regression):
     header = (folder / "test_named_0_.csv").read_text().splitlines()[2]
     assert header == "curve,seed,sublayer,block,kind,norm,kurtosis"
     pytester.runpytest_subprocess("-q").assert_outcomes(passed=6)
+
+
+def test_what_would_pass_unseen(pytester):
+    """A record of more curves, of another dtype, and names that two checks would share."""
+    path = pytester.makepyfile(
+        test_own=SMALL
+        + """
+SEEDS, DTYPE = 2, torch.float32
+
+def test_seeds(growth_regression):
+    rows = [simlab.probe(model(seed), IDS, seed=seed).rows() for seed in range(SEEDS)]
+    growth_regression.check_rows(pd.concat(rows))
+
+def test_dtype(growth_regression):
+    growth_regression.check(model().to(DTYPE), IDS)
+
+@pytest.mark.parametrize("name", ["a/b", "a-b"])
+def test_names(growth_regression, name):
+    growth_regression.check(model(), IDS)
+
+class TestA:
+    def test_x(self, growth_regression):
+        growth_regression.check(model(), IDS)
+        growth_regression.check(model(1), IDS, basename="second")
+
+class TestB:
+    def test_x(self, growth_regression):
+        growth_regression.check(model(1), IDS)
+
+def test_twice(growth_regression):
+    growth_regression.check(model(), IDS, quantities=["norm"])
+    growth_regression.check(model(), IDS, quantities=["norm"])
+
+def test_elsewhere(growth_regression):
+    growth_regression.check(model(), IDS, basename="../evil")
+"""
+    )
+    for _ in range(3):
+        result = pytester.runpytest_subprocess("-q")
+    result.assert_outcomes(passed=5, failed=3)
+    said = result.stdout.str()
+    assert said.count("is the curve of another check: give this one a basename") >= 2
+    assert "basename=../evil: allowed: letters" in said
+    assert not (pytester.path / "evil.csv").exists()
+    text = path.read_text().replace("2, torch.float32", "1, torch.bfloat16")
+    path.write_text(text)
+    said = pytester.runpytest_subprocess("-q").stdout.str()
+    assert "model of seed 1 is recorded and wasn't measured" in said
+    assert "was recorded with float32" in said
 
 
 def test_the_plugin_is_light(pytester):

@@ -202,6 +202,12 @@ def test_recording_needs_a_reason(cases, command, args):
         ("[exact, statistical, law]", "[statistical]", None),
         ("[exact,", "[", "small: seeds=10: gate law needs at least 11"),
         ("gates: [", "gates: [[", "not YAML"),
+        ("three small blocks", "2020-13-45", "not YAML"),
+        ("gates:", "gates: " + "[" * 5000, "not YAML"),
+        ("exact, statistical, law", "*b", "not YAML"),
+        ("gates:", "quantities: [seed]\ngates:", "quantities=seed: isn't measured"),
+        ("device=cpu", "device=cuda:77", "small: device=cuda:77: not on this machine"),
+        ("seeds=9]".replace("9", "10"), "'seeds=[99999999999999999999999,1]']", "seeds="),
         ("gates:", "quantities: [nrom]\ngates:", "quantities=nrom: isn't measured; did you mean norm?"),
     ],
 )  # fmt: skip
@@ -246,6 +252,11 @@ def test_other_overrides_than_recorded(recorded, command):
         lambda text: text.replace("random,4,", "random,4000,", 1),
         lambda text: text.replace("attention", "mlp", 1),
         lambda text: "",
+        lambda text: text.replace("random,0,", "random,77,"),
+        lambda text: "\n".join(line for line in text.splitlines() if ",0,0," not in line),
+        lambda text: "\n".join(line for line in text.splitlines() if "random,0," not in line),
+        lambda text: text.replace("random,9,", "random,99999999999999999999999,"),
+        lambda text: text.replace(text.splitlines()[-1].split(",")[5], "inf"),
         lambda text: text.replace("random,0,1,0,attention,", "random,0,1,0,attention,many", 1),
     ],
 )
@@ -285,6 +296,37 @@ def test_ours_are_recorded():
         regress.to_check(case, regress.configure(case), 1e-3 / len(cases))
         baseline = read_baseline(case.curves, case.quantities)
         assert baseline.about["overrides"] == " ".join(case.overrides)
+
+
+def test_endless_values_are_not_printed(cases, command):
+    bomb = "a0: &a0 [x, x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+    (cases / "small.yaml").write_text("description: no\noverrides: [x=1]\ngates: *a9\n" + bomb)
+    assert command()[0] == 2
+    (cases / "small.yaml").write_text(bomb.replace("a9:", "gates:") + "overrides: [x=1]\n")
+    assert command()[0] == 2
+
+
+def test_names_of_cases(cases, command):
+    (cases / "small.yaml").rename(cases / "a#b.yaml")
+    status, _, err = command("--list")
+    assert status == 2
+    assert "a case's name may have" in err
+
+
+def test_spaces_in_overrides(cases, command):
+    text = CASE.replace("device=cpu", "source=random,  'model.name=\"a  b\"', device=cpu")
+    (cases / "small.yaml").write_text(text)
+    assert command("--update", "small", "--reason", "why")[0] == 0
+    assert command()[0] == 0
+
+
+def test_junit_is_kept_where_figures_cannot_be(recorded, command, monkeypatch):
+    Path("outputs").write_text("in the way")
+    wrong(monkeypatch)
+    assert command("--junit", "junit.xml")[0] == 2
+    assert "to blame: norm" in Path("junit.xml").read_text()
+    assert command("--junit", str(recorded))[0] == 2
 
 
 def test_a_case_needs_no_quantities(cases):

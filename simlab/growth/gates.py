@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 
 from simlab.growth.permutation import deals_for, limit, permuted
+from simlab.growth.verdict import ROUNDING
 from simlab.theory.laws import Array
 
 # How far rounding may move a number of a curve, relative to its size. With other thread counts and
 # instruction sets the same run differs by up to 6.6e-6, 8.1e-3 and 4.3e-2, the cosine at depth 64 most
 # (scripts/measure_rounding.py): some six times as much, for machines not at hand.
-RTOL = {"float32": 5e-5, "float16": 5e-2, "bfloat16": 2e-1}
+RTOL = {"float64": 1e-6, "float32": 5e-5, "float16": 5e-2, "bfloat16": 2e-1}
 # Columns that may be negative: their rounding is in units of the column's rms, not of the number.
 SIGNED = ("mean", "cosine", "delta_cross", "token_cosine", "attention_max_logit", "gradient_cosine")
 QUANTITIES = (
@@ -136,20 +137,25 @@ def _step(step: tuple[Any, ...] | None) -> str:
 def exact(
     expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], dtype: str
 ) -> Outcome:
-    """Same seeds, same numbers: |got − expected| ≤ RTOL·size, at every row and quantity.
+    """Same curves, same numbers: |got − expected| ≤ RTOL·size, at every row and quantity.
 
-    The size is |expected|; of a quantity in SIGNED, its rms over the curve. got's curves must all be
-    among the expected.
+    The size is |expected|; of a quantity in SIGNED, its rms over the curve. Either has the other's
+    curves and seeds.
     """
     expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
     other = structure(expected, got, "exact")
     if other:
         return other
     limit, worst, found = RTOL[dtype], 0.0, None
-    by_curve = dict(list(expected.groupby(["curve", "seed"], sort=False)))
-    for key, rows in got.groupby(["curve", "seed"], sort=False):
-        if key not in by_curve:
-            return Outcome("exact", False, "other seeds", f"seed {key[1]} isn't recorded")
+    by_curve, new = (
+        dict(list(frame.groupby(["curve", "seed"], sort=False))) for frame in (expected, got)
+    )
+    for name, seed in sorted(set(by_curve) ^ set(new)):
+        there = "isn't recorded" if (name, seed) in new else "is recorded and wasn't measured"
+        return Outcome("exact", False, "other curves", f"{name} of seed {seed} {there}")
+    if not new:
+        return Outcome("exact", False, "no curve", "there is no curve to compare")
+    for key, rows in new.items():
         old = by_curve[key]
         off = np.stack([_relative(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
         worst = max(worst, float(off.max()))
@@ -261,16 +267,18 @@ def statistical(
     """Other seeds, same law: mean curves as near as chance brings them, at every row at once.
 
     The statistic is max over rows and quantities of t = (|Δ mean| − floor)₊ / joint standard error,
-    of the columns that ``stack`` makes; floor is what rounding explains. Its distribution comes from
-    dealing the curves anew into two groups (all ways, or PERMUTATIONS random ones), so the rows may
-    depend on each other and have any law: a false alarm has probability ≤ alpha exactly, for all rows
-    and quantities together (Westfall & Young 1993, §2.3: max-T). Where t > the limit, that row is off.
+    of the columns that ``stack`` makes; floor is what rounding explains of a mean. Its distribution
+    comes from dealing the curves anew into two groups (all ways, or many random ones), so the rows may
+    depend on each other and have any law: a false alarm has probability ≤ alpha, for all rows and
+    quantities together (Westfall & Young 1993, §2.3: max-T). Where t > the limit, that row is off.
     """
     expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
     other = structure(expected, got, "statistical")
     if other:
         return other
-    old, new, floor, labels = stack(expected, got, quantities, RTOL[dtype])
+    old, new, floor, labels = stack(expected, got, quantities, ROUNDING[dtype])
+    if not old.size or not new.size:
+        return Outcome("statistical", False, "no number", "there is no number to compare")
     lost = np.isnan(old).any(0) | np.isnan(new).any(0)
     row_of, names = labels
     t = np.zeros(old.shape[1])
@@ -327,9 +335,10 @@ def stack(
             )
             for frame in (expected, got)
         )
+        a[np.isinf(a)], b[np.isinf(b)] = np.nan, np.nan
         signed = q in SIGNED or (a <= 0).any() or (b <= 0).any()
         if signed and not np.isnan(a).all():
-            add(a, b, rtol * float(np.sqrt(np.nanmean(a**2))), q)
+            add(a, b, rtol * float(np.sqrt(np.nanmean(np.concatenate([a, b]) ** 2))), q)
         least = LEAST if signed else 0.0
         add(np.log(np.maximum(np.abs(a), least)), np.log(np.maximum(np.abs(b), least)), rtol, q)
     columns = (np.concatenate(old, 1), np.concatenate(new, 1), np.concatenate(floors))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from simlab.growth.fit import Estimate, t_quantile
 from simlab.growth.gates import ALPHA, RTOL, Finding, Outcome, failed, standard_errors
-from simlab.growth.verdict import Verdict, flipped, linear, off_by
+from simlab.growth.verdict import ROUNDING, Verdict, flipped, linear, off_by
 
 SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
 
@@ -37,7 +37,7 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
         for c in ("mean_square", "law_additive")
     )
     gap = v - expected
-    t, limit = flipped(gap[:, 1:], RTOL[dtype] * v.mean(0)[1:], ALPHA)
+    t, limit = flipped(gap[:, 1:], ROUNDING[dtype] * v.mean(0)[1:], ALPHA)
     beyond = np.flatnonzero(t > limit)
     if not len(beyond):
         why = (

@@ -17,7 +17,7 @@ ALPHA = 0.01  # how often a law that is true is rejected
 FLIPS = 4096
 # Unit roundoff: rounding moves a mean square by no more than about this, whatever the law. float32's
 # is 6e-8; a norm takes some ten operations in it.
-ROUNDING = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+ROUNDING = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 NAMES = {"additive": "the additive law", "sqrt2": "√2 per sublayer"}
 
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.baseline import Case, Checked
+from simlab.config import printable
 from simlab.growth.gates import ALPHA, RTOL, SIGNED, Finding
 from simlab.report.style import finish, save
 from simlab.store import write_atomically, write_text
@@ -68,7 +69,7 @@ def show_list(cases: Sequence[tuple[Case, Mapping[str, str]]]) -> None:
         )
 
     for case, about in cases:
-        print(f"{case.name}: {case.description or 'no description'}")
+        print(f"{case.name}: {printable(case.description) or 'no description'}")
         print(wrapped(f"gates {', '.join(case.gates)}; of {', '.join(case.quantities)}"))
         print(wrapped(f"run {' '.join(case.overrides)}"))
         reason = f"recorded: {about['reason']}" if "reason" in about else "not recorded yet"
@@ -84,9 +85,10 @@ def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
     print()
     print(textwrap.fill(f"{count}: {end}, in {took}.", _columns()))
     says = {
-        "exact": f"exact: largest relative difference, of {RTOL['float32']:.0e} allowed (float32)",
+        "exact": f"exact: largest relative difference; allowed: {RTOL['float32']:.0e} in float32,"
+        f" {RTOL['float16']:.0e} in float16, {RTOL['bfloat16']:.0e} in bfloat16",
         "statistical": "statistical: largest difference in standard errors / what chance explains"
-        f" (a run of all cases is a false alarm once in {1 / ALPHA:.0f})",
+        f" (of all cases together it is a false alarm in 1 run of {1 / ALPHA:.0f})",
         "law": "law: the additive law holds, interval of the exponent p",
     }
     used = {outcome.gate for checked in done for outcome in checked.outcomes}
