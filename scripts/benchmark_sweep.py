@@ -26,8 +26,8 @@ SHAPE = ["model=small", "width=1024", "heads=16", "kv_heads=16", "d_ff=4096", "v
 INPUTS = ["inputs.batch=1", "inputs.length=64", "device=cpu"]
 DEPTHS, STDS, SEEDS = (8, 16, 32, 64), (0.01, 0.02, 0.04), 8
 TRANSFORMERS = """
-import torch, transformers
 start = time.perf_counter()
+import torch, transformers
 ids = torch.randint(50304, (1, 64), generator=torch.Generator().manual_seed(0))
 for depth in map(int, sys.argv[1].split(",")):
     for std in map(float, sys.argv[2].split(",")):

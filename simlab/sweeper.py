@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +221,10 @@ class Sweep:
         if self.in_process:
             from simlab.experiment import Prefixes
 
+            # The report's imports take a quarter of a second, which a second core has now.
+            threading.Thread(
+                target=importlib.import_module, args=("simlab.report.swept",), daemon=True
+            ).start()
             places, curves_of = deepest_first(places), Prefixes()
             with progress.sweep(len(places), blocks) as bar:
                 for i, place in enumerate(places):
