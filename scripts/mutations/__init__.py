@@ -21,19 +21,21 @@ UNSCALED = (
 )  # fmt: skip
 BASE = (*UNSCALED, "init.std=0.1")
 SHORT = ("inputs.batch=16", "inputs.length=4")
+ROPE = (
+    *BASE,
+    "heads=16",
+    "kv_heads=16",
+    "vocab_size=2",
+    "inputs.length=24",
+    "model.rope_theta=30",
+)
 SETTINGS = {
     "plain": BASE,
     "ungrouped": (*BASE, "kv_heads=8"),
     "no_qk_norm": (*BASE, "model.qk_norm=none"),
     # Positions count where tokens are alike, and in as many heads as turn quickly.
-    "rope": (
-        *BASE,
-        "heads=16",
-        "kv_heads=16",
-        "vocab_size=2",
-        "inputs.length=24",
-        "model.rope_theta=30",
-    ),
+    "rope": ROPE,
+    "rope_whole": (*ROPE, "init.truncate=null"),
     # Entries of order 1 and tokens that differ: what an activation or a dropped weight does.
     "active": (*UNSCALED, "init=fan_in", "depth=2", "width=128", "vocab_size=1009", *SHORT),
     "loud": (*BASE, "init.std=1"),  # squares are beyond float16

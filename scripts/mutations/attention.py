@@ -101,8 +101,8 @@ ATTENTION = (
             "rotate(q_BHTC, cos_TC, sin_TC), rotate(k_BKTC, *(a[1:] for a in"
             " self._angles(x_BTD.shape[1] + 1, x_BTD.device)))",
         ),
-        "rope",
-        same="one rotation of all keys: Gaussian rows keep their law exactly, cut ones nearly",
+        "rope_whole",
+        same="one rotation of all keys, whose rows are Gaussian, uncut: it leaves their law",
     ),
     Mutation(
         "rope_backwards",
