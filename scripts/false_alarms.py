@@ -17,10 +17,10 @@ import pandas as pd
 from simlab import compose
 from simlab.experiment import run
 from simlab.growth.curve import Curves, curves
-from simlab.growth.gates import QUANTITIES, RTOL, stack
+from simlab.growth.gates import QUANTITIES, stack
 from simlab.growth.law_gate import SEEDS, passes
 from simlab.growth.permutation import limit, permuted
-from simlab.growth.verdict import judge
+from simlab.growth.verdict import ROUNDING, judge
 from simlab.theory.laws import Array
 
 RECORDED = 10  # seeds of simlab's own cases, and as many others
@@ -60,7 +60,7 @@ def upper(alarms: int, runs: int) -> float:
 def stacked(frames: list[pd.DataFrame]) -> tuple[Array, Array]:
     """Curves as the gate compares them, (S, C), and what rounding explains, (C,)."""
     frame = pd.concat(frames)
-    values, _, floor, _ = stack(frame, frame, QUANTITIES, RTOL["float32"])
+    values, _, floor, _ = stack(frame, frame, QUANTITIES, ROUNDING["float32"])
     return values, floor
 
 

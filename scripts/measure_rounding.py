@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from simlab.growth.gates import QUANTITIES, RTOL, SIGNED
+from simlab.config import DTYPES
+from simlab.growth.gates import QUANTITIES, RTOL, SIGNED, relative
 
 SMALL = ["model=small", "depth=64", "width=256", "heads=4", "kv_heads=2", "d_ff=1024", "seeds=2"]
 SETTINGS = {
@@ -30,7 +30,7 @@ SETTINGS = {
     f"{name}, {dtype}": [*args, f"dtype={dtype}", "device=cpu"]
     + (["inputs.length=64"] if "demo" not in name else [])
     for name, args in SETTINGS.items()
-    for dtype in RTOL
+    for dtype in DTYPES
 }
 MACHINES: dict[str, dict[str, str]] = {
     "as it is": {},
@@ -66,18 +66,16 @@ def curve(args: list[str], env: dict[str, str]) -> pd.DataFrame:
 
 def apart(a: pd.DataFrame, b: pd.DataFrame, quantity: str) -> float:
     """The largest difference, as the exact gate takes it."""
-    most = 0.0
-    for (_, old), (_, new) in zip(a.groupby("seed"), b.groupby("seed"), strict=True):
-        x, y = old[quantity].to_numpy(), new[quantity].to_numpy()
-        size = np.sqrt(np.nanmean(x**2)) if quantity in SIGNED else np.abs(x)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            most = max(most, float(np.nanmax(np.where(x == y, 0.0, np.abs(x - y) / size))))
-    return most
+    pairs = zip(a.groupby("seed"), b.groupby("seed"), strict=True)
+    return max(
+        float(relative(old[quantity], new[quantity], quantity in SIGNED).max())
+        for (_, old), (_, new) in pairs
+    )
 
 
 def main() -> None:
     """Measure, and print a line per setting and machine."""
-    worst = dict.fromkeys(RTOL, 0.0)
+    worst = dict.fromkeys(DTYPES, 0.0)
     for name, args in SETTINGS.items():
         first, *others = MACHINES.items()
         reference = curve(args, first[1])
@@ -87,7 +85,7 @@ def main() -> None:
             other = curve(args, env)
             by = {q: apart(reference, other, q) for q in QUANTITIES}
             top = max(by, key=lambda q: by[q])
-            dtype = next(d for d in RTOL if f"dtype={d}" in args)
+            dtype = next(d for d in DTYPES if f"dtype={d}" in args)
             worst[dtype] = max(worst[dtype], by[top])
             print(f"{name:36s} {machine:22s} {by[top]:.1e} ({top})", flush=True)
     for dtype, most in worst.items():

@@ -105,11 +105,10 @@ def read_case(path: Path) -> Case:
         if gate not in GATES:
             allowed = f"allowed: {', '.join(GATES)}{nearest(gate, GATES)}"
             raise reader.fail("gates", gate, allowed)
-    case = Case(
+    return Case(
         path.stem, path.parent, reader.text("description") or "", _texts(reader, "overrides"),
         gates, quantities,
     )  # fmt: skip
-    return case
 
 
 def _texts(reader: Reader, key: str) -> tuple[str, ...]:

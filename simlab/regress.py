@@ -11,12 +11,9 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from simlab.baseline import (
     Baseline,
@@ -30,7 +27,7 @@ from simlab.config import ConfigError, RunConfig, nearest
 from simlab.growth.gates import ALPHA, Outcome, exact, statistical
 from simlab.growth.law_gate import SEEDS, law
 from simlab.growth.permutation import enough
-from simlab.mistakes import explain, in_one_line
+from simlab.mistakes import MISTAKES, explain, in_one_line
 from simlab.process import tune_process
 from simlab.validation import compose
 
@@ -46,7 +43,7 @@ def named(case: Case) -> Iterator[None]:
     """Mistakes with the case's name before them."""
     try:
         yield
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except MISTAKES as error:
         raise ConfigError(f"{case.name}: {explain(error)}") from error
 
 
@@ -89,9 +86,8 @@ def judge(case: Case, recorded: Baseline, result: RunResult, about: Mapping[str,
     fresh = new[(new["curve"] == "random") & ~new["seed"].isin(old["seed"].unique())]
     for gate in case.gates:
         if gate == "exact":
-            differ = [k for k in ("engine", "device", "dtype") if recorded.about.get(k) != about[k]]
-            if differ:
-                key = differ[0]
+            key = next((key for key in about if recorded.about.get(key) != about[key]), None)
+            if key:
                 why = f"recorded with {key} {recorded.about.get(key)}, run with {about[key]}"
                 outcomes.append(Outcome(gate, False, f"other {key}", why))
                 continue
@@ -167,10 +163,8 @@ def record(case: Case, reason: str) -> Sequence[str]:
     about |= about_run(ready) | {k: v for k, v in versions().items() if k != "python"}
     before = None
     if case.curves.exists():
-        try:
+        with suppress(ConfigError):  # of other quantities, say: nothing to compare
             before = read_baseline(case.curves, case.quantities).frame
-        except ConfigError:
-            before = None  # of other quantities, say: nothing to compare
     write_baseline(case.curves, result.curve, case.quantities, about)
     return changes(before, read_baseline(case.curves, case.quantities).frame, case.quantities)
 
@@ -235,7 +229,7 @@ def command(args: argparse.Namespace) -> int:
         for line in record(case, args.reason):
             print(line)
         print(case.curves)
-        print(f"held against other random inits by: python -m simlab.regress {case.name}")
+        print(f"to hold it against a new run: python -m simlab.regress {case.name}")
         return 0
     chosen = choose(cases, args.names)
     if args.junit and args.junit.is_dir():

@@ -12,14 +12,7 @@ from mutations import MUTATIONS, NO_MISTAKE, SETTINGS, Edit, Mutation, applied
 
 from simlab.model.placement import ResidualAdd
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are quicker so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def named(mutation):

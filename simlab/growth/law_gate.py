@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from simlab.growth.fit import Estimate, t_quantile
-from simlab.growth.gates import ALPHA, RTOL, Finding, Outcome, failed, standard_errors
+from simlab.growth.gates import (
+    ALPHA,
+    TEN_ROUNDINGS,
+    Outcome,
+    failed,
+    finding_at,
+    mean,
+    standard_errors,
+)
 from simlab.growth.verdict import ROUNDING, Verdict, flipped, linear, off_by
 
 SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
@@ -30,14 +37,14 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
     short = f"p {shown}"
     if passes(verdict):
         return Outcome("law", True, short)
-    of_seed = [g for _, g in frame.groupby("seed", sort=True)]
-    length = min(map(len, of_seed))
+    frame = frame.reset_index(drop=True)
+    curves = list(frame.groupby("seed", sort=True))
+    length = min(len(rows) for _, rows in curves)  # one that overflows ends early
     v, expected = (
-        np.stack([g[c].to_numpy(np.float64)[:length] for g in of_seed])
-        for c in ("mean_square", "law_additive")
+        np.stack([rows[name].to_numpy(np.float64)[:length] for _, rows in curves])
+        for name in ("mean_square", "law_additive")
     )
-    gap = v - expected
-    t, limit = flipped(gap[:, 1:], ROUNDING[dtype] * v.mean(0)[1:], ALPHA)
+    t, limit = flipped((v - expected)[:, 1:], ROUNDING[dtype] * v.mean(0)[1:], ALPHA)
     beyond = np.flatnonzero(t > limit)
     if not len(beyond):
         why = (
@@ -46,12 +53,10 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
         )
         return Outcome("law", False, short, why)
     row = int(beyond[0]) + 1
-    step = of_seed[0].iloc[row]
-    finding = Finding(
-        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
-        str(step["kind"]), "mean_square", float(expected[:, row].mean()), float(v[:, row].mean()),
-        float(t[row - 1]), float(limit), _law_blame([g.iloc[row] for g in of_seed], gain, dtype),
-    )  # fmt: skip
+    got = mean(frame)
+    to = _law_blame(pd.DataFrame([rows.iloc[row] for _, rows in curves]), gain, dtype)
+    says = got.assign(mean_square=got["law_additive"])
+    finding = finding_at(says, got, row, "mean_square", t[row - 1], limit, to)
     size = f"{standard_errors(finding.size)} standard errors (limit {limit:.1f})"
     return failed("law", short, finding, size)
 
@@ -73,16 +78,17 @@ def stretched(p: Estimate, seeds: int) -> Estimate:
     )
 
 
-def _law_blame(rows: Sequence[pd.Series], gain: float, dtype: str) -> str:
-    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean."""
-    kind = str(rows[0]["kind"])
-    if kind == "renorm":
+def _law_blame(rows: pd.DataFrame, gain: float, dtype: str) -> str:
+    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean.
+
+    rows: one step's, a row per seed.
+    """
+    kind = str(rows["kind"].iloc[0])
+    names = ["branch_mean_square", "eps_factor", "cosine"]
+    b, c, cosine = rows[names].to_numpy(np.float64).T
+    added = b.mean() / (gain**2 * c.mean())
+    if kind == "renorm" or abs(added - 1) > TEN_ROUNDINGS * ROUNDING[dtype]:
         return "norm"
-    b, c, cosine = (
-        np.array([float(row[name]) for row in rows])
-        for name in ("branch_mean_square", "eps_factor", "cosine")
-    )
-    if abs(b.mean() / (gain**2 * c.mean()) - 1) > 100 * RTOL[dtype]:
-        return "norm"
+    # Two standard errors: all that is left to choose from is the sublayer and the add.
     error = cosine.std(ddof=1) / math.sqrt(len(cosine))
     return kind if abs(cosine.mean()) > 2 * error else "residual add"

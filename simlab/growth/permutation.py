@@ -10,6 +10,7 @@ import numpy as np
 from simlab.theory.laws import Array
 
 PERMUTATIONS = 1 << 16
+CONSTANT = 1e-6  # in units of a column's spread: less is what cancels in float64, not an error
 AT_ONCE = 1 << 21  # numbers that are held of a block of permutations
 
 
@@ -61,7 +62,7 @@ def _t(deals: Array, z: Array, squares: Array, floor: Array, first: int) -> Arra
     within = squares.sum(0) - first * mean**2 - (count - first) * rest**2
     error = np.sqrt(np.maximum(within, 0) / (count - 2) * (1 / first + 1 / (count - first)))
     beyond = np.maximum(np.abs(mean - rest) - floor, 0)
-    return beyond / np.maximum(error, 0.05 * floor + 1e-9)
+    return beyond / np.maximum(error, CONSTANT)
 
 
 def _deals(first: int, count: int, most: int) -> Array:

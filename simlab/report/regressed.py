@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from simlab.baseline import Case, Checked
 from simlab.config import printable
-from simlab.growth.gates import ALPHA, RTOL, SIGNED, Finding
+from simlab.growth.gates import ALPHA, RTOL, SIGNED, Finding, relative
+from simlab.report.estimates import duration
 from simlab.report.style import finish, save
 from simlab.store import write_atomically, write_text
 
@@ -34,14 +35,6 @@ img { max-width: 100% } code { white-space: pre-wrap } p.why { color: #b00020 }
 
 def _columns() -> int:
     return min(100, shutil.get_terminal_size((80, 24)).columns)
-
-
-def duration(seconds: float) -> str:
-    """``12 s``, ``1 min 52 s``."""
-    whole = round(seconds)
-    return f"{seconds:.1f} s" if seconds < 10 else (
-        f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
-    )  # fmt: skip
 
 
 def show_line(checked: Checked, width: int = 0) -> None:
@@ -109,11 +102,7 @@ def changes(
         return [f"recorded {len(after)} rows, before {len(before)}"]
     lines = []
     for q in quantities:
-        a, b = before[q].to_numpy(), after[q].to_numpy()
-        size = np.sqrt(np.nanmean(a**2)) if q in SIGNED and not np.isnan(a).all() else np.abs(a)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            off = np.abs(b - a) / size
-        most = float(np.nanmax(off)) if not np.isnan(off).all() else 0.0
+        most = float(relative(before[q], after[q], q in SIGNED).max())
         lines.append(f"{q}: changed by up to {most:.1e}" if most else f"{q}: as before")
     return lines
 
@@ -143,12 +132,8 @@ def figure(checked: Checked) -> Figure:
         left, right = drawn.subplots(1, 2)
     for table, colour, label in ((old, EXPECTED, "expected"), (new, GOT, "got")):
         count = table["curves"].max()
-        _band(
-            left,
-            table,
-            colour,
-            label + (f" ({count} curves: mean, min to max)" if count > 1 else ""),
-        )
+        label += f" ({count} curves: mean, min to max)" if count > 1 else ""
+        _band(left, table, colour, label)
     means = pd.concat([old["mean"], new["mean"]])
     if means.min() > 0 and means.max() > 10 * means.min():
         left.set_yscale("log")

@@ -23,6 +23,8 @@ from simlab.weights import gaussian
 from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.random import RandomWeights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = 240
 TOGETHER = 12  # weightless seeds that are measured as one batch
 IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1, 7], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3, 8]])
@@ -38,15 +40,6 @@ def shape(norm, width, *overrides):
         "depth=2", f"width={width}", "heads=4", "kv_heads=2", "d_ff=40", "vocab_size=11",
         "init.truncate=null", "init.std=0.1", "norm.eps=1e-4", f"norm={norm}", *every, *overrides,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are quicker so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sample(engine, config):
