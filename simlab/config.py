@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 _PACKAGED = Path(__file__).resolve().parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGED.parents[1] / "conf"
@@ -157,11 +158,15 @@ class RunConfig:
         return self.model
 
     @property
-    def but_depth(self) -> RunConfig:
-        """The run without its depth, and what of the config follows from that: for comparison."""
-        if self.model is None:
-            return self
-        return replace(self, model=replace(self.model, depth=0, full_attention=()))
+    def family(self) -> tuple[Any, ...]:
+        """All but the depth, what of the config follows from it, the init and the seeds.
+
+        Runs of a family may have layers and random numbers in common.
+        """
+        model = self.model and replace(self.model, depth=0, full_attention=())
+        return (
+            model, self.source, self.inputs, self.engine, self.device, self.dtype, self.gradients,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,9 @@ class Measured:
     loss: Tensor | None = None
 
     def first(self, depth: int) -> Measured:
-        """Its rows as far as this many blocks go."""
-        return Measured([row for row in self.rows if row.block is None or row.block < depth])
+        """Its rows as far as this many blocks go; the loss is the whole model's."""
+        rows = [row for row in self.rows if row.block is None or row.block < depth]
+        return replace(self, rows=rows)
 
 
 def rows_of(embedding: Tensor, blocks: list[list[tuple[str, Tensor]]]) -> list[Row]:
@@ -91,8 +92,9 @@ def measure_curves(
     """The residual stream's statistics after the embedding and after every step of every block.
 
     One curve for each of the weights' S, which pass as one batch (S·B, T, D): a curve's sequences
-    lie together. ids: (B, T) token ids. gradients: also the statistics of the loss's gradient with
-    respect to that stream. ``on_block`` is called after each curve's block, forward and backward.
+    lie together. ids: (B, T) token ids, or without gradients what else ``weights.embedded`` takes.
+    gradients: also the statistics of the loss's gradient with respect to that stream. ``on_block`` is
+    called after each curve's block, forward and backward.
     """
 
     def passed() -> None:
@@ -119,7 +121,7 @@ def forward(
     """The rows, and the streams in batches of sequences: before every block (``keep``), after all."""
     model, curves = weights.model, weights.curves
     embedded = weights.embedded(ids, device, dtype)
-    streams = list(embedded.split(weights.tokens_at_once // ids.shape[1] or 1))
+    streams = list(embedded.split(weights.tokens_at_once // ids.shape[-1] or 1))
     del embedded
     embedding = Reducer(STATISTICS, curves)
     for stream in streams:

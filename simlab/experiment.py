@@ -6,19 +6,21 @@ import dataclasses
 import functools
 import math
 import platform
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
-from simlab.cost import choose, compute_threads, seconds
+from simlab.config import ConfigError, InitConfig, ModelConfig, RunConfig, SourceConfig
+from simlab.cost import Division, choose, seconds
 from simlab.cost import curves as costs_of
 from simlab.engine import Measured, measure_curves, resolve_device
 from simlab.growth.compare import departure, massive, sentences, with_outside
@@ -34,13 +36,14 @@ from simlab.store import config_hash
 from simlab.theory.laws import LAWS
 from simlab.tidy import cut, cut_gradients, losses, tidy, with_laws
 from simlab.weights.checkpoint import Checkpoint
-from simlab.weights.gaussian import GaussianWeights, together
+from simlab.weights.gaussian import GaussianWeights
 from simlab.weights.init import Gaussian, distribution
-from simlab.weights.layers import begins
 from simlab.weights.random import RandomWeights
 from simlab.weights.source import Weights, materialise_model
 
 Curves = list[tuple[str, int, Measured]]  # name, seed, rows
+Pair = tuple[int, bytes]  # a random init's seed, and the token ids that it meets
+Item = TypeVar("Item")
 ENGINES = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
 
 
@@ -61,6 +64,12 @@ class Prepared:
     def parameters(self) -> int:
         """Parameters of the whole model."""
         return parameter_count(self.config.shape)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Of each of its random inits, the seed and the tokens."""
+        tokens = self.tokens.numpy().tobytes()
+        return [(seed, tokens) for seed in self.config.seeds]
 
     @property
     def unit(self) -> str:
@@ -155,43 +164,36 @@ def prepare(
     return Prepared(config, tokens, checkpoint, device, reason)
 
 
-def sources(run: Prepared) -> Iterator[tuple[str, tuple[int, ...], Weights]]:
-    """The run's curves: name, seeds, weights. The checkpoint's first, then every random init.
-
-    Weightless ones come several at a time (``together``), to be measured as one batch.
-    """
-    config = run.config
-    if run.checkpoint:
-        yield "checkpoint", (config.seed,), run.checkpoint
-    weightless = config.engine == "weightless"
-    tokens = run.tokens.numel()
-    at_once = together(config.shape, tokens, config.gradients) if weightless else 1
-    # No more draw than cores are left: measured, they take up to 8 % of the time from the products.
-    beside = torch.get_num_threads() - threads_for(run, config.engine)
-    for start in range(0, len(config.seeds), at_once):
-        seeds = tuple(config.seeds[start : start + at_once])
-        weights = ENGINES[config.engine](config.shape, config.init, *seeds, beside=beside)
-        yield "random", seeds, weights
+def division(run: Prepared, seeds: int) -> Division:
+    """How the CPU's threads share out so many random inits like the run's."""
+    curve = costs_of(run.config, torch.get_num_threads())[-1]
+    return dataclasses.replace(curve, seeds=seeds).division
 
 
-def threads_for(run: Prepared, engine: str) -> int:
-    """torch's threads for a curve: all, or while a CPU's others draw normals, some."""
-    every = torch.get_num_threads()
-    if engine == "weightless" and run.device.type == "cpu":
-        config, tokens = run.config, run.tokens.numel()
-        return compute_threads(config.shape, tokens, config.gradients, every)
-    return every
+def pieces(whole: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """A sequence in pieces of this size; the last may be shorter."""
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
 @contextmanager
-def threads(run: Prepared, engine: str) -> Iterator[None]:
-    """With as many of torch's threads as a curve is to have."""
+def threads(count: int) -> Iterator[None]:
+    """With so many of torch's threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_for(run, engine))
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """``map`` on so many threads; on one, on this one."""
+    if count == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(count) as pool:
+        yield pool.map
 
 
 def run(config: RunConfig) -> RunResult:
@@ -200,54 +202,71 @@ def run(config: RunConfig) -> RunResult:
 
 
 def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
-    """Every curve of a run, measured. ``on_block`` is called after each block."""
-    config, dtype = ready.config, getattr(torch, ready.config.dtype)
-    found = []
-    for name, seeds, weights in sources(ready):
-        with threads(ready, ready.engines[name]):
-            several = measure_curves(
-                weights, ready.tokens, ready.device, dtype, config.gradients, on_block
-            )
-        found += [(name, seed, curve) for seed, curve in zip(seeds, several, strict=True)]
+    """Every curve of a run, the checkpoint's first. ``on_block`` is called after each block."""
+    (found,) = measured_together([ready], on_block)
     return found
 
 
-class Prefixes:
-    """``measured_curves`` for one run after another, which remembers the last curves it measured.
+def measured_together(
+    runs: Sequence[Prepared], on_block: Callable[[], None] = lambda: None
+) -> list[Curves]:
+    """The curves of each of several runs, which must be company (see ``company``), the deepest first.
 
-    A run that differs in its depth alone, and has the same layers as far as it goes, is given their
-    first rows: no number on them knows what comes after.
+    Every init is measured with every seed and its tokens, once, at the deepest's depth. Weightless ones
+    come several at a time, as one batch (``GaussianWeights``), and on a CPU several batches at a time
+    (``Division``). ``on_block`` is called after each curve's block.
     """
+    deepest = runs[0]
+    config, dtype = deepest.config, getattr(torch, deepest.config.dtype)
+    stop = threading.Event()
 
-    def __init__(self) -> None:
-        self.last: tuple[Prepared, Curves] | None = None
+    def passed() -> None:
+        if stop.is_set():
+            raise CancelledError
+        on_block()
 
-    def __call__(self, ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
-        """As ``measured_curves``; ``on_block`` isn't called for what is remembered."""
-        if self.last and is_prefix(ready, self.last[0]):
-            depth = ready.config.shape.depth
-            return [(name, seed, curve.first(depth)) for name, seed, curve in self.last[1]]
-        self.last = None  # before the next is measured
-        found = measured_curves(ready, on_block)
-        if not ready.checkpoint and not ready.config.gradients:
-            self.last = ready, found
-        return found
+    def measured(weights: Weights, ids: Tensor) -> list[Measured]:
+        return measure_curves(weights, ids, deepest.device, dtype, config.gradients, passed)
 
+    known: Curves = []
+    if deepest.checkpoint:
+        curves = measured(deepest.checkpoint, deepest.tokens)
+        known = [("checkpoint", config.seed, curve) for curve in curves]
+    inits = list(dict.fromkeys(run.config.init for run in runs))
+    pairs = list(dict.fromkeys(pair for run in runs for pair in run.pairs))
+    tokens = {run.tokens.numpy().tobytes(): run.tokens for run in runs}
+    split = division(deepest, len(inits) * len(pairs))
+    at_once = min(len(inits), split.seeds)
 
-def is_prefix(run: Prepared, deep: Prepared) -> bool:
-    """Whether the curves of ``run`` are, to the last bit, the first rows of those of ``deep``.
+    def drawn(batch: tuple[Sequence[InitConfig], Sequence[Pair]]) -> list[Measured]:
+        (first, *others), several = batch
+        seeds, keys = zip(*several, strict=True)
+        more: dict[str, Any] = {"others": others} if others else {}
+        weights = ENGINES[config.engine](config.shape, first, *seeds, beside=split.drawing, **more)
+        own = [tokens[key] for key in keys]
+        return measured(weights, torch.stack(own) if len(set(keys)) > 1 else own[0])
 
-    Of random inits: everything but the depth is the same, and so is every layer of ``run``.
-    A gradient comes from the end, which is another.
-    """
-    one, other = run.config, deep.config
-    return (
-        not (one.source.stored or one.gradients)
-        and one.but_depth == other.but_depth
-        and torch.equal(run.tokens, deep.tokens)
-        and threads_for(run, one.engine) == threads_for(deep, one.engine)
-        and begins(one.shape, other.shape, one.init)
-    )
+    batches = [
+        (some, several)
+        for several in pieces(pairs, max(1, split.seeds // at_once))
+        for some in pieces(inits, at_once)
+    ]
+    found: dict[tuple[InitConfig, Pair], Measured] = {}
+    with threads(split.compute), workers(split.batches) as each:
+        try:
+            for (some, several), curves in zip(batches, each(drawn, batches), strict=True):
+                keys = ((init, pair) for pair in several for init in some)
+                found |= dict(zip(keys, curves, strict=True))
+        finally:
+            stop.set()  # after a mistake or an interrupt, the other batches end with their block
+    return [
+        known
+        + [
+            ("random", seed, found[run.config.init, (seed, key)].first(run.config.shape.depth))
+            for seed, key in run.pairs
+        ]
+        for run in runs
+    ]
 
 
 def measure(

@@ -22,6 +22,17 @@ def wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x, y⟩ over the last dimension.
+
+    On a CPU by NumPy, which makes no tensor of products: measured, half of torch's time. And its sum
+    is the same to the last bit whatever lies beside the vectors.
+    """
+    if x.device.type != "cpu":
+        return vecdot(x, y)
+    return torch.from_numpy(np.asarray(np.vecdot(x.numpy(), y.numpy())))
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the residual stream, as the probe saw it. Tensors (B, T, D), D = d_model, any dtype.
@@ -113,11 +124,7 @@ class Step:
         """⟨x, b⟩ (B, T), x being what b is added to; NaN where nothing is added."""
         if self.wide_skip is None or self.wide_branch is None:
             return self.nan
-        x, b = self.wide_skip, self.wide_branch
-        if x.device.type != "cpu":
-            return vecdot(x, b)
-        # NumPy's makes no tensor of products: measured, half of torch's time on a CPU.
-        return torch.from_numpy(np.asarray(np.vecdot(x.numpy(), b.numpy())))
+        return dot(self.wide_skip, self.wide_branch)
 
     def attended(self, name: str) -> Tensor:
         """An attention statistic (B, T), NaN where the step is no attention."""
@@ -166,8 +173,8 @@ def _token_cosine(step: Step) -> Tensor:
     count = step.after.shape[1]
     if count == 1:
         return step.nan
-    total = step.unit.sum(1)
-    return ((step.unit @ total[..., None])[..., 0].to(step.wide.dtype) - 1) / (count - 1)
+    total = step.unit.sum(1, keepdim=True)
+    return (dot(step.unit, total).to(step.wide.dtype) - 1) / (count - 1)
 
 
 def _gain(step: Step, of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -270,11 +277,11 @@ def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str,
         weights, top = seen.softmax(-1), seen.amax(-1)
         # With z the logits less their largest: −ln max a − Σ a z, without a logarithm of each a.
         spread = (weights * logits.sub_(top[..., None])).sum(-1)
-        entropy.append((-weights.amax(-1).log() - spread).sum(1))
+        entropy.append(-weights.amax(-1).log() - spread)
         most.append(top.amax(1))
-        first.append(weights[..., 0].sum(1))
-    return {
-        "entropy": torch.stack(entropy).sum(0) / heads,
+        first.append(weights[..., 0].clone())
+    return {  # summed at the end: the same to the last bit however many heads are held at a time
+        "entropy": torch.cat(entropy, 1).sum(1) / heads,
         "max_logit": torch.stack(most).amax(0),
-        "first": torch.stack(first).sum(0) / heads,
+        "first": torch.cat(first, 1).sum(1) / heads,
     }

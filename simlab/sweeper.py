@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from simlab import cluster, job, store
 from simlab.cluster import Place
-from simlab.config import ConfigError, RunConfig
+from simlab.config import ConfigError
 from simlab.mistakes import or_exit
 from simlab.plan import Job, Plan, plan
 from simlab.report import estimates, progress
@@ -219,25 +219,31 @@ class Sweep:
             return
         blocks = sum(place.blocks for place in places)
         if self.in_process:
-            from simlab.experiment import Prefixes
+            from simlab.company import Company, companies
+            from simlab.experiment import prepare
 
             # The report's imports take a quarter of a second, which a second core has now.
             threading.Thread(
                 target=importlib.import_module, args=("simlab.report.swept",), daemon=True
             ).start()
-            places, curves_of = deepest_first(places), Prefixes()
+            company = Company(functools.partial(prepare, tokens_of=self.tokens_of))
+            ended = done = 0
             with progress.sweep(len(places), blocks) as bar:
-                for i, place in enumerate(places):
-                    write_hydra(place)
-                    job.sweep_job(
-                        place.job.config,
-                        place.folder,
-                        self.keep,
-                        bar.block,
-                        self.tokens_of,
-                        curves_of,
-                    )
-                    bar.reached(i + 1, sum(p.blocks for p in places[: i + 1]))
+                for numbers in companies([place.job.config for place in places]):
+                    group = [places[number] for number in numbers]
+                    company.next([place.job.config for place in group])
+                    for place in group:
+                        write_hydra(place)
+                        job.sweep_job(
+                            place.job.config,
+                            place.folder,
+                            self.keep,
+                            bar.block,
+                            self.tokens_of,
+                            company,
+                        )
+                        ended, done = ended + 1, done + place.blocks
+                        bar.reached(ended, done)
             return
 
         def look() -> list[int]:
@@ -248,18 +254,6 @@ class Sweep:
         with progress.sweep(len(places), blocks, look):
             for start in range(0, len(places), size):
                 cluster.launch(self.launcher, places[start : start + size])
-
-
-def deepest_first(places: Sequence[Place]) -> list[Place]:
-    """Jobs that differ in depth alone one after another, the deepest first: it may hold the others."""
-    families: dict[RunConfig, list[Place]] = {}
-    for place in places:
-        families.setdefault(place.job.config.but_depth, []).append(place)
-    return [
-        place
-        for family in families.values()
-        for place in sorted(family, key=lambda place: -place.blocks)
-    ]
 
 
 def forget(folder: Path) -> None:

@@ -41,6 +41,7 @@ MAY = {
         "config", "inputs", "model", "weights", "cost", "memory", "engine", "tidy", "growth", "theory",
         "store",
     },
+    "company": {"config", "cost", "experiment", "memory", "resources", "weights"},
     "mistakes": {"config", "validation"},
     "devices": {"config"},
     "job": {
@@ -50,7 +51,7 @@ MAY = {
     "cluster": {"config", "job", "plan", "store"},
     "sweeper": {
         "config", "validation", "mistakes", "plan", "inputs", "engine", "memory", "experiment",
-        "store", "job", "cluster", "report", "sweep",
+        "company", "store", "job", "cluster", "report", "sweep",
     },
     "sweep": {"config", "mistakes", "job", "store", "report"},
     "run": {"config", "validation", "process", "mistakes", "job"},

@@ -5,14 +5,17 @@ import pytest
 import torch
 from conftest import tiny
 
+from simlab import experiment
+from simlab.cost import Division
 from simlab.engine import measure_curves
-from simlab.experiment import measure, prepare, run, sources
+from simlab.experiment import measure, prepare, run
 from simlab.model.placement import PLACEMENTS
 from simlab.validation import compose
 from simlab.weights.gaussian import GaussianWeights, factor, gram, together
 
 CPU = torch.device("cpu")
 SEEDS = (3, 0, 7)
+INITS = ((0.1, []), (0.3, ["init.truncate=null"]), (0.05, ["init=llama_depth"]))
 # Tokens repeat and the sequences begin alike: Gram matrices are singular.
 IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3]])
 CASES = [[f"norm={norm}"] for norm in PLACEMENTS] + [
@@ -37,12 +40,14 @@ def measured(config, *seeds):
     return measure_curves(weights, IDS, CPU, getattr(torch, config.dtype), True)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_together_as_alone(case):
     """Every statistic of the stream and of the gradient, at every step, and the loss.
 
-    The tolerance is float32's rounding, through all blocks and back, where repeated tokens make it
-    matter more; other seeds' numbers are much farther away.
+    On one thread: on several, sums in another order give the gradient another draw of the same law where
+    tokens repeat. The tolerance is float32's rounding, through all blocks and back, where repeated
+    tokens make it matter more; other seeds' numbers are much farther away.
     """
     every = ["norm.every=2"] if "norm=swin_renorm" in case else []
     std = [] if "init=fan_in" in case else ["init.std=0.1"]
@@ -53,6 +58,22 @@ def test_together_as_alone(case):
     size = np.abs(alone).max(0)
     assert (np.abs(together - alone) <= tolerance * size).all()
     assert (np.abs(np.roll(together, 1, 0) - alone) > 10 * tolerance * size).mean() > 0.3
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", [[], ["model.tied=true"], ["width=12", "d_ff=16"]], ids=" ".join)
+def test_inits_together_as_alone(case):
+    """Every seed with every init, each seed's normals drawn once; the gradient too, and the loss."""
+    config = tiny(*case)
+    inits = [tiny(*case, f"init.std={std}", *more).init for std, more in INITS]
+    weights = GaussianWeights(config.shape, inits[0], *SEEDS, others=inits[1:])
+    together = values(measure_curves(weights, IDS, CPU, torch.float32, True))
+    each = [GaussianWeights(config.shape, init, seed) for seed in SEEDS for init in inits]
+    alone = values([measure_curves(one, IDS, CPU, torch.float32, True)[0] for one in each])
+    size = np.abs(alone).max(0).clip(1e-3)  # a mean gradient may be nothing but rounding
+    assert (np.abs(together - alone) <= 1e-4 * size).all()
+    assert (np.abs(np.roll(together, 1, 0) - alone) > 1e-3 * size).mean() > 0.3
+    assert (np.abs(np.roll(together, len(inits), 0) - alone) > 1e-3 * size).mean() > 0.3
 
 
 def test_a_seed_that_overflows_leaves_the_others_alone():
@@ -86,31 +107,40 @@ def test_how_many_go_together():
         shape = tiny(*sizes, "vocab_size=50304").shape
         return together(shape, tokens, gradients)
 
-    assert [size(width, 64) for width in (256, 1024, 4096)] == [16, 4, 1]
-    assert [size(width, 512) for width in (256, 1024, 4096)] == [2, 1, 1]
-    assert size(256, 64, gradients=True) == 4
+    assert [size(width, 64) for width in (256, 1024, 4096)] == [24, 6, 1]
+    assert [size(width, 512) for width in (256, 1024, 4096)] == [3, 1, 1]
+    assert size(256, 64, gradients=True) == 6
     assert together(compose(["model=olmo2_32b"]).shape, 64, False) == 1
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_run_in_groups(monkeypatch, gradients):
-    """Rows, order and progress are the same, however the run's seeds are grouped."""
+    """Rows, order and progress are the same, however the run's seeds are grouped, and how many groups
+    are measured at a time.
+    """
     frames = []
-    for size in (1, 2, 5):
-        monkeypatch.setattr("simlab.experiment.together", lambda *_, size=size: size)
+    for size, batches in ((1, 1), (2, 1), (5, 1), (1, 2), (2, 2), (2, 3)):
+        groups = []
+
+        class Recorded(GaussianWeights):
+            def __init__(self, *args, **options):
+                groups.append(args[2:])  # noqa: B023
+                super().__init__(*args, **options)
+
+        split = Division(size, batches, 1, 0)
+        monkeypatch.setattr(experiment, "division", lambda *_, split=split: split)
+        monkeypatch.setitem(experiment.ENGINES, "weightless", Recorded)
         config = tiny(
             "engine=weightless", "seeds=5", "seed=2", f"gradients={str(gradients).lower()}"
         )
-        ready = prepare(config)
-        groups = [seeds for _, seeds, _ in sources(ready)]
-        assert [seed for group in groups for seed in group] == [2, 3, 4, 5, 6]
-        assert max(map(len, groups)) == size
-        done = []
+        ready, done = prepare(config), []
         frames.append(measure(ready, lambda done=done: done.append(None)).curve)
         assert len(done) == ready.blocks
+        assert sorted(seed for group in groups for seed in group) == [2, 3, 4, 5, 6]
+        assert max(map(len, groups)) == size
+        assert run(config).curve.equals(frames[-1])  # and the same bytes again
     keys = ["curve", "seed", "sublayer", "block", "kind"]
     for frame in frames[1:]:
         assert frame[keys].equals(frames[0][keys])
         for column in frame.columns.drop(keys):
             np.testing.assert_allclose(frame[column], frames[0][column], rtol=1e-4, atol=1e-6)
-    assert run(config).curve.equals(frames[-1])  # and the same bytes again

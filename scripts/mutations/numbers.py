@@ -23,7 +23,7 @@ STD = vars(Gaussian)["std"].fget
 LAW = "Gaussian(sigma * scale(role, model.depth),"
 SEEDED = "entropy = entropy_of(self.seed, name)"
 Z = "normals(self.turn.name,"
-BACK = "(known - down @ seen) @ q + down @ fresh"
+BACK = "(known - down @ seen) @ q + product(down, fresh)"
 
 INIT = (
     Mutation(
@@ -148,8 +148,8 @@ WEIGHTLESS = (
         "one layer's Y without its σ",
         edit(
             GaussianLinear.forward,
-            "self.std * coordinates",
-            "(1.0 if 'up_proj' in self.turn.name else self.std) * coordinates",
+            "times(coordinates, self.std)",
+            "times(coordinates, 1.0 if 'up_proj' in self.turn.name else self.std)",
         ),
         "weightless",
     ),
@@ -206,13 +206,13 @@ WEIGHTLESS = (
     Mutation(
         "weightless_same_z_in_all_layers",
         "the layer isn't in Z's seed",
-        edit(Normals.start, '"weightless", key)', '"weightless", key.split(".")[-2])'),
+        edit(Normals.parts, '"weightless", key)', '"weightless", key.split(".")[-2])'),
         "weightless",
     ),
     Mutation(
         "weightless_back_forgets",
         "backward, what the forward has shown of W is forgotten",
-        edit(gaussian._Coordinates.backward, BACK, "down @ fresh"),
+        edit(gaussian._Coordinates.backward, BACK, "product(down, fresh)"),
         "gradients",
     ),
     Mutation(
@@ -224,7 +224,7 @@ WEIGHTLESS = (
     Mutation(
         "weightless_back_unprojected",
         "backward, fresh numbers also where W is known",
-        edit(gaussian._Coordinates.backward, BACK, "known @ q + down @ fresh"),
+        edit(gaussian._Coordinates.backward, BACK, "known @ q + product(down, fresh)"),
         "gradients",
     ),
 )

@@ -40,7 +40,7 @@ class Sweep:
 
     def __init__(self, jobs: int, total: int, bar: Progress | None) -> None:
         self.jobs, self.total, self.bar = jobs, total, bar
-        self.ended = 0
+        self.ended = self.done = 0
         self.said = time.monotonic()
         self.task: TaskID | None = bar.add_task(self._text(), total=total) if bar else None
 
@@ -49,14 +49,15 @@ class Sweep:
 
     def block(self) -> None:
         """A block is done."""
+        self.done += 1
         if self.bar and self.task is not None:
             self.bar.advance(self.task)
 
-    def reached(self, ended: int, blocks: int | None = None) -> None:
-        """So many jobs have ended; blocks: those done, where not every one of them was told."""
-        self.ended = ended
+    def reached(self, ended: int, blocks: int) -> None:
+        """So many jobs have ended; blocks: theirs, where not every one was told."""
+        self.ended, self.done = ended, max(self.done, blocks)
         if self.bar and self.task is not None:
-            self.bar.update(self.task, description=self._text(), completed=blocks)
+            self.bar.update(self.task, description=self._text(), completed=self.done)
         elif not self.bar and time.monotonic() - self.said > EVERY:
             self.said = time.monotonic()
             print(f"simlab: {self._text()} done", file=sys.stderr, flush=True)

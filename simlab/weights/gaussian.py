@@ -51,18 +51,39 @@ from simlab.weights.source import COLUMNS_AT_ONCE, Columns, Shape
 
 JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
 AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slower
-# Entries of the widest activation of all seeds that pass as one batch. CPU ms per block and curve
-# for 1, 2, 4, 8 seeds at once, d_ff four times the width, 64 tokens: width 256 7.3, 4.7, 3.3, 2.9;
-# width 1024 11.9, 9.4, 9.6, 9.6; width 4096 40.2, 39.7, 41.7; for 1 and 2 at 512 tokens: width 256
-# 35.6, 36.4; width 1024 195, 221. So 16, 4, 1, 2 and 1 go together: beyond, tensors leave the cache.
-TOGETHER = 1 << 20
+# Entries of the widest activation of all curves of a batch: beyond, tensors leave the cache. Measured
+# in ms per block and curve, two batches at a time on 2 cores, d_ff four times the width, for 2²⁰,
+# 1.5·2²⁰ and 2²¹: 64 tokens of width 256 3.6, 3.2, 3.4; of 1024 8.4, 7.1, 7.2; of 2048 15.5, 13.8,
+# 14.0; 256 tokens of width 256 13.9, 14.8, 14.0; with gradients 64 of width 512 17.8, 16.1, 17.4.
+TOGETHER = 3 << 19
+CACHE_LINE = 64  # bytes; torch's tensors begin at a multiple
 AT_ONCE = 4096  # columns widened to float64 at a time
 
 
-def together(model: ModelConfig, tokens: int, gradients: bool) -> int:
-    """How many seeds' curves are measured as one batch, of so many tokens each."""
+def widest(model: ModelConfig, gradients: bool) -> int:
+    """Entries of a token's largest activation."""
     logits = min(model.vocab_size, COLUMNS_AT_ONCE) if gradients else 0
-    return max(1, TOGETHER // (tokens * max(model.width, model.d_ff, logits)))
+    return max(model.width, model.d_ff, logits)
+
+
+def together(model: ModelConfig, tokens: int, gradients: bool) -> int:
+    """How many curves are measured as one batch at most, of so many tokens each."""
+    return max(1, TOGETHER // (tokens * widest(model, gradients)))
+
+
+def small(model: ModelConfig, tokens: int, gradients: bool) -> bool:
+    """Whether a curve of so many tokens leaves room in its batch, or fills it."""
+    return tokens * widest(model, gradients) <= TOGETHER
+
+
+def lies_alone(model: ModelConfig, tokens: int, size: int) -> bool:
+    """Whether every curve's share of a batch's tensors begins where a tensor would: on a cache line.
+
+    Elsewhere kernels add in another order. size: bytes of one number of the stream.
+    """
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    shares = (tokens * entries * size for entries in (model.width, q, kv, model.d_ff, tokens))
+    return all(share % CACHE_LINE == 0 for share in shares)
 
 
 def _home(device: torch.device) -> torch.device:
@@ -111,6 +132,11 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
+def product(x: Tensor, z: Tensor) -> Tensor:
+    """x (S, m, n) times z (U, n, d): (S, m, d). S/U of x, one after another, meet the same z."""
+    return (x.reshape(len(z), -1, x.shape[-1]) @ z).view(*x.shape[:-1], z.shape[-1])
+
+
 class _Coordinates(torch.autograd.Function):
     """X (S, N, d) to L (S, N, N), float32, and a zero like L whose "gradient" is Σσ²GGᵀ: the tap."""
 
@@ -141,9 +167,10 @@ class _Coordinates(torch.autograd.Function):
         down = narrow(scale_g * lower_g)
         fresh = ctx.normals(ctx.name, x.shape[1:], x.device)
         noise = ctx.normals(f"{ctx.name}/jitter", lower.shape[1:], lower.device).to(lower)
-        noise = jitter.sqrt() * solve(noise.mT).mT
-        seen = torch.baddbmm(narrow(noise), fresh, q.mT)
-        out = (known - down @ seen) @ q + down @ fresh
+        times = len(x) // len(noise)
+        noise = jitter.sqrt() * solve(noise.repeat_interleave(times, 0).mT).mT
+        seen = torch.baddbmm(narrow(noise), fresh.repeat_interleave(times, 0), q.mT)
+        out = (known - down @ seen) @ q + product(down, fresh)
         return out.to(x.dtype), None, None
 
 
@@ -153,13 +180,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coordinates: Tensor, tap: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return coordinates @ z
+        return product(coordinates, z)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (z,) = ctx.saved_tensors
         (g,) = gradients
-        return g @ z.mT, gram(g), None
+        return product(g, z.mT), gram(g), None
 
 
 class Inputs:
@@ -171,8 +198,8 @@ class Inputs:
         self.found: tuple[Tensor, Tensor | None]
 
     def tokens(self, x: Tensor) -> int:
-        """N: how many tokens of each seed x (…, d) holds."""
-        return x.shape[:-1].numel() // len(self.normals.seeds)
+        """N: how many tokens of each curve x (…, d) holds."""
+        return x.shape[:-1].numel() // self.normals.curves
 
     def start(self, x: Tensor, name: str) -> None:
         """Begin to draw what the backward from x will ask for, if there is to be one."""
@@ -183,14 +210,22 @@ class Inputs:
     def coordinates(self, x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         """L (S, N, N) and its tap for x, named after the first layer that asks; x itself if N ≥ d.
 
-        x (…, d): all tokens of the first seed, then all of the next; itself as (S, N, d).
+        x (…, d): all tokens of the first curve, then all of the next; itself as (S, N, d).
         """
         if self.x is not x:
-            flat = x.reshape(len(self.normals.seeds), -1, x.shape[-1])
+            flat = x.reshape(self.normals.curves, -1, x.shape[-1])
             wide = flat.shape[1] < flat.shape[2]
             made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
             self.x, self.found = x, made
         return self.found
+
+
+Std = float | Tensor  # of all curves, or of each, (S, 1, 1)
+
+
+def times(x: Tensor, std: Std) -> Tensor:
+    """x (S, …) times what may be another number for each of S, in x's dtype."""
+    return x * (std.to(x) if isinstance(std, Tensor) else std)
 
 
 @dataclass(frozen=True)
@@ -209,8 +244,8 @@ class Turn:
 class GaussianLinear(nn.Module):
     """(…, d_in) to (…, d_out): x Wᵀ in law, for W with i.i.d. N(0, std²) entries. Use it once.
 
-    Each seed of the normals has its own W, and its share of x: the first 1/S of the tokens are the
-    first seed's, and so on.
+    Each curve has its own W, and its share of x: the first 1/S of the tokens are the first curve's,
+    and so on. Those of a seed have the same W but for their std.
     ``bind`` gives it its name, its std and what it shares with its block's other layers.
     """
 
@@ -220,7 +255,7 @@ class GaussianLinear(nn.Module):
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
 
-    def bind(self, name: str, std: float, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
+    def bind(self, name: str, std: Std, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
         """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
         self.turn, self.std, self.inputs = Turn(name, self.d_in, self.d_out), std, inputs
         self.later = list(later)
@@ -235,24 +270,37 @@ class GaussianLinear(nn.Module):
                 normals.start(turn.name, turn.z(tokens))
         coordinates, tap = self.inputs.coordinates(x, self.turn.name)
         z = normals(self.turn.name, self.turn.z(tokens), x.device)
-        scaled = self.std * coordinates
-        y = scaled @ z if tap is None else _Product.apply(scaled, self.std**2 * tap, z)
+        scaled = times(coordinates, self.std)
+        y = (
+            product(scaled, z)
+            if tap is None
+            else _Product.apply(scaled, times(tap, self.std**2), z)
+        )
         return y.to(x.dtype).view(*x.shape[:-1], self.d_out)
 
 
 class GaussianWeights(RandomWeights):
     """Random inits whose matrices are never drawn; their gains and embeddings are as in dense ones.
 
-    Several seeds' curves are measured as one batch: their sequences pass the blocks together, and a
-    seed's numbers are those that it would have alone, to float32's rounding.
+    Several curves are measured as one batch: every seed with ``init``, then with each of the others,
+    which share its normals. Their sequences pass the blocks together, and a curve's numbers are those
+    that it would have alone, to float32's rounding; on one thread, to the last bit.
     Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
     """
 
-    def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int, beside: int = 0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        init: InitConfig,
+        *seeds: int,
+        others: Sequence[InitConfig] = (),
+        beside: int = 0,
+    ) -> None:
         super().__init__(model, init, seeds[0], beside)
-        self.curves = len(seeds)
-        self.dense = [RandomWeights(model, init, seed) for seed in seeds]
-        self.normals = Normals(seeds, self.pool)
+        self.inits = [init, *others]
+        self.dense = [RandomWeights(model, one, seed) for seed in seeds for one in self.inits]
+        self.curves = len(self.dense)
+        self.normals = Normals(seeds, self.pool, self.curves)
         self.last = -1  # the block that was asked for last
 
     tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
@@ -295,23 +343,33 @@ class GaussianWeights(RandomWeights):
         def chunks() -> Iterator[Tensor]:
             for start in range(0, count, COLUMNS_AT_ONCE):
                 shape = (d_in, min(COLUMNS_AT_ONCE, count - start))
-                yield self.normals(f"head.weight/{start}", shape, x.device)
+                z = self.normals(f"head.weight/{start}", shape, x.device)
+                yield z.repeat_interleave(len(self.inits), 0)
 
-        tap = None if tap is None else std**2 * tap
-        return [*parts, Columns(std * coordinates, chunks, tap)], targets
+        tap = None if tap is None else times(tap, std**2)
+        return [*parts, Columns(times(coordinates, std), chunks, tap)], targets
 
-    def std(self, name: str) -> float:
+    def std(self, name: str) -> Std:
         """The standard deviation of a matrix's entries, its truncation taken into account.
 
-        A tied head is the embedding.
+        A tied head is the embedding. Where the inits differ, every curve's (S, 1, 1).
         """
         if name == "head.weight" and self.model.tied:
             name = "embedding.weight"
-        law = distribution(self.model, self.init, name)
-        assert isinstance(law, Gaussian)
-        return law.std
+        found = []
+        for init in self.inits:
+            law = distribution(self.model, init, name)
+            assert isinstance(law, Gaussian)
+            found.append(law.std)
+        if len(set(found)) == 1:
+            return found[0]
+        stds = torch.tensor(found, dtype=torch.float64).repeat(len(self.normals.seeds))
+        return stds[:, None, None]
 
     def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """As in Weights; the same as dense models' on the CPU."""
+        """As in Weights; the same as dense models' on the CPU. ids (U, B, T): of every seed its own."""
         cpu = torch.device("cpu")
-        return torch.cat([dense.embedded(ids, cpu, dtype) for dense in self.dense]).to(device)
+        own = ids if ids.dim() == 3 else ids[None].expand(len(self.normals.seeds), -1, -1)
+        of = own.repeat_interleave(len(self.inits), 0)
+        found = [dense.embedded(one, cpu, dtype) for dense, one in zip(self.dense, of, strict=True)]
+        return torch.cat(found).to(device)

@@ -35,10 +35,18 @@ class Part:
     shapes: Mapping[str, torch.Size]
 
 
+class Place(nn.Module):
+    """Where a linear layer is, with its weight: ``nn.Linear`` also takes time to initialise it."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+
 def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
     """Every module of a layer, whose parameters aren't allocated."""
     with torch.device("meta"):
-        block = Block(model, layer)
+        block = Block(model, layer, Place)
     return tuple(
         Part(
             name,
@@ -64,6 +72,7 @@ def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
+@functools.lru_cache(256)  # and a sweep's jobs the same models and inits
 def begins(shallow: ModelConfig, deep: ModelConfig, init: InitConfig) -> bool:
     """Whether the first layers of ``deep``, and its embedding, are those of ``shallow``.
 

@@ -83,12 +83,14 @@ def fill(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
 class RandomWeights(Weights):
     """The weights of one random init; see the module's docstring.
 
-    beside: threads that draw while torch's compute; 0: as many as torch has, by turns with them.
+    beside: threads that draw while torch's compute; 0: as many as torch has, by turns with them, or
+    where it has one, that one.
     """
 
     def __init__(self, model: ModelConfig, init: InitConfig, seed: int, beside: int = 0) -> None:
         self.model, self.init, self.seed = model, init, seed
-        self.pool = ThreadPoolExecutor(beside or torch.get_num_threads())
+        threads = beside or torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(threads) if beside or threads > 1 else None
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter; a head tied to the embedding is the embedding."""
@@ -141,7 +143,7 @@ class RandomWeights(Weights):
         """Draw every piece: on all threads of a CPU, one after another on a device."""
         pieces = list(pieces)
         alone = device.type == "cuda" or len(pieces) == 1
-        for _ in map(draw, pieces) if alone else self.pool.map(draw, pieces):
+        for _ in map(draw, pieces) if alone or not self.pool else self.pool.map(draw, pieces):
             pass
 
 
