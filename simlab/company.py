@@ -18,13 +18,14 @@ import torch
 from simlab.config import ConfigError, InitConfig, RunConfig
 from simlab.cost import costs
 from simlab.experiment import Curves, Prepared, division, measured_together, pieces, prepare
+from simlab.inputs import TEXT_BATCH, TEXT_LENGTH
 from simlab.memory import needed
 from simlab.resources import available
 from simlab.weights.gaussian import lies_alone, small
 from simlab.weights.layers import begins
 
-# What an interrupt loses of a sweep at most: float32 operations, some half a minute on two cores; and
-# curves, whose rows are held meanwhile.
+# Of a group, if it isn't a single job: float32 operations, some half a minute on two cores, which an
+# interrupt loses; and curves, whose rows are held meanwhile.
 OPERATIONS, CURVES = 1e12, 64
 Seeds = tuple[int, tuple[int, ...]]  # of the tokens, and of the inits
 
@@ -56,12 +57,15 @@ def _groups(configs: Sequence[RunConfig], family: list[int]) -> list[list[int]]:
     found = []
     most = _most(max((configs[n] for n in family), key=_depth))
     for inits in alike.values():
-        seeds = list(by_init[inits[0]])
-        largest = max(len(many) for _, many in seeds) or 1  # a job's seeds stay together
-        for some in pieces(inits, max(1, most // largest)):
-            for several in pieces(seeds, max(1, most // (largest * len(some)))):
-                group = [n for key in several for init in some for n in by_init[init][key]]
-                found.append(sorted(group, key=lambda n: (-_depth(configs[n]), n)))
+        by_depth: dict[int, list[Seeds]] = {}
+        for seeds, numbers in by_init[inits[0]].items():
+            by_depth.setdefault(max(_depth(configs[n]) for n in numbers), []).append(seeds)
+        for keys in by_depth.values():
+            largest = max(len(many) for _, many in keys) or 1  # a job's seeds stay together
+            for some in pieces(inits, max(1, most // largest)):
+                for several in pieces(keys, max(1, most // (largest * len(some)))):
+                    group = [n for key in several for init in some for n in by_init[init][key]]
+                    found.append(sorted(group, key=lambda n: (-_depth(configs[n]), n)))
     return found
 
 
@@ -73,7 +77,7 @@ def _most(config: RunConfig) -> int:
     """Curves of a group."""
     if config.model is None:
         return 1
-    tokens = (config.inputs.batch or 1) * (config.inputs.length or 1)
+    tokens = (config.inputs.batch or TEXT_BATCH) * (config.inputs.length or TEXT_LENGTH)
     return min(
         CURVES, int(OPERATIONS / costs(config.model, tokens, False)["weightless"].operations)
     )
@@ -91,32 +95,65 @@ class Company:
 
     def next(self, group: Sequence[RunConfig]) -> None:
         """The jobs that now come, the deepest first."""
-        self.group = group
+        self.group = list(group)
         self.ready: list[Prepared] | None = None
-        self.found: dict[RunConfig, Curves] = {}
+        self.found: dict[object, Curves] = {}
 
     def __call__(self, ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
         """As ``measured_curves``; ``on_block`` isn't called for what is remembered."""
-        if ready.config not in self.found:
-            runs = self.with_others(ready)
-            curves = measured_together(runs, on_block)
-            self.found |= dict(zip((run.config for run in runs), curves, strict=True))
-        return self.found[ready.config]
+        if _key(ready) not in self.found:
+            runs, group = self.with_others(ready), self.group
+            self.group = []  # after a mistake each is measured alone
+            try:
+                curves = measured_together(runs, on_block)
+            except (MemoryError, RuntimeError):  # of others, too much memory for instance
+                if len(runs) == 1:
+                    raise
+                runs, curves = [ready], measured_together([ready], on_block)
+            else:
+                self.group = group
+            self.found |= dict(zip(map(_key, runs), curves, strict=True))
+        return self.found[_key(ready)]
 
     def with_others(self, ready: Prepared) -> list[Prepared]:
         """A job and those of its group that are measured with it."""
-        if self.ready is None:
-            self.ready = []
-            for config in self.group:
-                with suppress(ConfigError):  # it'll say so when its turn comes
-                    self.ready.append(self.prepare(config, device=ready.device))
-        known = {*self.found, ready.config}
-        others = [other for other in self.ready if other.config not in known]
-        for alike in (goes_with, is_prefix):
-            runs = [ready, *(other for other in others if alike(other, ready))]
-            if fits(runs):
+        config = ready.config
+        if len(self.group) < 2 or config.source.stored or config.gradients:
+            return [ready]
+        if shares(ready):
+            if self.ready is None:
+                self.ready = self.prepared(self.group, ready)
+            others = self.ready
+        else:
+            seeds = config.init, config.seed, config.seeds
+            alike = [one for one in self.group if (one.init, one.seed, one.seeds) == seeds]
+            others = self.prepared(alike, ready)
+        known = {*self.found, _key(ready)}
+        others = [other for other in others if _key(other) not in known]
+        for fitting in (goes_with, is_prefix):
+            runs = [ready, *(other for other in others if fitting(other, ready))]
+            if whole(runs) and fits(runs):
                 return runs
         return [ready]
+
+    def prepared(self, group: Sequence[RunConfig], ready: Prepared) -> list[Prepared]:
+        """Those of a group that can be, for the device of one of them."""
+        found = []
+        for config in group:
+            with suppress(ConfigError, OSError):  # it'll say so when its turn comes
+                found.append(self.prepare(config, device=ready.device))
+        return found
+
+
+def _key(run: Prepared) -> object:
+    return run.config, tuple(run.pairs)
+
+
+def whole(runs: Sequence[Prepared]) -> bool:
+    """Whether every init is wanted with all seeds and tokens that another is."""
+    wanted = {(run.config.init, pair) for run in runs for pair in run.pairs}
+    inits, pairs = zip(*wanted, strict=True)
+    return len(wanted) == len(set(inits)) * len(set(pairs))
 
 
 def fits(runs: Sequence[Prepared]) -> bool:
@@ -136,21 +173,22 @@ def is_prefix(run: Prepared, deep: Prepared) -> bool:
 
 
 def goes_with(run: Prepared, deep: Prepared) -> bool:
-    """Whether the curves of ``run`` are, to the last bit, the same when measured with ``deep``.
+    """Whether the curves of ``run`` are, to the last bit, the same when measured with ``deep``."""
+    return akin(run, deep) and (_same(run, deep) or shares(deep))
 
-    So are those of other seeds and inits in batches that are small, computed by one thread, and where
-    every curve lies as it would alone.
+
+def shares(run: Prepared) -> bool:
+    """Whether curves of other seeds and inits may be measured with a run's, and don't change them.
+
+    Weightless ones whose batches are small, computed by one thread, and in which they lie as alone.
     """
-    config, tokens = deep.config, deep.tokens.numel()
-    return akin(run, deep) and (
-        _same(run, deep)
-        or (
-            config.engine == "weightless"
-            and deep.device.type == "cpu"
-            and division(deep, 1).compute == 1
-            and small(config.shape, tokens, config.gradients)
-            and lies_alone(config.shape, tokens, getattr(torch, config.dtype).itemsize)
-        )
+    config, tokens = run.config, run.tokens.numel()
+    return (
+        config.engine == "weightless"
+        and run.device.type == "cpu"
+        and division(run, 1).compute == 1
+        and small(config.shape, tokens, config.gradients)
+        and lies_alone(config.shape, tokens, getattr(torch, config.dtype).itemsize)
     )
 
 

@@ -96,6 +96,11 @@ def choose(model: ModelConfig, tokens: int, gradients: bool, device: str) -> tup
     return best, max(total.values()) / total[best]
 
 
+# Batches measured at a time at most: each takes memory, and all of them take turns in Python. Measured
+# with two; four is a guess.
+SIDE_BY_SIDE = 4
+
+
 @dataclass(frozen=True)
 class Division:
     """How a CPU's threads share out a run's random inits.
@@ -123,7 +128,7 @@ def divide(model: ModelConfig, tokens: int, gradients: bool, seeds: int, threads
     half = -(-most // 2)
     at_a_time = 1
     if small(model, tokens, gradients):
-        at_a_time = max(1, min(threads, seeds // half))
+        at_a_time = max(1, min(threads, SIDE_BY_SIDE, seeds // half))
     rounds = -(-max(1, seeds) // (most * at_a_time))
     each = threads // at_a_time
     cost = costs(model, tokens, gradients)["weightless"]
@@ -188,7 +193,8 @@ class Curve:
         args = self.model, self.tokens, self.gradients, self.seeds, self.threads
         if self.device == "cpu":
             return divide(*args)
-        return Division(together(*args[:3]), 1, self.threads, self.threads)
+        most = min(self.seeds, together(*args[:3]))
+        return Division(max(1, most), 1, self.threads, self.threads)
 
     @property
     def heads_dim(self) -> tuple[int, int]:
@@ -212,15 +218,16 @@ ATTENTION_PASSES = 5  # of the attention matrices' statistics
 LOGIT_PASSES = 6
 CALLS = 3000  # Rates.call of a group of sequences in a block, with its statistics
 # Rates.number: of a dense weight, cut at ±3σ and written; of a weightless normal (weights.normals).
-WEIGHT, NORMAL = 1.4, 0.5
+WEIGHT, NORMAL = 1.4, 0.35
 
 
 def seconds(curve: Curve, rates: Rates | None = None) -> float:
     """Time that measuring all ``seeds`` of a curve takes, without imports, tables and figures.
 
     rates: of this machine by default, as it is at the moment; so others on it shift the estimate.
-    Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread; of the
-    clock's, on two cores that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
+    Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread (of 18 on
+    another machine 0.66 to 1.34, and 2.0 of a checkpoint in bfloat16); of the clock's, on two cores
+    that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
     """
     model, n = curve.model, curve.tokens
     rates = rates or calibrate(curve.dtype, curve.device)

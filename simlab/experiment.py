@@ -8,7 +8,7 @@ import math
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -44,6 +44,7 @@ from simlab.weights.source import Weights, materialise_model
 Curves = list[tuple[str, int, Measured]]  # name, seed, rows
 Pair = tuple[int, bytes]  # a random init's seed, and the token ids that it meets
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 ENGINES = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
 
 
@@ -186,14 +187,26 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def workers(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """``map`` on so many threads; on one, on this one."""
+def side_by_side(
+    work: Callable[[Item], Found], items: Sequence[Item], count: int, stop: threading.Event
+) -> list[Found]:
+    """What the work finds for each item, ``count`` at a time, each on a thread.
+
+    A mistake or an interrupt is raised, once ``stop`` is set and the others' work has ended.
+    """
     if count == 1:
-        yield map
-        return
+        return [work(item) for item in items]
     with ThreadPoolExecutor(count) as pool:
-        yield pool.map
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in ended:
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
 
 
 def run(config: RunConfig) -> RunResult:
@@ -251,14 +264,12 @@ def measured_together(
         for several in pieces(pairs, max(1, split.seeds // at_once))
         for some in pieces(inits, at_once)
     ]
+    with threads(split.compute):
+        several = side_by_side(drawn, batches, split.batches, stop)
     found: dict[tuple[InitConfig, Pair], Measured] = {}
-    with threads(split.compute), workers(split.batches) as each:
-        try:
-            for (some, several), curves in zip(batches, each(drawn, batches), strict=True):
-                keys = ((init, pair) for pair in several for init in some)
-                found |= dict(zip(keys, curves, strict=True))
-        finally:
-            stop.set()  # after a mistake or an interrupt, the other batches end with their block
+    for (some, pairs_of), curves in zip(batches, several, strict=True):
+        keys = ((init, pair) for pair in pairs_of for init in some)
+        found |= dict(zip(keys, curves, strict=True))
     return [
         known
         + [

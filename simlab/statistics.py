@@ -268,6 +268,7 @@ def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str,
     weight on position 0, the mean over heads (at position 0 itself it is 1).
     """
     heads, length, width = q.shape[1:]
+    q, k = q.contiguous(), k.contiguous()  # else one sequence's product is another kernel's
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     entropy, most, first = [], [], []

@@ -147,6 +147,10 @@ def of(*options, depth=2, std=0.02, seed=0):
         ["inputs.batch=1", "inputs.length=64", "width=256", "d_ff=704", "heads=8", "kv_heads=8"],
         ["inputs.batch=3", "inputs.length=64", "width=64", "d_ff=128", "heads=2", "kv_heads=2"],
         ["inputs=text", "inputs.prompt=" + 24 * "a", "vocab_size=128"],  # all tokens alike
+        # One short sequence: the first that a kernel for several wouldn't take as it lies.
+        ["inputs.batch=1", "inputs.length=8", "width=64", "d_ff=256", "heads=4", "kv_heads=4"],
+        ["inputs.batch=1", "inputs.length=8", "width=1024", "d_ff=64", "heads=8", "kv_heads=8"],
+        ["inputs.batch=1", "inputs.length=16", "width=24", "d_ff=8", "heads=2", "kv_heads=2"],
     ],
     ids=" ".join,
 )
@@ -180,9 +184,13 @@ def test_who_is_no_company():
     assert not goes_with(of("gradients=true"), of("gradients=true", seed=1))
     dense = [of("engine=dense", seed=seed) for seed in (0, 1)]
     assert not goes_with(*dense)
-    odd = ["inputs.length=11"]  # curves' shares of a batch begin anywhere
-    assert not goes_with(of(*odd, seed=1), of(*odd))
-    assert goes_with(of(*odd), of(*odd, depth=3))
+    for odd in (
+        ["inputs.length=11"],  # curves' shares of a batch begin anywhere
+        ["inputs.batch=1", "inputs.length=20", "d_ff=84"],  # or end within a vector
+        ["inputs.batch=1", "inputs.length=4", "width=16", "d_ff=32", "heads=2"],  # or are tiny
+    ):
+        assert not goes_with(of(*odd, seed=1), of(*odd))
+        assert goes_with(of(*odd), of(*odd, depth=3))
 
 
 def test_several_threads_are_no_company(monkeypatch):
@@ -205,6 +213,59 @@ def test_too_large_for_the_memory_alone(monkeypatch):
     assert len(together.with_others(prepare(configs[0]))) == 2  # of its seed
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_only_whole_products_are_measured():
+    """Of two inits and two seeds one has been measured: the rest isn't every init with every seed."""
+    together = Company()
+    runs = [of(std=std, seed=seed) for std in (0.02, 0.3) for seed in (0, 1)]
+    together.next([run.config for run in runs])
+    assert len(together.with_others(runs[0])) == 4
+    together.group = []
+    together(runs[0])
+    together.group = [run.config for run in runs]
+    assert len(together.with_others(runs[1])) == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_mistake_of_one_job_is_not_the_others(monkeypatch):
+    """As of too much memory: the jobs of its group are then measured alone."""
+    whole = experiment.measure_curves
+
+    def failing(weights, *args, **options):
+        if 3 in weights.normals.seeds:
+            raise MemoryError
+        passed.append(weights.normals.seeds)
+        return whole(weights, *args, **options)
+
+    passed = []
+    monkeypatch.setattr(experiment, "measure_curves", failing)
+    together = Company()
+    runs = [of(seed=seed) for seed in (0, 3, 1, 2)]
+    together.next([run.config for run in runs])
+    for run in runs:
+        if run.config.seed == 3:
+            with pytest.raises(MemoryError):
+                together(run)
+        else:
+            assert rows(together(run)) == rows(measured_curves(run))
+    assert len(passed) == 6  # nobody's but one's own, here and there
+
+
+def test_other_tokens_are_other_curves(tmp_path):
+    """A text that changes between two looks at it."""
+    text = tmp_path / "text"
+    options = ["inputs=text", f"inputs.path={text}", "vocab_size=256", "inputs.batch=2"]
+    text.write_bytes(bytes(range(24)))
+    before = of(*options)
+    together = Company()
+    together.next([before.config])
+    first = rows(together(before))
+    text.write_bytes(bytes(range(100, 124)))
+    after = of(*options)
+    assert after.config == before.config
+    assert rows(together(after)) == rows(measured_curves(after)) != first
+
+
 def test_groups_are_whole_and_the_deepest_comes_first():
     options = [(depth, std, seed) for depth in (2, 5, 3) for std in (0.02, 0.05) for seed in (0, 1)]
     configs = [tiny(f"depth={d}", f"init.std={std}", f"seed={s}") for d, std, s in options]
@@ -213,6 +274,8 @@ def test_groups_are_whole_and_the_deepest_comes_first():
     assert sorted(n for group in groups for n in group) == list(range(len(configs)))
     depths = [[configs[n].shape.depth for n in group] for group in groups]
     assert depths == [[5] * 4 + [3] * 4 + [2] * 4, [5], [9, 3]]  # an init with fewer seeds apart
+    configs = [tiny("depth=40"), *(tiny("depth=2", f"seed={seed}") for seed in range(1, 4))]
+    assert companies(configs) == [[0], [1, 2, 3]]  # and none is measured deeper than asked
 
 
 def test_a_group_is_not_too_large(monkeypatch):
@@ -240,6 +303,11 @@ def test_a_group_is_not_too_large(monkeypatch):
     assert sizes(16, "seeds=8") == [(2, 1)] * 4 + [(1, 2)] * 2
     monkeypatch.setattr(company, "OPERATIONS", 1)  # and one job at least
     assert sizes(64) == [(1, 1)] * 12
+    monkeypatch.undo()
+    text = ["inputs=text", "inputs.prompt=a", "inputs.batch=null", "inputs.length=null"]
+    wide = ["width=512", "heads=8", "kv_heads=8", "d_ff=2048", "depth=24", *text]
+    configs = [tiny(*wide, f"seed={seed}") for seed in range(4)]
+    assert companies(configs) == [[0, 1], [2, 3]]  # a text's own length isn't known yet
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -112,7 +112,7 @@ def test_threads_are_shared_in_proportion():
         (13, 2, (4, 2, 1, 0)),  # 4, 4, 4, 1: of sixes one would be left to the end alone
         (12, 1, (6, 1, 1, 0)),
         (8, 3, (4, 2, 1, 0)),
-        (64, 16, (4, 16, 1, 0)),
+        (64, 16, (6, 4, 1, 3)),  # and never more than four
     ],
 )
 def test_small_batches_go_side_by_side(seeds, threads, expected):

@@ -41,7 +41,7 @@ MAY = {
         "config", "inputs", "model", "weights", "cost", "memory", "engine", "tidy", "growth", "theory",
         "store",
     },
-    "company": {"config", "cost", "experiment", "memory", "resources", "weights"},
+    "company": {"config", "cost", "experiment", "inputs", "memory", "resources", "weights"},
     "mistakes": {"config", "validation"},
     "devices": {"config"},
     "job": {

@@ -45,9 +45,9 @@ def measured(config, *seeds):
 def test_together_as_alone(case):
     """Every statistic of the stream and of the gradient, at every step, and the loss.
 
-    On one thread: on several, sums in another order give the gradient another draw of the same law where
-    tokens repeat. The tolerance is float32's rounding, through all blocks and back, where repeated
-    tokens make it matter more; other seeds' numbers are much farther away.
+    On one thread: on several, sums in another order give the gradient another draw of the same law
+    where tokens repeat. The tolerance is float32's rounding, through all blocks and back, where
+    repeated tokens make it matter more; other seeds' numbers are much farther away.
     """
     every = ["norm.every=2"] if "norm=swin_renorm" in case else []
     std = [] if "init=fan_in" in case else ["init.std=0.1"]

@@ -56,7 +56,8 @@ AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slo
 # 1.5·2²⁰ and 2²¹: 64 tokens of width 256 3.6, 3.2, 3.4; of 1024 8.4, 7.1, 7.2; of 2048 15.5, 13.8,
 # 14.0; 256 tokens of width 256 13.9, 14.8, 14.0; with gradients 64 of width 512 17.8, 16.1, 17.4.
 TOGETHER = 3 << 19
-CACHE_LINE = 64  # bytes; torch's tensors begin at a multiple
+VECTORS = 128  # bytes that torch's loops take at a time at most: two AVX-512 registers
+PLAIN = 400  # operations below which torch multiplies matrices by a loop of its own
 AT_ONCE = 4096  # columns widened to float64 at a time
 
 
@@ -77,13 +78,16 @@ def small(model: ModelConfig, tokens: int, gradients: bool) -> bool:
 
 
 def lies_alone(model: ModelConfig, tokens: int, size: int) -> bool:
-    """Whether every curve's share of a batch's tensors begins where a tensor would: on a cache line.
+    """Whether a curve's numbers are the same bytes in a batch as alone, computed by one thread.
 
-    Elsewhere kernels add in another order. size: bytes of one number of the stream.
+    Every curve's share of a tensor must begin where a tensor would and end with a whole vector, and no
+    product be so small that its kernel depends on how many inits share Z. size: bytes of one number
+    of the stream.
     """
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    shares = (tokens * entries * size for entries in (model.width, q, kv, model.d_ff, tokens))
-    return all(share % CACHE_LINE == 0 for share in shares)
+    widths = model.width, q, kv, model.d_ff
+    least = min(tokens, *widths) * tokens * min(widths)
+    return least >= PLAIN and all(tokens * n * size % VECTORS == 0 for n in (*widths, tokens))
 
 
 def _home(device: torch.device) -> torch.device:
