@@ -9,7 +9,7 @@ from simlab import build_model
 from simlab.block_probe import Reducer
 from simlab.engine import measure_curves
 from simlab.experiment import prepare, run
-from simlab.statistics import REDUCE, STATISTICS, Step, attention_statistics
+from simlab.statistics import REDUCE, STATISTICS, Step, attention_statistics, dot
 from simlab.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -166,3 +166,11 @@ def test_a_probed_model_computes_the_same():
             x = block(x)
     last = run(config).curve["norm"].iloc[-1]
     assert last == x.double().norm(dim=-1).mean().item()
+
+
+def test_a_dot_product_says_nothing_of_an_overflow():
+    """The curve does; NumPy's warning would stand between a run's lines."""
+    x = torch.tensor([[torch.inf, 1.0], [3e38, 3e38], [1.0, 2.0]])
+    y = torch.tensor([[0.0, 1.0], [3e38, 3e38], [3.0, 4.0]])
+    expected = torch.tensor([torch.nan, torch.inf, 11.0])
+    torch.testing.assert_close(dot(x, y), expected, equal_nan=True)
