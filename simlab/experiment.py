@@ -264,7 +264,7 @@ def measured_together(
         for several in pieces(pairs, max(1, split.seeds // at_once))
         for some in pieces(inits, at_once)
     ]
-    with threads(split.compute):
+    with threads(split.compute):  # which threads that start here take over
         several = side_by_side(drawn, batches, split.batches, stop)
     found: dict[tuple[InitConfig, Pair], Measured] = {}
     for (some, pairs_of), curves in zip(batches, several, strict=True):

@@ -281,7 +281,7 @@ def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str,
         spread = (weights * logits.sub_(top[..., None])).sum(-1)
         entropy.append(-weights.amax(-1).log() - spread)
         most.append(top.amax(1))
-        first.append(weights[..., 0].clone())
+        first.append(weights[..., 0].clone())  # a view would keep them all
     return {  # summed at the end: the same to the last bit however many heads are held at a time
         "entropy": torch.cat(entropy, 1).sum(1) / heads,
         "max_logit": torch.stack(most).amax(0),

@@ -118,18 +118,18 @@ def test_a_run_in_groups(monkeypatch, gradients):
     """Rows, order and progress are the same, however the run's seeds are grouped, and how many groups
     are measured at a time.
     """
-    frames = []
+    frames, groups = [], []
+
+    class Recorded(GaussianWeights):
+        def __init__(self, *args, **options):
+            groups.append(args[2:])
+            super().__init__(*args, **options)
+
+    monkeypatch.setitem(experiment.ENGINES, "weightless", Recorded)
     for size, batches in ((1, 1), (2, 1), (5, 1), (1, 2), (2, 2), (2, 3)):
-        groups = []
-
-        class Recorded(GaussianWeights):
-            def __init__(self, *args, **options):
-                groups.append(args[2:])  # noqa: B023
-                super().__init__(*args, **options)
-
+        groups.clear()
         split = Division(size, batches, 1, 0)
         monkeypatch.setattr(experiment, "division", lambda *_, split=split: split)
-        monkeypatch.setitem(experiment.ENGINES, "weightless", Recorded)
         config = tiny(
             "engine=weightless", "seeds=5", "seed=2", f"gradients={str(gradients).lower()}"
         )

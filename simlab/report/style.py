@@ -66,8 +66,10 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     # Canvases themselves: ``savefig`` draws everything twice, once to find the layout.
     with matplotlib.rc_context({"svg.hashsalt": "simlab"}):
+        dpi = figure.dpi
         figure.set_dpi(150)
         write_atomically(paths[0], FigureCanvasAgg(figure).print_png)
+        figure.set_dpi(dpi)
         figure.set_layout_engine("none")  # found once: it's a third of the time
         canvas = FigureCanvasSVG(figure)
         write_atomically(paths[1], lambda path: canvas.print_svg(path, metadata={"Date": None}))

@@ -171,9 +171,9 @@ class _Coordinates(torch.autograd.Function):
         down = narrow(scale_g * lower_g)
         fresh = ctx.normals(ctx.name, x.shape[1:], x.device)
         noise = ctx.normals(f"{ctx.name}/jitter", lower.shape[1:], lower.device).to(lower)
-        times = len(x) // len(noise)
-        noise = jitter.sqrt() * solve(noise.repeat_interleave(times, 0).mT).mT
-        seen = torch.baddbmm(narrow(noise), fresh.repeat_interleave(times, 0), q.mT)
+        inits = len(x) // len(fresh)
+        noise = jitter.sqrt() * solve(noise.repeat_interleave(inits, 0).mT).mT
+        seen = torch.baddbmm(narrow(noise), fresh.repeat_interleave(inits, 0), q.mT)
         out = (known - down @ seen) @ q + product(down, fresh)
         return out.to(x.dtype), None, None
 

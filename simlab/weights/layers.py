@@ -72,7 +72,7 @@ def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-@functools.lru_cache(256)  # and a sweep's jobs the same models and inits
+@functools.lru_cache(256)  # asked of every two jobs of a group, which have few models and inits
 def begins(shallow: ModelConfig, deep: ModelConfig, init: InitConfig) -> bool:
     """Whether the first layers of ``deep``, and its embedding, are those of ``shallow``.
 

@@ -31,9 +31,7 @@ def draw(out: Tensor, entropies: Sequence[int], piece: int) -> None:
     for row, entropy in zip(out.numpy(), entropies, strict=True):
         first, second = row[: PIECE // 2], row[PIECE // 2 :]
         count, rest = len(first), len(second)
-        words = (
-            PIECE // 2 + count + 1
-        ) // 2  # of 64 bits; the angles begin in the middle of a piece
+        words = (PIECE // 2 + count + 1) // 2  # of 64 bits; angles begin mid-piece
         sequence = np.random.SeedSequence(entropy, spawn_key=(piece,))
         bits = np.random.SFC64(sequence).random_raw(words).view(np.int32)
         radius = (bits[:count] & 0x7FFFFFFF).astype(np.float32)
