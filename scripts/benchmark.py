@@ -35,7 +35,7 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 print("RESULT", time.perf_counter() - start, peak)
 """
 CURVE = """
-from simlab.process import tune_process
+from simlab.budget.process import tune_process
 tune_process()  # as the command does
 from simlab import compose
 from simlab.experiment import run
@@ -44,7 +44,7 @@ start = time.perf_counter()
 run(config)
 """
 FLOOR = """
-from simlab.process import tune_process
+from simlab.budget.process import tune_process
 tune_process()
 import json, torch
 sys.path.insert(0, sys.argv[1])
@@ -122,7 +122,7 @@ def bare(depth: int, tokens: int, d_ins: Sequence[int], d_outs: Sequence[int]) -
 def sizes(overrides: Sequence[str]) -> dict[str, object]:
     """What ``bare`` takes, for a config."""
     from simlab import compose
-    from simlab.cost import groups
+    from simlab.budget.cost import groups
 
     config = compose(overrides)
     blocks = groups(config.shape, gradients=False)
@@ -192,9 +192,9 @@ def crossover(overrides: Sequence[str]) -> None:
     import torch
 
     from simlab import compose
-    from simlab.cost import choose
-    from simlab.engine import measure_curves
+    from simlab.budget.cost import choose
     from simlab.experiment import ENGINES, prepare
+    from simlab.measurement.engine import measure_curves
 
     torch.set_grad_enabled(True)
     print("gradients  tokens    dense  weightless  cheaper by  auto takes, by")
@@ -231,8 +231,8 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
     import torch
 
     from simlab import compose
-    from simlab.engine import measure_curves
     from simlab.experiment import ENGINES, prepare
+    from simlab.measurement.engine import measure_curves
 
     torch.set_num_threads(1)
     for width in (32, 64, 128):

@@ -15,7 +15,7 @@ import json
 from benchmark import median, process
 
 CURVE = """
-from simlab.process import tune_process
+from simlab.budget.process import tune_process
 tune_process()
 from simlab import compose
 from simlab.experiment import run
@@ -25,7 +25,7 @@ run(config)
 """
 READ = """
 import mmap, torch
-from simlab.weights.checkpoint import Checkpoint
+from simlab.checkpoints.checkpoint import Checkpoint
 opened = Checkpoint(sys.argv[1])
 start = time.perf_counter()
 total = 0
@@ -60,7 +60,7 @@ curve = [float(h.double().pow(2).mean()) for h in hidden]
 
 def products(folder: str, dtype: str) -> str:
     """Depth, tokens, dtype and the blocks' matrices as (d_in, d_out), as PRODUCTS takes them."""
-    from simlab.weights.checkpoint import Checkpoint, shapes
+    from simlab.checkpoints.checkpoint import Checkpoint, shapes
 
     model = Checkpoint(folder).model
     sizes = [s[::-1] for role, s in shapes(model).items() if role.endswith("_proj")]

@@ -20,11 +20,12 @@ from pathlib import Path
 
 CASE = """
 import dataclasses, json, resource, sys, time
-from simlab.process import tune_process
+from simlab.budget.process import tune_process
 tune_process()
 import torch
-from simlab import compose, cost, experiment, memory
-from simlab.resources import calibrate
+from simlab import compose, experiment
+from simlab.budget import cost, memory
+from simlab.budget.machine import calibrate
 unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 before = peak()

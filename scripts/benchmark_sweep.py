@@ -2,7 +2,7 @@
 
 transformers  96 jobs (4 depths × 3 stds × 8 seeds, width 1024, 64 tokens) as one command: in a process,
               by joblib, and with the seeds within 12 jobs; beside a loop over transformers models.
-              In a process jobs share work: depths, batches and normals (simlab/company.py)
+              In a process jobs share work: depths, batches and normals (simlab/sweep/company.py)
 overhead      what a job costs beside its computation, and the peak memory of 50 and of 500 jobs
 commands      --help, tab completion and --cfg job
 
@@ -45,7 +45,7 @@ TRIVIAL = [
     "inputs.batch=1", "inputs.length=8", "device=cpu", "seeds=1",
 ]  # fmt: skip
 COMPUTE = """
-from simlab.process import tune_process
+from simlab.budget.process import tune_process
 tune_process()
 from simlab import compose
 from simlab.experiment import measure, prepare

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from simlab import compose
+from simlab.analysis.curve import Curves, curves
+from simlab.analysis.resampling import limit, permuted
+from simlab.analysis.verdict import ROUNDING, judge
 from simlab.experiment import run
-from simlab.growth.curve import Curves, curves
-from simlab.growth.gates import QUANTITIES, stack
-from simlab.growth.law_gate import SEEDS, passes
-from simlab.growth.permutation import limit, permuted
-from simlab.growth.verdict import ROUNDING, judge
+from simlab.regress.gates import QUANTITIES, stack
+from simlab.regress.law_gate import SEEDS, passes
 from simlab.theory.laws import Array
 
 RECORDED = 10  # seeds of simlab's own cases, and as many others

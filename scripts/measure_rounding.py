@@ -2,7 +2,7 @@
 
 Runs each setting in processes of its own with other thread counts and instruction sets (what differs
 between machines), and prints the largest relative difference of any number from the first of them:
-what ``RTOL`` in simlab/growth/gates.py is chosen from.
+what ``RTOL`` in simlab/regress/gates.py is chosen from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from simlab.config import DTYPES
-from simlab.growth.gates import QUANTITIES, RTOL, SIGNED, relative
+from simlab.regress.gates import QUANTITIES, RTOL, SIGNED, relative
 
 SMALL = ["model=small", "depth=64", "width=256", "heads=4", "kv_heads=2", "d_ff=1024", "seeds=2"]
 SETTINGS = {
@@ -44,7 +44,7 @@ MACHINES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 CODE = """
 import sys
-from simlab.process import tune_process
+from simlab.budget.process import tune_process
 tune_process()
 from simlab import compose
 from simlab.experiment import run

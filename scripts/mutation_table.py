@@ -22,12 +22,12 @@ import torch
 from mutations import MUTATIONS, SETTINGS, Mutation, applied
 
 from simlab import RunConfig, build_model, compose
-from simlab.engine import measure_curves
+from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.experiment import RunResult, measure, prepare
-from simlab.growth.gates import KEYS, Outcome, exact, statistical
-from simlab.growth.law_gate import law
-from simlab.statistics import STATISTICS
-from simlab.weights.checkpoint import Checkpoint
+from simlab.measurement.engine import measure_curves
+from simlab.measurement.statistics import STATISTICS
+from simlab.regress.gates import KEYS, Outcome, exact, statistical
+from simlab.regress.law_gate import law
 
 SEEDS = 32  # recorded, and as many others
 MARKS = {True: "", False: "caught"}
@@ -96,7 +96,7 @@ def judged(mutation: Mutation) -> dict[str, Outcome]:
 def reference(kv_heads: int) -> tuple[Path, torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """A tiny OLMo-2 by transformers: its folder, tokens, state after every sublayer, and logits."""
     tests = Path(__file__).parents[1] / "tests"
-    sys.path[:0] = [str(tests), str(tests / "weights")]
+    sys.path[:0] = [str(tests), str(tests / "checkpoints")]
     from conftest import write_olmo
     from test_checkpoint_parity import sublayer_states
 

@@ -31,10 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simlab import ConfigError, build_model, compose
+from simlab.budget.process import tune_process
+from simlab.checkpoints.formats.hugging_face import KEYS
 from simlab.config import ModelConfig
-from simlab.process import tune_process
 from simlab.store import write_atomically, write_json
-from simlab.weights.formats.hugging_face import KEYS
 
 DTYPE = torch.bfloat16  # of the files
 EARLIER = (0, 100, 1000)  # the steps whose weights are kept beside the final ones

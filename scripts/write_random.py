@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import Olmo2Config
 
 from simlab import compose
+from simlab.checkpoints.formats.hugging_face import KEYS
 from simlab.config import ModelConfig
 from simlab.model.transformer import Block
-from simlab.weights.formats.hugging_face import KEYS
-from simlab.weights.random import RandomWeights
+from simlab.weights.dense import RandomWeights
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simlab.config import ConfigError, RunConfig
+    from simlab.config.validate import compose
     from simlab.experiment import RunResult, build_model
-    from simlab.layout import Layout, Sublayer
-    from simlab.model_probe import probe
-    from simlab.validation import compose
+    from simlab.measurement.layout import Layout, Sublayer
+    from simlab.measurement.model_probe import probe
 
 __all__ = [
     "ConfigError",
@@ -35,12 +35,12 @@ __all__ = [
 _HOMES = {
     "ConfigError": "simlab.config",
     "RunConfig": "simlab.config",
-    "compose": "simlab.validation",
+    "compose": "simlab.config.validate",
     "RunResult": "simlab.experiment",
     "build_model": "simlab.experiment",
-    "probe": "simlab.model_probe",
-    "Layout": "simlab.layout",
-    "Sublayer": "simlab.layout",
+    "probe": "simlab.measurement.model_probe",
+    "Layout": "simlab.measurement.layout",
+    "Sublayer": "simlab.measurement.layout",
 }
 
 

@@ -12,11 +12,11 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
+from simlab.budget.process import tune_process
 from simlab.config import CONF_DIR
-from simlab.job import task
-from simlab.mistakes import fail, in_one_line
-from simlab.process import tune_process
-from simlab.validation import GROUPS, options
+from simlab.config.cli_errors import fail, in_one_line
+from simlab.config.validate import GROUPS, options
+from simlab.sweep.job import task
 
 
 def refuse_empty_choices(args: list[str]) -> None:

@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"  # written last: where it is, the result is whole
 PARTIAL = ".partial-"
 STALE = 3600.0  # seconds; what a killed process has left is then removed
-# Parts of simlab that no measured number depends on, and packages that all do.
+# Rooms (and modules at the root) that no measured number depends on, and packages that all do.
 NOT_RESULTS = (
-    "report", "demo", "run.py", "plan.py", "sweeper.py", "cluster.py", "sweep.py", "mistakes.py",
-    "baseline.py", "regress.py", "pytest_plugin.py", "layout.py", "layout_probe.py", "model_probe.py",
+    "report", "demo", "sweep", "regress", "run.py", "sweeper.py", "pytest_plugin.py",
 )  # fmt: skip
 BELOW = ("torch", "numpy")
 

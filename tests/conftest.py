@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from simlab.config import RunConfig
-from simlab.validation import compose
+from simlab.config.validate import compose
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -7,8 +7,8 @@ from conftest import tiny
 
 from simlab import build_model
 from simlab.experiment import run
-from simlab.weights.init import Gaussian, distribution
-from simlab.weights.random import RandomWeights
+from simlab.schemes.init import Gaussian, distribution
+from simlab.weights.dense import RandomWeights
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -16,7 +16,7 @@ CUDA = torch.device("cuda")
 
 def test_blocks_are_built_and_drawn_on_the_gpu(monkeypatch):
     """No host memory is filled with weights: the CPU's drawing is never called."""
-    import simlab.weights.random as module
+    import simlab.weights.dense as module
 
     monkeypatch.setattr(module, "draw_on_cpu", None)
     config = tiny("device=cuda")
@@ -108,7 +108,7 @@ def test_dtypes_run(dtype):
 
 def test_one_synchronisation_per_run():
     """Between the first block and the last nothing waits for the device."""
-    from simlab.engine import measure_curves
+    from simlab.measurement.engine import measure_curves
 
     config = tiny()
     weights, ids = RandomWeights(config.shape, config.init, 0), torch.arange(22).view(2, 11)

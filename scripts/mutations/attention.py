@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simlab.model.attention import Attend, Attention, inverse_frequencies, rotate
-from simlab.model.feed_forward import FeedForward
+from simlab.model.mlp import FeedForward
 
 from .record import Edit, Mutation, edit
 

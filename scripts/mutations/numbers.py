@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 
-from simlab import engine
-from simlab.block_probe import Probe
-from simlab.weights import gaussian, init, random
-from simlab.weights.gaussian import GaussianLinear
-from simlab.weights.init import Gaussian
-from simlab.weights.normals import Normals
-from simlab.weights.source import Weights
+from simlab.measurement import engine
+from simlab.measurement.block_probe import Probe
+from simlab.schemes import init
+from simlab.schemes.init import Gaussian
+from simlab.weights import dense as random
+from simlab.weights import weightless as gaussian
+from simlab.weights.base import Weights
+from simlab.weights.rng import Normals
+from simlab.weights.weightless import GaussianLinear
 
 from .record import Edit, Mutation, edit
 

@@ -1,1 +1,1 @@
-"""What is computed: norms, attention, feed-forward, norm placement, the transformer."""
+"""What is computed: norms, attention, MLP, residual steps, the transformer."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
-from simlab.model.feed_forward import FeedForward
+from simlab.model.mlp import FeedForward
 from simlab.model.norms import NORMS
 from simlab.model.placement import PLACEMENTS, Placement, Renorm
 

@@ -11,10 +11,10 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from simlab.analysis.fit import Estimate
+from simlab.analysis.verdict import Verdict, plus_minus
 from simlab.config import RunConfig
-from simlab.growth.fit import Estimate
-from simlab.growth.verdict import Verdict, plus_minus
-from simlab.report.swept_table import failed_table, jobs_table
+from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint"}

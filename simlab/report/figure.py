@@ -10,8 +10,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simlab.growth.exponents import per_block
-from simlab.report import trained
+from simlab.analysis.exponents import per_block
+from simlab.report import checkpoint_figure as trained
 from simlab.report.style import COLOURS, LABELS, LAW_STYLES, draw_curves, finish
 
 

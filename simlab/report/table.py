@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from simlab.growth.fit import Estimate
-from simlab.growth.verdict import plus_minus
+from simlab.analysis.fit import Estimate
+from simlab.analysis.verdict import plus_minus
 from simlab.theory.laws import LAWS
 
 DEEP = 24  # sublayers; beyond, a row per block

@@ -1,1 +1,1 @@
-"""Where a model's numbers come from: a random init or a checkpoint."""
+"""Where random parameters come from: drawn densely, or weightless."""

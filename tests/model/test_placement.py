@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from simlab import build_model
 from simlab.model.attention import inverse_frequencies
 from simlab.model.placement import PLACEMENTS, Placement, ResidualAdd
-from simlab.weights.init import table
+from simlab.schemes.init import table
 
 EPS = 1e-3
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny
 from rich.console import Console
 
+from simlab.analysis.exponents import per_block
 from simlab.experiment import run
-from simlab.growth.exponents import per_block
 from simlab.report.console import overflow_lines, title, verdict_lines
 from simlab.report.figure import growth_figure, lambda_figure
 from simlab.report.style import save

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from simlab import compose
+from simlab.analysis.curve import curves
+from simlab.analysis.verdict import sign_flip
 from simlab.experiment import run
-from simlab.growth.curve import curves
-from simlab.growth.verdict import sign_flip
 from simlab.theory.laws import LAWS, Rows, additive, sqrt2
 
 KINDS = ["embedding", *["attention", "mlp"] * 3]

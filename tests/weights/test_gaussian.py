@@ -8,16 +8,16 @@ import torch
 from conftest import tiny
 from torch import nn
 
-from simlab.validation import compose
-from simlab.weights.gaussian import (
+from simlab.config.validate import compose
+from simlab.schemes.init import RULES, distribution
+from simlab.weights.dense import RandomWeights
+from simlab.weights.weightless import (
     GaussianLinear,
     GaussianWeights,
     Inputs,
     factor,
     gram,
 )
-from simlab.weights.init import RULES, distribution
-from simlab.weights.random import RandomWeights
 
 CPU = torch.device("cpu")
 # What XXᵀ can look like: tokens × dimensions.

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from simlab.weights.normals import PIECE, draw
+from simlab.weights.rng import PIECE, draw
 
 COUNT = 60 * PIECE  # 3.9 million
 

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny
 
 from simlab import build_model
-from simlab.weights.random import RandomWeights
+from simlab.weights.dense import RandomWeights
 
 CPU = torch.device("cpu")
 

@@ -17,11 +17,11 @@ import torch
 from conftest import tiny
 
 from simlab.config import InitConfig
-from simlab.engine import measure_curves
-from simlab.statistics import GRADIENT_STATISTICS, STATISTICS
-from simlab.weights import gaussian
-from simlab.weights.gaussian import GaussianWeights
-from simlab.weights.random import RandomWeights
+from simlab.measurement.engine import measure_curves
+from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
+from simlab.weights import weightless as gaussian
+from simlab.weights.dense import RandomWeights
+from simlab.weights.weightless import GaussianWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

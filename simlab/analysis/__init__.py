@@ -1,0 +1,1 @@
+"""Curves to numbers and words: fits, growth exponents, verdicts, comparisons. No torch."""

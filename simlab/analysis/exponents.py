@@ -1,0 +1,111 @@
+"""Growth exponents λ: three definitions, each by its name.
+
+With n blocks, x_i the stream after block i (from 1; a re-norm at a block's end included), and ⟨·⟩
+the mean over the batch's tokens:
+
+- ``lambda_paper`` = ln(‖⟨x_n⟩‖ / ‖⟨x_1⟩‖) / n: of the one mean vector (arXiv 2501.00656, §3.2)
+- ``lambda_token`` = ln(⟨‖x_n‖⟩ / ⟨‖x_1‖⟩) / n: of the mean norm (allenai/OLMo issue 797)
+- ``lambda_pairwise``, block i: ln(⟨‖x_{i+1}‖⟩ / ⟨‖x_i‖⟩) / n; ``lambda_from_first``, block i:
+  ln(⟨‖x_i‖⟩ / ⟨‖x_1‖⟩) / n (the same thread)
+
+With ``_gradient`` at the end, the same of the loss's gradient with respect to x_i: negative where
+gradients are larger near the input. The norm of a mean vector is not the mean of norms: with mean
+token cosine ρ its square is about ρ + (1 − ρ)/N of the tokens', so rank collapse raises λ_paper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.fit import Estimate, resample
+from simlab.theory.laws import LAWS, Array
+
+KINDS = {
+    "": ("norm", "mean_vector_norm"),
+    "_gradient": ("gradient_norm", "gradient_mean_vector_norm"),
+}
+
+
+def block_ends(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows of the curve ``name`` after each block, re-norm included."""
+    rows = frame[(frame["curve"] == name) & frame["block"].notna()]
+    return rows.groupby(["seed", "block"], sort=True).tail(1)
+
+
+def _by_seed(ends: pd.DataFrame, column: str, depth: int) -> Array:
+    """ln of a column, (seeds, depth); NaN where a curve ends early or the value is 0."""
+    table = ends.pivot(index="seed", columns="block", values=column).reindex(columns=range(depth))
+    with np.errstate(divide="ignore"):
+        logs = np.log(table.to_numpy(np.float64))
+    return np.where(np.isfinite(logs), logs, np.nan)
+
+
+def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """Pairwise and from-first λ of every curve, tidy.
+
+    Columns: curve, seed, block (from 1), of (activation, gradient), lambda_pairwise (to this block
+    from the one before), lambda_from_first, and lambda_paper, from the first as well but of the mean
+    vector: at the last block the number of that name. The laws' mean squares are curves of their own,
+    named as their columns: those for the random inits, where there are any; they say nothing of the
+    mean vector.
+    """
+    names = list(frame["curve"].unique())
+    columns = [("activation", *KINDS[""], 1.0), ("gradient", *KINDS["_gradient"], 1.0)]
+    parts: list[tuple[str, str, str, str, str | None, float]] = [
+        (name, name, *column) for name in names for column in columns if column[1] in frame
+    ]
+    basis = "random" if "random" in names else "checkpoint"
+    parts += [(f"law_{law}", basis, "activation", f"law_{law}", None, 0.5) for law in LAWS]
+    made = []
+    for curve, name, of, column, vector, power in parts:
+        ends = block_ends(frame, name)
+        seeds = sorted(ends["seed"].unique())
+        logs = power * _by_seed(ends, column, depth)
+        mean = _by_seed(ends, vector, depth) if vector else np.full_like(logs, np.nan)
+        values = {
+            "curve": curve,
+            "seed": np.repeat(seeds, depth),
+            "block": np.tile(np.arange(1, depth + 1), len(seeds)),
+            "of": of,
+            "lambda_pairwise": (np.diff(logs, axis=1, prepend=np.nan) / depth).ravel(),
+            "lambda_from_first": ((logs - logs[:, :1]) / depth).ravel(),
+            "lambda_paper": ((mean - mean[:, :1]) / depth).ravel(),
+        }
+        made.append(pd.DataFrame(values))
+    return pd.concat(made, ignore_index=True)
+
+
+def _first_to_last(logs: Array) -> Estimate | None:
+    depth = logs.shape[1]
+    if depth < 2 or np.isnan(logs[:, [0, -1]]).any():
+        return None
+    return resample((logs[:, -1:] - logs[:, :1]) / depth, lambda values: values[:, 0])
+
+
+def exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
+    """Every λ of the curve ``name``: the seeds' mean with its interval, or a list by block.
+
+    None where there are fewer than two blocks or a curve ends early; empty where none reaches the
+    first block's end. The laws' ``lambda_token`` is of their mean squares.
+    """
+    ends = block_ends(frame, name)
+    found: dict[str, Any] = {}
+    if ends.empty:  # every curve overflowed before its first block's end
+        return found
+    for suffix, (norm, vector) in KINDS.items():
+        if norm not in ends:
+            continue
+        logs = _by_seed(ends, norm, depth)
+        found[f"lambda_paper{suffix}"] = _first_to_last(_by_seed(ends, vector, depth))
+        found[f"lambda_token{suffix}"] = _first_to_last(logs)
+        mean = logs.mean(0)
+        found[f"lambda_pairwise{suffix}"] = (np.diff(mean) / depth).tolist()
+        found[f"lambda_from_first{suffix}"] = ((mean[1:] - mean[0]) / depth).tolist()
+    for law in LAWS:
+        halves = _by_seed(ends, f"law_{law}", depth) / 2
+        by_law = _first_to_last(halves)
+        found[f"lambda_token_{law}"] = None if by_law is None else by_law.value
+    return found

@@ -1,0 +1,273 @@
+"""What a curve costs in each engine: the choice that ``engine=auto`` makes, and seconds.
+
+A matrix of a block (d_out × d_in) meets N tokens. Operations, with multiply-adds counted as two:
+
+| engine                | random numbers | products           | Gram matrix, Cholesky    |
+|-----------------------|----------------|--------------------|--------------------------|
+| dense                 | d_in·d_out     | 2·N·d_in·d_out     |                          |
+| weightless, N < d_in  | N·d_out        | 2·N²·d_out         | 2·N²·d_in + N³/3, float64 |
+| weightless, N ≥ d_in  | as dense       | as dense           |                          |
+
+The Gram matrix is counted once for matrices with the same input. With gradients, dense draws twice
+and multiplies three times; weightless draws twice, and N·d_in more, and see ``_weightless``. One
+float64 operation counts as two, and a random number as ``DRAW``.
+
+``seconds`` is an estimate too. Its constants are measured on a CPU, and so is how far off it is
+(``python scripts/benchmark_estimates.py`` does it again); of other devices they are guesses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simlab.budget.machine import Rates, calibrate
+from simlab.config import ModelConfig, RunConfig
+from simlab.weights.base import Weights
+from simlab.weights.dense import FEW
+from simlab.weights.weightless import small, together, widest
+
+# What one random number costs in float32 operations: of a dense weight, of a weightless normal. CPU:
+# scripts/benchmark.py crossover. CUDA draws weights on the device but normals on the CPU; these two
+# are estimates from data sheets. MPS draws everything on the CPU.
+DRAW = {"cpu": (600.0, 600.0), "cuda": (1000.0, 25000.0), "mps": (5000.0, 5000.0)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Random numbers, and float32 operations (float64 ones count as two)."""
+
+    numbers: float
+    operations: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.numbers + other.numbers, self.operations + other.operations)
+
+
+def groups(model: ModelConfig, gradients: bool) -> list[tuple[int, int, list[int]]]:
+    """How often, d_in and the d_outs of the matrices that share an input."""
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    block = [
+        (model.depth, model.width, [q, kv, kv]),
+        (model.depth, q, [model.width]),
+        (model.depth, model.width, [model.d_ff, model.d_ff]),
+        (model.depth, model.d_ff, [model.width]),
+    ]
+    return [*block, (1, model.width, [model.vocab_size])] if gradients else block
+
+
+def _dense(n: int, d_in: int, d_out: int, gradients: bool) -> Cost:
+    draws, products = (2, 3) if gradients else (1, 1)
+    return Cost(draws * d_in * d_out, products * 2 * n * d_in * d_out)
+
+
+def _weightless(n: int, d_in: int, d_out: int, gradients: bool) -> Cost:
+    if n >= d_in:
+        return _dense(n, d_in, d_out, gradients)
+    gram, cholesky = 4 * n * n * d_in, 2 * n**3 / 3
+    if not gradients:
+        return Cost(n * d_out, 2 * n * n * d_out + gram + cholesky)
+    # Forward twice; then GZᵀ and GGᵀ, and for the input a triangular solve and three products.
+    forward = 2 * (2 * n * n * d_out + gram + cholesky)
+    back = 2 * n * n * d_out + 4 * n * n * d_out + cholesky + 2 * n * n * d_in + 6 * n * n * d_in
+    return Cost(2 * n * d_out + n * d_in, forward + back)
+
+
+def costs(model: ModelConfig, tokens: int, gradients: bool) -> dict[str, Cost]:
+    """One curve's cost by engine."""
+    total = {"dense": Cost(0, 0), "weightless": Cost(0, 0)}
+    for times, d_in, d_outs in groups(model, gradients):
+        for name, cost in (("dense", _dense), ("weightless", _weightless)):
+            one = cost(tokens, d_in, sum(d_outs), gradients)
+            total[name] += Cost(times * one.numbers, times * one.operations)
+    return total
+
+
+def choose(model: ModelConfig, tokens: int, gradients: bool, device: str) -> tuple[str, float]:
+    """The engine with the lower estimate for random curves, and how many times lower it is.
+
+    device: its type, a key of DRAW.
+    """
+    cost = costs(model, tokens, gradients)
+    total = {
+        name: cost[name].numbers * draw + cost[name].operations
+        for name, draw in zip(("dense", "weightless"), DRAW[device], strict=True)
+    }
+    best = min(total, key=lambda name: total[name])
+    return best, max(total.values()) / total[best]
+
+
+# Batches measured at a time at most: each takes memory, and all of them take turns in Python. Measured
+# with two; four is a guess.
+SIDE_BY_SIDE = 4
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a CPU's threads share out a run's random inits.
+
+    seeds: of a batch's curves, which are measured as one. batches: measured at a time, each with
+    ``compute`` of torch's threads; ``drawing`` others draw its normals meanwhile, 0: its own do.
+    """
+
+    seeds: int
+    batches: int
+    compute: int
+    drawing: int
+
+
+def divide(model: ModelConfig, tokens: int, gradients: bool, seeds: int, threads: int) -> Division:
+    """Of a weightless run of so many ``seeds``, on so many ``threads``.
+
+    Several batches at a time where they are small, each at least half of what goes together: measured
+    on 2 cores at width 1024 and 64 tokens, two of three curves take 0.83 of the time of one of six, two
+    of two 0.95 and two of one 1.01. Between computing and drawing a batch's threads are divided in
+    proportion to the work: measured on 2 cores for olmo2_32b at 64 tokens, 2.2 s with one beside the
+    drawing, 3.4 s when both take turns.
+    """
+    most = together(model, tokens, gradients)
+    half = -(-most // 2)
+    at_a_time = 1
+    if small(model, tokens, gradients):
+        at_a_time = max(1, min(threads, SIDE_BY_SIDE, seeds // half))
+    rounds = -(-max(1, seeds) // (most * at_a_time))
+    each = threads // at_a_time
+    cost = costs(model, tokens, gradients)["weightless"]
+    drawing = cost.numbers * DRAW["cpu"][1]
+    compute = max(1, round(each * cost.operations / (cost.operations + drawing)))
+    return Division(-(-max(1, seeds) // (rounds * at_a_time)), at_a_time, compute, each - compute)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is measured: so many ``seeds`` of one kind of curve. Sizes of it are in bytes.
+
+    engine: dense or weightless. stored: of a checkpoint, which is dense. device: its type.
+    threads: of the CPU.
+    """
+
+    model: ModelConfig
+    batch: int
+    length: int
+    gradients: bool
+    engine: str
+    dtype: str
+    device: str = "cpu"
+    threads: int = 1
+    stored: bool = False
+    seeds: int = 1
+
+    @property
+    def weightless(self) -> bool:
+        """Whether its matrices are never drawn."""
+        return self.engine == "weightless" and not self.stored
+
+    @property
+    def size(self) -> int:
+        """Of one number of the stream."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def tokens(self) -> int:
+        """All of the batch."""
+        return self.batch * self.length
+
+    @property
+    def together(self) -> int:
+        """How many sequences pass through a block at a time."""
+        return (
+            self.batch
+            if self.weightless
+            else min(self.batch, max(1, Weights.tokens_at_once // self.length))
+        )
+
+    @property
+    def widest(self) -> int:
+        """Entries of a token's largest activation."""
+        return widest(self.model, self.gradients)
+
+    @property
+    def division(self) -> Division:
+        """How the CPU's threads share out the seeds."""
+        if not self.weightless:
+            return Division(1, 1, self.threads, 0)
+        args = self.model, self.tokens, self.gradients, self.seeds, self.threads
+        if self.device == "cpu":
+            return divide(*args)
+        most = min(self.seeds, together(*args[:3]))
+        return Division(max(1, most), 1, self.threads, self.threads)
+
+    @property
+    def heads_dim(self) -> tuple[int, int]:
+        """Width of all query heads and of all key heads."""
+        return self.model.heads * self.model.head_dim, self.model.kv_heads * self.model.head_dim
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """d_in and d_out of a block's matrices."""
+        return [(d_in, d_out) for _, d_in, d_outs in groups(self.model, False) for d_out in d_outs]
+
+    @property
+    def stream(self) -> int:
+        """The residual stream of all tokens."""
+        return self.tokens * self.model.width * self.size
+
+
+# Passes over a large tensor, as Rates.entry counts them; measured.
+STEP_PASSES = 12  # of the stream's statistics, a residual step
+ATTENTION_PASSES = 5  # of the attention matrices' statistics
+LOGIT_PASSES = 6
+CALLS = 3000  # Rates.call of a group of sequences in a block, with its statistics
+# Rates.number: of a dense weight, cut at ±3σ and written; of a weightless normal (weights.normals).
+WEIGHT, NORMAL = 1.4, 0.35
+
+
+def seconds(curve: Curve, rates: Rates | None = None) -> float:
+    """Time that measuring all ``seeds`` of a curve takes, without imports, tables and figures.
+
+    rates: of this machine by default, as it is at the moment; so others on it shift the estimate.
+    Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread (of 18 on
+    another machine 0.66 to 1.34, and 2.0 of a checkpoint in bfloat16); of the clock's, on two cores
+    that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
+    """
+    model, n = curve.model, curve.tokens
+    rates = rates or calibrate(curve.dtype, curve.device)
+    counted = costs(model, n, curve.gradients)["weightless" if curve.weightless else "dense"]
+    matrices = sum(d_in * d_out for d_in, d_out in curve.layers)
+    (q, _), d = curve.heads_dim, model.width
+    there, back = 1, 2 * curve.gradients  # the backward runs every block again
+    rows = max(1, FEW // d)  # of the embedding, drawn for one token's sake
+    numbers = WEIGHT * min(n * rows, model.vocab_size) * d
+    entries = model.depth * n * (d * 2 * STEP_PASSES + 10 * q + 5 * model.d_ff) * (there + back)
+    entries += model.depth * n * curve.length * model.heads * ATTENTION_PASSES
+    entries += n * model.vocab_size * LOGIT_PASSES * curve.gradients
+    operations = model.depth * n * curve.length * q * (4 + 3 * back)  # the causal half of each
+    if curve.stored:
+        entries += 2 * model.depth * matrices * (there + back)  # widened and hashed
+        numbers = 0
+    else:
+        numbers += counted.numbers * (NORMAL if curve.weightless else WEIGHT)
+    passes = -(-curve.batch // curve.together) * model.depth * (there + back)
+    one = counted.operations * (rates.wide if curve.weightless else rates.product)
+    one += operations * rates.product + numbers * rates.number
+    batch = curve.division
+    one += entries * rates.entry + passes * CALLS * rates.call / (batch.seeds * batch.batches)
+    return curve.seeds * one
+
+
+def curves(config: RunConfig, threads: int) -> list[Curve]:
+    """A run's, checkpoint first. Its engine must have been chosen and its inputs be known."""
+    batch, length = config.inputs.batch or 1, config.inputs.length or 1
+    device = config.device.partition(":")[0]
+    found = []
+    for engine, stored, seeds in (
+        ("dense", True, int(config.source.stored)),
+        (config.engine, False, len(config.seeds)),
+    ):
+        if seeds:
+            found.append(
+                Curve(
+                    config.shape, batch, length, config.gradients, engine, config.dtype,
+                    device, threads, stored, seeds,
+                )
+            )  # fmt: skip
+    return found

@@ -1,0 +1,249 @@
+"""Checkpoints: weights read from files, of whichever format, one block at a time.
+
+Everything is checked when the checkpoint is opened, from headers alone: every tensor that the
+architecture has must be there, with its shape, and nothing else. Files come from strangers: nothing in
+them runs, no name in them leads out of the folder, and no size that they claim is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simlab.checkpoints.fingerprint import Census
+from simlab.checkpoints.formats import open_folder
+from simlab.checkpoints.storage import Files, Stored, check
+from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool, shares
+from simlab.config import ConfigError, ModelConfig
+from simlab.model.transformer import Block, dense_linear
+from simlab.weights.base import Shape, Weights
+
+RUNS_AT_ONCE = 64  # of a large tensor's rows, before its pages are let go
+
+
+def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its role, the last part of its name but ``weight``."""
+    d, q, kv = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    per_head = model.qk_norm == "per_head"
+    return {
+        "embedding": (model.vocab_size, d),
+        "head": (model.vocab_size, d),
+        "norm": (d,),
+        "norm_in": (d,),
+        "norm_out": (d,),
+        "q_norm": (model.head_dim if per_head else q,),
+        "k_norm": (model.head_dim if per_head else kv,),
+        "q_proj": (q, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "o_proj": (d, q),
+        "gate_proj": (model.d_ff, d),
+        "up_proj": (model.d_ff, d),
+        "down_proj": (d, model.d_ff),
+    }
+
+
+def role(name: str) -> str:
+    """``blocks.3.attention.sublayer.q_proj.weight`` → ``q_proj``."""
+    return name.split(".")[-2]
+
+
+class Checkpoint(Weights):
+    """An opened checkpoint: its shape, and its tensors by name, read from the file when asked for.
+
+    path: a folder or a hub id; revision: a hub branch, tag or commit. statistics: also keep what
+    ``table`` needs, of weights as they are read.
+    """
+
+    def __init__(self, path: str, revision: str | None = None, *, statistics: bool = False) -> None:
+        from simlab.checkpoints.hub import locate  # late: random runs need no hub
+
+        self.folder = locate(path, revision)
+        self.opened = open_folder(self.folder)
+        self.model = self.opened.model
+        self.parts = dict(self._parts())
+        self._check()
+        self.files = Files()
+        self.threads, self.reader = pool(), ThreadPoolExecutor(1)
+        self.census = Census(statistics)
+        self.last = -1  # the block that was asked for last
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The checkpoint's tokenizer.json, where it has one."""
+        path = self.folder / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def _parts(self) -> Iterator[tuple[str, tuple[str, int, int]]]:
+        """Of each of our names ({} for the block): theirs, and the rows there that are ours."""
+        by_role = shapes(self.model)
+        ends: dict[str, int] = {}
+        for name, theirs in self.opened.keys.items():
+            if self.model.tied and name == "head.weight":
+                continue
+            start = ends.get(theirs, 0)
+            ends[theirs] = start + by_role[role(name)][0]
+            yield name, (theirs, start, ends[theirs])
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor that the architecture has, by its name in the file, with its shape there."""
+        by_role = shapes(self.model)
+        rows: dict[str, int] = {}
+        rest: dict[str, tuple[int, ...]] = {}
+        for name, (theirs, _, stop) in self.parts.items():
+            rows[theirs] = max(rows.get(theirs, 0), stop)
+            rest[theirs] = by_role[role(name)][1:]
+        for theirs, count in rows.items():
+            for layer in range(self.model.depth) if "{}" in theirs else range(1):
+                yield theirs.format(layer), (count, *rest[theirs])
+
+    def _check(self) -> None:
+        """Compare the names and shapes found with the architecture's, then where the bytes lie."""
+        tensors, config = self.opened.tensors, self.opened.config
+        if self.model.depth > len(tensors):  # before any list of that length is made
+            raise ConfigError(
+                f"{config}: {self.opened.depth_key}={self.model.depth}, "
+                f"but the checkpoint holds {len(tensors)} tensors"
+            )
+        expected = dict(self.expected())
+        for name in sorted(expected.keys() - tensors.keys()):
+            raise ConfigError(f"{self.folder}: tensor {name} is missing")
+        for name in sorted(tensors.keys() - expected.keys()):
+            where = tensors[name].pieces[0].path if tensors[name].pieces else self.folder
+            raise ConfigError(f"{where}: tensor {name} is not part of this architecture")
+        for name, shape in expected.items():
+            if (has := tensors[name].shape) != shape:
+                raise ConfigError(
+                    f"{self.folder}: tensor {name} has shape {has}, but {config.name} implies {shape}"
+                )
+        check(tensors.values())
+
+    def stored(self, name: str) -> tuple[Stored, int, int]:
+        """Where a parameter's rows lie. A tied head is the embedding."""
+        if name == "head.weight" and self.model.tied:
+            name = "embedding.weight"
+        parts = name.split(".")
+        layer = ""
+        if parts[0] == "blocks":
+            layer, parts[1] = parts[1], "{}"
+        theirs, start, stop = self.parts[".".join(parts)]
+        return self.opened.tensors[theirs.format(layer)], start, stop
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold a parameter: a norm without a gain is in none."""
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            parts[1] = "{}"
+        return ".".join(parts) in self.parts or name == "head.weight"
+
+    def linear(self, d_in: int, d_out: int) -> nn.Module:
+        """On a CPU a weight streams through its product; a device has a block's weights whole."""
+        return StreamedLinear(d_in, d_out) if self.streams else dense_linear(d_in, d_out)
+
+    def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
+        """One block; meanwhile the system reads the next one's bytes, forward or back."""
+        self.streams = device.type == "cpu"
+        block = super().block(layer, device, dtype)
+        for inner, module in block.named_modules():
+            if isinstance(module, StreamedLinear):
+                module.bind(self.matrix(f"blocks.{layer}.{inner}.weight"))
+        follows = layer + (1 if layer > self.last else -1)
+        self.last = layer
+        if 0 <= follows < self.model.depth:
+            self.reader.submit(self._ahead, follows)
+        return block
+
+    def _ahead(self, layer: int) -> None:
+        for theirs in dict.fromkeys(theirs for theirs, *_ in self.parts.values() if "{}" in theirs):
+            self.files.ahead(self.opened.tensors[theirs.format(layer)])
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight that stays in its file."""
+        stored, start, stop = self.stored(name)
+        seen = self.census.of(name, stop - start)
+        return Matrix(self.files, stored, start, stop, self.threads, self.census.scratch, seen)
+
+    def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The whole parameter, in the dtype asked for."""
+        if not self.has(name):
+            return torch.ones(tuple(shape), device=device, dtype=dtype)
+        self._take(name)
+        return self.files.rows(*self.stored(name)).to(device, dtype, copy=True)
+
+    def rows(
+        self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows of a matrix by id: no others are read."""
+        stored, start, _ = self.stored(name)
+        unique, where = ids.cpu().unique(return_inverse=True)
+        found = [self.files.rows(stored, start + i, start + i + 1) for i in unique.tolist()]
+        return torch.cat(found).to(device, dtype)[where.to(device)]
+
+    def identity(self) -> dict[str, str]:
+        """``weight_hash``: over name, dtype, shape and bytes of the embedding and every block.
+
+        Of our names, so that the same weights have the same hash in every format. Final norm and head
+        stay out, which only gradients read: one checkpoint, one hash. Most of it is taken in as the
+        weights pass through their products; what none has met is read here.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.names()):
+            if name in ("norm.weight", "head.weight"):
+                continue
+            self._take(name)
+            stored, start, stop = self.stored(name)
+            digest.update(f"{name} {stored.dtype} {(stop - start, *stored.shape[1:])} ".encode())
+            digest.update(self.census.bytes_of(name))
+        return {"weight_hash": digest.hexdigest()}
+
+    def table(self) -> list[dict[str, Any]]:
+        """Of every tensor: our name, the file's, its shape, dtype, size, and ``Moments.statistics``."""
+        rows = []
+        for name in self.names():
+            self._take(name)
+            stored, start, stop = self.stored(name)
+            shape = (stop - start, *stored.shape[1:])
+            about = {
+                "tensor": name,
+                "in_file": stored.name,
+                "shape": "×".join(map(str, shape)),
+                "dtype": str(stored.dtype).removeprefix("torch."),
+                "entries": math.prod(shape),
+            }
+            rows.append(about | self.census.statistics(name))
+        return rows
+
+    def names(self) -> Iterator[str]:
+        """Our names of all parameters in the files: embedding, block after block, final norm, head."""
+        blocks = [name for name in self.parts if "{}" in name]
+        ends = [name for name in ("norm.weight", "head.weight") if name in self.parts]
+        yield "embedding.weight"
+        for layer in range(self.model.depth):
+            yield from (name.format(layer) for name in blocks)
+        yield from ends
+
+    def _take(self, name: str) -> None:
+        """Read for the census what no product has met."""
+        if self.census.has(name):
+            return
+        stored, start, stop = self.stored(name)
+        if len(stored.shape) == 1:
+            self.census.of(name, 1)(0, self.files.rows(stored, start, stop), None)
+            return
+        take = self.census.of(name, stop - start)
+
+        def work(rows: tuple[int, int]) -> None:
+            take(rows[0] - start, self.files.rows(stored, *rows), None)
+
+        runs = shares(stored, start, stop)
+        for first in range(0, len(runs), RUNS_AT_ONCE):
+            for _ in self.threads.map(work, runs[first : first + RUNS_AT_ONCE]):
+                pass
+            self.files.release(stored)

@@ -1,0 +1,211 @@
+"""Hugging Face's layout: config.json beside model.safetensors, or shards and their index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simlab.checkpoints.formats.fields import (
+    brief,
+    choice,
+    flag,
+    head_shape,
+    layers,
+    number,
+    only,
+    plain_name,
+    positive,
+    read_json,
+)
+from simlab.checkpoints.formats.hugging_face_rope import read_rope
+from simlab.checkpoints.formats.opened import Opened
+from simlab.checkpoints.storage import Stored
+from simlab.checkpoints.untrusted.safetensors import read_header
+from simlab.config import ConfigError, ModelConfig, NormConfig
+
+# Ours to theirs; {} is the block. What every model type has, and then its norms.
+_SHARED = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "head.weight": "lm_head.weight",
+    "blocks.{}.attention.sublayer.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.{}.attention.sublayer.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.{}.attention.sublayer.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.{}.attention.sublayer.o_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.{}.mlp.sublayer.gate_proj.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blocks.{}.mlp.sublayer.up_proj.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blocks.{}.mlp.sublayer.down_proj.weight": "model.layers.{}.mlp.down_proj.weight",
+}
+_FINAL_NORM = {"norm.weight": "model.norm.weight"}
+_QK_NORM = {
+    "blocks.{}.attention.sublayer.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks.{}.attention.sublayer.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+}
+_NORMS_OUT = {
+    "blocks.{}.attention.norm_out.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.{}.mlp.norm_out.weight": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+_NORMS_IN = {  # the second is "post attention" because it comes after: it is the MLP's input norm
+    "blocks.{}.attention.norm_in.weight": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.mlp.norm_in.weight": "model.layers.{}.post_attention_layernorm.weight",
+}
+KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
+
+
+DEPTH_KEY = "num_hidden_layers"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model type computes, and transformers' defaults for what its config leaves out.
+
+    eps: None where the file's ``rms_norm_eps`` isn't read. fixed: keys that may have one value only.
+    """
+
+    keys: dict[str, str]
+    placement: str
+    qk_norm: str
+    norm_type: str = "rms"
+    eps: float = 1e-6
+    reads_eps: bool = True
+    theta: float = 10_000.0
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    fixed: dict[str, object] = field(default_factory=dict)
+
+
+ARCHITECTURES = {
+    # LayerNorm without parameters: norms that no key names have gain 1.
+    "olmo": Architecture(
+        _SHARED, "pre", "none", norm_type="layer", eps=1e-5, reads_eps=False,
+        fixed={"clip_qkv": None},
+    ),
+    "olmo2": Architecture(KEYS, "reordered", "full", eps=1e-5),
+    "olmo3": Architecture(KEYS, "reordered", "full", eps=1e-5, theta=500_000.0),
+    # transformers rounds to bfloat16 before the gain in these two and in float32 after it in OLMo's;
+    # simlab always after. In float32 there is no difference.
+    "llama": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", fixed={"mlp_bias": False}
+    ),
+    "qwen3": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN | _QK_NORM, "pre", "per_head", head_dim=128, kv_heads=32,
+        fixed={"use_sliding_window": False},
+    ),
+}  # fmt: skip
+
+
+def _full_layers(values: dict[str, Any], depth: int, path: Path) -> tuple[int, ...]:
+    kinds = values.get("layer_types")
+    if kinds is None:  # transformers' rule for OLMo 3: every fourth layer sees everything
+        return tuple(range(3, depth, 4))
+    allowed = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != depth or any(k not in allowed for k in kinds):
+        raise ConfigError(f"{path}: layer_types: must be {depth} of {', '.join(allowed)}")
+    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+
+
+def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
+    """The architecture from a Hugging Face config.json, and its key map.
+
+    tensors: how many the checkpoint holds; more blocks than that are refused. What the config leaves
+    out takes transformers' default for that model type. Raises ConfigError for an architecture or a
+    value that simlab doesn't compute.
+    """
+    values = read_json(path)
+    kind = choice(values, "model_type", path, ARCHITECTURES, None)
+    its = ARCHITECTURES[kind]
+    choice(values, "hidden_act", path, ("silu",), "silu")
+    only(values, path, attention_bias=False, quantization_config=None, **its.fixed)
+    defaults = {"head_dim": its.head_dim} if its.head_dim else {}
+    width, heads, kv_heads, head_dim = head_shape(
+        defaults | values,
+        path,
+        ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        None if "num_key_value_heads" in values else its.kv_heads,
+    )
+    depth = layers(values, DEPTH_KEY, path, tensors)
+    window = positive(values, "sliding_window", path, 4096) if kind == "olmo3" else None
+    kinds = values.get("layer_types")
+    if not window and isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
+        raise ConfigError(f"{path}: layer_types: allowed for {kind}: full_attention")
+    theta, yarn, llama3 = read_rope(values, path, its.theta)
+    eps = number(values, "rms_norm_eps", path, its.eps) if its.reads_eps else its.eps
+    model = ModelConfig(
+        name=path.parent.name,
+        depth=depth,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        d_ff=positive(values, "intermediate_size", path),
+        vocab_size=positive(values, "vocab_size", path),
+        head_dim=head_dim,
+        norm=NormConfig(its.placement, type=its.norm_type, eps=eps),
+        qk_norm=its.qk_norm,
+        rope_theta=theta,
+        yarn=yarn,
+        llama3=llama3,
+        window=window,
+        full_attention=_full_layers(values, depth, path) if window else (),
+        tied=flag(values, "tie_word_embeddings", path, False),
+    )
+    return model, its.keys
+
+
+def found(folder: Path) -> bool:
+    """Whether a folder looks like this layout."""
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    return any((folder / name).is_file() for name in names)
+
+
+def open_folder(folder: Path) -> Opened:
+    """Raises ConfigError for what is missing, malformed or not supported."""
+    path = folder / "config.json"
+    read_json(path)  # first: without a config there is no use in looking for weights
+    found = tensors(folder)
+    model, keys = read_config(path, len(found))
+    ignored = ["lm_head.weight"] if model.tied else []  # a tied head is the embedding
+    held = {
+        name: stored
+        for name, stored in found.items()
+        if name not in ignored and not name.endswith(".rotary_emb.inv_freq")  # not learned
+    }
+    return Opened("hugging_face", model, keys, held, path, DEPTH_KEY)
+
+
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files of a checkpoint folder and the tensors that its index puts in each.
+
+    None stands for "whatever is in it" (a single file, without an index). Raises ConfigError.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index}: has no weight_map")
+    files: dict[Path, set[str] | None] = {}
+    there = {entry.name for entry in folder.iterdir()}
+    for name, file in weight_map.items():
+        if not plain_name(file, ".safetensors"):
+            raise ConfigError(
+                f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
+            )
+        if file not in there:  # before a million that aren't are listed
+            raise ConfigError(f"{folder / file}: no such file, and {brief(name)} is in it")
+        names = files.setdefault(folder / file, set())
+        assert names is not None
+        names.add(name)
+    return files
+
+
+def tensors(folder: Path) -> dict[str, Stored]:
+    """Where every tensor of the folder lies. Raises ConfigError."""
+    found: dict[str, Stored] = {}
+    for path, claimed in weight_files(folder).items():
+        held = read_header(path)
+        for name in sorted((claimed or set()) - held.keys()):
+            raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
+        found |= {n: t for n, t in held.items() if claimed is None or n in claimed}
+    return found

@@ -1,0 +1,1 @@
+"""Readers of files from strangers: nothing executes, no claimed size is believed."""

@@ -1,0 +1,173 @@
+"""torch distributed checkpoints: a pickled ``.metadata``, and files of torch.save archives.
+
+The metadata says of each tensor its size, its chunks, and for each chunk a file, an offset and a
+length, at which there is an archive of that chunk alone. Each claim is compared with the archive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simlab.checkpoints.formats.fields import brief, checked_name, plain_name
+from simlab.checkpoints.storage import Piece, Stored
+from simlab.checkpoints.untrusted import pickle as pickles
+from simlab.checkpoints.untrusted.pickle import Made
+from simlab.checkpoints.untrusted.torch_zip import open_archive, tensor
+from simlab.config import ConfigError
+
+METADATA = ".metadata"
+METADATA_LIMIT = 64 << 20  # bytes
+BUDGET = 8_000_000  # steps of its pickle; a chunk takes about 80, so some 100,000 chunks
+CHUNK_BUDGET = 10_000  # of a chunk's, which is one tensor's
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a tensor: where in the tensor, and where in a file."""
+
+    name: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    length: int
+
+
+def _known(value: object, *names: str) -> dict[Any, Any]:
+    """The fields of an object that a pickle would have had made; none of anything else."""
+    return value.fields() if isinstance(value, Made) and value.maker.is_(*names) else {}
+
+
+def _places(stored: object, folder: Path, path: Path) -> dict[tuple[str, tuple[int, ...]], Any]:
+    """Chunks by name and start, to (file, offset, length)."""
+    places: dict[tuple[str, tuple[int, ...]], Any] = {}
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path}: has no storage_data")
+    for key, value in stored.items():
+        index, info = _known(key, "MetadataIndex"), _known(value, "_StorageInfo")
+        name, file = index.get("fqn"), info.get("relative_path")
+        if type(name) is not str or type(file) is not str:
+            raise ConfigError(f"{path}: storage_data: an entry in it is malformed")
+        if index.get("offset") is None:
+            continue  # bytes, not a tensor
+        what = f"{path}: {brief(name)}"
+        if info.get("transform_descriptors"):
+            raise ConfigError(f"{what}: transform_descriptors: compressed chunks are not supported")
+        if not plain_name(file, ".distcp"):
+            raise ConfigError(f"{what} is in {brief(file)}, which is not a .distcp file's name")
+        offset, length = info.get("offset"), info.get("length")
+        if type(offset) is not int or type(length) is not int:
+            raise ConfigError(f"{what}: offset and length must be integers")
+        start = pickles.dimensions(index["offset"], what)
+        places[name, start] = (folder / file, offset, length)
+    return places
+
+
+def _dtype(properties: object, what: str) -> torch.dtype:
+    state = properties.state if isinstance(properties, Made) else None
+    label = state[0] if type(state) is tuple and state else None
+    if not isinstance(label, pickles.Name) or label.name not in pickles.DTYPES:
+        raise ConfigError(f"{what}: its properties have no dtype")
+    dtype = pickles.DTYPES[label.name]
+    if dtype not in pickles.FLOATS:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOATS)
+        raise ConfigError(f"{what} is {label.name}; allowed: {allowed}")
+    return dtype
+
+
+def file_names(folder: Path) -> list[str]:
+    """The files that a ``.metadata`` names. Raises ConfigError."""
+    metadata = _known(_load(folder), "Metadata")
+    path = folder / METADATA
+    return sorted(
+        {place[0].name for place in _places(metadata.get("storage_data"), folder, path).values()}
+    )
+
+
+def _load(folder: Path) -> Any:
+    path = folder / METADATA
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+        if path.stat().st_size > METADATA_LIMIT:
+            raise ConfigError(f"{path}: larger than {METADATA_LIMIT >> 20} MiB")
+        return pickles.load(path.read_bytes(), path, BUDGET)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def read_tensors(folder: Path, without: tuple[str, ...]) -> dict[str, Stored]:
+    """Where every tensor of the checkpoint lies, but those whose names start with ``without``.
+
+    Raises ConfigError, naming the tensor.
+    """
+    path = folder / METADATA
+    metadata = _known(_load(folder), "Metadata")
+    described = metadata.get("state_dict_metadata")
+    if not isinstance(described, dict) or not described:
+        raise ConfigError(f"{path}: not the metadata of a distributed checkpoint")
+    places = _places(metadata.get("storage_data"), folder, path)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    chunks: list[Chunk] = []
+    for name, value in described.items():
+        checked_name(name, path)
+        tensor_fields = _known(value, "TensorStorageMetadata")
+        if name.startswith(without) or not tensor_fields:
+            continue
+        what = f"{path}: tensor {brief(name)}"
+        shape = pickles.dimensions(tensor_fields.get("size"), what)
+        shapes[name] = (shape, _dtype(tensor_fields.get("properties"), what))
+        chunks += _chunks(name, tensor_fields.get("chunks"), places, what)
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for chunk, piece in _open(chunks, {name: dtype for name, (_, dtype) in shapes.items()}):
+        pieces[chunk.name].append(piece)
+    return {
+        name: Stored(name, shape, dtype, tuple(sorted(pieces[name], key=lambda p: p.start)))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _chunks(name: str, chunks: object, places: dict[Any, Any], what: str) -> Iterator[Chunk]:
+    if type(chunks) is not list or not chunks:
+        raise ConfigError(f"{what} has no chunks")
+    for chunk in chunks:
+        fields = _known(chunk, "ChunkStorageMetadata")
+        start = pickles.dimensions(fields.get("offsets"), what)
+        shape = pickles.dimensions(fields.get("sizes"), what)
+        if (name, start) not in places:
+            raise ConfigError(f"{what}: its chunk at {start} is in no file")
+        yield Chunk(name, start, shape, *places[name, start])
+
+
+def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple[Chunk, Piece]]:
+    """The chunks' bytes, file by file, each compared with what the metadata says of it."""
+    by_path: dict[Path, list[Chunk]] = {}
+    for chunk in chunks:
+        by_path.setdefault(chunk.path, []).append(chunk)
+    for path, here in by_path.items():  # all of them first: else one run could be read for ever
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file, and {here[0].name} is in it")
+        size, end = path.stat().st_size, 0
+        for chunk in sorted(here, key=lambda c: c.offset):
+            what = f"{path}: tensor {brief(chunk.name)}"
+            if not 0 <= chunk.offset <= chunk.offset + chunk.length <= size:
+                raise ConfigError(f"{what} reaches beyond the end of the file")
+            if chunk.offset < end:
+                raise ConfigError(f"{what} overlaps another")
+            end = chunk.offset + chunk.length
+    for path, here in sorted(by_path.items()):
+        with path.open("rb") as file:
+            for chunk in here:
+                what = f"{path}: tensor {brief(chunk.name)}"
+                archive = open_archive(file, path, chunk.offset, chunk.length, CHUNK_BUDGET)
+                has = tensor(archive, archive.value, chunk.name)
+                if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
+                    raise ConfigError(
+                        f"{what}: is {has.shape}, not the {chunk.shape} that {METADATA} says"
+                    )
+                yield chunk, Piece(path, has.pieces[0].offset, chunk.start, chunk.shape)

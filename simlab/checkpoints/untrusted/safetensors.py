@@ -1,0 +1,48 @@
+"""safetensors files, by their headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from simlab.checkpoints.formats.fields import brief, checked_name
+from simlab.checkpoints.storage import Stored, whole
+from simlab.config import ConfigError
+
+FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file: 8 bytes of length, a JSON header, the tensors' bytes.
+
+    The safetensors library checks the header first: its size, its JSON, that the tensors fill the
+    file without a gap or an overlap, and that each has as many bytes as its shape and dtype need.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = brief(str(error))[1:-1] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: not a readable safetensors file ({reason})") from error
+    header.pop("__metadata__", None)
+    held = {}
+    for name, about in header.items():
+        checked_name(name, path)
+        if about["dtype"] not in FLOATS:
+            raise ConfigError(
+                f"{path}: tensor {name} is {about['dtype']}; allowed: {', '.join(FLOATS)}"
+            )
+        offset = 8 + size + about["data_offsets"][0]
+        held[name] = whole(name, tuple(about["shape"]), FLOATS[about["dtype"]], path, offset)
+    return held

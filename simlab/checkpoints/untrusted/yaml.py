@@ -1,0 +1,77 @@
+"""One section of a stranger's YAML file, every scalar read by rules of our own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simlab.checkpoints.formats.fields import YAML_LIMIT, read_text
+from simlab.config import ConfigError
+
+INTEGER = re.compile(r"[-+]?\d{1,20}")
+NUMBER = re.compile(r"[-+]?(\d{1,20}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,4})?")
+WORDS: dict[str, bool | None] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
+    """Scalars as text and no aliases: merged or shared nodes can describe a file's exponential.
+
+    The pure-Python loader: libyaml's recursion isn't bounded by Python's.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _value(node: Any) -> Any:
+    """Plain values of a node: mappings, lists, null, true, integers, floats, and text as it is."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _value(value) for key, value in node.value if _is_scalar(key)}
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(value) for value in node.value]
+    text = node.value
+    if text in WORDS:
+        return WORDS[text]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    if NUMBER.fullmatch(text):  # 1e-6 too, which YAML 1.1 takes for text
+        return float(text)
+    return text
+
+
+def _is_scalar(node: Any) -> bool:
+    if isinstance(node, yaml.ScalarNode):
+        return True
+    raise yaml.YAMLError("a key is not a word")
+
+
+def read_section(path: Path, name: str) -> dict[str, Any]:
+    """The mapping under a top-level key; what comes after it isn't read. Raises ConfigError."""
+    text = read_text(path, YAML_LIMIT)
+    try:
+        loader = _Loader(text)
+        loader.get_event()  # the stream's start
+        loader.get_event()  # the document's
+        if not loader.check_event(yaml.MappingStartEvent):
+            raise ConfigError(f"{path}: not a YAML mapping")
+        loader.get_event()
+        while loader.check_event(yaml.ScalarEvent):
+            key = loader.get_event().value
+            value = loader.compose_node(None, None)
+            if key == name:
+                section = _value(value)
+                if not isinstance(section, dict):
+                    raise ConfigError(f"{path}: {name}: must be a mapping")
+                return section
+    except (yaml.YAMLError, RecursionError) as error:
+        line = " ".join(str(error).split())[:120]
+        raise ConfigError(f"{path}: not YAML that simlab reads ({line})") from error
+    raise ConfigError(f"{path}: has no {name}")

@@ -1,0 +1,46 @@
+"""What a run is: its fields, their checks, and the one line that a mistake gets."""
+
+from simlab.config.errors import ConfigError, divides, nearest, printable
+from simlab.config.schema import (
+    CONF_DIR,
+    DEMO_DIR,
+    DEMO_STEPS,
+    DTYPES,
+    ENGINES,
+    NORM_TYPES,
+    QK_NORMS,
+    InitConfig,
+    InputsConfig,
+    KeepConfig,
+    Llama3RopeConfig,
+    ModelConfig,
+    NormConfig,
+    RunConfig,
+    SourceConfig,
+    YarnConfig,
+    full_layers,
+)
+
+__all__ = [
+    "CONF_DIR",
+    "DEMO_DIR",
+    "DEMO_STEPS",
+    "DTYPES",
+    "ENGINES",
+    "NORM_TYPES",
+    "QK_NORMS",
+    "ConfigError",
+    "InitConfig",
+    "InputsConfig",
+    "KeepConfig",
+    "Llama3RopeConfig",
+    "ModelConfig",
+    "NormConfig",
+    "RunConfig",
+    "SourceConfig",
+    "YarnConfig",
+    "divides",
+    "full_layers",
+    "nearest",
+    "printable",
+]

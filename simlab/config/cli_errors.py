@@ -1,0 +1,72 @@
+"""What a user can get wrong, in one line on stderr, and exit status 2."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from simlab.config import CONF_DIR, ConfigError, nearest, printable
+from simlab.config.validate import known_keys
+
+# What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
+MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, without control codes and not endless, and exit status 2."""
+    line = printable(" ".join(message.split()))
+    print(f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Let a mistake end the process with one line."""
+    try:
+        yield
+    except MISTAKES as error:
+        fail(explain(error))
+
+
+@contextmanager
+def or_exit() -> Iterator[None]:
+    """As ``in_one_line``; and any other exception ends the process, with its traceback.
+
+    For Hydra's callbacks, whose exceptions Hydra turns into warnings, and goes on.
+    """
+    try:
+        with in_one_line():
+            yield
+    except Exception:  # Hydra would make a warning of it, and run the sweep its own way
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's complaints about an override, in one line, with the nearest name."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={name}: no such config"
+        names = [option for option in error.options or [] if option != "from_checkpoint"]
+        return f"{group}={name}: allowed: {', '.join(names)}{nearest(name, names)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'error'}: {error.strerror}"
+    if match := re.match(r"Could not override '(?P<key>[^']+)'", str(error)):
+        key, known = match["key"], known_keys()
+        given = next((arg for arg in sys.argv[1:] if arg.lstrip("+~").startswith(key)), key)
+        if (CONF_DIR / key).is_dir():
+            return f"{given}: did you mean +{given}?"
+        if known.get(key):
+            return f"{given}: only with {', '.join(known[key])}"
+        return f"{given}: no such key{nearest(key, known) or '; see --help'}"
+    if match := re.match(r"Error parsing override '(?P<override>[^']*)'", str(error)):
+        return f"{match['override']}: not of the form key=value"
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,32 @@
+"""A user's mistake as an exception, and the words that its line is made of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A user's mistake, in one line: what, which value, what is allowed."""
+
+
+def printable(text: str) -> str:
+    """A text without control codes: it may be a stranger's, and goes to a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``"; did you mean …?"`` where one of the allowed names is close, else an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    """Refuse a part that doesn't divide the whole, naming the nearest one that does."""
+    if whole % part == 0:
+        return
+    # Outward from the part, and not far: the numbers may be a stranger's.
+    near = (n for step in range(1, 10_000) for n in (part - step, part + step) if n > 0)
+    best = next((n for n in near if whole % n == 0), None)
+    hint = f"; the nearest that does is {best}" if best else ""
+    raise ConfigError(f"{part_name}={part}: must divide {whole_name}={whole}{hint}")

@@ -1,0 +1,184 @@
+"""What a run is: frozen dataclasses. ``config.validate.read`` makes them from a Hydra config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simlab.config.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGED = _PACKAGE / "conf"
+CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else _PACKAGE.parent / "conf"
+
+DEMO_DIR = _PACKAGE / "demo"
+DEMO_STEPS = ("0", "100", "1000", "final")
+
+DTYPES = ("float32", "bfloat16", "float16")
+ENGINES = ("auto", "dense", "weightless")
+NORM_TYPES = ("rms", "layer")
+QK_NORMS = ("none", "full", "per_head")
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Where the norms sit (``placement``), which they are (``type``), and a placement's constants.
+
+    ``every`` (blocks between re-norms) and ``alpha`` (branch scale) exist for the placements whose
+    file in conf/norm names them.
+    """
+
+    placement: str
+    type: str = "rms"
+    eps: float = 1e-6
+    gain: float = 1.0
+    every: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN's long-context scaling of RoPE (arXiv 2309.00071)."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class Llama3RopeConfig:
+    """Llama 3.1's long-context scaling of RoPE, by how often a pair turns (arXiv 2407.21783)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: everything that decides what is computed, given weights and tokens."""
+
+    name: str
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    d_ff: int
+    vocab_size: int
+    head_dim: int
+    norm: NormConfig
+    qk_norm: str = "full"
+    rope_theta: float = 500_000.0
+    yarn: YarnConfig | None = None
+    window: int | None = None
+    full_attention: tuple[int, ...] = ()  # with a window: the layers that see everything
+    tied: bool = False
+    llama3: Llama3RopeConfig | None = None  # or yarn, not both
+
+    def window_of(self, layer: int) -> int | None:
+        """The attention window of a layer, counted from 0; None where it sees every token."""
+        return None if layer in self.full_attention else self.window
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The rule that draws random weights; ``std`` only for the rules that have one."""
+
+    rule: str
+    std: float | None
+    truncate: float | None
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where the measured weights come from: ``random``, ``checkpoint`` with its path, or ``demo``.
+
+    The latter two are stored: a checkpoint is measured, beside random inits of its shape.
+    weights: whether a table of every tensor's statistics is made.
+    """
+
+    kind: str
+    path: str | None = None
+    revision: str | None = None
+    weights: bool = False
+    step: str | None = None  # of the demo's training, one of DEMO_STEPS
+
+    @property
+    def stored(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self.kind != "random"
+
+    @property
+    def location(self) -> str:
+        """The checkpoint's folder or hub id; the demo's checkpoints are inside the package."""
+        if self.kind == "demo":
+            return str(DEMO_DIR / (f"step-{self.step}" if self.step != "final" else "final"))
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class InputsConfig:
+    """The token batch: ``batch`` sequences of ``length`` tokens, or (text, None) what is there."""
+
+    kind: str
+    batch: int | None
+    length: int | None
+    exponent: float | None = None
+    prompt: str | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, checked. ``model`` is None until a checkpoint's own shape has been read."""
+
+    model: ModelConfig | None
+    init: InitConfig
+    source: SourceConfig
+    inputs: InputsConfig
+    seeds: tuple[int, ...]
+    seed: int
+    engine: str
+    device: str
+    dtype: str
+    gradients: bool = False
+
+    @property
+    def shape(self) -> ModelConfig:
+        """The model's shape, once it is known."""
+        if self.model is None:
+            raise ConfigError("the checkpoint's shape has not been read yet")
+        return self.model
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """All but the depth, what of the config follows from it, the init and the seeds.
+
+        Runs of a family may have layers and random numbers in common.
+        """
+        model = self.model and replace(self.model, depth=0, full_attention=())
+        return (
+            model, self.source, self.inputs, self.engine, self.device, self.dtype, self.gradients,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """What becomes of results: where a sweep keeps them by their hash, and whether it takes what is
+    there (``resume``); ``dry_run`` says what a run would take, and runs nothing.
+    """
+
+    results: str = "outputs/results"
+    resume: bool = True
+    dry_run: bool = False
+
+
+def full_layers(depth: int, every: int | None) -> tuple[int, ...]:
+    """The full-attention layers of a sliding-window model: each ``every``-th, and the last."""
+    if every is None:
+        return ()
+    return tuple(i for i in range(depth) if (i + 1) % every == 0 or i == depth - 1)

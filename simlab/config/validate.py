@@ -1,0 +1,315 @@
+"""From a composed Hydra config to a RunConfig: every key checked once, every mistake one line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from simlab.config import (
+    CONF_DIR,
+    DEMO_STEPS,
+    DTYPES,
+    ENGINES,
+    NORM_TYPES,
+    QK_NORMS,
+    ConfigError,
+    InitConfig,
+    InputsConfig,
+    KeepConfig,
+    ModelConfig,
+    NormConfig,
+    RunConfig,
+    SourceConfig,
+    YarnConfig,
+    divides,
+    full_layers,
+    nearest,
+)
+from simlab.config.fields import Reader
+
+# Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
+OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
+
+GROUPS = ("model", "norm", "init", "source", "inputs")
+
+
+def options(group: str) -> list[str]:
+    """The names that a config group offers, from the files in conf/."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def known_keys() -> dict[str, list[str]]:
+    """Every dotted key that some choice of groups has, with the choices (``norm=pre``) that have it.
+
+    Keys that are always there have no choices; a group's name is a key too.
+    """
+    found: dict[str, list[str]] = {}
+    files = [CONF_DIR / "config.yaml"]
+    files += [CONF_DIR / group / f"{name}.yaml" for group in GROUPS for name in options(group)]
+    for path in files:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(loaded, dict)
+        top = path.parent == CONF_DIR
+        group = "" if top else path.parent.name
+        choice = [] if top or path.stem == "from_checkpoint" else [f"{group}={path.stem}"]
+        whole = "# @package _global_" in path.read_text(encoding="utf-8").splitlines()
+        found.setdefault(group or "seeds", [])
+        for key, value in loaded.items():
+            prefix = "" if top or whole else f"{group}."
+            inner = [f"{key!s}.{k!s}" for k in value] if isinstance(value, dict) else None
+            for name in inner or [f"{prefix}{key!s}"]:
+                found.setdefault(name, []).extend(choice)
+    return {k: v for k, v in found.items() if k != "defaults" and not k.startswith("hydra.")}
+
+
+# Far beyond use, and small enough that checking them costs nothing.
+MOST_BLOCKS, MOST_TOKENS, MOST_SEEDS = 10**6, 10**8, 10**6
+
+
+@functools.cache
+def _keys_of(group: str, name: str) -> list[str]:
+    """The keys that a file in conf/ sets: what that placement, rule or input understands."""
+    loaded = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
+    return [str(key) for key in loaded]
+
+
+def _norm(reader: Reader) -> NormConfig:
+    if reader.values.get("placement", "") is None:
+        raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
+    names = [name for name in options("norm") if name != "from_checkpoint"]
+    placement = reader.choice("placement", names)
+    reader.only(f"norm={placement}", _keys_of("norm", placement))
+    gain = reader.number("gain", "a number, at least 0", 0.0) if "gain" in reader.values else 1.0
+    norm = NormConfig(
+        placement=placement,
+        type=reader.choice("type", NORM_TYPES),
+        eps=reader.finite("eps", "a number, at least 0", 0.0),
+        gain=1.0 if gain is None else gain,
+        every=reader.integer("every") if "every" in reader.values else None,
+        alpha=reader.number("alpha", "a number, at least 0, or null", 0.0, null=True),
+    )
+    reader.done()
+    return norm
+
+
+def _yarn(reader: Reader) -> YarnConfig | None:
+    if reader.values.get("yarn") is None:
+        reader.take("yarn")
+        return None
+    node = reader.node("yarn")
+    yarn = YarnConfig(
+        factor=node.finite("factor", "a number, at least 1", 1.0),
+        original_length=node.positive("original_length"),
+        beta_fast=node.finite("beta_fast", "at least 1e-6", 1e-6),
+        beta_slow=node.finite("beta_slow", "at least 1e-6", 1e-6),
+        attention_factor=node.number("attention_factor", "above 0, or null", 0.0, null=True),
+    )
+    node.done()
+    return yarn
+
+
+def _model(top: Reader, norm: NormConfig) -> ModelConfig:
+    depth = top.positive("depth", MOST_BLOCKS)
+    width, heads = top.positive("width"), top.positive("heads")
+    kv_heads, d_ff, vocab_size = (top.positive(key) for key in ("kv_heads", "d_ff", "vocab_size"))
+    node = top.node("model")
+    name = node.text("name") or "custom"
+    head_dim = node.integer("head_dim", null=True)
+    if head_dim is None:
+        divides("heads", heads, "width", width)
+        head_dim = width // heads
+    divides("kv_heads", kv_heads, "heads", heads)
+    if head_dim % 2:
+        raise ConfigError(f"head_dim={head_dim} (width / heads): must be even, RoPE turns pairs")
+    tied = node.boolean("tied")
+    window, every = node.integer("window", null=True), node.integer("full_every", null=True)
+    if window is None and every is not None:
+        raise node.fail("full_every", every, "needs a model.window")
+    model = ModelConfig(
+        name=name,
+        depth=depth,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        d_ff=d_ff,
+        vocab_size=vocab_size,
+        head_dim=head_dim,
+        norm=norm,
+        qk_norm=node.choice("qk_norm", QK_NORMS),
+        rope_theta=node.finite("rope_theta", "above 1", 1.0),
+        yarn=_yarn(node),
+        window=window,
+        full_attention=full_layers(depth, every),
+        tied=tied,
+    )
+    node.done()
+    return model
+
+
+def _init(reader: Reader) -> InitConfig:
+    rule = reader.choice("rule", options("init"))
+    reader.only(f"init={rule}", _keys_of("init", rule))
+    has_std = "std" in reader.values
+    init = InitConfig(
+        rule=rule,
+        std=reader.number("std", "above 1e-12", 1e-12) if has_std else None,
+        # Numbers beyond the cut are drawn again: nearer than this, most would be.
+        truncate=reader.number(
+            "truncate", "at least 0.5 (standard deviations), or null", 0.5, 100.0, null=True
+        ),
+    )
+    reader.done()
+    return init
+
+
+def _source(reader: Reader) -> SourceConfig:
+    kind = reader.choice("kind", options("source"))
+    if kind == "random":
+        source = SourceConfig(kind)
+    elif kind == "demo":
+        source = SourceConfig(
+            kind, weights=reader.boolean("weights"), step=reader.choice("step", DEMO_STEPS)
+        )
+    else:
+        source = SourceConfig(
+            kind,
+            path=reader.text("path"),
+            revision=reader.text("revision"),
+            weights=reader.boolean("weights"),
+        )
+        if not source.path:
+            raise ConfigError(
+                "source.path is missing: give a checkpoint folder or a hub id, "
+                "for example source.path=allenai/OLMo-2-0425-1B"
+            )
+    reader.done()
+    return source
+
+
+def _inputs(reader: Reader, default: str | None) -> InputsConfig:
+    """default: the text where inputs=text names none."""
+    kind = reader.choice("kind", options("inputs"))
+    reader.only(f"inputs={kind}", _keys_of("inputs", kind))
+    text = kind == "text"
+    batch, length = (reader.integer(key, null=text) for key in ("batch", "length"))
+    if (batch or 1) * (length or 1) > MOST_TOKENS:
+        raise ConfigError(
+            f"inputs.batch={batch} inputs.length={length}: at most {MOST_TOKENS} tokens together"
+        )
+    prompt, path = reader.text("prompt"), reader.text("path")
+    inputs = InputsConfig(
+        kind,
+        batch,
+        length,
+        exponent=reader.finite("exponent", "a number, at least 0", 0.0) if kind == "zipf" else None,
+        prompt=default if text and prompt is None and path is None else prompt,
+        path=path,
+    )
+    reader.done()
+    if text and (inputs.prompt is None) == (inputs.path is None):
+        raise ConfigError("inputs=text needs one of inputs.prompt=TEXT and inputs.path=FILE")
+    return inputs
+
+
+def _seeds(reader: Reader, first: int, lowest: int) -> tuple[int, ...]:
+    value = reader.take("seeds")
+    allowed = "a count, or a list of different seeds such as [0,1,2]"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not lowest <= value <= MOST_SEEDS:
+            limits = f"at least {lowest}, at most {MOST_SEEDS}"
+            raise reader.fail("seeds", value, f"{limits}; allowed: {allowed}")
+        return tuple(range(first, first + value))
+    seeds = value if isinstance(value, list) else [None]
+    if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**62 for s in seeds):
+        raise reader.fail("seeds", value, f"allowed: {allowed}")
+    if len(set(seeds)) != len(seeds) or len(seeds) < lowest:
+        raise reader.fail("seeds", value, f"allowed: {allowed}")
+    return tuple(seeds)
+
+
+def _device(reader: Reader) -> str:
+    value = str(reader.take("device"))
+    kind, _, index = value.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+        hint = nearest(kind, ("auto", "cpu", "cuda", "mps"))
+        raise reader.fail("device", value, f"allowed: auto, cpu, cuda, cuda:N, mps{hint}")
+    return value
+
+
+def _keep(top: Reader) -> KeepConfig:
+    results = top.text("results")
+    if not results:
+        raise top.fail("results", results, "allowed: a folder")
+    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"))
+
+
+def read_keep(config: DictConfig) -> KeepConfig:
+    """Check what a config says of results. Raises ConfigError."""
+    return _keep(Reader({key: config.get(key) for key in ("results", "resume", "dry_run")}))
+
+
+def read(config: DictConfig) -> RunConfig:
+    """Check a composed config and freeze it.
+
+    Raises ConfigError, one line naming the key, the value, what is allowed and the nearest name.
+    """
+    try:
+        if "hydra" in config:
+            config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(values, dict)
+    top = Reader({str(key): value for key, value in values.items()})
+    source, init, inputs = (top.node(key) for key in ("source", "init", "inputs"))
+    text = source.text("text") if source.values.get("kind") == "demo" else None
+    checked_source = _source(source)
+    model: ModelConfig | None = None
+    if checked_source.stored:
+        _refuse_shape(top, checked_source.kind)
+    else:
+        if top.values.get("model") is None:
+            raise ConfigError("model=from_checkpoint: only with source=checkpoint")
+        model = _model(top, _norm(top.node("norm")))
+    seed = top.integer("seed", 0)
+    assert seed is not None
+    run = RunConfig(
+        model=model,
+        init=_init(init),
+        source=checked_source,
+        inputs=_inputs(inputs, text),
+        seeds=_seeds(top, seed, lowest=0 if checked_source.stored else 1),
+        seed=seed,
+        engine=top.choice("engine", ENGINES),
+        device=_device(top),
+        dtype=top.choice("dtype", DTYPES),
+        gradients=top.boolean("gradients"),
+    )
+    _keep(top)
+    top.done()
+    return run
+
+
+def _refuse_shape(top: Reader, kind: str) -> None:
+    """With a checkpoint, nothing that its own config decides may be given."""
+    shape = {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
+    shape["vocab_size"] = top.take("vocab_size")
+    shape |= {f"norm.{key}": value for key, value in top.take("norm").items()}
+    model = top.take("model")
+    shape |= {f"model.{key}": value for key, value in (model or {}).items()}
+    for key, value in shape.items():
+        if value is not None:
+            raise ConfigError(f"{key}={value}: with source={kind} it is read from the checkpoint")
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """A checked config from Hydra overrides, for use as a library: ``compose(["depth=8"])``."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return read(hydra_compose("config", overrides=list(overrides)))

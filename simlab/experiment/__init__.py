@@ -1,0 +1,43 @@
+"""The pipeline: a checked config to measured curves, held against theory."""
+
+from simlab.experiment.pipeline import (
+    ENGINES,
+    Curves,
+    Prepared,
+    RunResult,
+    build_model,
+    division,
+    measure,
+    measured_curves,
+    measured_together,
+    open_checkpoint,
+    pieces,
+    prepare,
+    run,
+    side_by_side,
+    summarise,
+    threads,
+    versions,
+    weight_table,
+)
+
+__all__ = [
+    "ENGINES",
+    "Curves",
+    "Prepared",
+    "RunResult",
+    "build_model",
+    "division",
+    "measure",
+    "measured_curves",
+    "measured_together",
+    "open_checkpoint",
+    "pieces",
+    "prepare",
+    "run",
+    "side_by_side",
+    "summarise",
+    "threads",
+    "versions",
+    "weight_table",
+]

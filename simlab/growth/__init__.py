@@ -1,1 +1,0 @@
-"""Curves, fits and verdicts from stored rows; no torch."""

@@ -1,0 +1,1 @@
+"""The residual stream measured: the engine, probes, statistics, and the tidy frame."""

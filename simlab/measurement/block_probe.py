@@ -1,0 +1,175 @@
+"""Listens to a block's residual adds and reduces every step to its statistics, on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.utils.hooks import RemovableHandle
+
+from simlab.measurement.statistics import (
+    REDUCE,
+    STATISTICS,
+    Statistic,
+    Step,
+    attention_statistics,
+    wide,
+)
+from simlab.model.attention import Attention
+from simlab.model.norms import RMSNorm
+from simlab.model.placement import Placement, Renorm
+from simlab.model.transformer import Block
+
+
+class Reducer:
+    """Statistics of one step of S curves over the token batches that pass through it.
+
+    A batch (S·B, T, …) has B sequences of each curve, and a curve's lie together.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistic], curves: int = 1) -> None:
+        self.curves = curves
+        self.alike: dict[str, list[tuple[int, Statistic]]] = {}  # what is reduced alike, at once
+        for i, statistic in enumerate(statistics.values()):
+            self.alike.setdefault(statistic.reduce, []).append((i, statistic))
+        self.values: dict[str, list[Tensor]] = {reduce: [] for reduce in self.alike}
+        self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, step: Step) -> None:
+        """Take in one batch's step: numbers of each statistic per token, on its device."""
+        for reduce, statistics in self.alike.items():
+            values = [s.of(step).unflatten(0, (self.curves, -1)) for _, s in statistics]
+            if reduce == "vector":
+                values = [value.sum((1, 2)) for value in values]
+            self.values[reduce].append(torch.stack([value.to(step.wide) for value in values]))
+        self.tokens += step.after.shape[:2].numel() // self.curves
+
+    def result(self) -> Tensor:
+        """A curve's number per statistic, in their order, on the device: (S, entries)."""
+        found = []
+        for reduce, values in self.values.items():
+            if reduce == "vector":
+                found.append(vector_norm(torch.stack(values).sum(0) / self.tokens, dim=-1))
+            else:
+                found.append(REDUCE[reduce](torch.cat(values, 2)))
+        order = [i for statistics in self.alike.values() for i, _ in statistics]
+        by_place = dict(zip(order, torch.cat(found).unbind(), strict=True))
+        return torch.stack([by_place[i] for i in range(len(order))], -1)
+
+
+class BlockProbe(ABC):
+    """Statistics of the residual steps of a block, from hooks that live in its ``with`` block.
+
+    kinds: of the steps, in the order they happen. curves: S, whose sequences lie one curve's after
+    another's in x (S·B, T, D). normalises and gain: what the laws may know of the block.
+    """
+
+    normalises: str | None
+    gain: float
+
+    def __init__(self, block: nn.Module, kinds: Sequence[str], curves: int = 1) -> None:
+        self.block, self.kinds = block, kinds
+        self.reducers = [Reducer(STATISTICS, curves) for _ in kinds]
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self.listen()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    @abstractmethod
+    def listen(self) -> None:
+        """Register hooks that take every step to its reducer; their handles go to ``handles``."""
+
+    def results(self) -> list[tuple[str, Tensor]]:
+        """Kind and statistics (S, entries) of every step of the block, in the order they happened."""
+        return [(kind, r.result()) for kind, r in zip(self.kinds, self.reducers, strict=True)]
+
+
+class Probe(BlockProbe):
+    """``with Probe(block) as probe: block(x)``; then ``probe.results()``. Changes no output."""
+
+    def __init__(self, block: Block, curves: int = 1) -> None:
+        kinds, self.steps = zip(*block.steps(), strict=True)
+        super().__init__(block, kinds, curves)
+        self.normalises = block.attention.normalises
+        self.gain = block.attention.options.gain
+        self.seen: dict[str, Tensor] = {}
+        self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
+        self.attention: dict[str, Tensor] | None = None
+
+    def listen(self) -> None:
+        """Hooks on sublayers, adds, attention and the steps themselves."""
+        for step, reducer in zip(self.steps, self.reducers, strict=True):
+            self._listen(step, reducer)
+
+    def _listen(self, step: Placement | Renorm, reducer: Reducer) -> None:
+        def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            self.seen["raw"] = out
+
+        def on_attend(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.attention = attention_statistics(args[0], args[1], args[3])
+
+        def on_add(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
+            skip, branch = args
+            if self.last is not None and skip is self.last[0]:
+                skip = self.last[1]
+            self.seen |= {"skip": skip, "branch": branch, "sum": out}
+
+        def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            found = observe(step, args[0], out, self.seen, self.attention)
+            reducer.add(found)
+            self.last = None if step is self.steps[-1] else (out, found.wide)
+            self.seen, self.attention = {}, None
+
+        if isinstance(step, Placement):
+            self.handles.append(step.sublayer.register_forward_hook(on_sublayer))
+            self.handles.append(step.add.register_forward_hook(on_add))
+            if isinstance(step.sublayer, Attention):
+                self.handles.append(step.sublayer.attend.register_forward_hook(on_attend))
+        self.handles.append(step.register_forward_hook(on_step))
+
+
+def observe(
+    step: Placement | Renorm,
+    before: Tensor,
+    after: Tensor,
+    seen: dict[str, Tensor],
+    attention: dict[str, Tensor] | None = None,
+) -> Step:
+    """A residual step's tensors. ``eps_factor`` is about the norm that acts last.
+
+    Where a placement norms neither branch nor stream (pre, lns, none …) it is the factor that a
+    norm of the branch would have: the additive law is then a claim that the measurement can refute.
+    """
+    if isinstance(step, Renorm):
+        norm = step.norm_out
+        moment = norm.moment(wide(before))
+        return Step(after=after, moment=moment, eps=norm.eps, gain=wide(norm.weight))
+    raw, total = wide(seen["raw"]), seen["sum"]
+    if step.normalises is None:
+        moment, eps = RMSNorm.moment(raw), step.options.eps
+    else:
+        norm = step.norm_out
+        moment = norm.moment(wide(total) if step.normalises == "stream" else raw)
+        eps = norm.eps
+    norms = [getattr(step, name) for name in step.norms]
+    return Step(
+        after=after,
+        skip=seen["skip"],
+        branch=seen["branch"],
+        raw=raw,
+        moment=moment,
+        eps=eps,
+        gain=wide(norms[-1].weight) if norms else None,
+        attention=attention,
+    )

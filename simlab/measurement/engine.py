@@ -1,0 +1,199 @@
+"""Moves the token batch through the blocks, one block's weights at a time, and back again.
+
+A block is materialised when its turn comes, every batch of sequences passes through it, and it goes:
+memory is one block and the residual stream, whatever the depth. For the backward the stream before
+every block is kept, and each block is materialised and run again, last first. Statistics stay on
+the device until the run's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from simlab.config import ConfigError
+from simlab.measurement.block_probe import Probe, Reducer
+from simlab.measurement.loss import next_token
+from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
+from simlab.model.transformer import Block
+from simlab.weights.base import Weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a row of the curve was measured, and one number per STATISTICS entry.
+
+    gradient: one number per GRADIENT_STATISTICS entry, where it was asked for. While curves are
+    measured together, each is (S, entries); in what ``measure_curves`` gives, (entries,).
+    """
+
+    sublayer: int
+    block: int | None
+    kind: str
+    values: Tensor
+    gradient: Tensor | None = None
+
+    def of(self, curve: int) -> Row:
+        """The row of one of the curves."""
+        gradient = None if self.gradient is None else self.gradient[curve]
+        return replace(self, values=self.values[curve], gradient=gradient)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One curve: its rows, and with gradients the loss (a scalar, nats per predicted token)."""
+
+    rows: list[Row]
+    loss: Tensor | None = None
+
+    def first(self, depth: int) -> Measured:
+        """Its rows as far as this many blocks go; the loss is the whole model's."""
+        rows = [row for row in self.rows if row.block is None or row.block < depth]
+        return replace(self, rows=rows)
+
+
+def rows_of(embedding: Tensor, blocks: list[list[tuple[str, Tensor]]]) -> list[Row]:
+    """The rows of what was found: the embedding's statistics, and every block's by kind of step."""
+    rows, sublayer = [Row(0, None, "embedding", embedding)], 0
+    for block, steps in enumerate(blocks):
+        for kind, values in steps:
+            sublayer += kind != "renorm"
+            rows.append(Row(sublayer, block, kind, values))
+    return rows
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda[:N]`` or ``mps`` to a device that is there.
+
+    Raises ConfigError for a device that isn't.
+    """
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("mps" if torch.backends.mps.is_available() else best)
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *(["cuda"] if here else []), *here]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in here:
+        raise ConfigError(f"device={name}: not on this machine, which has {', '.join(here)}")
+    return torch.device(name)
+
+
+def measure_curves(
+    weights: Weights,
+    ids: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: bool = False,
+    on_block: Callable[[], None] = lambda: None,
+) -> list[Measured]:
+    """The residual stream's statistics after the embedding and after every step of every block.
+
+    One curve for each of the weights' S, which pass as one batch (S·B, T, D): a curve's sequences
+    lie together. ids: (B, T) token ids, or without gradients what else ``weights.embedded`` takes.
+    gradients: also the statistics of the loss's gradient with respect to that stream. ``on_block`` is
+    called after each curve's block, forward and backward.
+    """
+
+    def passed() -> None:
+        for _ in range(weights.curves):
+            on_block()
+
+    rows, streams = forward(weights, ids, device, dtype, gradients, passed)
+    if not gradients:
+        return [Measured([row.of(i) for row in rows]) for i in range(weights.curves)]
+    losses, values = backward(weights, ids, streams, passed)
+    rows = [replace(row, gradient=value) for row, value in zip(rows, values, strict=True)]
+    return [Measured([row.of(i) for row in rows], loss) for i, loss in enumerate(losses)]
+
+
+@torch.no_grad()
+def forward(
+    weights: Weights,
+    ids: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: bool,
+    on_block: Callable[[], None],
+) -> tuple[list[Row], list[list[Tensor]]]:
+    """The rows, and the streams in batches of sequences: before every block (``keep``), after all."""
+    model, curves = weights.model, weights.curves
+    embedded = weights.embedded(ids, device, dtype)
+    streams = list(embedded.split(weights.tokens_at_once // ids.shape[-1] or 1))
+    del embedded
+    embedding = Reducer(STATISTICS, curves)
+    for stream in streams:
+        embedding.add(Step(after=stream))
+    blocks: list[list[tuple[str, Tensor]]] = []
+    kept: list[list[Tensor]] = []
+    for layer in range(model.depth):
+        if keep:
+            kept.append(list(streams))
+        block = weights.block(layer, device, dtype)
+        with Probe(block, curves) as probe:
+            for i, stream in enumerate(streams):
+                streams[i] = block(stream)
+        blocks.append(probe.results())
+        del block, probe  # before the next one is made: one block's weights at a time
+        on_block()
+    return rows_of(embedding.result(), blocks), [*kept, streams]
+
+
+def backward(
+    weights: Weights, ids: Tensor, streams: list[list[Tensor]], on_block: Callable[[], None]
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses (S,), and for every row the statistics of its gradient, embedding first.
+
+    streams: as ``forward`` keeps them; they are used up. A curve's gradient travels as that of the
+    summed loss, times a power of two that brings its largest entry near 1: float16 would lose small
+    ones.
+    """
+    last, curves = streams.pop(), weights.curves
+    loss, top = next_token(weights, torch.cat(last), ids)
+    by_curve = top.unflatten(0, (curves, -1))
+    power = torch.exp2(-by_curve.abs().amax((1, 2, 3), keepdim=True).float().log2().round())
+    power = torch.where(power.isfinite(), power, 1.0)
+    scale = wide(power) * ids[:, 1:].numel()
+    scaled = (by_curve.float() * power).to(top.dtype).flatten(0, 1)
+    gradients = list(scaled.split([len(stream) for stream in last]))
+    reducer = Reducer(GRADIENT_STATISTICS, curves)
+    for stream, gradient in zip(last, gradients, strict=True):
+        reducer.add(_gradient_step(stream, gradient, scale))
+    values = [reducer.result()]
+    for layer in reversed(range(weights.model.depth)):
+        before = streams.pop()
+        reducers = _back_through(
+            weights.block(layer, top.device, top.dtype), before, gradients, scale
+        )
+        values += [reducer.result() for reducer in reversed(reducers)]
+        on_block()
+    return loss, values[::-1]
+
+
+@torch.enable_grad()
+def _back_through(
+    block: Block, streams: list[Tensor], gradients: list[Tensor], scale: Tensor
+) -> list[Reducer]:
+    """Run a block again and take the gradients through it, in place; a reducer for every step.
+
+    The block and what autograd keeps of it end with this call.
+    """
+    reducers = [Reducer(GRADIENT_STATISTICS, len(scale)) for _ in block.steps()]
+    for i, stream in enumerate(streams):
+        passed = [stream.requires_grad_()]
+        for _, step in block.steps():
+            passed.append(step(passed[-1]))
+        *before, out = passed
+        found = torch.autograd.grad(out, before, gradients[i])
+        gradients[i] = found[0]
+        for reducer, x, gradient in zip(reducers, before, found, strict=True):
+            reducer.add(_gradient_step(x, gradient, scale))
+    return reducers
+
+
+def _gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:
+    """A stream and the gradient with respect to it, times its curve's ``scale`` (S, 1, 1, 1)."""
+    g = (wide(gradient).unflatten(0, (len(scale), -1)) / scale).flatten(0, 1)
+    return Step(after=g, skip=x, branch=g)

@@ -1,0 +1,104 @@
+"""From what the engine measured to the tidy rows of curve.csv."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from simlab.analysis.curve import Curves
+from simlab.analysis.fit import resample
+from simlab.measurement.engine import Measured
+from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
+from simlab.theory.laws import LAWS
+
+
+def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFrame:
+    """One row per curve × seed × step. The only place where the host waits for the device.
+
+    ``entries``: tokens × width, for the variance over both, as torch.var takes it.
+    """
+    rows = [(name, seed, row) for name, seed, curve in measured for row in curve.rows]
+    values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
+    frame = pd.DataFrame(values, columns=list(STATISTICS))
+    gradients = [row.gradient for *_, row in rows if row.gradient is not None]
+    if gradients:
+        values = torch.stack(gradients).cpu().to(torch.float64).numpy()
+        frame[list(GRADIENT_STATISTICS)] = values
+    spread = frame["mean_square"] - frame["mean"] ** 2
+    frame.insert(2, "variance", spread * (entries / (entries - 1)))
+    keys = {
+        "curve": [name for name, *_ in rows],
+        "seed": [seed for _, seed, _ in rows],
+        "sublayer": [row.sublayer for *_, row in rows],
+        "block": pd.array([row.block for *_, row in rows], dtype="Int64"),
+        "kind": [row.kind for *_, row in rows],
+    }
+    return pd.concat([pd.DataFrame(keys), frame], axis=1)
+
+
+def cut(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """End each curve before its first non-finite value, and say where that was."""
+    keys = ["curve", "seed"]
+    bad = frame["non_finite"] > 0
+    seen = bad.groupby([frame[key] for key in keys], sort=False).cummax()
+    first = frame[bad].groupby(keys, sort=False).head(1)[[*keys, "sublayer", "block", "kind"]]
+    overflow = [
+        {str(key): None if pd.isna(value) else value for key, value in row.items()}
+        for row in first.to_dict("records")
+    ]
+    return frame[~seen].drop(columns="non_finite").reset_index(drop=True), overflow
+
+
+def cut_gradients(
+    frame: pd.DataFrame, overflow: list[dict[str, Any]]
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Empty the gradients from the last non-finite one down to the input, and say where that is.
+
+    overflow: the curves that ended early, which have no gradients and aren't said again.
+    """
+    columns = [name for name in GRADIENT_STATISTICS if name in frame]
+    if not columns:
+        return frame, []
+    frame, lost = frame.copy(), []
+    ended = {(row["curve"], row["seed"]) for row in overflow}
+    for (name, seed), rows in frame.groupby(["curve", "seed"], sort=False):
+        bad = rows.index[~np.isfinite(rows[columns].to_numpy()).all(axis=1)]
+        if len(bad):
+            frame.loc[rows.index[0] : bad[-1], columns] = np.nan
+        if len(bad) and (name, seed) not in ended:
+            last = rows.loc[bad[-1]]
+            lost.append({"curve": name, "seed": seed, "sublayer": int(last["sublayer"])})
+    return frame, lost
+
+
+def losses(measured: list[tuple[str, int, Measured]]) -> dict[str, Any]:
+    """Each kind of curve's next-token loss in nats: the seeds' mean with its interval."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for name, *_ in measured):
+        values = [float(m.loss) for kind, _, m in measured if kind == name and m.loss is not None]
+        found[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
+    return found
+
+
+def with_laws(
+    frame: pd.DataFrame, name: str, of_curve: Curves, gain: float, normalises: str | None
+) -> pd.DataFrame:
+    """Add what each law predicts for the mean square as columns ``law_additive``, ``law_sqrt2``.
+
+    Where a seed's curve is longer than the shortest, the rows beyond stay empty.
+    """
+    rows = of_curve.rows(gain, normalises)
+    of_name = frame[frame["curve"] == name]
+    step = of_name.groupby("seed").cumcount()
+    kept = of_name.index[step < len(of_curve.kinds)]
+    for law, predict in LAWS.items():
+        with np.errstate(over="ignore"):
+            values = np.exp(predict(rows))
+        order = {seed: i for i, seed in enumerate(sorted(of_name["seed"].unique()))}
+        which = [order[seed] for seed in frame.loc[kept, "seed"]]
+        frame.loc[kept, f"law_{law}"] = values[which, step.loc[kept].to_numpy()]
+    return frame

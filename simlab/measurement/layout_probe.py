@@ -1,0 +1,245 @@
+"""Listens to a block of somebody else's, whose residual steps a layout names, and checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simlab.config import ConfigError
+from simlab.measurement.block_probe import BlockProbe
+from simlab.measurement.layout import Sublayer, submodule
+from simlab.measurement.statistics import Step, wide
+from simlab.model.norms import LayerNorm, RMSNorm
+
+EPS = ("eps", "variance_epsilon", "epsilon")  # what norms call it
+
+
+def kept(x: Tensor) -> Tensor:
+    """A wide copy, which stays as it is when the model goes on in place."""
+    return wide(x.detach().clone())
+
+
+def tensor(out: Any) -> Tensor:
+    """A module's output, or the first of several."""
+    found: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return found
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A module's first argument, by position or by name."""
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's eps, its gain (D,), and what it divides by, squared, without eps: (…, D) to (…)."""
+
+    eps: float
+    gain: Tensor
+    moment: Callable[[Tensor], Tensor]
+
+
+def read_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Norm | None:
+    """The norm that made y of x (B, T, D; wide), or None where it is none of those that are tried.
+
+    RMSNorm or LayerNorm, with the weight as gain or 1 + weight (Gemma): whichever gives y, within
+    some roundings.
+    """
+    eps = next((found for name in EPS if (found := getattr(norm, name, None)) is not None), None)
+    if not isinstance(eps, float):
+        return None
+    x, y = x[:1], y[:1]
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    gains = [x.new_ones(x.shape[-1])] if weight is None else [wide(weight), 1 + wide(weight)]
+    shift = 0.0 if bias is None else wide(bias)
+    found = []
+    for moment, mean in ((RMSNorm.moment, 0.0), (LayerNorm.moment, x.mean(-1, keepdim=True))):
+        unit = (x - mean) / (moment(x) + eps).sqrt()[..., None]
+        for gain in gains:
+            error = (unit * gain + shift - y).abs().amax().item()
+            found.append((error, Norm(eps, gain, moment)))
+    error, best = min(found, key=lambda pair: pair[0])
+    return best if error <= 8 * rounding * y.abs().amax().item() else None
+
+
+def attention_weights(out: Any) -> dict[str, Tensor] | None:
+    """Statistics (B, T) of the weights (B, H, T, T) that an attention returns second, if it does.
+
+    As ``statistics.attention_statistics``; the logits aren't shown.
+    """
+    if not isinstance(out, (tuple, list)) or len(out) < 2 or not isinstance(out[1], Tensor):
+        return None
+    length = out[0].shape[1]
+    if out[1].ndim != 4 or out[1].shape[2:] != (length, length):
+        return None
+    a = out[1].detach().float()
+    entropy = torch.special.entr(a).sum(-1).mean(1)
+    nan = torch.full_like(entropy, torch.nan)
+    return {"entropy": entropy, "max_logit": nan, "first": a[..., 0].mean(1)}
+
+
+class LayoutProbe(BlockProbe):
+    """``with LayoutProbe(block, name, sublayers): block(x)``, then ``results()``.
+
+    On the first batch every step is checked: stream + branch is the stream after, within rounding.
+    Raises ConfigError for a submodule that isn't there, and from within the block for a step that
+    isn't so.
+    """
+
+    def __init__(self, block: nn.Module, name: str, sublayers: tuple[Sublayer, ...]) -> None:
+        super().__init__(block, [sublayer.kind for sublayer in sublayers])
+        self.name, self.sublayers = name, sublayers
+        placements = {sublayer.normalises for sublayer in sublayers}
+        self.normalises = placements.pop() if len(placements) == 1 else None
+        self.gain = 1.0  # as at init, and as the laws take a checkpoint's
+        where = f"{name} ({type(block).__name__})"
+        named = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
+        self.modules = {path: submodule(block, path, where) for path in sorted(named)}
+        self.norms: dict[int, Norm | None] = {}
+        self.stream: Tensor | None = None  # before the next step, wide
+        self.outputs: dict[str, Tensor] = {}  # wide
+        self.attention: dict[str, dict[str, Tensor] | None] = {}
+
+    def listen(self) -> None:
+        """Hooks on the block and on the submodules that the layout names."""
+        self._before(self.block, self._start)
+        for path in sorted({path for s in self.sublayers for path in outputs(s)}):
+            self._after(self.modules[path], partial(self._keep, path))
+        for i, sublayer in enumerate(self.sublayers):
+            at = self.block if sublayer.sum is None else self.modules[sublayer.sum]
+            if sublayer.normalises == "stream":
+                self._after(at, partial(self._on_norm, i))
+            elif sublayer.sum is not None:
+                self._before(at, partial(self._on_sum, i))
+            else:
+                self._after(at, partial(self._on_end, i))
+
+    def _before(self, module: nn.Module, seen: Callable[[Tensor], None]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen(first(args, kwargs))
+
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, seen: Callable[[Tensor, Any], None]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            seen(first(args, kwargs), out)
+
+        self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _start(self, x: Tensor) -> None:
+        self.stream = kept(x)
+        self.outputs.clear()
+        self.attention.clear()
+
+    def _keep(self, path: str, _: Tensor, out: Any) -> None:
+        self.outputs[path] = kept(tensor(out))
+        self.attention[path] = attention_weights(out)
+
+    def _on_norm(self, i: int, x: Tensor, out: Any) -> None:
+        self._finish(i, x, tensor(out))
+
+    def _on_sum(self, i: int, x: Tensor) -> None:
+        self._finish(i, x, x)
+
+    def _on_end(self, i: int, _: Tensor, out: Any) -> None:
+        self._finish(i, tensor(out), tensor(out))
+
+    @torch.no_grad()
+    def _finish(self, i: int, total: Tensor, after: Tensor) -> None:
+        """Take step i to its reducer. total: stream + branch (B, T, D); after: the stream then."""
+        sublayer, skip = self.sublayers[i], self.stream
+        if missing := [path for path in outputs(sublayer) if path not in self.outputs]:
+            raise self._wrong(
+                sublayer, f"{', '.join(missing)} gave nothing before its sum was seen"
+            )
+        assert skip is not None  # with outputs, the block has started
+        raw = added([self.outputs[path] for path in sublayer.raws])
+        branches = [self.outputs[path] for path in sublayer.branches]
+        rounding = torch.finfo(total.dtype).eps
+        total, after = wide(total), kept(after)
+        if i not in self.norms:
+            self._check(sublayer, [skip, *branches], total, rounding)
+            self.norms[i] = self._norm(sublayer, skip, raw, total, after, rounding)
+        norm, moment = self.norms[i], None
+        if norm is not None:
+            # Of a norm on the way in, as in ``observe``: what a norm of the branch would divide by.
+            of = norm.moment if sublayer.normalises else RMSNorm.moment
+            moment = of(total if sublayer.normalises == "stream" else raw)
+        weights = [self.attention[path] for path in sublayer.raws]
+        step = Step(
+            after=after,
+            skip=skip,
+            branch=added(branches),
+            raw=raw,
+            moment=moment,
+            eps=norm.eps if norm else 0.0,
+            gain=norm.gain if norm else None,
+            attention=next((found for found in weights if found), None),
+        )
+        self.reducers[i].add(step)
+        self.stream = None if sublayer is self.sublayers[-1] else after  # a block's is not kept
+        for path in outputs(sublayer):
+            del self.outputs[path]
+
+    def _check(
+        self, sublayer: Sublayer, terms: list[Tensor], total: Tensor, rounding: float
+    ) -> None:
+        """Stream and branches add up to what is named as their sum, and outputs have its shape."""
+        for path in outputs(sublayer):
+            if self.outputs[path].shape != total.shape:
+                shape = tuple(self.outputs[path].shape)
+                raise self._wrong(
+                    sublayer, f"{path} gives {shape}, the stream is {tuple(total.shape)}"
+                )
+        off = (added(terms) - total).abs()
+        allowed = 4 * rounding * added([term.abs() for term in terms])
+        if (off > allowed).any():  # not where a NaN or an infinity is: that is for the rows to say
+            place = f"what {sublayer.sum} gets" if sublayer.sum else "what the block gives"
+            most, rms = off.amax().item(), total.square().mean().sqrt().item()
+            raise self._wrong(
+                sublayer,
+                f"stream + {' + '.join(sublayer.branches)} isn't {place}: off by {most:.2g} where"
+                f" the rms is {rms:.2g}",
+            )
+
+    def _wrong(self, sublayer: Sublayer, what: str) -> ConfigError:
+        return ConfigError(
+            f"probe: {self.name}, {sublayer.kind}: {what}; pass a layout of this model, whose"
+            " branches are the submodules that give what is added, as it is added (a model that"
+            " scales stream or branch between modules can't be probed)"
+        )
+
+    def _norm(
+        self,
+        sublayer: Sublayer,
+        skip: Tensor,
+        raw: Tensor,
+        total: Tensor,
+        after: Tensor,
+        rounding: float,
+    ) -> Norm | None:
+        """The sublayer's norm, read from what it got and gave."""
+        if sublayer.norm is None:
+            return None
+        module = self.modules[sublayer.norm]
+        if sublayer.normalises == "stream":
+            return read_norm(module, total, after, rounding)
+        x = raw if sublayer.normalises == "branch" else skip
+        return read_norm(module, x, self.outputs[sublayer.norm], rounding)
+
+
+def added(terms: list[Tensor]) -> Tensor:
+    """Their sum."""
+    return reduce(torch.add, terms)
+
+
+def outputs(sublayer: Sublayer) -> list[str]:
+    """The submodules whose outputs are needed before the sum is seen."""
+    norm = () if sublayer.norm is None or sublayer.normalises == "stream" else (sublayer.norm,)
+    return list(dict.fromkeys((*sublayer.raws, *sublayer.branches, *norm)))

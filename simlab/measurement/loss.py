@@ -1,0 +1,72 @@
+"""Next-token cross-entropy through the final norm and the head, and its gradient.
+
+The head passes by some columns at a time, twice: first for log Σ exp of the logits, then for their
+gradient. Neither it nor the logits are ever whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simlab.model.norms import NORMS
+from simlab.weights.base import Weights, fill
+from simlab.weights.weightless import gram
+
+
+def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each curve's loss (S,), nats per predicted token, and the gradient of its sum over them.
+
+    x (S·B, T, D): the residual stream after the last block, all of the batch. ids (B, T), T ≥ 2.
+    A loss is the mean over the B·(T − 1) tokens that have a predecessor, as in transformers; the
+    gradient (S·B, T, D), with respect to x, is of the sum, which float16 can hold.
+    """
+    model = weights.model
+    with torch.device("meta"):
+        norm = NORMS[model.norm.type](model.width, model.norm.eps)
+    fill(norm, weights, "norm.", x.device, x.dtype)
+    norm.requires_grad_(False)
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        last = norm(x)[:, :-1].reshape(weights.curves, -1, model.width)
+        parts, targets = weights.head(last, ids.to(x.device))
+    log_sum = torch.full(last.shape[:2], -torch.inf, device=x.device)
+    hit = torch.zeros_like(log_sum)
+    with torch.no_grad():
+        start = 0
+        for part in parts:
+            for chunk in part.chunks():
+                here, column = _in(chunk, targets - start)
+                logits = (part.coordinates @ chunk).float()
+                log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
+                hit += here * logits.gather(2, column.expand(len(logits), -1, -1)).squeeze(2)
+                start += chunk.shape[2]
+        outputs: list[Tensor] = []
+        gradients: list[Tensor] = []
+        start = 0
+        for part in parts:
+            known = torch.zeros(part.coordinates.shape, device=x.device)
+            square = None if part.tap is None else torch.zeros_like(part.tap).contiguous()
+            for chunk in part.chunks():
+                here, column = _in(chunk, targets - start)
+                logits = (part.coordinates @ chunk).float()
+                g = (logits - log_sum[..., None]).exp_()
+                known_ones = (-here[:, None].to(g)).expand(len(g), -1, -1)
+                g.scatter_add_(2, column.expand(len(g), -1, -1), known_ones)
+                known.baddbmm_(g, chunk.mT.float())
+                if square is not None:
+                    square += gram(g)
+                start += chunk.shape[2]
+            outputs.append(part.coordinates)
+            gradients.append(known.to(part.coordinates.dtype))
+            if part.tap is not None and square is not None:
+                outputs.append(part.tap)
+                gradients.append(square)
+    (gradient,) = torch.autograd.grad(outputs, x, gradients)
+    return (log_sum - hit).mean(1), gradient
+
+
+def _in(chunk: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens have their target in a chunk that starts at column 0, and where, as (N, 1)."""
+    here = (column >= 0) & (column < chunk.shape[2])
+    return here, torch.where(here, column, 0)[:, None]

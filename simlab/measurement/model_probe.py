@@ -1,0 +1,219 @@
+"""``simlab.probe``: the rows of curve.csv for any PyTorch decoder, from hooks on its blocks."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from simlab.analysis.compare import massive
+from simlab.analysis.curve import curves
+from simlab.config import ConfigError
+from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
+from simlab.measurement.engine import Measured, rows_of
+from simlab.measurement.frame import cut, tidy, with_laws
+from simlab.measurement.layout import Layout, blocks_at, known, unknown
+from simlab.measurement.layout_probe import LayoutProbe, first
+from simlab.measurement.statistics import STATISTICS, Step, wide
+from simlab.model.transformer import Block
+from simlab.theory.laws import LAWS
+
+Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
+
+
+def probe(
+    model: nn.Module,
+    batch: Batch | None = None,
+    *,
+    layout: Layout | None = None,
+    curve: str = "model",
+    seed: int = 0,
+) -> ModelProbe:
+    """Measure the residual stream of a decoder after its embedding and after every sublayer.
+
+        rows = simlab.probe(model, ids).rows()
+
+        with simlab.probe(model) as found:      # or any forward calls of your own
+            model(ids)
+        rows = found.rows()
+
+    batch: token ids, or a mapping (``model(**batch)``), or a tuple (``model(*batch)``), which is
+    passed through the model at once, without gradients and in eval mode; every submodule's mode is
+    put back. Your own calls run in the mode the model is in. They are batches of one curve, of
+    sequences of one length and without padding. No output and no gradient changes.
+
+    layout: where the residual stream is, for a model that ``layout.KNOWN`` lacks.
+    curve, seed: what the rows' columns of these names say. Raises ConfigError.
+    """
+    found = ModelProbe(model, layout, curve, seed)
+    if batch is not None:
+        args, kwargs = arguments(batch)
+        with evaluated(model), torch.no_grad(), found:
+            model(*args, **kwargs)
+    return found
+
+
+class ModelProbe:
+    """What ``probe`` gives: a context manager in which forward calls are measured, and their rows.
+
+    While the model runs, and no longer, its blocks are listened to: what gradient checkpointing runs
+    again in a backward is not counted twice.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout | None, curve: str, seed: int) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"probe: model is a {type(model).__name__}: must be an nn.Module")
+        self.model, self.curve, self.seed = model, curve, seed
+        self.probes = block_probes(model, layout)
+        self.embedding = Reducer(STATISTICS)
+        self.size: tuple[int, int] | None = None  # T, D
+        self.outer, self.inner = ExitStack(), ExitStack()  # hooks of the with block, of a call
+
+    def __enter__(self) -> ModelProbe:
+        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        end = self.model.register_forward_hook(self._end, always_call=True)
+        self.outer.callback(begin.remove)
+        self.outer.callback(end.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.inner.close()
+        self.outer.close()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_padding(model, args, kwargs)
+        embedded = self.probes[0].block.register_forward_pre_hook(self._embedded, with_kwargs=True)
+        self.inner.callback(embedded.remove)
+        for found in self.probes:
+            self.inner.enter_context(found)
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.inner.close()
+
+    def _embedded(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first(args, kwargs)
+        if x.ndim != 3:
+            raise ConfigError(
+                f"probe: the first block gets a tensor of shape {tuple(x.shape)}: must be"
+                " (batch, length, width)"
+            )
+        length, width = x.shape[1:]
+        if self.size not in (None, (length, width)):
+            raise ConfigError(
+                f"probe: a batch of length {length} after one of {self.size[0]}: batches of a curve"
+                " have sequences of one length"
+            )
+        self.size = length, width
+        self.embedding.add(Step(after=wide(x)))
+
+    def rows(self) -> pd.DataFrame:
+        """One row per step, with curve.csv's columns; NaN in those that the model doesn't show.
+
+        A curve that overflows ends before its first non-finite value, with a warning that says where.
+        Raises ConfigError where no forward call was seen, or one that didn't pass every step.
+        """
+        if self.size is None:
+            raise ConfigError(
+                f"probe: no forward call of {type(self.model).__name__} was seen: call the model"
+                " itself within the with block, or give a batch"
+            )
+        tokens = self.embedding.tokens
+        for i, found in enumerate(self.probes):
+            for kind, reducer in zip(found.kinds, found.reducers, strict=True):
+                if reducer.tokens != tokens:
+                    raise ConfigError(
+                        f"probe: {kind} of block {i} saw {reducer.tokens} of {tokens} tokens: a"
+                        " forward call failed or went around it, or the layout isn't this model's"
+                    )
+        blocks = [[(kind, v[0].cpu()) for kind, v in found.results()] for found in self.probes]
+        measured = Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
+        frame, overflow = cut(tidy([(self.curve, self.seed, measured)], tokens * self.size[1]))
+        for row in overflow:
+            place = f"sublayer {row['sublayer']} ({row['kind']})"
+            warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
+        frame["massive"] = massive(frame)
+        frame[[f"law_{law}" for law in LAWS]] = np.nan
+        if frame.empty:
+            return frame
+        gain, normalises = self.probes[0].gain, self.probes[0].normalises
+        return with_laws(frame, self.curve, curves(frame, self.curve), gain, normalises)
+
+
+def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
+    """A probe for each of the model's blocks, in their order. Raises ConfigError."""
+    if layout is not None:
+        path, blocks = layout.blocks, blocks_at(model, layout.blocks)
+    else:
+        lists = {
+            path: list(module)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) and all(map(is_known, module))
+        }
+        if not lists:
+            raise unknown(model)
+        if len(lists) > 1:
+            raise ConfigError(
+                f"probe: {type(model).__name__} has decoder layers at {', '.join(lists)}: probe one"
+                " of the models it is made of, or pass a layout"
+            )
+        path, blocks = lists.popitem()
+    if len(set(blocks)) < len(blocks):
+        raise ConfigError(f"probe: {path} holds a block more than once: can't tell its calls apart")
+    found: list[BlockProbe] = []
+    for i, block in enumerate(blocks):
+        if layout is None and isinstance(block, Block):
+            found.append(Probe(block))
+        else:
+            sublayers = layout.sublayers if layout else known(block)
+            assert sublayers is not None  # is_known
+            found.append(LayoutProbe(block, f"{path}.{i}", sublayers))
+    return found
+
+
+def is_known(block: nn.Module) -> bool:
+    """Whether the block is simlab's own, or a decoder layer of a known class."""
+    return isinstance(block, Block) or known(block) is not None
+
+
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model is called with. Raises ConfigError."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, tuple):
+        return batch, {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    raise ConfigError(
+        f"probe: batch is a {type(batch).__name__}: must be a tensor of token ids, a mapping of"
+        " keyword arguments or a tuple of positional ones"
+    )
+
+
+def refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ConfigError where an attention_mask (B, T) hides tokens: they would be counted."""
+    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+        raise ConfigError(
+            f"probe: attention_mask hides {int((mask == 0).sum())} of {mask.numel()} tokens, which"
+            " the statistics would count: pass sequences of one length, without padding"
+        )
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then every submodule's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,8 @@
+"""Recorded growth curves as a regression gate: ``python -m simlab.regress``."""
+
+
+def main() -> None:
+    """The command; imported late, as it takes torch."""
+    from simlab.regress.__main__ import main as command
+
+    command()

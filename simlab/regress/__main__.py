@@ -1,0 +1,255 @@
+"""``python -m simlab.regress``: do growth curves still look as recorded? Exit status 0, 1 or 2.
+
+A case is a file NAME.yaml beside its recorded curves NAME.csv (``baseline``), and what holds it are
+gates (``growth.gates``). Only ``--update NAME --reason "…"`` records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simlab.analysis.resampling import enough
+from simlab.budget.process import tune_process
+from simlab.config import ConfigError, RunConfig, nearest
+from simlab.config.cli_errors import MISTAKES, explain, in_one_line
+from simlab.config.validate import compose
+from simlab.regress.cases import (
+    Baseline,
+    Case,
+    Checked,
+    read_baseline,
+    read_cases,
+    write_baseline,
+)
+from simlab.regress.gates import ALPHA, Outcome, exact, statistical
+from simlab.regress.law_gate import SEEDS, law
+
+if TYPE_CHECKING:
+    from simlab.experiment import Prepared, RunResult
+
+FOLDER = Path("tests/baselines")
+FIGURES = Path("outputs/regress")  # of cases that fail, where --html names no other folder
+
+
+@contextmanager
+def named(case: Case) -> Iterator[None]:
+    """Mistakes with the case's name before them."""
+    try:
+        yield
+    except MISTAKES as error:
+        raise ConfigError(f"{case.name}: {explain(error)}") from error
+
+
+def configure(case: Case) -> RunConfig:
+    """The run that a case records. Raises ConfigError."""
+    with named(case):
+        config = compose(case.overrides)
+    for gate in case.gates:
+        if gate != "exact" and not config.seeds:
+            raise ConfigError(f"{case.name}: gate {gate} needs random inits: seeds=…")
+    return config
+
+
+def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
+    """The run that holds a case against its record: ``exact`` draws its first random init again,
+    ``statistical`` and ``law`` as many others as are recorded.
+
+    alpha: the case's share of the statistical gate's false alarms.
+    """
+    seeds, count = config.seeds[:1] if "exact" in case.gates else (), len(config.seeds)
+    if {"statistical", "law"} & set(case.gates):
+        first = max(config.seeds) + 1
+        seeds += tuple(range(first, first + count))
+    needed = {
+        "law": SEEDS - ("exact" in case.gates),
+        "statistical": next(n for n in range(2, 1000) if enough(n, n, alpha)),
+    }
+    for gate, least in needed.items():
+        if gate in case.gates and count < least:
+            raise ConfigError(f"{case.name}: seeds={count}: gate {gate} needs at least {least}")
+    return dataclasses.replace(config, seeds=seeds)
+
+
+def judge(case: Case, recorded: Baseline, result: RunResult, about: Mapping[str, str], alpha: float
+          ) -> list[Outcome]:  # fmt: skip
+    """What each gate of a case says of a new run."""
+    old, new, dtype = recorded.frame, result.curve, result.config.dtype
+    model = result.config.shape
+    outcomes = []
+    fresh = new[(new["curve"] == "random") & ~new["seed"].isin(old["seed"].unique())]
+    for gate in case.gates:
+        if gate == "exact":
+            key = next((key for key in about if recorded.about.get(key) != about[key]), None)
+            if key:
+                why = f"recorded with {key} {recorded.about.get(key)}, run with {about[key]}"
+                outcomes.append(Outcome(gate, False, f"other {key}", why))
+                continue
+            same = new[(new["curve"] != "random") | new["seed"].isin(old["seed"].unique())]
+            again = old[(old["curve"] != "random") | old["seed"].isin(result.config.seeds)]
+            outcomes.append(exact(again, same, case.quantities, dtype))
+        elif gate == "statistical":
+            drawn = old[old["curve"] == "random"]
+            outcomes.append(statistical(drawn, fresh, case.quantities, dtype, alpha))
+        else:
+            drawn = new[new["curve"] == "random"]
+            outcomes.append(law(drawn, result.verdicts["random"], model.norm.gain, dtype))
+    return outcomes
+
+
+def about_run(ready: Prepared) -> dict[str, str]:
+    """What has to be the same for the same numbers."""
+    return {
+        "engine": ready.config.engine,
+        "device": ready.config.device.split(":")[0],
+        "dtype": ready.config.dtype,
+    }
+
+
+def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checked]:
+    """Run cases and hold them against their records; every mistake is found before the first runs.
+
+    Raises ConfigError.
+    """
+    from simlab.experiment import measure, prepare
+    from simlab.report import progress
+
+    share = ALPHA / max(1, sum("statistical" in case.gates for case in cases))
+    plans = []
+    for case in cases:
+        recorded = read_baseline(case.curves, case.quantities)
+        said = recorded.about.get("overrides")
+        if said != case.said:
+            raise ConfigError(f"{case.name}: recorded with other overrides ({said}): --update it")
+        config, drawn = configure(case), recorded.frame[recorded.frame["curve"] == "random"]
+        if set(drawn["seed"]) != set(config.seeds):
+            raise ConfigError(f"{case.curves}: doesn't have the seeds {list(config.seeds)}")
+        with named(case):
+            plans.append((case, recorded, prepare(to_check(case, config, share))))
+    done = []
+    with progress.blocks(sum(ready.blocks for *_, ready in plans)) as on_block:
+        for case, recorded, ready in plans:
+            start = time.perf_counter()
+            result = measure(ready, on_block)
+            outcomes = judge(case, recorded, result, about_run(ready), share)
+            done.append(
+                Checked(case, outcomes, recorded.frame, result.curve, time.perf_counter() - start)
+            )
+            show(done[-1])
+    return done
+
+
+def record(case: Case, reason: str) -> Sequence[str]:
+    """Run a case as it stands and keep its curves; what that changes, in lines. Raises ConfigError."""
+    from simlab.experiment import measure, prepare, versions
+    from simlab.regress.report import changes
+    from simlab.report import progress
+
+    config = configure(case)
+    to_check(case, config, ALPHA)
+    with named(case):
+        ready = prepare(config)
+    with progress.blocks(ready.blocks) as on_block:
+        result = measure(ready, on_block)
+    if result.summary["overflow"]:
+        raise ConfigError(f"{case.name}: a curve overflows; only finite ones are recorded")
+    about = {"case": case.name, "reason": reason, "overrides": case.said}
+    about |= about_run(ready) | {k: v for k, v in versions().items() if k != "python"}
+    before = None
+    if case.curves.exists():
+        with suppress(ConfigError):  # of other quantities, say: nothing to compare
+            before = read_baseline(case.curves, case.quantities).frame
+    write_baseline(case.curves, result.curve, case.quantities, about)
+    return changes(before, read_baseline(case.curves, case.quantities).frame, case.quantities)
+
+
+def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases of these names, all where there are none. Raises ConfigError."""
+    known = {case.name: case for case in cases}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{name}: no such case; allowed: {', '.join(known)}{nearest(name, known)}"
+            )
+    return [known[name] for name in names] or list(cases)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simlab.regress",
+        description="Hold growth curves against recorded ones. Exit status 1 where one differs.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases; by default all")
+    parser.add_argument(
+        "--baselines", type=Path, default=FOLDER, metavar="DIR",
+        help=f"the folder with the cases (default: {FOLDER})",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list the cases and run nothing")
+    parser.add_argument("--update", metavar="NAME", help="record this case anew; needs --reason")
+    parser.add_argument("--reason", metavar="TEXT", help="why, kept with the curves")
+    parser.add_argument("--html", type=Path, metavar="DIR", help="write a page with figures there")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML there")
+    args = parser.parse_args()
+    if args.update and (args.names or args.list or args.html or args.junit):
+        parser.error("--update NAME goes with --reason, and with --baselines, alone")
+    if bool(args.update) != bool(args.reason and args.reason.strip()):
+        parser.error('--update NAME needs --reason "why", and the other way round')
+    return args
+
+
+def main() -> None:
+    """The command. Exit status 0: as recorded; 1: not; 2: a mistake; 130: Ctrl-C."""
+    args = parse()
+    tune_process()
+    try:
+        with in_one_line():
+            sys.exit(command(args))
+    except KeyboardInterrupt:
+        print("simlab: interrupted; nothing was recorded", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def command(args: argparse.Namespace) -> int:
+    """Do what was asked, and give the exit status. Raises ConfigError, OSError."""
+    from simlab.regress import report as regressed
+
+    cases = read_cases(args.baselines)
+    if args.list:
+        regressed.show_list([(case, _about(case)) for case in choose(cases, args.names)])
+        return 0
+    if args.update:
+        (case,) = choose(cases, [args.update])
+        for line in record(case, args.reason):
+            print(line)
+        print(case.curves)
+        print(f"to hold it against a new run: python -m simlab.regress {case.name}")
+        return 0
+    chosen = choose(cases, args.names)
+    if args.junit and args.junit.is_dir():
+        raise ConfigError(f"--junit {args.junit}: a folder; give a file")
+    for path in (args.html, args.junit.parent if args.junit else None):
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    width = max(len(case.name) for case in chosen)
+    done = check(chosen, lambda checked: regressed.show_line(checked, width))
+    files = [regressed.write_junit(args.junit, done)] if args.junit else []
+    files += regressed.draw(done, args.html or FIGURES, every=args.html is not None)
+    if args.html:
+        files.append(regressed.write_page(args.html, done))
+    regressed.show_end(done, files)
+    return 0 if all(checked.passed for checked in done) else 1
+
+
+def _about(case: Case) -> Mapping[str, str]:
+    return read_baseline(case.curves, case.quantities).about if case.curves.exists() else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Gates between recorded curves and new ones: ``exact`` and ``statistical`` (``law`` needs no record).
+
+exact        the same seeds: every number within RTOL of the recorded one.
+statistical  other seeds: mean curves within chance, by a permutation test.
+
+A gate that fails names the first row that is off, by how much, and the component to blame.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.resampling import deals_for, limit, permuted
+from simlab.analysis.verdict import ROUNDING
+from simlab.theory.laws import Array
+
+# How far rounding may move a number of a curve, relative to its size. With other thread counts and
+# instruction sets the same run differs by up to 6.6e-6, 8.1e-3 and 4.3e-2, the cosine at depth 64 most
+# (scripts/measure_rounding.py): some six times as much, for machines not at hand.
+RTOL = {"float64": 1e-6, "float32": 5e-5, "float16": 5e-2, "bfloat16": 2e-1}
+# Columns that may be negative: their rounding is in units of the column's rms, not of the number.
+SIGNED = ("mean", "cosine", "delta_cross", "token_cosine", "attention_max_logit", "gradient_cosine")
+QUANTITIES = (
+    "norm", "branch_raw_mean_square", "branch_mean_square", "cosine", "attention_entropy",
+    "token_cosine",
+)  # fmt: skip
+LEAST = 1e-6  # of |v| in ln |v|: below is rounding, as of the mean that LayerNorm subtracts
+ALPHA = 1e-3  # how often a run of the statistical gate, all cases together, is a false alarm
+TEN_ROUNDINGS = 10  # a norm takes about as many operations in the dtype
+KEYS = ["curve", "seed", "sublayer", "block", "kind"]
+STEP = ["sublayer", "block", "kind"]
+ATTENTION = ("attention_entropy", "attention_max_logit", "attention_first")
+PARTS = ("mean_square_median", "mean_square_p05", "mean_square_p95", "mean_square_rest")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where new curves first leave the recorded ones.
+
+    size is in standard errors (statistical, law) or relative (exact), and limit what it may be.
+    blame: attention, mlp, norm, embedding, residual add, loss, or structure: other steps than recorded.
+    """
+
+    sublayer: int
+    block: int | None
+    kind: str
+    quantity: str
+    expected: float
+    got: float
+    size: float
+    limit: float
+    blame: str
+
+    @property
+    def where(self) -> str:
+        """``sublayer 7, the attention of block 4``, the block counted from 1."""
+        if self.block is None:
+            return f"sublayer {self.sublayer}, the {self.kind}"
+        return f"sublayer {self.sublayer}, the {self.kind} of block {self.block + 1}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a gate says: ``short`` is its figure (``3.1/6.0``), ``why`` a sentence where it fails."""
+
+    gate: str
+    passed: bool
+    short: str
+    why: str = ""
+    finding: Finding | None = None
+
+
+def failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
+    """A gate that fails, with its sentence. size: how far it is off, in words."""
+    f = finding
+    why = (
+        f"first at {f.where}: {f.quantity} is {f.got:.6g}, not {f.expected:.6g}, {size};"
+        f" to blame: {f.blame}"
+    )
+    return Outcome(gate, False, short, why, finding)
+
+
+def standard_errors(size: float) -> str:
+    """So many standard errors: ``6.3``, ``5e4``."""
+    return f"{size:.1f}" if size < 1000 else f"{size:.0e}".replace("e+0", "e")
+
+
+def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome | None:
+    """A failed gate where the curves' steps aren't the recorded ones, else None."""
+    want = _steps(expected)
+    for (name, seed), rows in got.groupby(["curve", "seed"], sort=False):
+        steps = list(rows[STEP].itertuples(index=False, name=None))
+        if steps == want.get(str(name), steps[:0]):
+            continue
+        if str(name) not in want:
+            why = f"there is a curve {name!r}, which isn't recorded"
+            return Outcome(gate, False, "other curves", why)
+        paired = itertools.zip_longest(want[str(name)], steps)
+        index, (old, new) = next((i, p) for i, p in enumerate(paired) if p[0] != p[1])
+        sublayer, block, kind = old or new
+        found = Finding(
+            int(sublayer), None if pd.isna(block) else int(block), str(kind), "step",
+            math.nan, math.nan, math.inf, 0.0, "structure",
+        )  # fmt: skip
+        why = (
+            f"first at step {index} of seed {seed}: it is {_step(new)}, not {_step(old)};"
+            " to blame: the structure, or an overflow that ends the curve"
+        )
+        return Outcome(gate, False, "other steps", why, found)
+    return None
+
+
+def _steps(frame: pd.DataFrame) -> dict[str, list[tuple[Any, ...]]]:
+    """The longest curve's steps, by the curves' name."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for (name, _), rows in frame.groupby(["curve", "seed"], sort=False):
+        steps = list(rows[STEP].itertuples(index=False, name=None))
+        if len(steps) > len(found.get(str(name), [])):
+            found[str(name)] = steps
+    return found
+
+
+def _step(step: tuple[Any, ...] | None) -> str:
+    if step is None:
+        return "the end"
+    sublayer, block, kind = step
+    of = "" if pd.isna(block) else f" of block {int(block) + 1}"
+    return f"{kind}{of} (sublayer {sublayer})"
+
+
+def exact(
+    expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], dtype: str
+) -> Outcome:
+    """Same curves, same numbers: |got − expected| ≤ RTOL·size, at every row and quantity.
+
+    The size is |expected|; of a quantity in SIGNED, its rms over the curve. Either has the other's
+    curves and seeds.
+    """
+    expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
+    other = structure(expected, got, "exact")
+    if other:
+        return other
+    allowed, worst, found = RTOL[dtype], 0.0, None
+    by_curve, new = (
+        dict(list(frame.groupby(["curve", "seed"], sort=False))) for frame in (expected, got)
+    )
+    for name, seed in sorted(set(by_curve) ^ set(new)):
+        there = "isn't recorded" if (name, seed) in new else "is recorded and wasn't measured"
+        return Outcome("exact", False, "other curves", f"{name} of seed {seed} {there}")
+    if not new:
+        return Outcome("exact", False, "no curve", "there is no curve to compare")
+    for key, rows in new.items():
+        old = by_curve[key]
+        off = np.stack([relative(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
+        worst = max(worst, float(off.max()))
+        where, which = np.nonzero((off > allowed).T)
+        if len(where):
+            row = first(where, [quantities[int(i)] for i in which])
+            if found is None or row < found[0]:
+                found = (row, off, old, rows)
+    short = f"{worst:.0e}"
+    if found is None:
+        return Outcome("exact", True, short)
+    row, off, old, rows = found
+    beyond = [q for q, size in zip(quantities, off[:, row], strict=True) if size > allowed]
+    finding = finding_at(
+        old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), allowed,
+        blame(old, rows.iloc[row], beyond, dtype),
+    )  # fmt: skip
+    return failed("exact", short, finding, f"off by {finding.size:.1e} (limit {allowed:.0e})")
+
+
+def first(rows: np.ndarray, names: Sequence[str]) -> int:
+    """The row where what is off begins: the first, or the last where only gradients are off.
+
+    rows: of each number that is off; names: their quantities. Gradients come from the loss.
+    """
+    forward = [int(r) for r, n in zip(rows, names, strict=True) if not n.startswith("gradient")]
+    return min(forward) if forward else int(max(rows))
+
+
+def relative(old: pd.Series, new: pd.Series, signed: bool) -> Array:
+    """How far each number (R,) is off, relative; 0 where both are missing, inf where one is."""
+    a, b = old.to_numpy(np.float64), new.to_numpy(np.float64)
+    size = np.sqrt(np.nanmean(a**2)) if signed and not np.isnan(a).all() else np.abs(a)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        off = np.where(a == b, 0.0, np.abs(a - b) / size)
+    off[np.isnan(a) & np.isnan(b)] = 0.0
+    return np.where(np.isnan(off), np.inf, off)
+
+
+def finding_at(
+    old: pd.DataFrame,
+    new: pd.DataFrame,
+    row: int,
+    quantity: str,
+    size: float,
+    limit: float,
+    to: str,
+) -> Finding:
+    """The finding in a row of two curves, the recorded and the new one."""
+    step = old.iloc[row]
+    return Finding(
+        int(step["sublayer"]), None if pd.isna(step["block"]) else int(step["block"]),
+        str(step["kind"]), quantity, float(step[quantity]), float(new[quantity].iloc[row]),
+        float(size), float(limit), to,
+    )  # fmt: skip
+
+
+def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: str) -> str:
+    """The component behind the first row that is off.
+
+    expected: the recorded mean curve; got: the new one's row; beyond: its quantities that are off.
+    A re-norm's row is the norm's, the embedding's the embedding's; the stream's last one is the loss's
+    where only gradients are off. Of a sublayer's row: where branches were normed and the new one isn't
+    g²·m/(m + eps), or a gain is another, it's the norm. Where another stream has come of the same
+    branch, the residual add. Else the sublayer itself.
+    """
+    kind, off = str(got["kind"]), set(beyond)
+    if kind in ("renorm", "embedding"):
+        return "norm" if kind == "renorm" else kind
+    own = off & {*ATTENTION, "branch_raw_mean_square", "cosine", "delta_cross"}
+    if all(name.startswith("gradient") for name in beyond):
+        return "loss" if got["sublayer"] == expected["sublayer"].max() else kind
+    of_norm = _off_norm(got, dtype) if _normed(expected) else None
+    if of_norm or off & {"gain_mean_square", "gain_max_abs"}:
+        return "norm"
+    added = off & {"branch_mean_square", "delta_branch", "eps_factor"}
+    if of_norm is None and added and not own:
+        return "norm"
+    if own or added or not off & {"norm", "mean_square", "variance", *PARTS}:
+        return kind
+    return "residual add"
+
+
+def _normed(expected: pd.DataFrame) -> bool:
+    """Whether recorded branches were normed: of one size nearly everywhere, unlike the raw ones."""
+    if "branch_mean_square" not in expected:
+        return False
+    b = expected["branch_mean_square"].dropna()
+    # Not everywhere: eps holds back the first ones. Not exactly: a trained norm's gains differ.
+    raw = expected.get("branch_raw_mean_square", pd.Series(math.nan, expected.index))[b.index]
+    alike, as_raw = abs(b - b.median()) < 0.1 * b.median(), abs(b - raw) < 0.01 * b
+    return bool(len(b) > 1 and alike.mean() > 0.7 and as_raw.mean() < 0.3)
+
+
+def _off_norm(got: pd.Series, dtype: str) -> bool | None:
+    """Whether a branch isn't what a norm of one gain for all entries leaves of it; None: can't tell."""
+    names = ("branch_mean_square", "eps_factor", "gain_mean_square", "gain_max_abs")
+    b, c, square, largest = (float(got.get(name, math.nan)) for name in names)
+    if not abs(largest**2 - square) <= 1e-6 * square or not c > 0:
+        return None
+    return not abs(b / (square * c) - 1) < TEN_ROUNDINGS * ROUNDING[dtype]
+
+
+def statistical(
+    expected: pd.DataFrame,
+    got: pd.DataFrame,
+    quantities: Sequence[str],
+    dtype: str,
+    alpha: float = ALPHA,
+) -> Outcome:
+    """Other seeds, same law: mean curves as near as chance brings them, at every row at once.
+
+    The statistic is max over rows and quantities of t = (|Δ mean| − floor)₊ / joint standard error,
+    of the columns that ``stack`` makes; floor is what rounding explains of a mean. Its distribution
+    comes from dealing the curves anew into two groups (all ways, or many random ones), so the rows may
+    depend on each other and have any law: a false alarm has probability ≤ alpha, for all rows and
+    quantities together (Westfall & Young 1993, §2.3: max-T). Where t > the limit, that row is off.
+    """
+    expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
+    other = structure(expected, got, "statistical")
+    if other:
+        return other
+    old, new, floor, labels = stack(expected, got, quantities, ROUNDING[dtype])
+    if not old.size or not new.size:
+        return Outcome("statistical", False, "no number", "there is no number to compare")
+    lost = np.isnan(old).any(0) | np.isnan(new).any(0)
+    row_of, names = labels
+    t, most = np.full(old.shape[1], np.inf), 0.0
+    if not lost.all():
+        t[~lost], maxima = permuted(old[:, ~lost], new[:, ~lost], floor[~lost], deals_for(alpha))
+        most = limit(maxima, alpha)
+    short = f"{standard_errors(t.max())}/{most:.1f}"
+    if not (t > most).any():
+        return Outcome("statistical", True, short)
+    row = first(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
+    here = row_of == row
+    beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
+    worst = int(np.flatnonzero(here)[t[here].argmax()])
+    before, after = mean(expected), mean(got)
+    to = blame(before, after.iloc[row], beyond, dtype)
+    finding = finding_at(before, after, row, names[worst], t[worst], most, to)
+    size = f"{standard_errors(finding.size)} standard errors (limit {most:.1f})"
+    return failed("statistical", short, finding, size)
+
+
+def mean(frame: pd.DataFrame) -> pd.DataFrame:
+    """The mean curve: a row per step, with its keys."""
+    step = frame.groupby(["curve", "seed"], sort=False).cumcount()
+    numbers = frame.drop(columns=KEYS).groupby(step).mean()
+    return frame.loc[step.drop_duplicates().index, STEP].reset_index(drop=True).join(numbers)
+
+
+def stack(
+    expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], rtol: float
+) -> tuple[Array, Array, Array, tuple[np.ndarray, list[str]]]:
+    """Both sets of curves as (S, C), the floor of each column, its row and its quantity.
+
+    A quantity has a column per row where it is measured, of ln v; one that may be negative two, of v
+    and of ln |v|: a spread that changes about 0 leaves the mean.
+    """
+    old, new, floors, row_of, names = [], [], [], [], []
+
+    def add(a: Array, b: Array, floor: float, quantity: str) -> None:
+        rows = np.flatnonzero(~(np.isnan(a).all(0) & np.isnan(b).all(0)))  # an MLP has no attention
+        old.append(a[:, rows])
+        new.append(b[:, rows])
+        floors.append(np.full(len(rows), floor))
+        row_of.append(rows)
+        names.extend([quantity] * len(rows))
+
+    for q in quantities:
+        a, b = (
+            np.stack(
+                [g[q].to_numpy(np.float64) for _, g in frame.groupby(["curve", "seed"], sort=False)]
+            )
+            for frame in (expected, got)
+        )
+        a[np.isinf(a)], b[np.isinf(b)] = np.nan, np.nan
+        signed = q in SIGNED or (a <= 0).any() or (b <= 0).any()
+        if signed and not np.isnan(a).all():
+            add(a, b, rtol * float(np.sqrt(np.nanmean(np.concatenate([a, b]) ** 2))), q)
+        least = LEAST if signed else 0.0
+        add(np.log(np.maximum(np.abs(a), least)), np.log(np.maximum(np.abs(b), least)), rtol, q)
+    columns = (np.concatenate(old, 1), np.concatenate(new, 1), np.concatenate(floors))
+    return *columns, (np.concatenate(row_of), names)

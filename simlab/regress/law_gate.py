@@ -1,0 +1,94 @@
+"""The gate ``law``: random inits obey the additive law, whatever was recorded."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.fit import Estimate, t_quantile
+from simlab.analysis.verdict import ROUNDING, Verdict, flipped, linear, off_by
+from simlab.regress.gates import (
+    ALPHA,
+    TEN_ROUNDINGS,
+    Outcome,
+    failed,
+    finding_at,
+    mean,
+    standard_errors,
+)
+
+SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
+
+
+def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:
+    """The additive law holds, and the exponent p is 1 within its interval, of S ≥ SEEDS random inits.
+
+    By ``growth.verdict``'s sign-flip test and ``growth.fit``'s interval, but at ALPHA instead of 1 %
+    and 5 %, since a gate is asked often; p may be 1 to two hundredths, as there. frame: the curves,
+    with ``law_additive``. verdict: of these.
+    """
+    fit, growth = verdict.laws["additive"], verdict.growth
+    if verdict.seeds < SEEDS:
+        raise ValueError(f"{verdict.seeds} seeds: {SEEDS} needed")
+    p = stretched(growth.exponent, verdict.seeds)
+    shown = f"{p.low:.2f}…{p.high:.2f}" if p.low is not None else f"{p.value:.2f}"
+    short = f"p {shown}"
+    if passes(verdict):
+        return Outcome("law", True, short)
+    frame = frame.reset_index(drop=True)
+    curves = list(frame.groupby("seed", sort=True))
+    length = min(len(rows) for _, rows in curves)  # one that overflows ends early
+    v, expected = (
+        np.stack([rows[name].to_numpy(np.float64)[:length] for _, rows in curves])
+        for name in ("mean_square", "law_additive")
+    )
+    t, limit = flipped((v - expected)[:, 1:], ROUNDING[dtype] * v.mean(0)[1:], ALPHA)
+    beyond = np.flatnonzero(t > limit)
+    if not len(beyond):
+        why = (
+            f"growth is not linear, p = {shown}; the additive law is off by"
+            f" {off_by(fit.log_error)} at most, within chance"
+        )
+        return Outcome("law", False, short, why)
+    row = int(beyond[0]) + 1
+    got = mean(frame)
+    to = _law_blame(pd.DataFrame([rows.iloc[row] for _, rows in curves]), gain, dtype)
+    says = got.assign(mean_square=got["law_additive"])
+    finding = finding_at(says, got, row, "mean_square", t[row - 1], limit, to)
+    size = f"{standard_errors(finding.size)} standard errors (limit {limit:.1f})"
+    return failed("law", short, finding, size)
+
+
+def passes(verdict: Verdict) -> bool:
+    """Whether neither the law's p-value nor the exponent p speaks against it at ALPHA."""
+    p_value = verdict.laws["additive"].p_value
+    growing = linear(stretched(verdict.growth.exponent, verdict.seeds))
+    return p_value is not None and p_value >= ALPHA and growing
+
+
+def stretched(p: Estimate, seeds: int) -> Estimate:
+    """A 95 % interval made one of 1 − ALPHA, by the ratio of Student's t."""
+    if p.low is None or p.high is None:
+        return p
+    ratio = t_quantile(1 - ALPHA / 2, seeds - 1) / t_quantile(0.975, seeds - 1)
+    return Estimate(
+        p.value, p.value - ratio * (p.value - p.low), p.value + ratio * (p.high - p.value)
+    )
+
+
+def _law_blame(rows: pd.DataFrame, gain: float, dtype: str) -> str:
+    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean.
+
+    rows: one step's, a row per seed.
+    """
+    kind = str(rows["kind"].iloc[0])
+    names = ["branch_mean_square", "eps_factor", "cosine"]
+    b, c, cosine = rows[names].to_numpy(np.float64).T
+    added = b.mean() / (gain**2 * c.mean())
+    if kind == "renorm" or abs(added - 1) > TEN_ROUNDINGS * ROUNDING[dtype]:
+        return "norm"
+    # Two standard errors: all that is left to choose from is the sublayer and the add.
+    error = cosine.std(ddof=1) / math.sqrt(len(cosine))
+    return kind if abs(cosine.mean()) > 2 * error else "residual add"

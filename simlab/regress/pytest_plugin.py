@@ -1,0 +1,191 @@
+"""The pytest fixture ``growth_regression``: a model's growth curve, held by its own test suite.
+
+    def test_growth(growth_regression):
+        torch.manual_seed(0)
+        growth_regression.check(MyModel(), torch.arange(64)[None])
+
+As with pytest-regressions: the first run records TEST_FILE/TEST_NAME.csv beside the test's file and
+fails, so that it is looked at and committed; later runs compare; ``--growth-update`` records anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from simlab.measurement.layout import Layout
+    from simlab.regress.gates import Outcome
+
+GATES = ("exact", "statistical")
+USED = pytest.StashKey[dict[Path, str]]()  # recorded files of a session, and which test's they are
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--growth-update``."""
+    parser.getgroup("simlab").addoption(
+        "--growth-update", action="store_true", help="record the curves of growth_regression anew"
+    )
+
+
+@pytest.fixture
+def growth_regression(request: pytest.FixtureRequest, tmp_path: Path) -> GrowthRegression:
+    """Holds a model's growth curve against the one recorded beside the test."""
+    update = bool(request.config.getoption("--growth-update"))
+    update |= bool(request.config.getoption("force_regen", False))  # pytest-regressions'
+    name = ".".join(filter(None, [request.cls and request.cls.__name__, request.node.name]))
+    used = request.config.stash.setdefault(USED, {})
+    folder = request.path.parent / request.path.stem
+    return GrowthRegression(
+        folder, re.sub(r"[^\w.]", "_", name), tmp_path, update, used, request.node.nodeid
+    )
+
+
+class GrowthRegression:
+    """What the fixture gives. A curve's file is FOLDER/NAME.csv; ``basename`` is another NAME."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        tmp_path: Path,
+        update: bool,
+        used: dict[Path, str],
+        test: str,
+    ) -> None:
+        self.folder, self.name, self.tmp_path, self.update = folder, name, tmp_path, update
+        self.used, self.test, self.here = used, test, set[Path]()
+
+    def check(
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        layout: Layout | None = None,
+        quantities: Sequence[str] | None = None,
+        basename: str | None = None,
+    ) -> None:
+        """The curve of one model on one batch (as ``simlab.probe`` takes them), by the exact gate."""
+        import simlab
+
+        dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+        with _one_line():
+            rows = simlab.probe(model, batch, layout=layout).rows()
+        self.check_rows(
+            rows, dtype=dtype.removeprefix("torch."), quantities=quantities, basename=basename
+        )
+
+    def check_rows(
+        self,
+        rows: pd.DataFrame,
+        gate: str = "exact",
+        *,
+        dtype: str = "float32",
+        quantities: Sequence[str] | None = None,
+        basename: str | None = None,
+    ) -> None:
+        """Rows that ``simlab.probe`` gave, of several seeds where ``gate`` is statistical.
+
+        exact: the same numbers. statistical: other random inits of the same law; at least 7 of them
+        on either side, each with its own ``seed``. dtype: the one that the model computes in, which
+        says what rounding may do.
+        """
+        from simlab.config import ConfigError
+        from simlab.regress.cases import Case, read_baseline, write_baseline
+        from simlab.regress.gates import QUANTITIES, RTOL, exact, statistical
+
+        with _one_line():
+            if gate not in GATES:
+                raise ConfigError(f"gate={gate}: allowed: {', '.join(GATES)}")
+            if dtype not in RTOL:
+                raise ConfigError(f"dtype={dtype}: allowed: {', '.join(RTOL)}")
+            if isinstance(quantities, str):
+                raise ConfigError(f"quantities={quantities!r}: allowed: a list of columns")
+            kept = tuple(quantities or QUANTITIES)
+            case = Case(self._name(basename), self.folder, "", (), (gate,), kept)
+            if gate == "statistical":
+                _refuse_few(rows, "these")
+            if self.update or not case.curves.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_baseline(case.curves, rows, kept, {"case": case.name, "dtype": dtype})
+                again = "anew" if self.update else "for the first time"
+                pytest.fail(
+                    f"growth curve recorded {again}, look at it and commit it: {case.curves}",
+                    pytrace=False,
+                )
+            recorded = read_baseline(case.curves, kept)
+            if recorded.about.get("dtype") != dtype:
+                was = recorded.about.get("dtype")
+                raise ConfigError(f"dtype={dtype}: {case.curves} was recorded with {was}")
+            if gate == "statistical":
+                _refuse_few(recorded.frame, "the recorded")
+        judge = exact if gate == "exact" else statistical
+        outcome = judge(recorded.frame, rows, kept, dtype)
+        if not outcome.passed:
+            pytest.fail(self._message(case, outcome, recorded.frame, rows), pytrace=False)
+
+    def _name(self, basename: str | None) -> str:
+        """The file's name, which no other check has. Raises ConfigError."""
+        from simlab.config import ConfigError
+
+        name = basename or self.name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"basename={name}: allowed: letters, digits, _, - and .")
+        path = self.folder / f"{name}.csv"
+        if self.used.setdefault(path, self.test) != self.test or path in self.here:
+            raise ConfigError(f"{path} is the curve of another check: give this one a basename")
+        self.here.add(path)
+        return name
+
+    def _message(
+        self, case: Any, outcome: Outcome, expected: pd.DataFrame, got: pd.DataFrame
+    ) -> str:
+        """What is wrong, and where the figure and the new curve are."""
+        from simlab.regress.cases import Checked, write_baseline
+        from simlab.regress.report import draw
+
+        obtained = self.tmp_path / f"{case.name}.obtained.csv"
+        write_baseline(obtained, got, case.quantities, {"case": case.name})
+        (figure,) = draw([Checked(case, [outcome], expected, got, 0.0)], self.tmp_path, every=True)
+        return (
+            f"growth curve is not as recorded ({outcome.gate} {outcome.short}): {outcome.why}\n"
+            f"expected: {case.curves}\nobtained: {obtained}\nfigure:   {figure}\n"
+            "if it is meant to be so: pytest --growth-update"
+        )
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """A mistake fails the test in one line."""
+    from simlab.config import ConfigError
+
+    message = None
+    try:
+        yield
+    except ConfigError as error:
+        message = f"growth_regression: {error}"
+    if message:
+        pytest.fail(message, pytrace=False)
+
+
+def _refuse_few(rows: pd.DataFrame, which: str) -> None:
+    """Raise ConfigError where there are too few curves for the statistical gate, or two kinds."""
+    from simlab.analysis.resampling import enough
+    from simlab.config import ConfigError
+    from simlab.regress.gates import ALPHA
+
+    count, kinds = rows["seed"].nunique(), rows["curve"].nunique()
+    least = next(n for n in range(2, 1000) if enough(n, n, ALPHA))
+    if kinds > 1 or count < least:
+        raise ConfigError(
+            f"gate=statistical: {which} rows have {count} seeds of {kinds} curves: needs one curve of"
+            f" at least {least} seeds"
+        )

@@ -1,0 +1,245 @@
+"""What ``simlab.regress`` shows: a line per case, expected against got, a page, JUnit XML."""
+
+from __future__ import annotations
+
+import html
+import shutil
+import textwrap
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simlab.config import printable
+from simlab.regress.cases import Case, Checked
+from simlab.regress.gates import ALPHA, RTOL, SIGNED, Finding, relative
+from simlab.report.estimates import duration
+from simlab.report.style import finish, save
+from simlab.store import write_atomically, write_text
+
+EXPECTED, GOT = "#7f7f7f", "#d62728"
+WORDS = {True: "pass", False: "FAIL"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top }
+.FAIL { color: #b00020; font-weight: 600 } .pass { color: #1a7f37 }
+img { max-width: 100% } code { white-space: pre-wrap } p.why { color: #b00020 }
+"""
+
+
+def _columns() -> int:
+    return min(100, shutil.get_terminal_size((80, 24)).columns)
+
+
+def show_line(checked: Checked, width: int = 0) -> None:
+    """One line per case; below it, a sentence for each gate that fails."""
+    gates = "  ".join(
+        f"{o.gate} {o.short}" + ("" if o.passed else " FAIL") for o in checked.outcomes
+    )
+    took = duration(checked.seconds)
+    print(f"{WORDS[checked.passed]}  {checked.case.name:{width}}  {took:>6}  {gates}", flush=True)
+    for outcome in checked.outcomes:
+        if not outcome.passed:
+            line = f"{outcome.gate}: {outcome.why}."
+            print(
+                textwrap.fill(line, _columns(), initial_indent="      ", subsequent_indent="      ")
+            )
+
+
+def show_list(cases: Sequence[tuple[Case, Mapping[str, str]]]) -> None:
+    """Every case: its gates and quantities, what it runs, and why it was last recorded."""
+    indent = " " * 4
+
+    def wrapped(text: str) -> str:
+        return textwrap.fill(
+            text, _columns(), initial_indent=indent, subsequent_indent=indent + "  "
+        )
+
+    for case, about in cases:
+        print(f"{case.name}: {printable(case.description) or 'no description'}")
+        print(wrapped(f"gates {', '.join(case.gates)}; of {', '.join(case.quantities)}"))
+        print(wrapped(f"run {' '.join(case.overrides)}"))
+        reason = f"recorded: {about['reason']}" if "reason" in about else "not recorded yet"
+        print(wrapped(reason))
+
+
+def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
+    """How many pass, what the figures in the lines are, and where the files are."""
+    failed = [checked.case.name for checked in done if not checked.passed]
+    count = f"{len(done)} case{'s' if len(done) != 1 else ''}"
+    took = duration(sum(checked.seconds for checked in done))
+    end = f"{len(failed)} FAIL ({', '.join(failed)})" if failed else "all pass"
+    print()
+    print(textwrap.fill(f"{count}: {end}, in {took}.", _columns()))
+    says = {
+        "exact": f"exact: largest relative difference; allowed: {RTOL['float32']:.0e} in float32,"
+        f" {RTOL['float16']:.0e} in float16, {RTOL['bfloat16']:.0e} in bfloat16",
+        "statistical": "statistical: largest difference in standard errors / what chance explains"
+        f" (of all cases together it is a false alarm in 1 run of {1 / ALPHA:.0f})",
+        "law": "law: the additive law holds, interval of the exponent p",
+    }
+    used = {outcome.gate for checked in done for outcome in checked.outcomes}
+    for gate, line in says.items():
+        if gate in used:
+            print(textwrap.fill(line, _columns(), subsequent_indent="  "))
+    for path in files:
+        print(path)
+
+
+def changes(
+    before: pd.DataFrame | None, after: pd.DataFrame, quantities: Sequence[str]
+) -> list[str]:
+    """What recording anew changed: the largest relative change of each quantity."""
+    if before is None:
+        return [f"recorded {len(after)} rows of {len(quantities)} quantities"]
+    if len(before) != len(after):
+        return [f"recorded {len(after)} rows, before {len(before)}"]
+    lines = []
+    for q in quantities:
+        most = float(relative(before[q], after[q], q in SIGNED).max())
+        lines.append(f"{q}: changed by up to {most:.1e}" if most else f"{q}: as before")
+    return lines
+
+
+def draw(done: Sequence[Checked], folder: Path, *, every: bool) -> list[Path]:
+    """NAME.png and .svg of each case that fails, or of every one; the PNGs' paths."""
+    paths = []
+    for checked in done:
+        if every or not checked.passed:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths.append(save(figure(checked), folder, checked.case.name)[0])
+    return paths
+
+
+def figure(checked: Checked) -> Figure:
+    """Expected against got: the quantity that left first, and how far it is off at every sublayer."""
+    findings = [o.finding for o in checked.outcomes if o.finding is not None]
+    finding = next((f for f in findings if f.quantity in checked.got), None)
+    name = finding.quantity if finding else checked.case.quantities[0]
+    got, expected = checked.got, checked.expected
+    if name not in expected:  # the law's own: what it says is in the new rows
+        expected = got[got["curve"] == "random"].assign(**{name: got["law_additive"]})
+    curve = "random" if (expected["curve"] == "random").any() else expected["curve"].iloc[0]
+    old, new = (_by_step(f[f["curve"] == curve], name) for f in (expected, got))
+    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
+        drawn = Figure(figsize=(11, 4.6), layout="constrained")
+        left, right = drawn.subplots(1, 2)
+    for table, colour, label in ((old, EXPECTED, "expected"), (new, GOT, "got")):
+        count = table["curves"].max()
+        label += f" ({count} curves: mean, min to max)" if count > 1 else ""
+        _band(left, table, colour, label)
+    means = pd.concat([old["mean"], new["mean"]])
+    if means.min() > 0 and means.max() > 10 * means.min():
+        left.set_yscale("log")
+    both = old.add_suffix("_old").join(new.add_suffix("_new"), how="inner")
+    signed = name in SIGNED
+    for end in ("mean", "low", "high"):
+        base = both["mean_old"]
+        both[f"off_{end}"] = both[f"{end}_new"] - base if signed else both[f"{end}_new"] / base - 1
+        both[f"band_{end}"] = both[f"{end}_old"] - base if signed else both[f"{end}_old"] / base - 1
+    for kind, colour in (("band", EXPECTED), ("off", GOT)):
+        table = both[[f"{kind}_mean", f"{kind}_low", f"{kind}_high"]]
+        _band(right, table.set_axis(["mean", "low", "high"], axis=1), colour, None)
+    left.set(xlabel="sublayer (0: embedding)", ylabel=name)
+    right.set(xlabel="sublayer (0: embedding)",
+              ylabel="got − expected" if signed else "got / expected − 1")  # fmt: skip
+    for ax in (left, right):
+        if finding:
+            ax.axvline(finding.sublayer, color="k", lw=0.9, ls=(0, (3, 2)))
+    lines = [f"{checked.case.name}: {WORDS[checked.passed]}"]
+    lines += [f"{o.gate}: {o.why}" for o in checked.outcomes if not o.passed]
+    return finish(drawn, [left], lines)
+
+
+def _by_step(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Mean and range over a quantity's curves, by position on the sublayer axis."""
+    frame = frame.reset_index(drop=True)
+    x = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
+    grouped = frame.dropna(subset=[name]).groupby(x)[name]
+    table = grouped.agg(["mean", "min", "max", "count"])
+    return table.set_axis(["mean", "low", "high", "curves"], axis=1)
+
+
+def _band(ax: Axes, table: pd.DataFrame, colour: str, label: str | None) -> None:
+    few = "o" if len(table) <= 24 else None
+    wide = 4.0 if colour == EXPECTED else 1.6  # so that it is seen under what lies on it
+    ax.plot(table.index, table["mean"], color=colour, lw=wide, marker=few, ms=4, label=label)
+    ax.fill_between(table.index, table["low"], table["high"], color=colour, alpha=0.2, lw=0)
+
+
+def write_page(folder: Path, done: Sequence[Checked]) -> Path:
+    """index.html: a table of the cases, then a figure of each."""
+
+    def esc(text: object) -> str:
+        return html.escape(str(text))
+
+    rows, parts = [], []
+    for checked in done:
+        name, word = esc(checked.case.name), WORDS[checked.passed]
+        gates = "<br>".join(
+            f'<span class="{WORDS[o.passed]}">{esc(o.gate)} {esc(o.short)}</span>'
+            for o in checked.outcomes
+        )
+        rows.append(
+            f'<tr><td><a href="#{name}">{name}</a></td><td class="{word}">{word}</td>'
+            f"<td>{gates}</td><td>{duration(checked.seconds)}</td></tr>"
+        )
+        why = "".join(
+            f'<p class="why">{esc(o.gate)}: {esc(o.why)}.</p>' for o in checked.outcomes if o.why
+        )
+        parts.append(
+            f'<h2 id="{name}">{name}</h2><p>{esc(checked.case.description)}</p>'
+            f"<p><code>{esc(' '.join(checked.case.overrides))}</code></p>{why}"
+            f'<p><a href="{name}.svg"><img src="{name}.png" alt="{name}"></a></p>'
+        )
+    text = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>simlab.regress</title><style>{STYLE}</style></head><body><h1>Growth curves</h1>"
+        f"<table><tr><th>case</th><th></th><th>gates</th><th>time</th></tr>{''.join(rows)}</table>"
+        f"{''.join(parts)}</body></html>\n"
+    )
+    path = folder / "index.html"
+    write_atomically(path, lambda aside: write_text(aside, text))
+    return path
+
+
+def write_junit(path: Path, done: Sequence[Checked]) -> Path:
+    """JUnit XML: a test per case and gate; a case's time is its first gate's."""
+    suite = ET.Element("testsuite", name="simlab.regress")
+    failures = 0
+    for checked in done:
+        seconds = checked.seconds
+        for outcome in checked.outcomes:
+            test = ET.SubElement(
+                suite, "testcase", classname="simlab.regress",
+                name=f"{checked.case.name}[{outcome.gate}]", time=f"{seconds:.3f}",
+            )  # fmt: skip
+            seconds = 0.0
+            if not outcome.passed:
+                failures += 1
+                failure = ET.SubElement(test, "failure", message=outcome.why)
+                failure.text = _detail(outcome.finding) if outcome.finding else outcome.why
+    suite.set("tests", str(sum(len(checked.outcomes) for checked in done)))
+    suite.set("failures", str(failures))
+    suite.set("errors", "0")
+    suite.set("time", f"{sum(checked.seconds for checked in done):.3f}")
+    root = ET.Element("testsuites")
+    root.append(suite)
+    ET.indent(root)
+    data = ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    write_atomically(path, lambda aside: write_text(aside, data))
+    return path
+
+
+def _detail(finding: Finding) -> str:
+    pairs = {
+        "where": finding.where, "quantity": finding.quantity, "expected": finding.expected,
+        "got": finding.got, "size": finding.size, "limit": finding.limit, "blame": finding.blame,
+    }  # fmt: skip
+    return "\n".join(f"{key}: {value}" for key, value in pairs.items())

@@ -1,0 +1,161 @@
+"""A sweep's tables, for an 80-column terminal: its jobs, and those that failed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from rich.console import JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from simlab.analysis.verdict import off_by
+from simlab.config import printable
+from simlab.report.facets import SEEDS, is_number, key_text, short, shorten, value_text
+
+WIDTH = 80
+MOST = 40  # rows; beyond, some of them
+LEAST = 5  # columns of a swept key, below which it is left out
+LEFT = ("curve", "growth", "additive")
+LONGEST = 400  # characters of an error
+
+
+def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
+    """A row per job and curve: what was swept, how it grew, and whether the additive law holds.
+
+    Beyond MOST rows, every n-th; the caption says so.
+    """
+    notes, rows = [], jobs
+    if len(jobs) > MOST:
+        fastest = [len(values) for values in swept.values()][-1:]  # but for the curves of a job
+        inner = [*fastest, jobs["curve"].nunique()]
+        rows = jobs.iloc[:: _stride(len(jobs), inner)]
+        left = len(jobs) - len(rows)
+        notes.append(f"{left} of {len(jobs)} rows are left out; jobs.csv has them all.")
+    columns = _measured(rows)
+    keys = [key for key in (*swept, *SEEDS) if key in rows and rows[key].nunique(dropna=False) > 1]
+    given = {key: [value_text(value) for value in rows[key]] for key in dict.fromkeys(keys)}
+    room = WIDTH - sum(_wide(head, cells) + 1 for head, cells in columns.items())
+    widths = _widths(given, room)
+    if len(widths) < len(given):
+        names = ", ".join(key_text(key) for key in given if key not in widths)
+        notes.append(f"No room for {names}.")
+    if (rows.get("overflow", pd.Series(dtype=float)) > 0).any():
+        notes.append("×: curves overflow; their last finite value.")
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold",
+        caption=Text(" ".join(notes)) if notes else None, caption_justify="left",
+    )  # fmt: skip
+    table.add_column("job", justify="right", no_wrap=True)
+    for key, width in widths.items():
+        numbers = all(text == "null" or is_number(text) for text in given[key])
+        side: JustifyMethod = "right" if numbers else "left"
+        head = Text(shorten(_head(key, given), width))
+        table.add_column(head, justify=side, no_wrap=True)
+    for name in list(columns)[1:]:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    for i in range(len(rows)):
+        shown = [columns["job"][i]]
+        shown += [shorten(given[key][i], width) for key, width in widths.items()]
+        shown += [cells[i] for head, cells in columns.items() if head != "job"]
+        table.add_row(*map(Text, shown))
+    return table
+
+
+def _stride(count: int, inner: Sequence[int]) -> int:
+    """Every which row is shown: prime to what changes fastest, so that all of its values occur."""
+    stride = math.ceil(count / MOST)
+    while math.gcd(stride, math.prod(inner)) > 1:
+        stride += 1
+    return stride
+
+
+def _measured(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns that are no keys, by their heads; empty cells where something wasn't measured."""
+    records = [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+    columns = {"job": [value_text(row.get("job", "")) for row in records]}
+    if len({row.get("curve") for row in records}) > 1:
+        columns["curve"] = [str(row["curve"]) for row in records]
+    return columns | {
+        "mean sq.": [_square(row) for row in records],
+        "per subl.": [_number(row.get("per_sublayer")) for row in records],
+        "growth": [_growth(row) for row in records],
+        "λ token": [_number(row.get("lambda_token")) for row in records],
+        "additive": [_law(row) for row in records],
+    }
+
+
+def _number(value: Any) -> str:
+    return "" if value is None or pd.isna(value) else short(float(value))
+
+
+def _square(row: Mapping[str, Any]) -> str:
+    over = row.get("overflow")
+    return _number(row.get("mean_square")) + (" ×" if over and over > 0 else "")
+
+
+def _growth(row: Mapping[str, Any]) -> str:
+    """The exponent of a power, the rate of an exponential where it is known, else the shape."""
+    shape, exponent, rate = row.get("shape"), row.get("exponent"), row.get("rate")
+    if shape == "power" and pd.notna(exponent):
+        return f"p = {exponent:.2f}"
+    if shape == "exponential" and pd.notna(rate):
+        return f"rate {rate:.3g}"
+    return {"exponential": "exponential", "constant": "constant", "power": "power"}.get(
+        str(shape), ""
+    )
+
+
+def _law(row: Mapping[str, Any]) -> str:
+    status, error = row.get("additive"), row.get("additive_error")
+    if error is None or pd.isna(error):
+        return "" if status is None or pd.isna(status) else str(status)
+    off = off_by(float(error)).replace("a factor of ", "×").replace("less than ", "<")
+    off = off.replace("any factor", "×∞")
+    return f"{off} off" if status == "unknown" else f"{status}, {off}"
+
+
+def _wide(head: str, cells: Sequence[str]) -> int:
+    return max(len(head), *map(len, cells), 0)
+
+
+def _head(key: str, given: Mapping[str, object]) -> str:
+    """A key's last part, where no other key ends the same."""
+    end = key_text(key).rpartition(".")[2]
+    same = [other for other in given if key_text(other).rpartition(".")[2] == end]
+    return end if len(same) == 1 else key_text(key)
+
+
+def _widths(given: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
+    """The keys' columns: the widest give way; the last are left out where none can any more."""
+    widths = {key: _wide(_head(key, given), cells) for key, cells in given.items()}
+    while widths and sum(widths.values()) + len(widths) > room:
+        widest = max(widths, key=lambda key: widths[key])
+        if widths[widest] > LEAST:
+            widths[widest] -= 1
+        else:
+            widths.popitem()
+    return widths
+
+
+def failed_table(failed: Sequence[Mapping[str, Any]]) -> Table:
+    """The jobs that failed: job, overrides, error."""
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", width=WIDTH
+    )  # fmt: skip
+    table.add_column("job", justify="right", no_wrap=True)
+    table.add_column("overrides", ratio=2, overflow="fold")
+    table.add_column("error", ratio=3, overflow="fold")
+    for row in failed:
+        given = row.get("overrides") or ""
+        overrides = given if isinstance(given, str) else " ".join(map(str, given))
+        error = " ".join(str(row.get("error") or "").split())
+        cells = (
+            str(row.get("job", "")),
+            overrides,
+            error if len(error) <= LONGEST else f"{error[: LONGEST - 1]}…",
+        )
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table

@@ -1,0 +1,1 @@
+"""A random model on paper: residual schemes and the stds that its matrices are drawn with."""

@@ -1,0 +1,26 @@
+"""``python -m simlab.sweep DIR``: one report over a sweep, from its files alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from simlab.config.cli_errors import in_one_line
+from simlab.sweep.report import report
+
+
+def main() -> None:
+    """The command. Exit status 0 where every job is done, 1 where not, 2 for a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simlab.sweep", description="One report over a sweep, from its files alone."
+    )
+    parser.add_argument("folder", metavar="DIR", help="the folder of a sweep, finished or not")
+    folder = Path(parser.parse_args().folder)
+    with in_one_line():
+        whole = report(folder)
+    sys.exit(0 if whole else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""One job: a run that ends with tables, figures and a verdict, or a sweep's, which ends with a record.
+
+A sweep's job is computed where no result of its key is kept; its folder gets links to the kept one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from simlab.budget.process import tune_process
+from simlab.config import ConfigError, KeepConfig, RunConfig
+from simlab.config.validate import read, read_keep
+from simlab.store import SUMMARY, Results, link, result_key, write_csv, write_json
+from simlab.sweep.gpu_lock import own_gpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from simlab.experiment import Curves, Prepared, RunResult
+
+RECORD = "job.json"  # how a sweep's job ended
+PLAN = "sweep.json"  # what a sweep is to do
+TABLES = ("curve.csv", "weights.csv")
+FIGURES = ("growth.png", "growth.svg", "lambda.png", "lambda.svg", "inside.png", "inside.svg")
+OUR_FOLDER = re.compile(
+    r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
+)  # as conf/config.yaml names them
+
+
+@contextmanager
+def nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Where a run doesn't end, remove what it and Hydra wrote for it, and folders left empty.
+
+    A folder with a summary holds an earlier, whole result, which stays.
+    """
+    try:
+        yield
+    except BaseException:
+        if not (folder / SUMMARY).exists():
+            clear(folder)
+            shutil.rmtree(folder / ".hydra", ignore_errors=True)
+            remove_empty(folder)
+        raise
+
+
+def clear(folder: Path) -> None:
+    """Remove the results in a run's folder, the summary first: what is left is never a whole one."""
+    for name in (SUMMARY, RECORD, *TABLES, *FIGURES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove an empty run folder, then those around it that a run makes, up to outputs/."""
+    for place in (folder, *folder.parents):
+        if place != folder and not OUR_FOLDER.fullmatch(place.name):
+            break
+        left = [entry.name for entry in place.iterdir()]
+        if left == ["multirun.yaml"]:
+            (place / left[0]).unlink()
+        elif left:
+            break
+        place.rmdir()
+
+
+def task(config: DictConfig) -> None:
+    """What Hydra calls: a single run, or in whatever process a launcher has started a sweep's job."""
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    if hydra.mode != RunMode.MULTIRUN:
+        run(read(config), folder)
+        return
+    keep = read_keep(config)
+    if keep.dry_run:  # of another sweeper
+        return
+    keep = replace(keep, results=str(Path(hydra.runtime.cwd) / keep.results))
+    tune_process()
+    sweep_job(read(config), folder, keep)
+
+
+def run(config: RunConfig, folder: Path) -> None:
+    """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError."""
+    from simlab import experiment
+    from simlab.report import console, progress
+
+    with nothing_left_behind(folder), own_gpu(config.device):
+        ready = experiment.prepare(config)
+        console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
+        with progress.blocks(ready.blocks) as advance:
+            result = experiment.measure(ready, advance)
+        files = write(result, folder)
+    console.show(result.curve, result.verdicts, result.summary, files)
+
+
+def write(result: RunResult, folder: Path) -> list[Path]:
+    """curve.csv, the figures, and last summary.json, whose presence says that the run is whole."""
+    from simlab.report import checkpoint_figure as trained
+    from simlab.report import console, figure, style
+
+    tables = write_tables(result, folder)
+    title, lines = (
+        console.title(result.config),
+        console.verdict_lines(result.verdicts, result.summary),
+    )
+    drawn = {
+        "growth": figure.growth_figure(result.curve, title, lines),
+        "lambda": figure.lambda_figure(result.curve, result.config.shape.depth, title),
+        "inside": trained.inside_figure(result.curve, title),
+    }
+    files = [f for name, made in drawn.items() if made for f in style.save(made, folder, name)]
+    write_json(folder / SUMMARY, result.summary)
+    return [*tables, folder / SUMMARY, *files[::-1]]
+
+
+def write_tables(result: RunResult, folder: Path) -> list[Path]:
+    """curve.csv, and of a checkpoint weights.csv."""
+    frames = {"curve.csv": result.curve, "weights.csv": result.weights}
+    written = []
+    for name, frame in frames.items():
+        if frame is not None:
+            write_csv(folder / name, frame)
+            written.append(folder / name)
+    return written
+
+
+def key_of(ready: Prepared) -> str:
+    """The key of a run's result.
+
+    A checkpoint's weight hash leaves out the head, which gradients and weights.csv read: with these the
+    key also knows its files' sizes and times.
+    """
+    seen = ready.tokens.numpy().tobytes()
+    source = ready.config.source
+    if ready.checkpoint and (ready.config.gradients or source.weights):
+        top = ready.checkpoint.folder
+        inner = [top, top / "model_and_optim"]
+        files = sorted(p for folder in inner if folder.is_dir() for p in folder.iterdir())
+        stats = [(str(p.relative_to(top)), p.stat()) for p in files if p.is_file()]
+        seen += repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()
+    return result_key(ready.config, seen)
+
+
+def kept(key: str, ready: Prepared, results: Results) -> Path | None:
+    """Where the result of this key is, if it was computed before. ready: the run that asks."""
+    weights = ready.checkpoint.identity if ready.checkpoint else None
+    return results.find(key, (lambda: weights()["weight_hash"]) if weights else None)
+
+
+def sweep_job(
+    config: RunConfig,
+    folder: Path,
+    keep: KeepConfig,
+    on_block: Callable[[], None] = lambda: None,
+    tokens_of: Callable[..., Tensor] | None = None,
+    curves_of: Callable[..., Curves] | None = None,
+) -> None:
+    """One job of a sweep: its result in its folder, and how it ended in RECORD.
+
+    tokens_of: as for ``experiment.prepare``. Whatever is raised ends this job and not the sweep; what a
+    user or the machine can get wrong is recorded as a line, anything else with its traceback.
+    """
+    from simlab import experiment
+    from simlab.inputs import make_tokens
+
+    results = Results(Path(keep.results))
+    folder.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"status": "done"}
+    with nothing_left_behind(folder):
+        try:
+            clear(folder)
+            with own_gpu(config.device):
+                ready = experiment.prepare(config, tokens_of or make_tokens)
+                key = key_of(ready)  # before its files are read, which may change meanwhile
+                found = kept(key, ready, results) if keep.resume else None
+                if found is None:
+                    result = experiment.measure(
+                        ready, on_block, curves_of or experiment.measured_curves
+                    )
+                    found = results.put(key, lambda aside: _fill(result, aside))
+            link(found, folder)
+        except Exception as error:  # the one place where a sweep's jobs are kept apart
+            record = failure(error)
+    with suppress(OSError):  # a full disk: a job without a record counts as unfinished
+        write_json(folder / RECORD, record, durable=False)
+
+
+def take(kept: Path, folder: Path) -> None:
+    """Make a kept result a job's."""
+    link(kept, folder)
+    write_json(folder / RECORD, {"status": "done"}, durable=False)
+
+
+def _fill(result: RunResult, folder: Path) -> None:
+    write_tables(result, folder)
+    write_json(folder / SUMMARY, result.summary)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """A failed job's record."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ConfigError | OSError):
+        return {"status": "failed", "error": line}
+    trace = "".join(traceback.format_exception(error))
+    return {"status": "failed", "error": f"{type(error).__name__}: {line}", "traceback": trace}

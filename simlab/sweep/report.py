@@ -1,0 +1,213 @@
+"""``python -m simlab.sweep DIR``: one report over a sweep, from its files alone, finished or not.
+
+sweep.parquet   every job's curve.csv, with the job's number and every swept key as a column
+jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which law holds
+*.png, *.svg    figures, chosen by what was swept
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.config import ConfigError, printable
+from simlab.store import SUMMARY, read_csv, same_weights, write_atomically, write_csv
+from simlab.sweep.job import PLAN, RECORD
+
+READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
+MOST_SHOWN = 40  # characters of a value in the heading
+LAMBDAS = (
+    "lambda_paper", "lambda_token", "lambda_paper_gradient", "lambda_token_gradient",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job of a sweep as its files have it: ``status`` is done, failed or unfinished."""
+
+    number: int
+    folder: Path
+    overrides: Sequence[str]
+    values: Mapping[str, Any]
+    status: str
+    error: str = ""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Its summary.json."""
+        return read_json(self.folder / SUMMARY)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return found
+
+
+def entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
+    """A sweep's jobs, and the swept columns with their values. Raises ConfigError."""
+    if not (folder / PLAN).is_file():
+        raise ConfigError(f"{folder}: no sweep's folder, it has no {PLAN}")
+    described = read_json(folder / PLAN)
+    found = []
+    try:
+        swept = {str(key): list(values) for key, values in described["swept"].items()}
+        for each in described["jobs"]:
+            inner = Path(each["folder"])
+            if inner.is_absolute() or ".." in inner.parts:
+                raise ConfigError(f"{folder / PLAN}: {inner} leads out of the sweep's folder")
+            for path in (folder / inner, *(folder / inner / name for name in READ)):
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    raise ConfigError(f"{path}: leads out of the sweep's folder")
+            status, error = _status(folder / inner)
+            values = {key: each["values"][key] for key in swept}
+            found.append(
+                Entry(int(each["job"]), folder / inner, each["overrides"], values, status, error)
+            )
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{folder / PLAN}: not what a sweep writes") from error
+    return found, swept
+
+
+def _status(folder: Path) -> tuple[str, str]:
+    if (folder / RECORD).is_file():
+        record = read_json(folder / RECORD)
+        if record.get("status") == "failed":
+            return "failed", str(record.get("error", ""))
+    return ("done", "") if (folder / SUMMARY).is_file() else ("unfinished", "")
+
+
+def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
+    """The rows of sweep.parquet: every finished job's curve.csv, its number and swept values first."""
+    frames = []
+    for each in jobs:
+        try:
+            frame = read_csv(each.folder / "curve.csv")
+            frame["block"] = frame["block"].astype("Int64")
+            frame[["curve", "seed", "sublayer", "kind", "mean_square"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{each.folder / 'curve.csv'}: not a curve ({error})") from error
+        keys = {"job": each.number} | {k: v for k, v in each.values.items() if k not in frame}
+        front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
+        frames.append(pd.concat([front, frame], axis=1))
+    found = pd.concat(frames, ignore_index=True)
+    for column in (key for key in jobs[0].values if key in found):
+        if found[column].map(type).nunique() > 1:  # numbers and null, say: a column has one type
+            found[column] = found[column].map(lambda v: "null" if v is None else str(v))
+    return found
+
+
+def rows(jobs: Sequence[Entry], frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of jobs.csv."""
+    found = []
+    last = frame.groupby(["job", "curve", "seed"], sort=False).tail(1)
+    level = last.groupby(["job", "curve"])["mean_square"].mean()
+    for each in jobs:
+        try:
+            found += list(_rows_of(each, level))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{each.folder / SUMMARY}: not what a job writes") from error
+    return pd.DataFrame(found)
+
+
+def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
+    summary = each.summary
+    for name, verdict in summary["verdict"].items():
+        theories, loss = summary["theories"][name], summary.get("loss", {}).get(name)
+        row = {"job": each.number, "curve": name} | dict(each.values)
+        model = summary["config"]["model"]
+        row |= {key: row.get(key, model[key]) for key in ("depth", "width")}
+        row |= {
+            "mean_square": level.get((each.number, name), np.nan),
+            "per_sublayer": _number(verdict["per_sublayer"]["value"]),
+            "exponent": _number(verdict["exponent"]["value"]),
+            "rate": _number(verdict["rate"]["value"]),
+            "shape": verdict["shape"],
+        }
+        for key in LAMBDAS:
+            row |= _interval(key, summary["lambda"][name].get(key))
+        row |= {
+            "loss": _number(loss["value"]) if loss else np.nan,
+            "additive": theories["additive"]["status"],
+            "additive_error": _number(theories["additive"]["log_error"]),
+            "sqrt2": theories["sqrt2"]["status"],
+            "overflow": sum(row["curve"] == name for row in summary["overflow"]),
+            "sentence": verdict["sentence"],
+        }
+        yield row
+
+
+def _number(value: float | None) -> float:
+    """JSON's null stands for inf and NaN."""
+    return np.nan if value is None else float(value)
+
+
+def _interval(name: str, estimate: Mapping[str, float | None] | None) -> dict[str, float]:
+    parts = {"": "value", "_low": "low", "_high": "high"}
+    return {f"{name}{end}": _number((estimate or {}).get(key)) for end, key in parts.items()}
+
+
+def report(folder: Path) -> bool:
+    """Write and show a sweep's report. Whether every job succeeded. Raises ConfigError, OSError."""
+    from simlab.report import console, style
+    from simlab.report import sweep_figures as swept
+
+    jobs, keys = entries(folder)
+    done = [each for each in jobs if each.status == "done"]
+    failed = [each for each in jobs if each.status == "failed"]
+    heading = title(jobs, keys)
+    table, files = pd.DataFrame(), []
+    if done:
+        frame = curves(done)
+        table = rows(done, frame)
+        files = [folder / "sweep.parquet", folder / "jobs.csv"]
+        write_atomically(files[0], lambda path: frame.to_parquet(path, index=False))
+        write_csv(files[1], table)
+        for name, figure in swept.figures(frame, table, keys, heading).items():
+            files += style.save(figure, folder, name)
+    summaries = {str(each.number): each.summary for each in done}
+    console.show_sweep(
+        heading,
+        table,
+        keys,
+        summaries,
+        same_weights(summaries),
+        [{"job": e.number, "overrides": of_sweep(e), "error": e.error} for e in failed],
+        len(jobs) - len(done) - len(failed),
+        files,
+    )
+    return len(done) == len(jobs)
+
+
+def title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
+    """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm_placement pre, post``."""
+    from simlab.report.facets import shorten, value_text
+
+    axes = []
+    for key, values in keys.items():
+        shown = [shorten(printable(value_text(value)), MOST_SHOWN) for value in values]
+        if len(shown) > 6:
+            shown = [*shown[:2], "…", shown[-1]]
+        axes.append(f"{printable(key)} {', '.join(shown)}")
+    return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (
+        f": {'; '.join(axes)}" if axes else ""
+    )
+
+
+def of_sweep(entry: Entry) -> str:
+    """A job's swept values, or where nothing was swept its overrides."""
+    values = [f"{key}={value}" for key, value in entry.values.items()]
+    return " ".join(values or entry.overrides)

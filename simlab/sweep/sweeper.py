@@ -1,0 +1,313 @@
+"""What is looked at before a run and told after a sweep (``Around``), and the sweep itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.experimental.callback import Callback
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from simlab import store
+from simlab.config import ConfigError
+from simlab.config.cli_errors import or_exit
+from simlab.config.validate import read, read_keep
+from simlab.report import estimates, progress
+from simlab.sweep import job
+from simlab.sweep import launch as cluster
+from simlab.sweep.launch import Place
+from simlab.sweep.plan import Job, Plan, plan
+
+if TYPE_CHECKING:
+    from simlab.experiment import Prepared
+
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
+NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
+REPORT = ("heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
+
+
+class Around(Callback):
+    """Before Hydra makes a folder, everything that the user named is looked at; after, a report."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Check a run's config, files and device. Raises SystemExit for a mistake and a dry run."""
+        with or_exit():
+            checked, keep = read(config), read_keep(config)
+            from simlab.experiment import prepare
+
+            ready = prepare(checked)
+            if keep.dry_run:
+                estimates.show([estimated(None, ready, False)], 1)
+                raise SystemExit(0)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """A plain product of values, Hydra's basic sweeper, is done here. Raises SystemExit then.
+
+        Another sweeper goes its own way; its jobs look for kept results themselves.
+        """
+        if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
+            return
+        about = {"config": config, "config_name": config.hydra.job.config_name}
+        others = Callbacks(config)  # Hydra won't come to call the user's own
+        others.callbacks = [each for each in others.callbacks if not isinstance(each, Around)]
+        others.on_multirun_start(**about)
+        with or_exit():
+            Sweep(config).run()
+        others.on_multirun_end(**about)
+        self.on_multirun_end(config)
+        raise SystemExit(0)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """One report over all jobs. Raises SystemExit where one has failed."""
+        folder = Path(config.hydra.sweep.dir)
+        if config.dry_run or not (folder / job.PLAN).exists():  # the latter: another sweeper's
+            return
+        with or_exit():
+            from simlab.sweep.report import report
+
+            try:
+                whole = report(folder)
+            except KeyboardInterrupt:
+                print(
+                    f"simlab: interrupted; the jobs are kept, python -m simlab.sweep {folder} reports",
+                    file=sys.stderr,
+                )
+                raise SystemExit(130) from None
+            if not whole:
+                raise SystemExit(1)
+
+
+class Sweep:
+    """Every combination of the values, numbered as Hydra does; all are checked before any starts.
+
+    Only jobs without a kept result are launched. With Hydra's basic launcher they run in this process:
+    Hydra itself takes 60 ms to compose each and to write its files, and again 40 to check it.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config, self.keep = config, read_keep(config)
+        loader = GlobalHydra.instance().config_loader()
+        assert isinstance(loader, ConfigLoaderImpl)
+        self.loader = loader
+        context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
+        installed(config.hydra.launcher._target_)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=job.task, config=config
+        )
+
+    def run(self) -> None:
+        """Check, launch what is missing, leave a record of every job. Raises ConfigError, OSError."""
+        hydra = self.config.hydra
+        # As they are, not resolved: an override may name another key's value.
+        plain: Any = OmegaConf.to_container(hydra, resolve=False)
+        params = [f"{key}={value}" for key, value in (plain["sweeper"]["params"] or {}).items()]
+        given, task = plain["overrides"]["hydra"], plain["overrides"]["task"]
+        planned = plan(self.loader, hydra.job.config_name, given, [*params, *task])
+        from simlab.inputs import make_tokens
+
+        self.tokens_of = functools.lru_cache(4)(make_tokens)  # jobs often have the same
+        folder = Path(hydra.sweep.dir)
+        places, rows = [], []
+        for place, ready in self.look(planned, folder):
+            places.append(place)
+            if self.keep.dry_run:
+                rows.append(estimated(place.job, ready, place.kept is not None))
+        if self.keep.dry_run:
+            estimates.show(rows, cluster.at_once(self.launcher))
+            return
+        if len({place.subdir for place in places}) < len(places):
+            raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
+        if any(Path(p.subdir).is_absolute() or ".." in Path(p.subdir).parts for p in places):
+            raise ConfigError("hydra.sweep.subdir: leads out of the sweep's folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        forget(folder)
+        for place in places:
+            job.clear(place.folder)
+            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        store.write_json(folder / job.PLAN, description(planned, places))
+        store.Results(Path(self.keep.results)).clean()
+        for place in places:
+            if place.kept:
+                write_hydra(place)
+                job.take(place.kept, place.folder)
+        try:
+            self.launch([place for place in places if not place.kept])
+        except (KeyboardInterrupt, SystemExit) as end:
+            for place in places:
+                if not place.ended:
+                    shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
+                    with contextlib.suppress(OSError):  # it holds something, or was never made
+                        place.folder.rmdir()
+            if isinstance(end, SystemExit):
+                raise
+            done = sum(place.ended for place in places)
+            print(
+                f"simlab: interrupted; {done} of {len(places)} jobs are done and kept. The same "
+                f"command does the rest; python -m simlab.sweep {folder} reports on these",
+                file=sys.stderr,
+            )
+            raise SystemExit(130) from None
+
+    def look(self, planned: Plan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
+        """Prepare every job, as far as this machine can. Raises ConfigError."""
+        import torch
+
+        from simlab.budget.memory import INTERPRETER, refuse
+        from simlab.experiment import prepare
+        from simlab.measurement.engine import resolve_device
+
+        results = store.Results(Path(self.keep.results))
+        share = cluster.at_once(self.launcher)
+        local = self.in_process or cluster.is_local(self.launcher)
+        beside = 0 if self.in_process else INTERPRETER  # of each process that is started
+        for each in planned.jobs:
+            # On a cluster ``auto`` may be either: what is kept of either is an answer.
+            names = ["cpu", "cuda"] if each.config.device == "auto" else [each.config.device]
+            devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
+            for device in devices:
+                ready = prepare(each.config, self.tokens_of, device)
+                kept = job.kept(job.key_of(ready), ready, results) if self.keep.resume else None
+                if kept:
+                    break
+            if local and not kept:
+                threads, cpu = torch.get_num_threads(), device.type != "cuda"
+                refuse(ready.config, threads, share if cpu else 1, beside if cpu else 0)
+            subdir = self.subdir(each)
+            yield Place(each, folder / subdir, subdir, ready.blocks, kept), ready
+
+    @functools.cached_property
+    def in_process(self) -> bool:
+        """Whether the jobs run here, and nothing asks for more of Hydra than a composed config."""
+        hydra = self.config.hydra
+        return bool(
+            type(self.launcher) is BasicLauncher
+            and list(hydra.callbacks) == ["simlab"]
+            and not hydra.job.env_set
+            and not hydra.job.chdir
+        )
+
+    def subdir(self, each: Job) -> str:
+        """A job's folder in the sweep's: its number, or what ``hydra.sweep.subdir`` says."""
+        sweep = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        assert isinstance(sweep, dict)
+        if sweep["subdir"] == NUMBER:
+            return str(each.number)
+        composed = self.loader.load_sweep_config(self.config, list(each.overrides))
+        with open_dict(composed):
+            composed.hydra.job.num = composed.hydra.job.id = each.number
+        HydraConfig.instance().set_config(composed)
+        return str(composed.hydra.sweep.subdir)
+
+    def launch(self, places: Sequence[Place]) -> None:
+        """Run these jobs, here or by the launcher; each has then ended, or says why it couldn't."""
+        if not places:
+            return
+        blocks = sum(place.blocks for place in places)
+        if self.in_process:
+            from simlab.experiment import prepare
+            from simlab.sweep.company import Company, companies
+
+            # The report's imports take a quarter of a second, which a second core has now.
+            threading.Thread(
+                target=importlib.import_module, args=("simlab.report.sweep_figures",), daemon=True
+            ).start()
+            company = Company(functools.partial(prepare, tokens_of=self.tokens_of))
+            ended = done = 0
+            with progress.sweep(len(places), blocks) as bar:
+                for numbers in companies([place.job.config for place in places]):
+                    group = [places[number] for number in numbers]
+                    company.next([place.job.config for place in group])
+                    for place in group:
+                        write_hydra(place)
+                        job.sweep_job(
+                            place.job.config,
+                            place.folder,
+                            self.keep,
+                            bar.block,
+                            self.tokens_of,
+                            company,
+                        )
+                        ended, done = ended + 1, done + place.blocks
+                        bar.reached(ended, done)
+            return
+
+        def look() -> list[int]:
+            return [place.blocks for place in places if place.ended]
+
+        places = sorted(places, key=lambda place: -place.blocks)  # none is left to the end alone
+        size = self.config.hydra.sweeper.max_batch_size or len(places)
+        with progress.sweep(len(places), blocks, look):
+            for start in range(0, len(places), size):
+                cluster.launch(self.launcher, places[start : start + size])
+
+
+def forget(folder: Path) -> None:
+    """Remove an earlier sweep's plan and report from its folder: they are not this one's."""
+    for pattern in (job.PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def installed(target: str) -> None:
+    """Raises ConfigError where a launcher's package isn't there."""
+    package = ".".join(target.split(".")[:2])
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"hydra.launcher: {target} is not installed; pip install 'simlab[cluster]' brings joblib's "
+            "and submitit's"
+        )
+
+
+def write_hydra(place: Place) -> None:
+    """A job's .hydra/, as Hydra writes it but for hydra.yaml, which multirun.yaml has for them all."""
+    folder = place.folder / ".hydra"
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"config": dict(place.job.composed), "overrides": list(place.job.overrides)}
+    for name, content in contents.items():
+        text = yaml.dump(content, Dumper=DUMPER, sort_keys=False, allow_unicode=True)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def description(planned: Plan, places: Sequence[Place]) -> dict[str, Any]:
+    """What sweep.json says: what was swept, and every job that there is to be."""
+    return {
+        "swept": {key: list(values) for key, values in planned.swept.items()},
+        "jobs": [
+            {
+                "job": place.job.number,
+                "folder": place.subdir,
+                "overrides": list(place.job.overrides),
+                "values": dict(place.job.values),
+            }
+            for place in places
+        ],
+    }
+
+
+def estimated(each: Job | None, ready: Prepared, kept: bool) -> estimates.Row:
+    """A job's row of a dry run's table; each: None for a single run."""
+    memory, seconds = ready.estimate
+    number, values = (each.number, each.values) if each else (0, {})
+    engine = " + ".join(dict.fromkeys(ready.engines.values()))
+    return estimates.Row(number, values, ready.parameters, engine, memory, seconds, kept)

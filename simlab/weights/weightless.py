@@ -1,0 +1,379 @@
+"""Weightless simulation: what a random linear layer does to one batch, without its weights.
+
+A matrix W (d_out × d_in) with i.i.d. N(0, σ²) entries meets the N tokens X (N × d_in) of a batch.
+Given X, the columns of Y = XWᵀ are independent N(0, σ²XXᵀ). With XXᵀ = LLᵀ (Cholesky), Y has the
+law of
+
+    Y = σLZ,    Z (N × d_out) i.i.d. N(0, 1),
+
+jointly over all tokens, at any width: Z is drawn, never W.
+
+Backward, G (N × d_out) arrives and dX = GW is asked for. What Y has shown of W is its part in the
+span of X's rows, WQQᵀ = σZᵀQᵀ with Qᵀ = L⁻¹X; G is a function of that part and of other things, but
+not of the rest of W, which is therefore still i.i.d. Gaussian. With GGᵀ = L_g L_gᵀ,
+
+    dX = σ[GZᵀQᵀ + L_g Z₂(I − QQᵀ)],    Z₂ (N × d_in) i.i.d. N(0, 1)
+
+(conditioning on linear observations: Bolthausen, arXiv 1201.2891, §3; Doucet 2010 for the sampling).
+
+Layers with the same input share L and Q. For them the sum over layers of dX is Gaussian given the
+G's, with the one factor L_g of Σσ²GGᵀ: one Z₂ serves them all.
+
+Singular XXᵀ: rows of X are scaled to length 1 and j = JITTER is added to the diagonal, which says
+that a token's input is known to a relative √j = 3e-7, about float32's rounding. It is not ignored in
+the backward: Y = XWᵀ + √jE is the observation, and dX is a draw given that,
+
+    dX = σ[(GZᵀ − L_g(Z₂Q + √j·Z₃L⁻ᵀ))Qᵀ + L_g Z₂],    Z₃ (N × N) i.i.d. N(0, 1),
+
+so that the implied W has exactly i.i.d. N(0, σ²) entries however the tokens lie. With N ≥ d_in there
+is nothing to gain, and L = X, Z = Wᵀ: the layer draws its weights like a dense one.
+
+A truncated init is matched by its variance: W's entries are then not Gaussian, and Y only nearly
+so, its kurtosis by some 1/d_in (README).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simlab.config import InitConfig, ModelConfig
+from simlab.model.transformer import Block
+from simlab.schemes.init import Gaussian, distribution
+from simlab.weights.base import COLUMNS_AT_ONCE, Columns, Shape
+from simlab.weights.dense import RandomWeights
+from simlab.weights.rng import Normals
+
+JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
+AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slower
+# Entries of the widest activation of all curves of a batch: beyond, tensors leave the cache. Measured
+# in ms per block and curve, two batches at a time on 2 cores, d_ff four times the width, for 2²⁰,
+# 1.5·2²⁰ and 2²¹: 64 tokens of width 256 3.6, 3.2, 3.4; of 1024 8.4, 7.1, 7.2; of 2048 15.5, 13.8,
+# 14.0; 256 tokens of width 256 13.9, 14.8, 14.0; with gradients 64 of width 512 17.8, 16.1, 17.4.
+TOGETHER = 3 << 19
+VECTORS = 128  # bytes that torch's loops take at a time at most: two AVX-512 registers
+PLAIN = 400  # operations below which torch multiplies matrices by a loop of its own
+AT_ONCE = 4096  # columns widened to float64 at a time
+
+
+def widest(model: ModelConfig, gradients: bool) -> int:
+    """Entries of a token's largest activation."""
+    logits = min(model.vocab_size, COLUMNS_AT_ONCE) if gradients else 0
+    return max(model.width, model.d_ff, logits)
+
+
+def together(model: ModelConfig, tokens: int, gradients: bool) -> int:
+    """How many curves are measured as one batch at most, of so many tokens each."""
+    return max(1, TOGETHER // (tokens * widest(model, gradients)))
+
+
+def small(model: ModelConfig, tokens: int, gradients: bool) -> bool:
+    """Whether a curve of so many tokens leaves room in its batch, or fills it."""
+    return tokens * widest(model, gradients) <= TOGETHER
+
+
+def lies_alone(model: ModelConfig, tokens: int, size: int) -> bool:
+    """Whether a curve's numbers are the same bytes in a batch as alone, computed by one thread.
+
+    Every curve's share of a tensor must begin where a tensor would and end with a whole vector, and no
+    product be so small that its kernel depends on how many inits share Z. size: bytes of one number
+    of the stream.
+    """
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    widths = model.width, q, kv, model.d_ff
+    least = min(tokens, *widths) * tokens * min(widths)
+    return least >= PLAIN and all(tokens * n * size % VECTORS == 0 for n in (*widths, tokens))
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where factorisations for a device are made: they need float64, which MPS hasn't."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def gram(x: Tensor) -> Tensor:
+    """XXᵀ (S, N, N) in float64, of X (S, N, d) in any dtype."""
+    shape = (*x.shape[:-1], x.shape[-2])
+    total = torch.zeros(shape, dtype=torch.float64, device=_home(x.device))
+    for columns in x.split(AT_ONCE, dim=-1):
+        wide = columns.to(total)
+        total.baddbmm_(wide, wide.mT)
+    return total
+
+
+def factor(square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths D (S, N, 1), lower triangular L (S, N, N), j (S, 1, 1): LLᵀ = D⁻¹·square·D⁻¹ + j·I.
+
+    square: Gram matrices (S, N, N) in float64. Where one isn't finite, its L is NaN.
+    """
+    scale = square.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+    inverse = _inverse(scale)
+    unit, jitter = inverse * square * inverse.mT, JITTER
+    diagonal = unit.diagonal(dim1=-2, dim2=-1)
+    failed = torch.ones_like(diagonal[:, :1])
+    total = torch.zeros_like(failed)
+    while True:
+        added = jitter * failed  # each matrix gets what it would get alone
+        diagonal.add_(added)
+        total += added
+        lower, info = torch.linalg.cholesky_ex(unit)
+        if not info.any():
+            break
+        failed = (info != 0)[:, None].to(failed)
+        if jitter > 1e-6 or not (failed * square.isfinite().all(-1).all(-1, keepdim=True)).any():
+            lower = lower.masked_fill(failed[..., None] > 0, torch.nan)
+            break
+        jitter *= 10
+    return scale, lower, total[..., None]
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1/scale, and 0 for a row of zeros."""
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def product(x: Tensor, z: Tensor) -> Tensor:
+    """x (S, m, n) times z (U, n, d): (S, m, d). S/U of x, one after another, meet the same z."""
+    return (x.reshape(len(z), -1, x.shape[-1]) @ z).view(*x.shape[:-1], z.shape[-1])
+
+
+class _Coordinates(torch.autograd.Function):
+    """X (S, N, d) to L (S, N, N), float32, and a zero like L whose "gradient" is Σσ²GGᵀ: the tap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, normals: Normals, name: str) -> tuple[Tensor, Tensor]:
+        scale, lower, jitter = factor(gram(x.detach()))
+        ctx.save_for_backward(x, scale, lower, jitter)
+        ctx.normals, ctx.name = normals, f"{name}/backward"
+        tap = torch.zeros((), dtype=torch.float64, device=lower.device).expand_as(lower)
+        return (scale * lower).to(x.device, torch.float32), tap
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        known, square = gradients
+        x, scale, lower, jitter = ctx.saved_tensors
+        inverse = _inverse(scale)
+
+        def solve(right: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(lower, right, upper=False)
+
+        def narrow(wide: Tensor) -> Tensor:
+            return wide.to(x.device, torch.float32)
+
+        q = torch.cat(
+            [narrow(solve(inverse * part.to(lower))) for part in x.split(AT_ONCE, dim=-1)], -1
+        )
+        scale_g, lower_g, _ = factor(square)
+        down = narrow(scale_g * lower_g)
+        fresh = ctx.normals(ctx.name, x.shape[1:], x.device)
+        noise = ctx.normals(f"{ctx.name}/jitter", lower.shape[1:], lower.device).to(lower)
+        inits = len(x) // len(fresh)
+        noise = jitter.sqrt() * solve(noise.repeat_interleave(inits, 0).mT).mT
+        seen = torch.baddbmm(narrow(noise), fresh.repeat_interleave(inits, 0), q.mT)
+        out = (known - down @ seen) @ q + product(down, fresh)
+        return out.to(x.dtype), None, None
+
+
+class _Product(torch.autograd.Function):
+    """LZ, and back: GZᵀ to L, GGᵀ to the tap. Both inputs come with their σ."""
+
+    @staticmethod
+    def forward(ctx: Any, coordinates: Tensor, tap: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return product(coordinates, z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (z,) = ctx.saved_tensors
+        (g,) = gradients
+        return product(g, z.mT), gram(g), None
+
+
+class Inputs:
+    """The factorisation of the last input met: layers with the same input share it."""
+
+    def __init__(self, normals: Normals) -> None:
+        self.normals = normals
+        self.x: Tensor | None = None
+        self.found: tuple[Tensor, Tensor | None]
+
+    def tokens(self, x: Tensor) -> int:
+        """N: how many tokens of each curve x (…, d) holds."""
+        return x.shape[:-1].numel() // self.normals.curves
+
+    def start(self, x: Tensor, name: str) -> None:
+        """Begin to draw what the backward from x will ask for, if there is to be one."""
+        tokens, d = self.tokens(x), x.shape[-1]
+        if x.requires_grad and self.x is not x and tokens < d:
+            self.normals.start(f"{name}/backward", (tokens, d))
+
+    def coordinates(self, x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+        """L (S, N, N) and its tap for x, named after the first layer that asks; x itself if N ≥ d.
+
+        x (…, d): all tokens of the first curve, then all of the next; itself as (S, N, d).
+        """
+        if self.x is not x:
+            flat = x.reshape(self.normals.curves, -1, x.shape[-1])
+            wide = flat.shape[1] < flat.shape[2]
+            made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
+            self.x, self.found = x, made
+        return self.found
+
+
+Std = float | Tensor  # of all curves, or of each, (S, 1, 1)
+
+
+def times(x: Tensor, std: Std) -> Tensor:
+    """x (S, …) times what may be another number for each of S, in x's dtype."""
+    return x * (std.to(x) if isinstance(std, Tensor) else std)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A layer that a batch will pass."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+    def z(self, tokens: int) -> Shape:
+        """The shape of a seed's Z for so many tokens."""
+        return min(tokens, self.d_in), self.d_out
+
+
+class GaussianLinear(nn.Module):
+    """(…, d_in) to (…, d_out): x Wᵀ in law, for W with i.i.d. N(0, std²) entries. Use it once.
+
+    Each curve has its own W, and its share of x: the first 1/S of the tokens are the first curve's,
+    and so on. Those of a seed have the same W but for their std.
+    ``bind`` gives it its name, its std and what it shares with its block's other layers.
+    """
+
+    inputs: Inputs
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+
+    def bind(self, name: str, std: Std, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
+        """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
+        self.turn, self.std, self.inputs = Turn(name, self.d_in, self.d_out), std, inputs
+        self.later = list(later)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d_in) to (…, d_out), in x's dtype; computed in float32."""
+        normals, tokens = self.inputs.normals, self.inputs.tokens(x)
+        normals.start(self.turn.name, self.turn.z(tokens))
+        self.inputs.start(x, self.turn.name)
+        for turn in self.later:
+            if tokens < turn.d_in:  # else Z is a whole matrix, of which a block's are enough
+                normals.start(turn.name, turn.z(tokens))
+        coordinates, tap = self.inputs.coordinates(x, self.turn.name)
+        z = normals(self.turn.name, self.turn.z(tokens), x.device)
+        scaled = times(coordinates, self.std)
+        y = (
+            product(scaled, z)
+            if tap is None
+            else _Product.apply(scaled, times(tap, self.std**2), z)
+        )
+        return y.to(x.dtype).view(*x.shape[:-1], self.d_out)
+
+
+class GaussianWeights(RandomWeights):
+    """Random inits whose matrices are never drawn; their gains and embeddings are as in dense ones.
+
+    Several curves are measured as one batch: every seed with ``init``, then with each of the others,
+    which share its normals. Their sequences pass the blocks together, and a curve's numbers are those
+    that it would have alone, to float32's rounding; on one thread, to the last bit.
+    Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        init: InitConfig,
+        *seeds: int,
+        others: Sequence[InitConfig] = (),
+        beside: int = 0,
+    ) -> None:
+        super().__init__(model, init, seeds[0], beside)
+        self.inits = [init, *others]
+        self.dense = [RandomWeights(model, one, seed) for seed in seeds for one in self.inits]
+        self.curves = len(self.dense)
+        self.normals = Normals(seeds, self.pool, self.curves)
+        self.last = -1  # the block that was asked for last
+
+    tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
+
+    def linear(self, d_in: int, d_out: int) -> nn.Module:
+        """A GaussianLinear, which ``block`` binds."""
+        return GaussianLinear(d_in, d_out)
+
+    def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
+        """One block, its linear layers bound to their names and stds."""
+        block = super().block(layer, device, dtype)
+        inputs = Inputs(self.normals)
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, GaussianLinear)}
+        follows = layer + (1 if layer > self.last else -1)  # forward, or back again
+        self.last = layer
+        turns = [
+            Turn(f"blocks.{i}.{inner}.weight", linear.d_in, linear.d_out)
+            for i in (layer, follows)
+            if 0 <= i < self.model.depth
+            for inner, linear in linears.items()
+        ]
+        for i, linear in enumerate(linears.values()):
+            linear.bind(
+                turns[i].name, self.std(turns[i].name), inputs, turns[i + 1 : i + 1 + AHEAD]
+            )
+        return block
+
+    def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
+        """As in Weights. A tied head's rows that the tokens have shown are known, the rest fresh."""
+        count, parts = self.model.vocab_size, []
+        targets = ids[:, 1:].flatten()
+        if self.model.tied:
+            seen, where = ids.unique(return_inverse=True)
+            rows = self.embedded(seen[None], x.device, x.dtype)
+            parts.append(Columns(x, lambda: iter([rows.mT])))
+            targets, count = where[:, 1:].flatten(), count - len(seen)
+        coordinates, tap = Inputs(self.normals).coordinates(x, "head.weight")
+        std, d_in = self.std("head.weight"), coordinates.shape[-1]
+
+        def chunks() -> Iterator[Tensor]:
+            for start in range(0, count, COLUMNS_AT_ONCE):
+                shape = (d_in, min(COLUMNS_AT_ONCE, count - start))
+                z = self.normals(f"head.weight/{start}", shape, x.device)
+                yield z.repeat_interleave(len(self.inits), 0)
+
+        tap = None if tap is None else times(tap, std**2)
+        return [*parts, Columns(times(coordinates, std), chunks, tap)], targets
+
+    def std(self, name: str) -> Std:
+        """The standard deviation of a matrix's entries, its truncation taken into account.
+
+        A tied head is the embedding. Where the inits differ, every curve's (S, 1, 1).
+        """
+        if name == "head.weight" and self.model.tied:
+            name = "embedding.weight"
+        found = []
+        for init in self.inits:
+            law = distribution(self.model, init, name)
+            assert isinstance(law, Gaussian)
+            found.append(law.std)
+        if len(set(found)) == 1:
+            return found[0]
+        stds = torch.tensor(found, dtype=torch.float64).repeat(len(self.normals.seeds))
+        return stds[:, None, None]
+
+    def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """As in Weights; the same as dense models' on the CPU. ids (U, B, T): of every seed its own."""
+        cpu = torch.device("cpu")
+        own = ids if ids.dim() == 3 else ids[None].expand(len(self.normals.seeds), -1, -1)
+        of = own.repeat_interleave(len(self.inits), 0)
+        found = [dense.embedded(one, cpu, dtype) for dense, one in zip(self.dense, of, strict=True)]
+        return torch.cat(found).to(device)

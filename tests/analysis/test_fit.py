@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+
+from simlab.analysis import fit
+from simlab.analysis.fit import (
+    MIN_SEEDS,
+    design,
+    exponent,
+    growth,
+    per_sublayer,
+    rate,
+    resample,
+    shape,
+    t_quantile,
+)
+
+PLAIN = ["embedding", *["attention", "mlp"] * 20]
+SWIN = ["embedding", *(["attention", "mlp"] * 6 + ["renorm"]) * 4]
+
+
+def position(kinds):
+    d = design(kinds)
+    return np.concatenate([[0], d.position]), np.concatenate([[0], d.segment])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 3.7])
+@pytest.mark.parametrize("kinds", [PLAIN, SWIN])
+def test_exponent_is_recovered(p, kinds):
+    """v = a + b·k^p exactly, with an a per segment: p to 3 digits, whatever the offset."""
+    k, segment = position(kinds)
+    v = 3.0 + 5.0 * segment + 0.7 * k**p
+    assert exponent(v[None], kinds)[0] == pytest.approx(p, rel=2e-3)
+    assert shape(v, kinds) == "power"
+
+
+@pytest.mark.parametrize("r", [0.8, 1.05, 2.0, 1e4])
+@pytest.mark.parametrize("kinds", [PLAIN, SWIN])
+def test_rate_is_recovered(r, kinds):
+    k, segment = position(kinds)
+    v = (1.0 + segment) * r**k
+    assert rate(v[None], kinds)[0] == pytest.approx(r, rel=1e-9)
+    assert shape(v, kinds) == "exponential"
+
+
+def test_a_late_start_is_not_exponential():
+    """A measured curve, d = 128: eps holds the first sublayers back, then + 1 per sublayer."""
+    v = [
+        0.0004,
+        0.119,
+        0.684,
+        1.65,
+        2.62,
+        3.66,
+        4.66,
+        5.77,
+        6.79,
+        7.77,
+        8.79,
+        9.70,
+        10.6,
+        11.6,
+        12.6,
+    ]
+    assert shape(np.array(v), ["embedding", *["attention", "mlp"] * 7]) == "power"
+    explosive = 1e-3 * np.exp(0.4 * 1.5 ** np.arange(15))  # an exponential of an exponential
+    assert shape(explosive, ["embedding", *["attention", "mlp"] * 7]) == "exponential"
+    doubling = 1e-3 * 2.0 ** np.arange(15)
+    assert shape(doubling, ["embedding", *["attention", "mlp"] * 7]) == "exponential"
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("late", [0.0, 0.5, 0.98])
+def test_shape_of_noisy_powers_and_exponentials(p, late):
+    generator = np.random.default_rng(0)
+    noise = np.exp(0.03 * generator.standard_normal(40))
+    k = np.arange(1, 41)
+    assert shape(np.concatenate([[1e-4], (k**p - late) * noise]), PLAIN) == "power"
+    assert shape(np.concatenate([[1e-4], 1.2**k * noise]), PLAIN) == "exponential"
+
+
+def test_exponent_against_a_grid_search():
+    """An independent ten-line least squares, on noisy curves."""
+    generator = np.random.default_rng(0)
+    k = np.arange(1, 41)
+    for _ in range(5):
+        v = np.concatenate([[0.0], 1 + k**1.3 + generator.normal(0, 1, 40)])
+        best = None
+        for p in np.linspace(0.5, 3, 2501):
+            basis = np.stack([np.ones(40), k**p], axis=1)
+            residual = v[1:] - basis @ np.linalg.lstsq(basis, v[1:], rcond=None)[0]
+            if best is None or residual @ residual < best[0]:
+                best = (residual @ residual, p)
+        assert exponent(v[None], PLAIN)[0] == pytest.approx(best[1], abs=2e-3)
+
+
+def test_growth_per_sublayer_leaves_out_the_embedding_and_the_renorms():
+    k, _ = position(SWIN)
+    v = np.where(np.array(SWIN) == "renorm", 1.0, 1.0 + k)
+    v[0] = 0.0004
+    assert per_sublayer(v, SWIN) == pytest.approx(1.0)
+    assert exponent(v[None], SWIN)[0] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_what_cannot_be_fitted():
+    short = ["embedding", "attention", "mlp"]
+    assert np.isnan(exponent(np.ones((1, 3)), short)[0])
+    assert shape(np.ones(3), short) == "unknown"
+    constant = np.ones(41)
+    assert shape(constant, PLAIN) == "constant"
+    assert np.isnan(exponent(constant[None], PLAIN)[0])
+    assert np.isnan(per_sublayer(np.ones(2), ["embedding", "attention"]))
+    assert shape(np.zeros(41), PLAIN) == "unknown"
+
+
+def test_t_quantile():
+    """Values from printed tables."""
+    for q, df, value in (
+        (0.975, 7, 2.3646),
+        (0.975, 1, 12.7062),
+        (0.975, 31, 2.0395),
+        (0.995, 9, 3.2498),
+    ):
+        assert t_quantile(q, df) == pytest.approx(value, abs=2e-4)
+
+
+def random_walks(generator, seeds, runs):
+    """Curves with v_k = k + a random walk whose steps grow: rows depend on each other, as real ones."""
+    steps = generator.normal(0, 0.05, (runs, seeds, 40)) * np.sqrt(np.arange(1, 41))
+    return np.concatenate([np.zeros((runs, seeds, 1)), np.arange(1, 41) + steps.cumsum(-1)], -1)
+
+
+@pytest.mark.parametrize("seeds", [8, 16])
+def test_the_intervals_cover(seeds, monkeypatch):
+    """95 % intervals cover the truth in 95 % of 400 runs; three standard errors of that are 3.3 %."""
+    monkeypatch.setattr(fit, "RESAMPLES", 800)
+    runs = random_walks(np.random.default_rng(1), seeds, 400)
+    for statistic, truth in ((per_sublayer, 1.0), (exponent, 1.0)):
+        inside = 0
+        for v in runs:
+            e = resample(v, lambda w: statistic(w, PLAIN))  # noqa: B023
+            inside += e.low <= truth <= e.high
+        assert 0.917 < inside / 400 < 0.983
+
+
+def test_rows_are_not_resampled_as_if_independent():
+    """Negative control: an interval from the rows' scatter about the fit would be far too narrow."""
+    v = random_walks(np.random.default_rng(1), 8, 1)[0]
+    e = resample(v, lambda w: per_sublayer(w, PLAIN))
+    k, y = np.arange(1, 41), v.mean(0)[1:]
+    slope, offset = np.polyfit(k, y, 1)
+    naive = (y - slope * k - offset).std(ddof=2) / np.sqrt(((k - k.mean()) ** 2).sum())
+    assert (e.high - e.low) / 2 > 2 * 1.96 * naive
+
+
+def test_too_few_seeds_get_no_interval():
+    v = random_walks(np.random.default_rng(1), MIN_SEEDS - 1, 1)[0]
+    g = growth(v, PLAIN)
+    for e in (g.per_sublayer, g.exponent, g.rate):
+        assert e.low is None
+        assert np.isfinite(e.value)
+
+
+def test_same_data_same_interval():
+    v = random_walks(np.random.default_rng(1), 8, 1)[0]
+    assert growth(v, PLAIN) == growth(v, PLAIN)

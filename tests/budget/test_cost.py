@@ -1,0 +1,142 @@
+"""The rule of engine=auto: counts by hand, and where it turns."""
+
+import dataclasses
+import math
+
+import pytest
+from conftest import tiny
+
+from simlab.budget.cost import choose, costs, divide
+from simlab.config import ConfigError
+from simlab.config.validate import compose
+from simlab.experiment import prepare, run
+from simlab.weights.rng import Normals
+
+
+def test_numbers_are_those_that_are_drawn(monkeypatch):
+    """Counted in the draws themselves, dense and weightless, without and with gradients."""
+    drawn = []
+    import simlab.weights.dense as random
+    import simlab.weights.rng as normals
+
+    def counting(original):
+        def draw(out, *args):
+            drawn.append(math.prod(out.shape))
+            original(out, *args)
+
+        return draw
+
+    monkeypatch.setattr(random, "draw_on_cpu", counting(random.draw_on_cpu))
+    monkeypatch.setattr(normals, "draw", counting(normals.draw))
+    for engine in ("dense", "weightless"):
+        config = tiny(f"engine={engine}", "width=96", "d_ff=160")
+        drawn.clear()
+        run(config)
+        embedding = 97 * 96  # one piece, drawn whole
+        wanted = costs(config.shape, 22, False)[engine].numbers
+        assert sum(drawn) - embedding == wanted
+    drawn.clear()
+    run(tiny("engine=weightless", "width=96", "d_ff=160", "gradients=true", "inputs.batch=1"))
+    # 11 tokens; the head sees 10 of them, the formula counts 11; the jitter's N×N are left out.
+    wanted = costs(config.shape, 11, True)["weightless"].numbers
+    assert sum(drawn) - embedding == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize("model", ["olmo2_1b", "olmo2_7b", "olmo2_32b"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_few_tokens_weightless_many_dense(model, gradients):
+    shape = compose([f"model={model}"]).shape
+    assert choose(shape, 64, gradients, "cpu")[0] == "weightless"
+    assert choose(shape, 4 * shape.d_ff, gradients, "cpu")[0] == "dense"
+    turns = [choose(shape, n, gradients, "cpu")[0] for n in range(64, 2 * shape.width, 64)]
+    assert turns == sorted(turns, reverse=True)  # once, from weightless to dense
+
+
+def test_the_measured_crossover():
+    """scripts/benchmark.py crossover, 2 cores: 1B turns between 1024 and 1536 tokens."""
+    shape = compose(["model=olmo2_1b"]).shape
+    for gradients in (False, True):
+        assert choose(shape, 832, gradients, "cpu")[0] == "weightless"
+        assert choose(shape, 1536, gradients, "cpu")[0] == "dense"
+
+
+def test_the_run_says_which_and_why():
+    ready = prepare(tiny("engine=auto", "width=96", "inputs.batch=1"))
+    assert ready.engines == {"random": "weightless"}
+    assert "cheaper than dense" in ready.reason
+    assert prepare(tiny("engine=auto", "inputs.batch=100")).engines == {"random": "dense"}
+    assert prepare(tiny()).reason == "as asked"
+    summary = run(tiny("engine=auto", "width=96", "inputs.batch=1")).summary
+    assert summary["engine"] == "weightless"
+    assert "cheaper" in summary["engine_reason"]
+    assert summary["config"]["engine"] == "weightless"
+
+
+def test_a_checkpoint_is_always_dense(checkpoint):
+    config = compose(
+        ["source=checkpoint", f"source.path={checkpoint}", "engine=weightless", "seeds=2",
+         "inputs.batch=2", "inputs.length=9", "device=cpu", "gradients=true"]
+    )  # fmt: skip
+    summary = run(config).summary
+    assert summary["engines"] == {"checkpoint": "dense", "random": "weightless"}
+    assert summary["loss"].keys() == {"checkpoint", "random"}
+    alone = prepare(dataclasses.replace(config, seeds=()))
+    assert (alone.config.engine, alone.engines) == ("dense", {"checkpoint": "dense"})
+    assert alone.reason == "a checkpoint has its weights"
+
+
+def test_threads_are_shared_in_proportion():
+    shape = compose(["model=olmo2_32b"]).shape
+
+    def threads(tokens, count):
+        found = divide(shape, tokens, False, 3, count)
+        assert (found.seeds, found.batches) == (1, 1)  # each is large
+        assert found.compute + found.drawing == count
+        return found.compute
+
+    assert threads(64, 2) == 1
+    assert threads(2048, 2) == 2
+    assert threads(64, 1) == 1
+    assert 1 < threads(64, 16) < 16
+
+
+@pytest.mark.parametrize(
+    ("seeds", "threads", "expected"),
+    [
+        (0, 2, (1, 1, 1, 1)),
+        (1, 2, (1, 1, 1, 1)),
+        (5, 2, (5, 1, 1, 1)),  # one batch, beside its drawing
+        (6, 2, (3, 2, 1, 0)),
+        (8, 2, (4, 2, 1, 0)),
+        (12, 2, (6, 2, 1, 0)),
+        (13, 2, (4, 2, 1, 0)),  # 4, 4, 4, 1: of sixes one would be left to the end alone
+        (12, 1, (6, 1, 1, 0)),
+        (8, 3, (4, 2, 1, 0)),
+        (64, 16, (6, 4, 1, 3)),  # and never more than four
+    ],
+)
+def test_small_batches_go_side_by_side(seeds, threads, expected):
+    """At width 1024 and 64 tokens, where six curves are a batch at most."""
+    shape = compose(["model=small", "width=1024", "heads=16", "kv_heads=16", "d_ff=4096"]).shape
+    assert dataclasses.astuple(divide(shape, 64, False, seeds, threads)) == expected
+
+
+def test_gradients_is_a_truth_value():
+    with pytest.raises(ConfigError, match="gradients=3: allowed: true, false"):
+        tiny("gradients=3")
+
+
+def test_normals_are_not_drawn_twice(monkeypatch):
+    """What is drawn ahead is used: nothing is left over when a curve ends."""
+    left = []
+    original = Normals.__call__
+
+    def watched(self, *args):
+        value = original(self, *args)
+        left.append(self.started)
+        return value
+
+    monkeypatch.setattr(Normals, "__call__", watched)
+    run(tiny("engine=weightless", "gradients=true", "inputs.batch=1"))
+    assert left
+    assert not left[-1]

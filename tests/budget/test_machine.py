@@ -1,0 +1,144 @@
+"""What may still be taken of a machine's memory, from files and variables as systems write them."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from simlab.budget import machine as resources
+from simlab.budget.machine import MIB, available, calibrate, on_cpu, slurm, system
+
+MEMINFO = "MemTotal:       24683656 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\n"
+FREE = 20_000_000 * 1024
+
+
+def machine(root, files):
+    """A folder with proc/meminfo, and files."""
+    for name, text in {"proc/meminfo": MEMINFO, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V1 = "sys/fs/cgroup/memory/jobs/one/memory."
+V2 = "sys/fs/cgroup/"
+CASES = {
+    "no group": ({}, FREE),
+    "v2, no limit": (
+        {"proc/self/cgroup": "0::/\n", f"{V2}memory.max": "max\n", f"{V2}memory.current": "5\n"},
+        FREE,
+    ),
+    "v2, its own limit": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            f"{V2}a/b/memory.max": "4000\n",
+            f"{V2}a/b/memory.current": "1500\n",
+            f"{V2}a/b/memory.stat": "anon 900\ninactive_file 600\nactive_file 10\n",
+        },
+        4000 - 1500 + 600,
+    ),
+    "v2, a limit above": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            f"{V2}a/b/memory.max": "4000\n",
+            f"{V2}a/b/memory.current": "0\n",
+            f"{V2}a/memory.max": "3000\n",
+            f"{V2}a/memory.current": "2900\n",
+        },
+        100,
+    ),
+    "v2, in a container: its path isn't there": (
+        {
+            "proc/self/cgroup": "0::/docker/abc\n",
+            f"{V2}memory.max": "4000\n",
+            f"{V2}memory.current": "1000\n",
+        },
+        3000,
+    ),
+    "v1": (
+        {
+            "proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/jobs/one\n0::/\n",
+            f"{V1}limit_in_bytes": "5000\n",
+            f"{V1}usage_in_bytes": "4500\n",
+            f"{V1}stat": "inactive_file 1\ntotal_inactive_file 7\n",
+        },
+        507,
+    ),
+    "v1, no limit": (
+        {
+            "proc/self/cgroup": "4:memory:/jobs/one\n",
+            f"{V1}limit_in_bytes": "9223372036854771712\n",
+            f"{V1}usage_in_bytes": "4500\n",
+        },
+        FREE,
+    ),
+    "more used than allowed": (
+        {"proc/self/cgroup": "0::/\n", f"{V2}memory.max": "5\n", f"{V2}memory.current": "9\n"},
+        0,
+    ),
+    "garbage": (
+        {"proc/self/cgroup": "0::/../..\nx\n:\n", f"{V2}memory.max": "\n"},
+        FREE,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_control_groups(tmp_path, case):
+    files, wanted = CASES[case]
+    assert on_cpu(machine(tmp_path, files), {}) == wanted
+
+
+def test_slurm(tmp_path):
+    """MiB for the node or for each CPU, less what the process has already; 0 is all of the node's."""
+    pages = resources.os.sysconf("SC_PAGE_SIZE")
+    root = machine(tmp_path, {"proc/self/statm": "900 50 1 1 0 1 0\n"})
+    assert on_cpu(root, {"SLURM_MEM_PER_NODE": "2048"}) == 2048 * MIB - 50 * pages
+    each = {"SLURM_MEM_PER_CPU": "512", "SLURM_CPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "1"}
+    assert slurm(each, 0) == 2048 * MIB
+    assert slurm({"SLURM_MEM_PER_CPU": "512", "SLURM_CPUS_PER_TASK": "3"}, 0) == 3 * 512 * MIB
+    assert slurm({"SLURM_MEM_PER_CPU": "512", "SLURM_CPUS_PER_TASK": "2(x3)"}, 0) == 512 * MIB
+    assert slurm({"SLURM_MEM_PER_NODE": "0"}, 0) is None
+    assert slurm({}, 0) is None
+
+
+def test_without_linux(tmp_path, monkeypatch):
+    """All the memory there is, where that is said; else nothing."""
+    pages, size = (resources.os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
+    assert system(tmp_path) == pages * size
+    monkeypatch.delattr(resources.os, "sysconf")
+    assert system(tmp_path) is None
+    assert on_cpu(tmp_path, {}) is None
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(resources, "on_cpu", lambda: 900)
+    assert [available("cpu"), available(torch.device("cpu"), 4), available("mps")] == [
+        900,
+        225,
+        900,
+    ]
+    monkeypatch.setattr(resources, "on_cpu", lambda: None)
+    assert available("cpu", 4) is None
+    cuda = SimpleNamespace(
+        mem_get_info=lambda device: (1000, 5000),
+        memory_reserved=lambda device: 300,
+        memory_allocated=lambda device: 100,
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    assert available("cuda:1", 2) == 600
+
+
+def test_this_machine_has_some():
+    free = available("cpu")
+    assert free is not None or sys.platform != "linux"
+    assert free is None or free > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rates_are_positive_and_kept(dtype):
+    rates = calibrate(dtype)
+    assert min(vars(rates).values()) > 0
+    assert calibrate(dtype) is rates

@@ -1,0 +1,225 @@
+"""Memory: the estimate's parts against the code's constants and a real peak, and the refusal."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import simlab, tiny
+
+from simlab.budget import memory
+from simlab.budget.cost import Curve, curves, seconds
+from simlab.budget.machine import Rates
+from simlab.budget.memory import fitting, needed, peak, refuse
+from simlab.config import ConfigError
+from simlab.config.validate import compose
+from simlab.experiment import prepare
+
+PRESETS = ["small", "olmo2_1b", "olmo2_7b", "olmo2_13b", "olmo2_32b", "olmo3_7b", "olmo3_32b"]
+
+
+@pytest.fixture
+def gigabytes(monkeypatch):
+    """Sets how much memory is free, in 10⁹ bytes."""
+
+    def free(size):
+        def available(device, share=1):
+            return int(size * 1e9) // share
+
+        monkeypatch.setattr(memory, "available", available)
+        return int(size * 1e9)
+
+    return free
+
+
+def test_the_allowed_holes_are_more_than_malloc_keeps():
+    from simlab.budget import process
+
+    assert memory.MOST_HOLES > process.KEPT
+
+
+def curve(*overrides: str) -> Curve:
+    (found,) = curves(compose(["model=olmo2_1b", "seeds=1", "device=cpu", *overrides]), 2)
+    return found
+
+
+def test_it_grows_with_what_is_asked():
+    base = ["engine=dense", "inputs.batch=4", "inputs.length=512"]
+    small = peak(curve(*base))
+    for more in (
+        "inputs.batch=8",
+        "inputs.length=4096",
+        "gradients=true",
+        "width=4096",
+        "d_ff=16384",
+    ):
+        assert peak(curve(*base, more)) > small, more
+    assert peak(curve(*base, "dtype=bfloat16")) < small
+    assert peak(curve(*base, "depth=1000")) < 1.1 * small  # one block at a time: only rows are more
+    deep = [peak(curve(*base, "gradients=true", f"depth={n}")) for n in (100, 200)]
+    assert deep[1] - deep[0] == pytest.approx(100 * curve(*base).stream, rel=0.1)
+    few = ["inputs.batch=1", "inputs.length=64"]
+    assert peak(curve(*few, "engine=weightless")) < peak(curve(*few, "engine=dense")) / 3
+
+
+def test_long_sequences_are_squared():
+    """1 × 16384: four float32 matrices of T × T for one head, and the mask and its inverse."""
+    size = peak(curve("engine=dense", "width=256", "inputs.batch=1", "inputs.length=16384"))
+    assert size == pytest.approx(18 * 16384**2, rel=0.3)
+
+
+CASE = """
+import resource, sys
+from simlab.budget.process import tune_process
+tune_process()
+from simlab import compose, experiment
+def peak():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss: Linux begins it at the size of the process that started this one.
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+before = peak()
+experiment.run(compose(sys.argv[1:]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine=dense", "width=3072", "heads=24", "kv_heads=24", "d_ff=20480", "inputs.length=64"],
+        ["engine=dense", "inputs.length=6000", "width=256", "d_ff=704"],
+    ],
+    ids=["a large block", "a long sequence"],
+)
+def test_a_real_peak(overrides):
+    """Cases that large matrices decide; scripts/benchmark_estimates.py has the others."""
+    asked = ["model=small", "depth=1", "seeds=1", "device=cpu", "inputs.batch=1", *overrides]
+    done = subprocess.run(
+        [sys.executable, "-c", CASE, *asked],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert 0.8 < needed(compose(asked), 2) / int(done.stdout) < 1.5
+
+
+def test_time_grows_with_what_is_asked():
+    rates = Rates(1e-11, 1e-11, 5e-9, 1e-9, 1e-6)
+    base = seconds(curve("engine=dense"), rates)
+    assert seconds(curve("engine=dense", "seeds=8"), rates) == pytest.approx(8 * base)
+    assert seconds(curve("engine=dense", "gradients=true"), rates) > 1.5 * base
+    assert seconds(curve("engine=dense", "depth=64"), rates) == pytest.approx(4 * base, rel=0.2)
+    assert seconds(curve("engine=weightless", "inputs.batch=1"), rates) < base
+    assert seconds(curve("engine=dense")) > 0  # with this machine's rates
+
+
+def test_a_run_has_its_checkpoints_and_its_inits_curves(checkpoint):
+    given = ["source=checkpoint", f"source.path={checkpoint}", "seeds=3", "inputs.length=9"]
+    config = prepare(compose([*given, "device=cpu", "engine=weightless"])).config
+    assert [(c.stored, c.engine, c.seeds) for c in curves(config, 2)] == [
+        (True, "dense", 1), (False, "weightless", 3),
+    ]  # fmt: skip
+    alone = dataclasses.replace(config, seeds=(), engine="dense")
+    assert [c.stored for c in curves(alone, 2)] == [True]
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_presets_are_not_refused(model, gigabytes):
+    gigabytes(24)
+    for more in (
+        [],
+        ["gradients=true"],
+        ["engine=dense"],
+        ["engine=weightless", "inputs.length=512"],
+    ):
+        refuse(compose([f"model={model}", "device=cpu", *more]), 2)
+
+
+HUGE = ["inputs.batch=4096", "inputs.length=4096"]
+
+
+@pytest.mark.parametrize("free", [1.5, 8])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=olmo2_7b", "engine=dense", *HUGE, "gradients=true"],
+        ["model=olmo2_32b", "engine=dense", "inputs.batch=64", "inputs.length=4096"],
+        ["model=olmo2_32b", "engine=weightless", *HUGE],
+        ["model=olmo2_32b", "engine=dense", "inputs.batch=1", "inputs.length=64"],
+        ["model=small", "engine=dense", "inputs.batch=1", "inputs.length=1000000"],
+    ],
+)
+def test_what_is_suggested_fits(overrides, free, gigabytes):
+    size = gigabytes(free)
+    config = compose([*overrides, "device=cpu"])
+    if needed(config, 2) <= size:
+        refuse(config, 2)
+        return
+    with pytest.raises(
+        ConfigError, match=r"needs about .* GB, .* GB are free; .* would fit"
+    ) as error:
+        refuse(config, 2)
+    said = str(error.value)
+    assert said.startswith(" ".join(overrides))
+    options = said.rpartition("; ")[2].removesuffix(" would fit").split(" or ")
+    assert 1 <= len(options) <= 2
+    for option in options:
+        refuse(compose([*overrides, "device=cpu", *option.split()]), 2)
+
+
+def test_the_suggestion_is_the_largest_power_of_two(gigabytes):
+    free = gigabytes(8)
+    config = compose(["model=olmo2_7b", "engine=dense", *HUGE, "device=cpu", "gradients=true"])
+    ((text, changed),) = (o for o in fitting(config, 2, free) if o[0].startswith("inputs."))
+    assert text == f"inputs.batch={changed.inputs.batch}"
+    twice = dataclasses.replace(changed.inputs, batch=2 * changed.inputs.batch)
+    with pytest.raises(ConfigError, match=r"inputs\.batch"):
+        refuse(dataclasses.replace(config, inputs=twice), 2)
+
+
+def test_a_checkpoint_has_no_other_engine(gigabytes, checkpoint):
+    ready = prepare(
+        compose(
+            ["source=checkpoint", f"source.path={checkpoint}", "seeds=0", "device=cpu",
+             "inputs.batch=200", "inputs.length=900"]
+        )
+    )  # fmt: skip
+    gigabytes(0.16)
+    with pytest.raises(
+        ConfigError, match=r"source=checkpoint engine=dense inputs\.batch=200"
+    ) as error:
+        refuse(ready.config, 2)
+    assert "weightless" not in str(error.value)
+    assert "inputs.batch=" in str(error.value).rpartition(";")[2]
+
+
+def test_nothing_fits(gigabytes):
+    gigabytes(0.001)
+    with pytest.raises(ConfigError, match="nothing of this model fits"):
+        prepare(tiny())
+
+
+def test_runs_at_a_time_share(gigabytes):
+    config = compose(["model=olmo2_7b", "engine=dense", "device=cpu"])
+    gigabytes(1.5 * needed(config, 2) / 1e9)
+    refuse(config, 2)
+    with pytest.raises(ConfigError, match="are free"):
+        refuse(config, 2, share=2)
+
+
+def test_the_command_refuses_in_a_moment(tmp_path):
+    """61 TB of streams; the batch of tokens alone is made, 134 MB."""
+    start = time.perf_counter()
+    done = simlab(
+        "model=olmo2_7b", "engine=dense", *HUGE, "gradients=true", "device=cpu", cwd=tmp_path
+    )
+    assert time.perf_counter() - start < 60
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "needs about" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,386 @@
+"""Opens mutations of valid checkpoints under a memory limit; run by test_strangers.
+
+    python strangers.py FORMAT ORIGINAL WORK COUNT
+
+Prints JSON: how many opened, how many were refused, and what went wrong otherwise.
+"""
+
+import copy
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import time
+import traceback
+import zipfile
+from pathlib import Path
+
+import torch
+from evil_pickles import evil
+
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.config import ConfigError
+
+MEMORY = 256 << 20  # more than the interpreter with torch in it has mapped
+SECONDS = 8
+
+NASTY = [
+    0, 1, -1, 2, 3, 7, 10**9, 10**18, 2**63, 10**400, -(10**30), 0.5, -1.5, 1e308, 1e-320, True, False,
+    None, "", "x", "5", "../../etc/passwd", "/etc/passwd", "a" * 5000, "\x1b[31m\n", "\0", [], {},
+    [None], [[]] * 50, {"a": {"b": 1}}, float("nan"), float("inf"), [1, 2, 3], [-1], ["full_attention"],
+    "default", "null", "rms", "__import__('os')", 10**4299, "\ud800.safetensors",
+    "a" * 300 + ".safetensors", "\x1b[0m.safetensors",
+]  # fmt: skip
+
+
+def nodes(values, path=()):
+    """Every place in nested objects and lists."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in list(items):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from nodes(value, (*path, key))
+
+
+def mutate_object(values, rng):
+    """Replace, remove, copy or add at a random place."""
+    places = list(nodes(values))
+    if not places:
+        return
+    path, nasty = rng.choice(places), copy.deepcopy(rng.choice(NASTY))
+    parent = values
+    for key in path[:-1]:
+        parent = parent[key]
+    kind, key = rng.randrange(8), path[-1]
+    if kind == 0:
+        del parent[key]
+    elif kind == 1 and isinstance(parent, dict):
+        parent[rng.choice([f"{key}x", str(key).upper(), "bias", "clip_qkv"])] = nasty
+    elif kind == 2:
+        parent[key] = copy.deepcopy(values)
+    else:
+        parent[key] = nasty
+
+
+def mutate_json(path, rng):
+    values = json.loads(path.read_text())
+    for _ in range(rng.choice([1, 1, 1, 3])):
+        mutate_object(values, rng)
+    try:
+        sys.setrecursionlimit(3000)
+        path.write_text(json.dumps(values))
+    except (ValueError, RecursionError):  # a circle, or digits without end
+        path.write_text("[" * rng.choice([10, 100_000]))
+
+
+def mutate_text(path, rng):
+    """Lines of a config swapped for what a YAML or JSON parser might choke on."""
+    lines = path.read_text(errors="replace").splitlines() or [""]
+    line = rng.randrange(len(lines))
+    key = lines[line].split(":")[0]
+    lines[line] = rng.choice([
+        f"{key}: {rng.choice(NASTY)}", f"{key}: !!python/object/apply:os.system ['touch x']",
+        f"{key}: &a [*a, *a]",
+        f"{key}: *b", "<<: [*a, *a]", f"{key}: {'[' * 5000}", f"{key}: {'1:' * 99}1",
+        f"{key}: 2001-99-99", "%YAML 9.9", "---", "...", "\t\t", f"? {key}", f"{key}: |", f"{key}: 'x",
+        f"{key}: {'9' * 5000}", f"{key}: 0x{'f' * 5000}", f"{key}: .inf", "? [a, b]\n: c",
+        f"{lines[line]}\n{lines[line]}", "", f"{key}: 1e-6", f"{key}: {{a: {{b: c}}}}",
+    ])  # fmt: skip
+    path.write_text("\n".join(lines), errors="replace")
+
+
+def mutate_bytes(path, rng):
+    """Flipped bytes, numbers overwritten, cuts, insertions; often where headers are."""
+    data = bytearray(path.read_bytes())
+    if not data:
+        return
+    where = rng.choice(["head", "tail", "any", "any"])
+    low, high = {"head": (0, 3000), "tail": (len(data) - 6000, len(data))}.get(
+        where, (0, len(data))
+    )
+    low, high = max(low, 0), min(high, len(data))
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        at, kind = rng.randrange(low, high), rng.randrange(7)
+        if kind < 3:
+            data[at % len(data)] ^= 1 << rng.randrange(8)
+        elif kind == 3:
+            data[at % len(data)] = rng.randrange(256)
+        elif kind == 4:
+            number = rng.choice(
+                [0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+            )
+            width = rng.choice([2, 4, 8])
+            data[at : at + width] = (number & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+        elif kind == 5:
+            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
+        else:
+            del data[at : at + rng.choice([1, 2, 8, 1000, len(data)])]
+        if not data:
+            break
+        high = min(high, len(data)) or 1
+        low = min(low, high - 1)
+    path.write_bytes(data)
+
+
+def mutate_safetensors(path, rng):
+    """A header that lies, of the right length."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = rng.choice([n for n in header if n != "__metadata__"])
+    about, kind = header[name], rng.randrange(8)
+    if kind == 0:
+        about["dtype"] = rng.choice(["F32", "F16", "I64", "BOOL", "F8_E4M3", "X", 3, None])
+    elif kind == 1:
+        about["shape"] = rng.choice(
+            [[], [0], [1 << 62, 4], [-1], [1] * 60, about["shape"][::-1], "x"]
+        )
+    elif kind == 2:
+        about["data_offsets"] = rng.choice(
+            [[0, 0], [5, 1], [0, 1 << 62], [-8, 0], [0], "x", [0.5, 2]]
+        )
+    elif kind == 3:
+        header[rng.choice(["x", "../x", "\x1b[0m", "", "a" * 3000, name + ".bias"])] = header.pop(
+            name
+        )
+    elif kind == 4:
+        header[name + "2"] = dict(about)
+    else:
+        mutate_object(header, rng)
+    text = json.dumps(header).encode()
+    path.write_bytes(
+        struct.pack("<Q", len(text) + rng.choice([0, 0, 0, 1, -1])) + text + data[8 + size :]
+    )
+
+
+def rezip(data, change):
+    """A torch.save archive with its pickle, or its records, changed; everything else consistent."""
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        records = [(info.filename, old.read(info)) for info in old.filelist]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as new:
+        for name, content in change(records):
+            new.writestr(name, content)
+    return out.getvalue()
+
+
+def mutate_pickle(data, rng, marker):
+    """A byte, an opcode or a name of a pickle; or another pickle altogether."""
+    if rng.random() < 0.3:
+        return rng.choice(list(evil(marker).values()))
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at, kind = rng.randrange(len(data)), rng.randrange(5)
+        if kind == 0:
+            data[at] = rng.choice(
+                b"().0NRbcdeghijlopqrstu]}\x80\x81\x85\x86\x87\x93\x94\x95QKMJX\x8c"
+            )
+        elif kind == 1:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            old, new = rng.choice([
+                (b"FloatStorage", b"LongStorage\n"), (b"_rebuild_tensor_v2", b"_rebuild_tensor_v3"),
+                (b"__0_0.distcp", b"../0_.distcp"), (b"__0_0.distcp", b"/etc/.distcp"),
+                (b"__0_1.distcp", b"__0_0.distcp"), (b"float32", b"float64"), (b"Size", b"load"),
+                (b"transformer", b"transformex"), (b"model.", b"modeX."), (b"storage", b"storagX"),
+            ])  # fmt: skip
+            data = bytearray(bytes(data).replace(old, new, rng.choice([1, -1])))
+        elif kind == 3:
+            number = rng.choice([0, 1, 255, 0x7FFFFFFF, 0xFFFFFFFF]).to_bytes(4, "little")
+            data[at : at + 4] = b"J" + number[: rng.choice([3, 4])]
+        else:
+            del data[at : at + rng.choice([1, 3, 200])]
+        if not data:
+            break
+    return bytes(data)
+
+
+def mutate_archive(data, rng, marker):
+    """The records of an archive: its pickle, a record's size, name, number or compression."""
+    kind = rng.randrange(8)
+
+    def change(records):
+        index = rng.randrange(len(records))
+        for i, (name, content) in enumerate(records):
+            if kind < 4 and name.endswith("data.pkl"):
+                content = mutate_pickle(content, rng, marker)
+            elif kind == 4 and i == index:
+                content = content[: rng.randrange(len(content) + 1)]
+            elif kind == 5 and i == index:
+                continue
+            elif kind == 6 and i == index:
+                name = rng.choice(["../../x", "/etc/passwd", "x", name + "\0", name.upper()])
+            yield name, content
+            if kind == 7 and i == index:
+                yield name + "x", content
+
+    return rezip(data, change)
+
+
+def mutate_distcp(path, state, rng, marker):
+    """One chunk's archive rewritten in place where it fits, else at its place with all moved."""
+    data = path.read_bytes()
+    starts = [
+        m.start() for m in re.finditer(rb"PK\x03\x04.{26}[^/]{1,20}/data\.pkl", data, re.DOTALL)
+    ]
+    at = rng.randrange(len(starts))
+    start, stop = starts[at], (*starts, len(data))[at + 1]
+    new = mutate_archive(data[start:stop], rng, marker)
+    path.write_bytes(data[:start] + new.ljust(stop - start, b"\0") + data[stop:])
+
+
+def mutate_files(folder, rng):
+    """A file missing, renamed, doubled, empty, a folder, a link or a pipe."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = rng.choice(files)
+    kind = rng.randrange(9)
+    if kind == 0:
+        path.unlink()
+    elif kind == 1:
+        path.rename(path.with_name("other" + path.suffix))
+    elif kind == 2:
+        name = rng.choice(["model.safetensors", "model.pt", "config.json", "config.yaml"])
+        path.with_name(name).write_bytes(path.read_bytes())
+    elif kind == 3:
+        path.write_bytes(b"")
+    elif kind == 4:
+        path.unlink()
+        path.mkdir()
+    elif kind == 5:
+        path.unlink()
+        path.symlink_to(rng.choice([path.name, "/nowhere", ".", "/dev/null"]))
+    elif kind == 6:
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == 7:
+        other = rng.choice(files)
+        path.write_bytes(other.read_bytes())
+    else:
+        path.write_bytes(path.read_bytes() * 2)
+
+
+def mutate(folder, rng, marker):
+    """One mutation of a checkpoint folder, whatever its format."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    path = rng.choice(
+        [*files, *(p for p in files if p.suffix in (".json", ".yaml") or p.name[0] == ".")]
+    )
+    if rng.random() < 0.12:
+        return mutate_files(folder, rng)
+    if path.suffix == ".json" and rng.random() < 0.85:
+        return mutate_json(path, rng)
+    if path.suffix == ".yaml":
+        return mutate_text(path, rng)
+    if path.suffix == ".safetensors" and rng.random() < 0.6:
+        return mutate_safetensors(path, rng)
+    if path.name == ".metadata" and rng.random() < 0.7:
+        return path.write_bytes(mutate_pickle(path.read_bytes(), rng, marker)) and None
+    if path.suffix == ".pt" and rng.random() < 0.6:
+        return path.write_bytes(mutate_archive(path.read_bytes(), rng, marker)) and None
+    if path.suffix == ".distcp" and rng.random() < 0.5:
+        return mutate_distcp(path, folder, rng, marker)
+    return mutate_bytes(path, rng)
+
+
+def read_all(folder):
+    """Opens a checkpoint and reads every tensor in it, as stored and by our names."""
+    opened = Checkpoint(str(folder))
+    for stored in opened.opened.tensors.values():
+        opened.files.rows(stored, 0, stored.shape[0])
+    for name in opened.parts:
+        for layer in range(opened.model.depth) if "{}" in name else (0,):
+            ours = name.format(layer)
+            stored, start, stop = opened.stored(ours)
+            shape = (stop - start, *stored.shape[1:])
+            value = opened.tensor(ours, shape, torch.device("cpu"), torch.float32)
+            assert tuple(value.shape) == shape
+
+
+def attempt(folder, what, failures):
+    """Whether a checkpoint opened; a failure is anything but that or a ConfigError of one line."""
+    before = sorted(path.name for path in folder.rglob("*"))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    opened = False
+    try:
+        read_all(folder)
+        opened = True
+    except ConfigError as error:
+        message = str(error)
+        if not message.isprintable() or len(message) > 1000:
+            failures.append(f"{what}: message {message[:300]!r}")
+    except BaseException:
+        failures.append(f"{what}: {traceback.format_exc()[-1500:]}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if sorted(path.name for path in folder.rglob("*")) != before:
+        failures.append(f"{what}: files were made")
+    return opened
+
+
+def put_pickle(folder, data):
+    """A pickle in each place of a format that has one; yields after each."""
+    for path in sorted(folder.rglob("*")):
+        whole = path.read_bytes() if path.is_file() else b""
+        if path.name == ".metadata":
+            path.write_bytes(data)
+            yield path.name
+        elif path.suffix == ".pt":
+            path.write_bytes(
+                rezip(whole, lambda r: ((n, data if n.endswith("data.pkl") else c) for n, c in r))
+            )
+            yield path.name
+        path.write_bytes(whole) if path.is_file() else None
+
+
+def main():
+    kind, original, work, count = (
+        sys.argv[1],
+        Path(sys.argv[2]),
+        Path(sys.argv[3]),
+        int(sys.argv[4]),
+    )
+    torch.set_num_threads(1)
+    marker = work / "marker"
+    failures, opened = [], 0
+    if not attempt(original, "the original", failures):
+        failures.append("the original doesn't open")
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
+
+    def late(signum, frame):
+        raise TimeoutError(f"longer than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    started, slowest = time.monotonic(), (0.0, "")
+    folder = work / "m"
+    for i in range(count):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        mutate(folder, random.Random(f"{kind} {i}"), marker)
+        at = time.monotonic()
+        opened += attempt(folder, f"{kind} {i}", failures)
+        slowest = max(slowest, (time.monotonic() - at, f"{kind} {i}"))
+    pickled = 0
+    for name, data in evil(marker).items():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        for where in put_pickle(folder, data):
+            pickled += 1
+            if attempt(folder, f"{name} in {where}", failures):
+                failures.append(f"{name} in {where}: opened")
+    if marker.exists():
+        failures.append("a pickle was executed")
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    result = {"opened": opened, "refused": count - opened, "pickled": pickled, "failures": failures}
+    print(json.dumps(result | {"seconds": seconds, "slowest": slowest, "peak_mib": peak}))
+
+
+if __name__ == "__main__":
+    main()

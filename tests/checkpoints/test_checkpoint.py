@@ -1,0 +1,273 @@
+"""Checkpoints that are wrong, hostile or somewhere else: one clear line, nothing run or followed."""
+
+import json
+import shutil
+import struct
+import sys
+
+import pytest
+import torch
+from conftest import edit_json, write_olmo
+from safetensors.torch import load_file, save_file
+
+from simlab import compose
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.formats.hugging_face import KEYS
+from simlab.checkpoints.hub import HTTPError, locate
+from simlab.config import ConfigError
+from simlab.experiment import prepare, run
+
+
+def refused(folder, *parts):
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+LAYER = "model.layers.3.self_attn.k_proj.weight"
+
+
+def test_wrong_tensors_are_named(checkpoint):
+    rewrite(checkpoint, lambda t: t.pop(LAYER))
+    refused(checkpoint, LAYER, "missing")
+    rewrite(checkpoint, lambda t: t.update({LAYER: torch.zeros(16, 47)}))
+    refused(checkpoint, LAYER, "(16, 47)", "(16, 48)")
+    rewrite(checkpoint, lambda t: t.update({LAYER: torch.zeros(16, 48, dtype=torch.int32)}))
+    refused(checkpoint, LAYER, "I32", "BF16")
+    good = torch.zeros(16, 48)
+    rewrite(
+        checkpoint, lambda t: t.update({LAYER: good, "model.layers.3.extra.bias": good.clone()})
+    )
+    refused(checkpoint, "model.layers.3.extra.bias", "not part of this architecture")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "tensors"]),
+        ({"num_hidden_layers": 10**4000}, ["num_hidden_layers=a huge integer", "1000000000"]),
+        ({"num_hidden_layers": 4}, ["model.layers.4", "not part of"]),
+        ({"num_hidden_layers": 6}, ["model.layers.5", "missing"]),
+        ({"num_hidden_layers": "five"}, ["num_hidden_layers='five'", "integer"]),
+        ({"hidden_size": 6 * 10**8}, ["shape", "600000000"]),
+        ({"hidden_size": 6 * 10**11}, ["hidden_size=600000000000", "1000000000"]),
+        ({"hidden_size": 50}, ["num_attention_heads=6", "hidden_size=50"]),
+        ({"num_key_value_heads": 4}, ["num_key_value_heads=4", "num_attention_heads=6"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
+        ({"model_type": "mistral"}, ["model_type='mistral'", "olmo2, olmo3, llama"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps=-1.0"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan"]),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'", "yarn"]),
+        ({"rope_parameters": [1]}, ["rope_parameters", "object"]),
+        ({"vocab_size": None}, ["vocab_size=None"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps=a huge integer"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'"]),
+        ({"rope_parameters": {"rope_theta": 0}}, ["rope_theta=0"]),
+        ({"rope_parameters": {"rope_theta": 1.0}}, ["rope_theta=1.0"]),
+        ({"rope_parameters": {"sliding_attention": 5}}, ["sliding_attention=5", "object"]),
+        ({"rope_parameters": YARN | {"factor": 0}}, ["factor=0"]),
+        ({"rope_parameters": YARN | {"beta_fast": 0}}, ["beta_fast=0"]),
+        ({"rope_parameters": YARN | {"beta_slow": 1e-320}}, ["beta_slow=1e-320"]),
+        ({"rope_parameters": YARN | {"attention_factor": 0}}, ["attention_factor=0"]),
+        (
+            {"rope_parameters": YARN | {"original_max_position_embeddings": 10**400}},
+            ["original_max_position_embeddings=a huge"],
+        ),
+    ],
+)
+def test_wrong_configs_are_named(checkpoint, changes, parts):
+    edit_json(checkpoint / "config.json", **changes)
+    refused(checkpoint, *parts)
+
+
+def test_broken_files(checkpoint):
+    file, config = checkpoint / "model.safetensors", checkpoint / "config.json"
+    whole, text = file.read_bytes(), config.read_text()
+    for broken in (b"", whole[:5], whole[:100], whole[:-1], struct.pack("<Q", 1 << 60) + whole[8:]):
+        file.write_bytes(broken)
+        refused(checkpoint, "model.safetensors", "not a readable safetensors file")
+    file.write_bytes(whole)
+    for broken in ("", "{", "[1]", "[" * 100_000, '{"model_type": "olmo2"}'):
+        config.write_text(broken)
+        refused(checkpoint, "config.json")
+    config.unlink()
+    refused(checkpoint, "config.json", "no such file")
+    config.write_text(text)
+    file.unlink()
+    refused(checkpoint, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\b", "", 3, None]
+)
+def test_an_index_stays_in_its_folder(tmp_path, file):
+    write_olmo(tmp_path / "m", shards="40KB")
+    shutil.copy(next((tmp_path / "m").glob("model-*.safetensors")), tmp_path / "secret.safetensors")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][LAYER] = file
+    index.write_text(json.dumps(values))
+    refused(tmp_path / "m", LAYER, "not a file name")
+
+
+def test_a_missing_shard_and_a_lying_index(tmp_path):
+    write_olmo(tmp_path / "m", shards="40KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    other = next(f for f in values["weight_map"].values() if f != values["weight_map"][LAYER])
+    lying = values | {"weight_map": values["weight_map"] | {LAYER: other}}
+    index.write_text(json.dumps(lying))
+    refused(tmp_path / "m", LAYER, "missing, which the index puts there")
+    index.write_text(json.dumps(values))
+    (tmp_path / "m" / values["weight_map"][LAYER]).unlink()
+    refused(tmp_path / "m", values["weight_map"][LAYER])
+
+
+def test_key_map_is_one_to_one():
+    assert len(set(KEYS.values())) == len(KEYS)
+
+
+def test_shapes_are_the_models(checkpoint):
+    import torch
+
+    from simlab.model.transformer import Transformer
+
+    opened = Checkpoint(str(checkpoint))
+    with torch.device("meta"):
+        ours = Transformer(opened.model).state_dict()
+    for name, value in ours.items():
+        stored, start, stop = opened.stored(name)
+        assert (stop - start, *stored.shape[1:]) == tuple(value.shape)
+    assert len(dict(opened.expected())) == len(ours)
+    stored, *_ = opened.stored("blocks.4.mlp.sublayer.up_proj.weight")
+    assert stored.name == "model.layers.4.mlp.up_proj.weight"
+
+
+def test_old_spelling_of_rope(checkpoint):
+    """transformers before version 5 wrote rope_theta and rope_scaling."""
+    values = json.loads((checkpoint / "config.json").read_text())
+    del values["rope_parameters"]
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    (checkpoint / "config.json").write_text(
+        json.dumps(values | {"rope_theta": 123.0, "rope_scaling": scaling})
+    )
+    model = Checkpoint(str(checkpoint)).model
+    assert (model.rope_theta, model.yarn.factor, model.yarn.original_length) == (123.0, 4.0, 32)
+
+
+def test_weight_hash_is_of_the_weights(tmp_path):
+    """The same for single-file and sharded copies; another for one changed number."""
+    write_olmo(tmp_path / "one")
+    write_olmo(tmp_path / "many", shards="40KB")
+    write_olmo(tmp_path / "changed")
+    rewrite(tmp_path / "changed", lambda t: t[LAYER][3, 7].add_(1e-3))
+    hashes = []
+    for name in ("one", "many", "changed"):
+        config = compose(
+            ["source=checkpoint", f"source.path={tmp_path / name}", "seeds=0", "inputs.length=8"]
+        )
+        hashes.append(run(config).summary["weight_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes(tmp_path, dtype):
+    """A bfloat16 file, measured in bfloat16, is what is in the file."""
+    write_olmo(tmp_path / "m").to(getattr(torch, dtype)).save_pretrained(tmp_path / "m")
+    opened = Checkpoint(str(tmp_path / "m"))
+    ours = opened.tensor(
+        "blocks.3.attention.sublayer.k_proj.weight",
+        (16, 48),
+        torch.device("cpu"),
+        getattr(torch, dtype),
+    )
+    assert torch.equal(ours, load_file(tmp_path / "m" / "model.safetensors")[LAYER])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, checkpoint):
+    """A hub cache as huggingface_hub lays it out, one repository, two revisions, no network."""
+    cache = tmp_path / "hub"
+    repo = cache / "models--some-org--olmo"
+    for commit, branch in (("a" * 40, "main"), ("b" * 40, "stage1-step10-tokens1B")):
+        snapshot = repo / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (repo / "blobs").mkdir(exist_ok=True)
+        for file in checkpoint.iterdir():
+            blob = repo / "blobs" / f"{commit}-{file.name}"
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / branch).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repo
+
+
+def test_a_hub_id_is_read_from_the_cache_offline(hub):
+    assert locate("some-org/olmo", None).name == "a" * 40
+    assert locate("some-org/olmo", "stage1-step10-tokens1B").name == "b" * 40
+    assert locate("some-org/olmo", "b" * 40).name == "b" * 40
+    config = compose(["source=checkpoint", "source.path=some-org/olmo", "seeds=0"])
+    assert prepare(config).config.shape.depth == 5
+
+
+def test_a_hub_id_that_cannot_be_had(hub):
+    for path, revision in (("some-org/other", None), ("some-org/olmo", "nope")):
+        with pytest.raises(ConfigError, match="not in the local hub cache") as caught:
+            locate(path, revision)
+        assert path in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (hub / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="not in the local hub cache"):
+        locate("some-org/olmo", None)
+
+
+def test_a_repository_without_weights(hub, monkeypatch):
+    """The hub answers, and has no such file: one line, not a traceback."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    def answer(repo, file, revision=None, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        raise RemoteEntryNotFoundError("404", response=response)
+
+    def breaks(repo, file, revision=None, local_files_only=False):
+        raise (
+            LocalEntryNotFoundError("not here") if local_files_only else httpx.ReadTimeout("slow")
+        )
+
+    # httpx or httpx2, whichever this huggingface_hub has.
+    httpx = sys.modules[HTTPError.__module__.partition(".")[0]]
+    response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
+    monkeypatch.setattr("simlab.checkpoints.hub.hf_hub_download", answer)
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        locate("some-org/none", None)
+    monkeypatch.setattr("simlab.checkpoints.hub.hf_hub_download", breaks)
+    with pytest.raises(ConfigError, match="can't be reached"):
+        locate("some-org/none", None)
+
+
+def test_paths_that_are_not_there(tmp_path, checkpoint):
+    with pytest.raises(ConfigError, match="no such folder; did you mean olmo"):
+        locate(str(tmp_path / "olmp"), None)
+    with pytest.raises(ConfigError, match="is a file"):
+        locate(str(checkpoint / "config.json"), None)
+    with pytest.raises(ConfigError, match="revisions are for hub ids"):
+        locate(str(checkpoint), "main")
+    with pytest.raises(ConfigError, match="no such folder"):
+        locate("a/b/c", None)

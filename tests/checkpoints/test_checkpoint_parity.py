@@ -1,0 +1,111 @@
+"""Every hidden state of transformers' OLMo-2 and OLMo-3, in the order sublayers happen."""
+
+import pytest
+import torch
+from conftest import PARITY, assert_parity, write_olmo
+
+from simlab import build_model, compose
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.measurement.block_probe import Probe
+from simlab.measurement.engine import measure_curves
+from simlab.measurement.statistics import STATISTICS
+
+YARN = {
+    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16,
+    "beta_fast": 4.0, "beta_slow": 1.0, "rope_theta": 900.0,
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 900.0}
+CASES = {
+    "olmo2": {},
+    "olmo2-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}},
+    "olmo2-ungrouped": {"num_key_value_heads": 6},
+    "olmo2-one-kv-head": {"num_key_value_heads": 1, "num_attention_heads": 4},
+    "olmo2-tied": {"tie_word_embeddings": True},
+    "olmo2-sharded": {"shards": "40KB"},
+    "olmo3": {"kind": "Olmo3", "sliding_window": 4},
+    "olmo3-yarn": {
+        "kind": "Olmo3",
+        "sliding_window": 7,
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN},
+    },
+    "olmo3-layers": {
+        "kind": "Olmo3",
+        "sliding_window": 3,
+        "shards": "40KB",
+        "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+    },
+}
+
+
+def sublayer_states(reference, ids):
+    """The residual stream after the embedding and each sublayer, from transformers' own modules."""
+    states, branches = [], []
+    handles = [reference.model.embed_tokens.register_forward_hook(lambda m, a, o: states.append(o))]
+    for layer in reference.model.layers:
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            handles.append(norm.register_forward_hook(lambda m, a, o: branches.append(o)))
+    with torch.no_grad():
+        out = reference(ids, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    for branch in branches:
+        states.append(states[-1] + branch)
+    # Each block's end is also what transformers reports (its last entry is after the final norm).
+    for block, hidden in enumerate(out.hidden_states[1:-1], start=1):
+        torch.testing.assert_close(states[2 * block], hidden, **PARITY)
+    return states, out.logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_hidden_state(tmp_path, case):
+    reference = write_olmo(tmp_path / "m", **{"kind": "Olmo2", **CASES[case]})
+    ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
+    states, logits = sublayer_states(reference, ids)
+    config = compose(["source=checkpoint", f"source.path={tmp_path / 'm'}", "device=cpu"])
+    model = build_model(config)
+    ours = [model.embedding(ids)]
+    with torch.no_grad():
+        for block in model.blocks:
+            for _, step in block.steps():
+                ours.append(step(ours[-1]))
+        assert len(ours) == len(states)
+        for sublayer, (a, b) in enumerate(zip(ours, states, strict=True)):
+            assert_parity(a, b, f"sublayer {sublayer}")
+        assert_parity(model(ids), logits, "logits")
+
+
+@pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn"])
+def test_the_engine_measures_those_states(tmp_path, case):
+    reference = write_olmo(tmp_path / "m", **{"kind": "Olmo2", **CASES[case]})
+    ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
+    states, _ = sublayer_states(reference, ids)
+    checkpoint = Checkpoint(str(tmp_path / "m"))
+    rows = measure_curves(checkpoint, ids, torch.device("cpu"), torch.float32)[0].rows
+    assert [row.sublayer for row in rows] == list(range(len(states)))
+    for row, state in zip(rows, states, strict=True):
+        x = state.detach().double()
+        values = dict(zip(STATISTICS, row.values.tolist(), strict=True))
+        expected = {
+            "norm": x.norm(dim=-1).mean(),
+            "mean_square": x.pow(2).mean(),
+            "mean": x.mean(),
+            "mean_abs": x.abs().mean(),
+            "max_abs": x.abs().max(),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(values[name], value.item(), **PARITY)
+
+
+def test_depth_and_wrong_norm_would_be_seen(tmp_path):
+    """Negative control: a norm's eps off by a factor is beyond the tolerance."""
+    reference = write_olmo(tmp_path / "m")
+    ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
+    states, _ = sublayer_states(reference, ids)
+    model = build_model(compose(["source=checkpoint", f"source.path={tmp_path / 'm'}"]))
+    model.blocks[2].attention.norm_out.eps *= 1.1
+    x = model.embedding(ids)
+    with torch.no_grad(), Probe(model.blocks[0]):
+        for block in model.blocks:
+            x = block(x)
+    with pytest.raises(AssertionError):
+        assert_parity(x, states[-1])

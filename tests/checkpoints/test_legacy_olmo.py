@@ -1,0 +1,204 @@
+"""The old OLMo trainer's fused layout, written here from transformers' models, state by state."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import write_olmo
+from safetensors.torch import save_file
+from test_architectures import IDS, assert_same, pre_norm_states
+from test_checkpoint_parity import sublayer_states
+from test_olmo_core import write_grid
+
+from simlab import compose
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.config import ConfigError
+from simlab.experiment import run
+
+OLMO2 = {
+    "d_model": 48, "n_heads": 6, "n_kv_heads": 2, "n_layers": 5, "mlp_hidden_size": 160,
+    "vocab_size": 55, "embedding_size": 61, "rope": True, "rope_theta": 900,
+    "layer_norm_type": "rms", "layer_norm_eps": 3e-4, "layer_norm_with_affine": True,
+    "attention_layer_norm": True, "norm_after": True, "weight_tying": False,
+    "include_bias": False, "bias_for_layer_norm": False, "block_type": "sequential",
+    "activation_type": "swiglu", "flash_attention": True, "init_device": "meta",
+}  # fmt: skip
+OLMO1 = {
+    "d_model": 48, "n_heads": 6, "n_layers": 5, "mlp_ratio": 4, "mlp_hidden_size": None,
+    "vocab_size": 61, "embedding_size": None, "rope": True, "layer_norm_type": "default",
+    "layer_norm_with_affine": False, "include_bias": False, "multi_query_attention": True,
+}  # fmt: skip
+
+
+def fused(model):
+    """transformers' OLMo as the old trainer named and stacked it."""
+    out = {"transformer.wte.weight": model.model.embed_tokens.weight}
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp, to = layer.self_attn, layer.mlp, f"transformer.blocks.{i}."
+        qkv = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        out[to + "att_proj.weight"] = torch.cat(qkv)
+        out[to + "attn_out.weight"] = attention.o_proj.weight
+        out[to + "ff_proj.weight"] = torch.cat((mlp.up_proj.weight, mlp.gate_proj.weight))
+        out[to + "ff_out.weight"] = mlp.down_proj.weight
+        if hasattr(attention, "q_norm"):
+            out[to + "q_norm.weight"] = attention.q_norm.weight
+            out[to + "k_norm.weight"] = attention.k_norm.weight
+            out[to + "attn_norm.weight"] = layer.post_attention_layernorm.weight
+            out[to + "ff_norm.weight"] = layer.post_feedforward_layernorm.weight
+    if hasattr(model.model.norm, "weight"):
+        out["transformer.ln_f.weight"] = model.model.norm.weight
+    if not model.config.tie_word_embeddings:
+        out["transformer.ff_out.weight"] = model.lm_head.weight
+    return {name: value.detach().clone() for name, value in out.items()}
+
+
+def write_legacy(folder, tensors, config, kind):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "model": config, "run": [1]}))
+    if kind == "pt":
+        torch.save(tensors, folder / "model.pt")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def olmo2(tmp_path_factory):
+    rope = {"rope_type": "default", "rope_theta": 900.0}
+    return write_olmo(tmp_path_factory.mktemp("hf"), rope_parameters=rope)
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_every_hidden_state_of_olmo2(tmp_path, olmo2, kind):
+    write_legacy(tmp_path / "m", fused(olmo2), OLMO2, kind)
+    assert_same(tmp_path / "m", *sublayer_states(olmo2, IDS))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_hidden_state_of_olmo1(tmp_path, tied):
+    changes = {"num_key_value_heads": 1, "intermediate_size": 96, "tie_word_embeddings": tied}
+    model = write_olmo(tmp_path / "hf", kind="Olmo", **changes)
+    write_legacy(tmp_path / "m", fused(model), OLMO1 | {"weight_tying": tied}, "pt")
+    assert_same(tmp_path / "m", *pre_norm_states(model, IDS))
+
+
+def test_parameters_and_a_shared_storage_in_a_pickle(tmp_path, olmo2):
+    """Parameters instead of tensors; views of one storage; and two tensors that are one."""
+    tensors = fused(olmo2)
+    whole = torch.cat([value.flatten() for value in tensors.values()])
+    views, at = {}, 0
+    for name, value in tensors.items():
+        views[name] = whole[at : at + value.numel()].view(value.shape)
+        at += value.numel()
+    write_legacy(tmp_path / "m", views, OLMO2, "pt")
+    assert_same(tmp_path / "m", *sublayer_states(olmo2, IDS))
+    parameters = {name: torch.nn.Parameter(value) for name, value in tensors.items()}
+    write_legacy(tmp_path / "m", parameters, OLMO2, "pt")
+    assert_same(tmp_path / "m", *sublayer_states(olmo2, IDS))
+    tensors["transformer.ff_out.weight"] = tensors["transformer.wte.weight"]
+    write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
+    with pytest.raises(ConfigError, match="overlap"):
+        Checkpoint(str(tmp_path / "m"))
+    write_legacy(tmp_path / "m", tensors, OLMO2 | {"weight_tying": True}, "pt")
+    Checkpoint(str(tmp_path / "m"))  # with tying the head is not read
+
+
+def test_a_swapped_gate_would_be_seen(tmp_path, olmo2):
+    """Negative control: (gate, up) instead of (up, gate) is beyond the tolerance."""
+    tensors = fused(olmo2)
+    name = "transformer.blocks.2.ff_proj.weight"
+    tensors[name] = tensors[name].roll(80, 0)
+    write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "m", *sublayer_states(olmo2, IDS))
+
+
+THEIRS = {
+    "model.embed_tokens": "embeddings", "self_attn.q_proj": "attention.w_q",
+    "self_attn.k_proj": "attention.w_k", "self_attn.v_proj": "attention.w_v",
+    "self_attn.o_proj": "attention.w_out", "self_attn.": "attention.", "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3", "mlp.down": "feed_forward.w2", "model.layers": "blocks", "_proj": "",
+    "post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "feed_forward_norm",
+    "model.norm": "lm_head.norm", "lm_head.weight": "lm_head.w_out.weight",
+}  # fmt: skip
+
+
+def test_one_hash_in_three_formats(tmp_path, olmo2):
+    olmo2.save_pretrained(tmp_path / "hf")
+    write_legacy(tmp_path / "legacy", fused(olmo2), OLMO2, "pt")
+    tensors = {}
+    for name, value in olmo2.state_dict().items():
+        for old, new in THEIRS.items():
+            name = name.replace(old, new)
+        tensors["model." + name] = value
+    (tmp_path / "core").mkdir()
+    write_grid(tmp_path / "core", tensors, 20)
+    norm = {"name": "rms", "eps": 3e-4, "bias": False}
+    attention = {
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "bias": False,
+        "rope": {"theta": 900},
+        "qk_norm": norm,
+    }
+    mlp = {"hidden_size": 80, "bias": False}
+    block = {
+        "attention": attention,
+        "layer_norm": norm,
+        "feed_forward": mlp,
+        "name": "reordered_norm",
+    }
+    head = {"layer_norm": norm, "bias": False}
+    model = {"d_model": 48, "vocab_size": 61, "n_layers": 5, "block": block, "lm_head": head}
+    (tmp_path / "core" / "config.json").write_text(json.dumps({"model": model}))
+    hashes = set()
+    for name in ("hf", "legacy", "core"):
+        source = ["source=checkpoint", f"source.path={tmp_path / name}"]
+        hashes.add(run(compose([*source, "seeds=0", "inputs.length=8"])).summary["weight_hash"])
+    assert len(hashes) == 1
+
+
+REFUSED = [
+    ({"block_type": "llama"}, "block_type='llama'", "sequential"),
+    ({"activation_type": "gelu"}, "activation_type='gelu'", "swiglu"),
+    ({"layer_norm_type": "amd"}, "layer_norm_type='amd'", "rms, default, low_precision"),
+    ({"clip_qkv": 8.0}, "clip_qkv=8.0", "null"),
+    ({"include_bias": True}, "include_bias=True", "false"),
+    ({"include_bias": None}, "include_bias", "false"),
+    ({"bias_for_layer_norm": True}, "bias_for_layer_norm=True", "false"),
+    ({"rope": False}, "rope=False", "true"),
+    ({"alibi": True}, "alibi=True", "false"),
+    ({"scale_logits": True}, "scale_logits=True", "false"),
+    ({"embedding_layer_norm": True}, "embedding_layer_norm=True", "false"),
+    ({"block_group_size": 4}, "block_group_size=4", "1"),
+    ({"multi_query_attention": True}, "multi_query_attention=true", "1 or null"),
+    ({"mlp_hidden_size": 161}, "mlp_hidden_size=161", "even"),
+    ({"n_layers": 10**9}, "n_layers=1000000000", "holds"),
+    ({"embedding_size": None}, "shape (61, 48)", "(55, 48)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "value", "allowed"), REFUSED)
+def test_what_is_not_computed_is_refused_by_name(tmp_path, olmo2, changes, value, allowed):
+    write_legacy(tmp_path / "m", fused(olmo2), OLMO2 | changes, "pt")
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint(str(tmp_path / "m"))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert value in message, message
+    assert allowed in message, message
+
+
+def test_the_format_before_torch_1_6_is_named(tmp_path, olmo2):
+    write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
+    torch.save(fused(olmo2), tmp_path / "m" / "model.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ConfigError, match=r"from before version 1\.6"):
+        Checkpoint(str(tmp_path / "m"))
+
+
+def test_numbers_as_people_write_them(tmp_path, olmo2):
+    """1e-6 is text to YAML 1.1, and a number to the trainer."""
+    write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
+    path = tmp_path / "m" / "config.yaml"
+    path.write_text(path.read_text().replace("0.0003", "1e-6"))
+    assert Checkpoint(str(tmp_path / "m")).model.norm.eps == 1e-6

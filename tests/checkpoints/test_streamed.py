@@ -1,0 +1,236 @@
+"""Weights that stay in their files: the same products, hashes and statistics as whole ones."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PARITY, write_olmo
+from safetensors.torch import load_file
+
+from simlab.checkpoints import streamed
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.fingerprint import Census, moments
+from simlab.checkpoints.storage import Files, Piece, Stored, check, whole
+from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool
+from simlab.config import ConfigError
+from simlab.measurement.engine import measure_curves
+from simlab.weights.base import Weights
+
+CPU = torch.device("cpu")
+
+
+def write(path, tensor, before=0):
+    """A tensor's bytes in a file, after some others."""
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    path.write_bytes(bytes(before) + data + b"end")
+    return whole("w", tuple(tensor.shape), tensor.dtype, path, before)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matrix(stored, start, stop):
+    census = Census(True)
+    seen = census.of("w", stop - start)
+    return Matrix(Files(), stored, start, stop, pool(), census.scratch, seen)
+
+
+@pytest.fixture
+def small_shares(monkeypatch):
+    """Many runs of rows also in a small matrix."""
+    monkeypatch.setattr(streamed, "AT_ONCE", 1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("before", [0, 3])
+def test_products_forward_and_back(tmp_path, small_shares, dtype, before):
+    """Against nn.functional.linear with the whole weight, on files where nothing is aligned too."""
+    weight = random(67, 45).to(dtype)
+    stored = write(tmp_path / "w", weight, before)
+    layer = StreamedLinear(45, 67)
+    layer.bind(matrix(stored, 0, 67))
+    x, g = random(2, 9, 45, seed=1).requires_grad_(), random(2, 9, 67, seed=2)
+    y = layer(x)
+    y.backward(g)
+    torch.testing.assert_close(y, x @ weight.float().T, **PARITY)
+    torch.testing.assert_close(
+        x.grad, g @ weight.float(), rtol=1e-5, atol=1e-4
+    )  # sums of 67, not 45
+    again = x.detach().clone().requires_grad_()
+    layer(again).backward(g)
+    assert torch.equal(again.grad, x.grad)
+
+
+def test_some_rows_of_a_stacked_tensor(tmp_path, small_shares):
+    weight = random(90, 31)
+    stored = write(tmp_path / "w", weight)
+    part = matrix(stored, 20, 55)
+    x = random(4, 31, seed=1)
+    torch.testing.assert_close(part.times(x), x @ weight[20:55].T, **PARITY)
+    g = random(4, 35, seed=2)
+    torch.testing.assert_close(part.back(g), g @ weight[20:55], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_shards(tmp_path, grid):
+    """A tensor cut along rows and columns, each part in a file of its own."""
+    weight = random(30, 8)
+    pieces = []
+    for i, rows in enumerate(weight.chunk(grid[0])):
+        for j, part in enumerate(rows.chunk(grid[1], 1)):
+            write(path := tmp_path / f"{i}-{j}", part, before=4 * i)
+            pieces.append(Piece(path, 4 * i, (i * len(rows), j * part.shape[1]), tuple(part.shape)))
+    stored = Stored("w", (30, 8), torch.float32, tuple(reversed(pieces)))
+    check([stored])
+    files = Files()
+    for start, stop in ((0, 30), (5, 6), (9, 21), (3, 3)):
+        assert torch.equal(files.rows(stored, start, stop), weight[start:stop])
+    files.release(stored)
+    assert torch.equal(files.rows(stored, 0, 30), weight)
+
+
+def test_parts_that_do_not_make_a_whole(tmp_path):
+    path = tmp_path / "w"
+    path.write_bytes(bytes(400))
+
+    def refused(match, *pieces, shape=(10, 5)):
+        with pytest.raises(ConfigError, match=match):
+            check([Stored("w", shape, torch.float32, tuple(pieces))])
+
+    a, b = Piece(path, 0, (0, 0), (4, 5)), Piece(path, 80, (4, 0), (6, 5))
+    check([Stored("w", (10, 5), torch.float32, (a, b))])
+    refused("whole", a)
+    refused("whole", a, a)
+    refused("whole", a, b, b)
+    refused("whole")
+    refused("whole", a, Piece(path, 80, (5, 0), (6, 5)))
+    refused("whole", a, Piece(path, 80, (4, 0), (6, 4)))
+    refused("whole", a, Piece(path, 80, (4,), (6,)))
+    refused("beyond the end", a, Piece(path, 300, (4, 0), (6, 5)))
+    refused("beyond the end", Piece(path, -8, (0, 0), (4, 5)), b)
+    refused("overlap", a, Piece(path, 40, (4, 0), (6, 5)))
+    refused("whole", Piece(path, 0, (0, 0), (-4, 5)), b)
+
+
+def test_a_hash_sees_every_word():
+    """Any one changed entry, two swapped rows, two swapped columns; not how rows come in."""
+    weight = random(13, 22).bfloat16()
+
+    def hashed(tensor, step=5):
+        census = Census(False)
+        for row in range(0, len(tensor), step):
+            census.of("w", len(tensor))(row, tensor[row : row + step])
+        return census.bytes_of("w")
+
+    right = hashed(weight)
+    assert hashed(weight.clone(), 3) == right == hashed(weight, 13)
+    for i in range(13):
+        for j in range(22):
+            other = weight.clone()
+            other.view(torch.int16)[i, j] ^= 1  # the least bit
+            assert hashed(other) != right
+    assert hashed(weight.flip(0)) != right
+    assert hashed(weight.flip(1)) != right
+    assert len(right) == 13 * 16
+    wide = random(5, 1001)  # an odd number of bytes a row, after a long one: longer multipliers
+    assert hashed(wide[:, :22].bfloat16(), 5) == hashed(wide[:, :22].clone().bfloat16(), 1)
+    tall = random(300, 8)
+    assert hashed(tall, 7) == hashed(tall, 100) == hashed(tall, 300)
+
+
+def test_moments_are_numpys():
+    w = random(40, 30) * 3 + 0.5
+    parts = [moments(part.clone()) for part in w.split(7)]
+    total = sum(parts[1:], parts[0]).statistics()
+    a = w.double().numpy()
+    expected = {
+        "min": a.min(), "max": a.max(), "mean": a.mean(), "std": a.std(), "mean_abs": abs(a).mean(),
+        "kurtosis": (a**4).mean() / (a**2).mean() ** 2,
+    }  # fmt: skip
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_spread_of_gains_that_lie_close_together():
+    """1 ± 1e-4: the mean's square is 10^8 times the variance."""
+    gains = 1 + 1e-4 * random(4096)
+    census = Census(True)
+    census.of("g", 1)(0, gains, None)
+    assert census.statistics("g")["std"] == pytest.approx(gains.double().std().item(), rel=1e-3)
+
+
+def test_the_table_of_a_checkpoint(tmp_path):
+    """Every tensor of the file, once, with torch's own statistics of it."""
+    write_olmo(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    rows = Checkpoint(str(tmp_path / "m"), statistics=True).table()
+    assert sorted(row["in_file"] for row in rows) == sorted(tensors)
+    for row in rows:
+        w = tensors[row["in_file"]].double()
+        assert row["entries"] == w.numel()
+        assert row["shape"] == "×".join(map(str, w.shape))
+        assert row["mean"] == pytest.approx(w.mean().item(), abs=1e-6)
+        assert row["std"] == pytest.approx(w.std(correction=0).item(), rel=1e-5, abs=1e-6)
+        assert (row["min"], row["max"]) == (w.min().item(), w.max().item())
+
+
+def test_streamed_is_as_materialised(tmp_path, monkeypatch):
+    """The engine's curve with streamed products, and with nn.Linear holding the same weights."""
+    write_olmo(tmp_path / "m")
+    ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
+    (streamed_rows,) = measure_curves(
+        Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True
+    )
+    monkeypatch.setattr(Checkpoint, "block", Weights.block)
+    monkeypatch.setattr(Checkpoint, "linear", Weights.linear)
+    (dense_rows,) = measure_curves(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True)
+    for a, b in zip(streamed_rows.rows, dense_rows.rows, strict=True):
+        torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(a.gradient, b.gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_nothing_is_read_but_what_is_needed(tmp_path):
+    """Embedding rows by id, no head without gradients."""
+    write_olmo(tmp_path / "m")
+    opened = Checkpoint(str(tmp_path / "m"))
+    asked = []
+    original = opened.files.rows
+
+    def rows(tensor, start, stop):
+        asked.append((tensor.name, start, stop))
+        return original(tensor, start, stop)
+
+    opened.files.rows = rows
+    ids = torch.tensor([[3, 60, 3]])
+    measure_curves(opened, ids, CPU, torch.float32)
+    embedding = [a for a in asked if a[0] == "model.embed_tokens.weight"]
+    assert embedding == [("model.embed_tokens.weight", i, i + 1) for i in (3, 60)]
+    assert not [a for a in asked if a[0].startswith(("lm_head", "model.norm"))]
+
+
+PEAK = """
+import resource, sys, torch
+from simlab.measurement.engine import measure_curves
+from simlab.checkpoints.checkpoint import Checkpoint
+opened = Checkpoint(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+measure_curves(opened, torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"), torch.float32)
+opened.identity()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB, and madvise, are Linux's")
+def test_memory_does_not_grow_with_depth(tmp_path):
+    """48 blocks of 12 MB each pass through less than five of them."""
+    write_olmo(
+        tmp_path / "m", num_hidden_layers=48, hidden_size=384, intermediate_size=2048,
+        num_attention_heads=6, num_key_value_heads=6,
+    )  # fmt: skip
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert size > 500e6
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "m"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < 60e6

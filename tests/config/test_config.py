@@ -1,0 +1,150 @@
+"""The config: presets, the frozen RunConfig, and one clear line for every mistake."""
+
+import dataclasses
+
+import pytest
+from conftest import tiny
+
+from simlab.config import CONF_DIR, ConfigError, nearest
+from simlab.config.validate import compose, options
+from simlab.model.placement import PLACEMENTS
+from simlab.model.transformer import parameter_count
+from simlab.schemes.init import RULES
+
+# Released parameter counts: the totals in the hub's model metadata.
+RELEASED = {
+    "olmo2_1b": 1_484_916_736,
+    "olmo2_7b": 7_298_617_344,
+    "olmo2_13b": 13_716_198_400,
+    "olmo2_32b": 32_234_279_936,
+    "olmo3_7b": 7_298_011_136,
+    "olmo3_32b": 32_233_522_176,
+}
+
+
+@pytest.mark.parametrize("preset", RELEASED)
+def test_presets_have_the_released_parameter_counts(preset):
+    model = compose([f"model={preset}"]).shape
+    assert parameter_count(model) == RELEASED[preset]
+    # The comment in the preset's file says the same.
+    assert f"{RELEASED[preset]:,}" in (CONF_DIR / "model" / f"{preset}.yaml").read_text()
+
+
+@pytest.mark.parametrize("preset", RELEASED)
+def test_presets_are_transformers_models_of_that_size(preset):
+    import torch
+    import transformers
+
+    m = compose([f"model={preset}"]).shape
+    kind = "Olmo3" if preset.startswith("olmo3") else "Olmo2"
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=m.vocab_size, hidden_size=m.width, intermediate_size=m.d_ff,
+        num_hidden_layers=m.depth, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads,
+    )  # fmt: skip
+    with torch.device("meta"):
+        reference = getattr(transformers, f"{kind}ForCausalLM")(config)
+    assert sum(p.numel() for p in reference.parameters()) == RELEASED[preset]
+
+
+def test_olmo3_attention_pattern():
+    model = compose(["model=olmo3_7b"]).shape
+    windows = [model.window_of(layer) for layer in range(8)]
+    assert windows == [4096, 4096, 4096, None, 4096, 4096, 4096, None]
+    assert compose(["model=olmo3_7b", "depth=6"]).shape.window_of(5) is None  # the last is full
+
+
+def test_a_key_on_the_command_line_wins_over_the_preset():
+    model = compose(["model=olmo2_32b", "depth=3", "kv_heads=20"]).shape
+    assert (model.depth, model.width, model.kv_heads) == (3, 5120, 20)
+    model = compose(["depth=3", "model=olmo2_32b"]).shape
+    assert model.depth == 3
+
+
+def test_every_choice_composes_and_names_what_exists():
+    assert set(options("norm")) - {"from_checkpoint"} == set(PLACEMENTS)
+    assert set(options("init")) == set(RULES)
+    for norm in PLACEMENTS:
+        assert compose([f"norm={norm}"]).shape.norm.placement == norm
+    for init in RULES:
+        assert compose([f"init={init}"]).init.rule == init
+    for inputs in ("random", "zipf"):
+        assert compose([f"inputs={inputs}"]).inputs.kind == inputs
+
+
+def test_seeds_are_a_count_or_a_list():
+    assert compose(["seeds=3", "seed=5"]).seeds == (5, 6, 7)
+    assert compose(["seeds=[4,2]"]).seeds == (4, 2)
+
+
+def test_frozen_and_hashable():
+    config = tiny()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+    assert hash(config) == hash(tiny())
+
+
+# Each mistake, and what its one line must say: the key, the value, what is allowed or nearest.
+MISTAKES = {
+    "depth=-1": ["depth=-1", "at least 1"],
+    "depth=abc": ["depth=abc", "integer"],
+    "depth=1.5": ["depth=1.5", "integer"],
+    "depth=true": ["depth=true", "integer"],
+    "depth=null": ["depth=null", "integer"],
+    "heads=7": ["heads=7", "width=48", "6"],
+    "kv_heads=4": ["kv_heads=4", "heads=6", "3"],
+    "width=30": ["head_dim=5", "even"],
+    "init.std=nan": ["init.std=nan", "above 1e-12"],
+    "init.std=0": ["init.std=0", "above 1e-12"],
+    "init.truncate=-1": ["init.truncate=-1", "at least 0.5"],
+    "norm.eps=inf": ["norm.eps=inf", "at least 0"],
+    "norm.placement=swinrenorm": ["norm.placement=swinrenorm", "did you mean swin_renorm?"],
+    "norm.type=batch": ["norm.type=batch", "rms, layer"],
+    "+norm.every=3": ["norm.every=3", "norm=reordered has no such key"],
+    "+init.sigma=3": ["init.sigma=3", "init=normal has no such key"],
+    "+dpeth=3": ["dpeth=3", "did you mean depth?"],
+    "+model.qknorm=full": ["model.qknorm=full", "did you mean qk_norm?"],
+    "model.qk_norm=half": ["model.qk_norm=half", "none, full, per_head"],
+    "model.full_every=2": ["model.full_every=2", "window"],
+    "model.tied=maybe": ["model.tied=maybe", "true, false"],
+    "dtype=float23": ["dtype=float23", "did you mean float32?"],
+    "engine=sparse": ["engine=sparse", "auto, dense, weightless"],
+    "engine=weigthless": ["engine=weigthless", "did you mean weightless?"],
+    "gradients=maybe": ["gradients=maybe", "true, false"],
+    "device=gpu": ["device=gpu", "cuda"],
+    "seeds=0": ["seeds=0", "at least 1"],
+    "seeds=[1,1]": ["seeds=[1, 1]", "different"],
+    "seeds=[a]": ["seeds=['a']", "list"],
+    "seed=-1": ["seed=-1", "at least 0"],
+    "depth=99999999999999999999": ["depth=9999", "at most 1000000"],
+    "seeds=100000000000": ["seeds=100000000000", "at most"],
+    "inputs.length=99999999": ["inputs.batch=2 inputs.length=99999999", "at most 100000000 tokens"],
+    "norm=from_checkpoint": ["norm=from_checkpoint", "only with source=checkpoint"],
+    "model=from_checkpoint": ["model=from_checkpoint", "only with source=checkpoint"],
+    "model.rope_theta=1": ["model.rope_theta=1", "above 1"],
+    "inputs.batch=0": ["inputs.batch=0", "at least 1"],
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_get_one_line(override):
+    with pytest.raises(ConfigError) as caught:
+        tiny(override)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in MISTAKES[override]:
+        assert part in message, message
+
+
+def test_missing_pieces():
+    with pytest.raises(ConfigError, match=r"source\.path is missing"):
+        compose(["source=checkpoint"])
+    with pytest.raises(ConfigError, match=r"inputs\.prompt=TEXT"):
+        compose(["inputs=text"])
+    for given in ("depth=3", "model=olmo2_1b", "norm=pre", "norm.eps=1e-5"):
+        with pytest.raises(ConfigError, match="is read from the checkpoint"):
+            compose(["source=checkpoint", "source.path=somewhere", given])
+
+
+def test_nearest():
+    assert nearest("dpeth", ["depth", "width"]) == "; did you mean depth?"
+    assert nearest("zzz", ["depth", "width"]) == ""

@@ -1,0 +1,100 @@
+"""Every file in conf/experiment: composed whole, run at reduced size."""
+
+import pandas as pd
+import pytest
+from conftest import simlab
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+
+from simlab.config import CONF_DIR
+from simlab.config.validate import compose, options
+from simlab.model.placement import PLACEMENTS
+from simlab.sweep.plan import plan
+
+TINY = ["width=32", "heads=2", "kv_heads=2", "d_ff=64"]
+# What each is about: its swept columns, how many jobs, and overrides that make it small.
+EXPERIMENTS = {
+    "issue797": (
+        ["model", "norm_placement"], 6,
+        ["model=small,olmo2_1b", *TINY, "depth=7", "vocab_size=61"],
+    ),
+    "olmo2_fig5": (["recipe", "width"], 10, ["width=64,128", "depth=2"]),
+    "olmo2_fig6": (["recipe", "width"], 18, ["width=64,128", "depth=2"]),
+    "norm_zoo": (["norm_placement"], 11, [*TINY, "depth=7"]),
+    "depth_by_std": (
+        ["depth", "init.std", "norm_placement"], 32, [*TINY, "depth=1,2", "init.std=0.01,0.02"],
+    ),
+    "coord_check": (["norm_placement", "init", "width"], 24, ["width=32,64", "depth=2"]),
+    "swin_every": (["norm.every"], 7, [*TINY, "depth=4", "norm.every=1,2"]),
+    "context_length": (
+        ["inputs.length", "norm.eps"], 16, [*TINY, "depth=2", "inputs.length=4,8"],
+    ),
+}  # fmt: skip
+
+
+def planned(name):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = hydra_compose("config", [f"+experiment={name}"], return_hydra_config=True)
+        assert config.hydra.mode == RunMode.MULTIRUN  # no -m is needed
+        loader = GlobalHydra.instance().config_loader()
+        params = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+        return plan(loader, "config", [], [*params, f"+experiment={name}"])
+
+
+def test_none_is_forgotten():
+    assert set(EXPERIMENTS) == set(options("experiment"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_composed(name):
+    columns, jobs, _ = EXPERIMENTS[name]
+    found = planned(name)
+    assert list(found.swept) == columns
+    assert len(found.jobs) == jobs
+    assert len({job.config for job in found.jobs}) == jobs  # no two are the same
+
+
+def test_what_they_say_they_are():
+    zoo = {job.config.shape.norm.placement for job in planned("norm_zoo").jobs}
+    assert zoo == set(PLACEMENTS)
+    for name in ("olmo2_fig5", "olmo2_fig6"):
+        for job in planned(name).jobs:
+            model, init = job.config.shape, job.config.init
+            old = job.values["recipe"] == "olmo_0424"
+            assert model.norm.placement == ("pre" if old else "reordered")
+            assert (init.rule, init.std) == (("mitchell", None) if old else ("normal", 0.02))
+            assert (model.norm.type, model.qk_norm) == (
+                ("layer", "none") if old else ("rms", "full")
+            )
+            assert job.config.inputs.batch == 50
+            assert job.config.gradients
+            assert (model.heads, model.d_ff) == (model.width // 64, 4 * model.width)
+    issue = planned("issue797").jobs
+    assert {job.config.shape.name for job in issue} == {"olmo2_7b", "olmo2_13b", "olmo2_32b"}
+    assert {job.config.shape.norm.every for job in issue} == {None, 6}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_run_at_reduced_size(tmp_path, name):
+    columns, _, small = EXPERIMENTS[name]
+    small = [*small, "seeds=2", "device=cpu", "hydra.sweep.dir=out", "++vocab_size=61"]
+    if name != "context_length":
+        small += ["inputs.length=5", "inputs.batch=2"]
+    done = simlab(f"+experiment={name}", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    frame = pd.read_parquet(tmp_path / "out" / "sweep.parquet")
+    assert set(columns) <= set(frame.columns)
+    assert (tmp_path / "out" / "growth.png").exists()
+    if "width" in columns:
+        assert (tmp_path / "out" / "statistics.png").exists()
+        assert (tmp_path / "out" / "lambda.png").exists()
+    if name == "depth_by_std":
+        assert (tmp_path / "out" / "heatmap.png").exists()
+
+
+def test_recipes_are_whole_configs():
+    for name in options("recipe"):
+        assert compose([f"+recipe={name}", "model=small"]).shape.width == 512

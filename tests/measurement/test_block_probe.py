@@ -1,0 +1,137 @@
+"""The probe changes nothing, leaves nothing behind, and measures what it says."""
+
+import pandas as pd
+import pytest
+import torch
+from conftest import PARITY, tiny
+
+from simlab import build_model
+from simlab.experiment import run
+from simlab.measurement.block_probe import Probe
+from simlab.measurement.statistics import STATISTICS
+from simlab.model.placement import PLACEMENTS, Placement
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_probed_and_unprobed_are_bit_equal(placement, dtype):
+    model = build_model(tiny(f"norm={placement}", f"dtype={dtype}", "init.std=0.1"))
+    plain = probed = model.embedding(torch.arange(22).view(2, 11))
+    with torch.no_grad():
+        for block in model.blocks:
+            plain = block(plain)
+            with Probe(block):
+                probed = block(probed)
+    assert torch.equal(plain, probed)
+    assert hooks(model) == 0
+
+
+def test_hooks_go_when_the_forward_fails():
+    block = build_model(tiny()).blocks[0]
+    with pytest.raises(RuntimeError), Probe(block):
+        block(torch.zeros(1, 2, 3))
+    assert hooks(block) == 0
+
+
+def by_hand(config, ids):
+    """The rows of curve.csv for the config's first seed, from plain hooks on build_model's modules."""
+    model, rows = build_model(config), []
+    x = model.embedding(ids).double()
+    rows.append({"kind": "embedding", "after": x})
+    for block in model.blocks:
+        for kind, step in block.steps():
+            row = {"kind": kind}
+            if isinstance(step, Placement):
+                step.add.register_forward_hook(
+                    lambda m, a, o, row=row: row.update(skip=a[0].double(), branch=a[1].double())
+                )
+                step.sublayer.register_forward_hook(
+                    lambda m, a, o, row=row: row.update(raw=o.double())
+                )
+            step.register_forward_hook(lambda m, a, o, row=row: row.update(after=o.double()))
+            rows.append(row)
+    with torch.no_grad():
+        model(ids)
+    table = []
+    for row in rows:
+        x = row["after"]
+        values = {
+            "norm": x.norm(dim=-1).mean(),
+            "mean_square": (x * x).mean(),
+            "variance": x.var(),  # over tokens and width, as in the thread
+            "mean": x.mean(),
+            "mean_abs": x.abs().mean(),
+            "max_abs": x.abs().max(),
+        }
+        if "skip" in row:
+            a, b = row["skip"], row["branch"]
+            values |= {
+                "branch_mean_square": (b * b).mean(),
+                "branch_raw_mean_square": (row["raw"] ** 2).mean(),
+                "cosine": torch.cosine_similarity(a, b, dim=-1).mean(),
+                "delta_branch": (b.norm(dim=-1) ** 2).mean(),
+                "delta_cross": (2 * (a * b).sum(-1)).mean(),
+            }
+            grown = ((a + b).norm(dim=-1) ** 2 - a.norm(dim=-1) ** 2).mean()
+            torch.testing.assert_close(values["delta_branch"] + values["delta_cross"], grown)
+        table.append({"kind": row["kind"]} | {k: v.item() for k, v in values.items()})
+    return pd.DataFrame(table)
+
+
+@pytest.mark.parametrize(
+    "placement", ["reordered", "swin_renorm", "post", "deepnorm", "residual_scale"]
+)
+def test_curve_against_plain_hooks(placement):
+    every = ["norm.every=2"] if placement == "swin_renorm" else []
+    config = tiny(f"norm={placement}", "init.std=0.1", "inputs.batch=5", *every)
+    frame = run(config).curve
+    from simlab.experiment import prepare
+
+    expected = by_hand(config, prepare(config).tokens)
+    assert frame["kind"].tolist() == expected["kind"].tolist()
+    for column in expected.columns.drop("kind"):
+        torch.testing.assert_close(
+            torch.tensor(frame[column]), torch.tensor(expected[column]), equal_nan=True, **PARITY
+        )
+
+
+@pytest.mark.parametrize("norm_type", ["rms", "layer"])
+def test_eps_factor(norm_type):
+    """m/(m + eps): for normed branches it is the branch's mean square, measured independently."""
+    config = tiny(f"norm.type={norm_type}", "norm.eps=1e-6")
+    frame = run(config).curve.iloc[1:]
+    torch.testing.assert_close(
+        torch.tensor(frame["eps_factor"].values),
+        torch.tensor(frame["branch_mean_square"].values),
+        **PARITY,
+    )
+    assert frame["eps_factor"].iloc[0] < 0.9  # eps matters at this width: the test can tell
+    for placement in ("post", "deepnorm"):
+        frame = run(
+            tiny(f"norm={placement}", f"norm.type={norm_type}", "norm.eps=0.01")
+        ).curve.iloc[1:]
+        torch.testing.assert_close(
+            torch.tensor(frame["eps_factor"].values),
+            torch.tensor(frame["mean_square"].values),
+            **PARITY,
+        )
+        assert frame["eps_factor"].iloc[0] < 0.9
+
+
+def test_every_statistic_is_a_column():
+    columns = set(run(tiny()).curve.columns)
+    assert set(STATISTICS) - {"non_finite"} <= columns
+    assert {
+        "curve",
+        "seed",
+        "sublayer",
+        "block",
+        "kind",
+        "variance",
+        "law_additive",
+        "law_sqrt2",
+    } <= columns

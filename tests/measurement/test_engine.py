@@ -1,0 +1,178 @@
+"""The engine: order of rows, batches, memory, overflow, dtypes."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY, tiny
+
+from simlab import build_model
+from simlab.config import ConfigError
+from simlab.experiment import ENGINES, prepare, run
+from simlab.measurement.engine import measure_curves, resolve_device
+from simlab.weights.base import Weights
+from simlab.weights.dense import RandomWeights
+from simlab.weights.weightless import GaussianWeights
+
+CPU = torch.device("cpu")
+
+
+def test_rows_are_numbered_as_the_design_says():
+    frame = run(tiny("depth=4", "norm=swin_renorm", "norm.every=2", "seeds=2")).curve
+    for seed in (0, 1):
+        rows = frame[frame["seed"] == seed]
+        assert rows["sublayer"].tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+        kinds = ["attention", "mlp", "attention", "mlp", "renorm"]
+        assert rows["kind"].tolist() == ["embedding", *kinds, *kinds]
+        assert rows["block"].tolist()[1:] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_batches_do_not_matter(monkeypatch):
+    config = tiny("inputs.batch=7", "gradients=true")
+    whole = run(config).curve
+    monkeypatch.setattr(RandomWeights, "tokens_at_once", 22)  # two sequences at a time
+    parts = run(config).curve
+    for column in whole.select_dtypes("number"):
+        np.testing.assert_allclose(parts[column], whole[column], rtol=1e-4, atol=1e-5)
+
+
+def test_the_engine_streams_what_build_model_holds():
+    config = tiny("init.std=0.1")
+    model, ids = build_model(config), prepare(config).tokens
+    x = model.embedding(ids)
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(
+        run(config).curve["mean_square"].iloc[-1], x.double().pow(2).mean().item(), **PARITY
+    )
+
+
+@pytest.mark.parametrize("engine", [RandomWeights, GaussianWeights])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_block_lives_at_a_time(monkeypatch, engine, gradients):
+    alive, most = weakref.WeakSet(), []
+    built = Weights.block
+
+    def watched(*args):
+        gc.collect()
+        most.append(len(alive))
+        block = built(*args)
+        alive.add(block)
+        return block
+
+    monkeypatch.setattr(Weights, "block", watched)
+    config = tiny("depth=6")
+    ids = torch.arange(22).view(2, 11)
+    weights = engine(config.shape, config.init, 0)
+    measure_curves(weights, ids, CPU, torch.float32, gradients)
+    assert len(most) == (12 if gradients else 6)
+    assert max(most) <= 1  # the one that is about to go
+
+
+PEAK = """
+import resource, sys
+from simlab import compose
+from simlab.experiment import run
+shape = ["width=1024", "heads=8", "kv_heads=8", "d_ff=4096", "engine=dense"]
+run(compose([*shape, "seeds=1", "device=cpu", *sys.argv[1:]]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_depth():
+    """Whole process, a 67 MB block: 24 of them would add 1.5 GB to the 3 blocks' peak."""
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, f"depth={depth}"],
+                capture_output=True,
+                check=True,
+                timeout=200,
+            ).stdout
+        )
+        for depth in (3, 24)
+    ]
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_an_overflow_is_a_result():
+    result = run(tiny("dtype=float16", "norm=none", "init.std=3", "depth=6", "seeds=3"))
+    frame, overflow = result.curve, result.summary["overflow"]
+    assert len(overflow) == 3
+    for row in overflow:
+        rows = frame[frame["seed"] == row["seed"]]
+        assert np.isfinite(rows["mean_square"]).all()
+        assert rows["sublayer"].max() == row["sublayer"] - 1
+        assert row["kind"] in ("attention", "mlp")
+        model = build_model(
+            tiny("dtype=float16", "norm=none", "init.std=3", "depth=6"), seed=row["seed"]
+        )
+        x = model.embedding(prepare(result.config).tokens)
+        first = None
+        for sublayer, step in enumerate((s for b in model.blocks for _, s in b.steps()), start=1):
+            x = step(x)
+            if first is None and not x.isfinite().all():
+                first = sublayer
+        assert first == row["sublayer"]
+
+
+def test_a_float32_stream_beyond_1e19_is_still_measured():
+    """Its squares leave float32; the statistics are in float64."""
+    frame = run(tiny("norm=none", "init=fan_in", "init.truncate=null", "depth=20")).curve
+    last = frame["mean_square"].iloc[-1]
+    assert np.isfinite(last)
+    assert last > 1e39 or len(frame) < 41
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_float32(dtype):
+    """The stream is rounded at every add: within 2 % of float32 at ten sublayers."""
+    full, half = (
+        run(tiny("depth=5", f"dtype={d}", "norm.eps=1e-9")).curve for d in ("float32", dtype)
+    )
+    np.testing.assert_allclose(half["mean_square"], full["mean_square"], rtol=0.02)
+
+
+def test_devices():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match=r"device=cuda:99: not on this machine"):
+        resolve_device("cuda:99")
+
+
+def test_same_seed_same_numbers():
+    first = run(tiny("seeds=2")).curve
+    assert run(tiny("seeds=2")).curve.equals(first)
+    assert not run(tiny("seeds=2", "seed=7")).curve["mean_square"].equals(first["mean_square"])
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+def test_one_blocks_weights_at_a_time(engine):
+    """Forward and back: when a block is made, the one before is gone."""
+    config = tiny("depth=4", "gradients=true")
+    weights = ENGINES[engine](config.shape, config.init, 0)
+    made, alive = [], []
+    original = weights.block
+
+    def block(*args):
+        alive.append([ref() is not None for ref in made])
+        found = original(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    weights.block = block
+    tokens = prepare(config).tokens
+    measure_curves(weights, tokens, torch.device("cpu"), torch.float32, True)
+    assert len(alive) == 8
+    assert not any(any(before) for before in alive)
+
+
+def test_gradients_also_where_the_caller_wants_none():
+    config = tiny("gradients=true")
+    with torch.no_grad():
+        quiet = run(config).curve
+    assert quiet.equals(run(config).curve)

@@ -1,0 +1,178 @@
+"""Gradients of the streaming engine against autograd through whole models, and transformers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_olmo
+
+from simlab import build_model
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.experiment import prepare, run
+from simlab.measurement.engine import measure_curves
+from simlab.measurement.statistics import GRADIENT_STATISTICS
+from simlab.model.placement import PLACEMENTS
+from simlab.weights.dense import RandomWeights
+
+CPU = torch.device("cpu")
+
+
+def by_autograd(model, ids):
+    """The loss, and for every row of the curve the stream and the gradient: plain backward()."""
+    streams = [model.embedding(ids).detach().requires_grad_()]
+    for block in model.blocks:
+        for _, step in block.steps():
+            streams.append(step(streams[-1]))
+            streams[-1].retain_grad()
+    logits = model.head(model.norm(streams[-1]))
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+    )
+    loss.backward()
+    return loss.detach(), streams, [stream.grad.double() for stream in streams]
+
+
+def expected(streams, gradients):
+    """The columns by their definitions."""
+    cosine = [
+        torch.cosine_similarity(x.detach().double(), g, dim=-1)
+        for x, g in zip(streams, gradients, strict=True)
+    ]
+    return {
+        "gradient_norm": [g.norm(dim=-1).mean().item() for g in gradients],
+        "gradient_rms": [g.pow(2).mean().sqrt().item() for g in gradients],
+        "gradient_mean_vector_norm": [g.mean((0, 1)).norm().item() for g in gradients],
+        "gradient_cosine": [c.nan_to_num(0).mean().item() for c in cosine],
+    }
+
+
+def agree(column, values, truth, tolerance=1e-5):
+    """float32's accuracy, as PARITY, of the column's largest value; a cosine's scale is 1."""
+    scale = 1.0 if column == "gradient_cosine" else np.max(np.abs(truth))
+    np.testing.assert_allclose(values, truth, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("norm", sorted(PLACEMENTS))
+def test_dense_gradients_are_autograds(norm, monkeypatch):
+    """At every sublayer. Sequences pass two at a time, and the head in parts."""
+    monkeypatch.setattr(RandomWeights, "tokens_at_once", 22)
+    monkeypatch.setattr("simlab.weights.base.COLUMNS_AT_ONCE", 40)
+    every = ["norm.every=2"] if norm == "swin_renorm" else []
+    config = tiny(f"norm={norm}", "init.std=0.1", "inputs.batch=5", "gradients=true", *every)
+    result = run(config)
+    loss, streams, gradients = by_autograd(build_model(config), prepare(config).tokens)
+    assert result.summary["loss"]["random"]["value"] == pytest.approx(loss.item(), rel=1e-6)
+    for column, truth in expected(streams, gradients).items():
+        agree(column, result.curve[column], truth)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["norm.type=layer"], ["model.tied=true"], ["model.qk_norm=none", "kv_heads=6"]]
+)
+def test_variants(overrides):
+    config = tiny("gradients=true", "init.std=0.1", *overrides)
+    _, streams, gradients = by_autograd(build_model(config), prepare(config).tokens)
+    result = run(config)
+    for column, truth in expected(streams, gradients).items():
+        agree(column, result.curve[column], truth)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+def test_a_checkpoints_gradients_are_those_of_transformers(tmp_path, changes):
+    """transformers' own loss and autograd, at the embedding and after every block."""
+    reference = write_olmo(tmp_path / "m", **changes)
+    ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
+    out = reference(ids, labels=ids, output_hidden_states=True)
+    hidden = out.hidden_states  # the last one is after the final norm: not a block's output
+    wanted = torch.autograd.grad(out.loss, hidden[:-1])
+    checkpoint = Checkpoint(str(tmp_path / "m"))
+    (measured,) = measure_curves(checkpoint, ids, CPU, torch.float32, gradients=True)
+    assert measured.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
+    names = list(GRADIENT_STATISTICS)
+    ends = [row for i, row in enumerate(measured.rows) if i % 2 == 0][:-1]
+    for row, x, g in zip(ends, hidden[:-1], wanted, strict=True):
+        found = dict(zip(names, row.gradient.tolist(), strict=True))
+        for column, truth in expected([x], [g.double()]).items():
+            assert found[column] == pytest.approx(truth[0], rel=1e-4, abs=1e-7), column
+
+
+def test_the_gradient_is_a_derivative():
+    """Against a finite difference of the loss along one direction at the embedding, in float64."""
+    config = tiny("gradients=true", "init.std=0.1")
+    model, ids = build_model(config).double(), prepare(config).tokens
+    _, streams, gradients = by_autograd(model, ids)
+
+    def at(x):
+        for block in model.blocks:
+            x = block(x)
+        logits = model.head(model.norm(x))
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    with torch.no_grad():
+        x, direction = streams[0].detach(), torch.sign(gradients[0])
+        slope = (at(x + 1e-5 * direction) - at(x - 1e-5 * direction)) / 2e-5
+    assert slope.item() == pytest.approx((gradients[0] * direction).sum().item(), rel=1e-3)
+    rms = run(config).curve["gradient_rms"].iloc[0]
+    assert rms == pytest.approx(gradients[0].pow(2).mean().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_float32(engine, dtype):
+    """Within 5 %, though the gradient's entries are about 1e-6: it travels scaled."""
+    full, half = (
+        run(
+            tiny(
+                "gradients=true",
+                f"engine={engine}",
+                f"dtype={d}",
+                "init.std=0.3",
+                "inputs.batch=40",
+            )
+        ).curve
+        for d in ("float32", dtype)
+    )
+    np.testing.assert_allclose(half["gradient_rms"], full["gradient_rms"], rtol=0.05)
+
+
+def test_an_overflow_leaves_no_gradient():
+    result = run(tiny("dtype=float16", "norm=none", "init.std=3", "depth=6", "gradients=true"))
+    assert result.summary["overflow"]
+    assert result.curve["gradient_rms"].isna().all()
+    assert result.summary["gradient_overflow"] == []
+
+
+def test_a_gradient_that_overflows_is_named():
+    """Without norms and in half precision the gradient can leave the range where the stream doesn't."""
+    config = tiny("dtype=float16", "norm=pre", "init.std=2", "depth=12", "gradients=true")
+    result = run(config)
+    lost = result.summary["gradient_overflow"]
+    bad = result.curve["gradient_rms"].isna()
+    assert not result.summary["overflow"]
+    assert len(lost) == 1
+    assert bad.sum() == (result.curve["sublayer"] <= lost[0]["sublayer"]).sum()
+    assert not np.isinf(result.curve["gradient_rms"]).any()
+
+
+def test_gradients_need_a_next_token():
+    from simlab.config import ConfigError
+
+    with pytest.raises(ConfigError, match=r"inputs.length must be at least 2"):
+        prepare(tiny("gradients=true", "inputs.length=1"))
+
+
+def test_gradients_do_not_change_the_forward():
+    plain, both = run(tiny()).curve, run(tiny("gradients=true")).curve
+    assert both[plain.columns].equals(plain)
+    assert set(both.columns) - set(plain.columns) == set(GRADIENT_STATISTICS)
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+def test_the_loss_at_init_in_closed_form(engine):
+    """Logits of a normed stream are N(0, dσ²): the loss is ln V + dσ²/2, and its own spread known."""
+    overrides = ["width=512", "d_ff=64", "vocab_size=20000", "init.std=0.03", "init.truncate=null"]
+    config = tiny("depth=1", "heads=4", "kv_heads=4", *overrides, "gradients=true", "seeds=12",
+                  "inputs.length=32", f"engine={engine}")  # fmt: skip
+    loss = run(config).summary["loss"]["random"]["value"]
+    variance = 512 * 0.03**2
+    # The targets' logits dominate: 62 per seed, 12 seeds, nearly independent.
+    assert abs(loss - np.log(20000) - variance / 2) < 4 * np.sqrt(variance / (12 * 62))

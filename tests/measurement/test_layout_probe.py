@@ -1,0 +1,164 @@
+"""Models whose residual stream a layout names; and a wrong layout gives no numbers."""
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import tiny
+from probed import (
+    GPT2,
+    IDS,
+    KINDS,
+    OWN,
+    POST,
+    SHAPE,
+    Own,
+    assert_same,
+    perturbed,
+    refused,
+    theirs,
+    values,
+)
+from torch import nn
+
+from simlab import ConfigError, Layout, Sublayer, build_model, probe
+from simlab.experiment import prepare
+from simlab.measurement.layout import KNOWN, PERI, PRE, REORDERED
+from simlab.measurement.layout_probe import read_norm
+
+
+def own_by_hand(model, how, ids):
+    """Rows of the three ways, from the formulas."""
+    x = model.wte(ids)
+    rows = [values({"kind": "embedding", "after": x})]
+    for b in model.h:
+        if how == "parallel":
+            steps = [("parallel", lambda x, b=b: b.attend(b.ln_1(x)) + b.mlp(b.ln_2(x)), b.ln_1)]
+        else:
+            before = (b.ln_1, b.ln_2) if how != "post" else (nn.Identity(), nn.Identity())
+            steps = [
+                ("attention", lambda x, b=b, n=before[0]: b.attend(n(x)), b.ln_1),
+                ("mlp", lambda x, b=b, n=before[1]: b.mlp(n(x)), b.ln_2),
+            ]
+        for kind, step, norm in steps:
+            raw = step(x)
+            total = x + raw
+            after = norm(total) if how == "post" else total
+            row = {"kind": kind, "skip": x, "branch": raw, "raw": raw, "norm": norm, "after": after}
+            rows.append(values(row))
+            if how == "post":
+                variance = total.double().var(-1, correction=0)
+                rows[-1]["eps_factor"] = (variance / (variance + norm.eps)).mean().item()
+            x = after
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", OWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layout_of_your_own(how, dtype):
+    model = perturbed(Own(how)).to(dtype)
+    frame = probe(model, IDS, layout=Layout("h", OWN[how])).rows()
+    expected = own_by_hand(model, how, IDS)
+    assert_same(frame, expected, expected.columns.drop("kind"))
+    assert frame["attention_entropy"].iloc[1] > 0
+
+
+def test_simlabs_own_model_through_a_layout():
+    """The two probes have nothing in common but the reducer."""
+    config = tiny("init.std=0.1")
+    names = [("attention", "mlp"), ("mlp", None)]
+    layout = Layout("blocks", tuple(
+        Sublayer(kind, f"{kind}.sublayer", f"{kind}.norm_out", after, f"{kind}.norm_out")
+        for kind, after in names
+    ))  # fmt: skip
+    model, ids = build_model(config), prepare(config).tokens
+    assert_same(
+        probe(model, ids, layout=layout).rows(),
+        probe(model, ids).rows(),
+        ["mean_square", "cosine", "kurtosis", "eps_factor", "gain_max_abs", "law_additive"],
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_layout_is_refused(kind):
+    """Each family's layout is wrong for the other two."""
+    model = theirs(kind)
+    right = KNOWN[f"{kind}DecoderLayer"]
+    for wrong in (REORDERED, PRE, PERI):
+        if wrong is not right:
+            message = refused(model, layout=Layout("model.layers", wrong))
+            assert "isn't what" in message or "has no submodule" in message, message
+
+
+def test_other_wrong_layouts():
+    model = perturbed(Own())
+    attention, mlp = GPT2
+    assert "stream + attn isn't what the block gives" in refused(
+        model, layout=Layout("h", (Sublayer("attention", "attn"),))
+    )
+    assert "attn gave nothing before its sum" in refused(model, layout=Layout("h", POST))
+    assert "mlp.0 gives (3, 11, 64), the stream is (3, 11, 32)" in refused(
+        model, layout=Layout("h", (attention, Sublayer("mlp", raw="mlp.0", branch="mlp")))
+    )
+    assert "mlp gave nothing before" in refused(
+        model, layout=Layout("h", (Sublayer("mlp", raw="mlp", sum="ln_2"), mlp))
+    )
+    assert "h.0 (OwnBlock) has no submodule atn; did you mean attn?" in refused(
+        model, layout=Layout("h", (Sublayer("attention", raw="atn", sum="ln_2"), mlp))
+    )
+    assert "Own has no submodule g; it has wte, h" in refused(model, layout=Layout("g", GPT2))
+    assert "blocks=wte is a Embedding" in refused(model, layout=Layout("wte", GPT2))
+    with pytest.raises(ConfigError, match="sublayer attention needs sum=NAME"):
+        Layout("h", (Sublayer("attention", raw="attn"), mlp))
+
+
+def test_a_scaled_residual_is_refused():
+    config = transformers.GraniteConfig(**SHAPE, residual_multiplier=0.22)
+    model = perturbed(transformers.GraniteForCausalLM(config))
+    message = refused(model, layout=Layout("model.layers", PRE))
+    assert message.startswith(
+        "probe: model.layers.0, attention: stream + self_attn isn't what post_"
+    )
+    assert "scales stream or branch" in message
+    config.residual_multiplier = 1.0
+    assert (
+        len(
+            probe(
+                transformers.GraniteForCausalLM(config), IDS, layout=Layout("model.layers", PRE)
+            ).rows()
+        )
+        == 7
+    )
+
+
+def test_an_unknown_model():
+    message = refused(perturbed(Own()))
+    for part in (
+        "Own: h holds OwnBlock (ln_1, ln_2, attn, mlp)",
+        "Olmo2DecoderLayer",
+        "Layout('h', ",
+    ):
+        assert part in message
+    assert "no decoder layers of a known class in Linear; known" in refused(nn.Linear(2, 2))
+
+
+def test_models_that_cant_be_told_apart():
+    two = nn.ModuleDict({"a": theirs("Llama"), "b": theirs("Llama")})
+    assert "decoder layers at a.model.layers, b.model.layers" in refused(two)
+    model = perturbed(Own())
+    model.h[1] = model.h[0]
+    assert "h holds a block more than once" in refused(model, layout=Layout("h", GPT2))
+
+
+def test_norms_that_are_told_apart_by_what_they_do():
+    x = torch.randn(2, 5, 32, dtype=torch.float64) + 0.5
+    layer, rms = nn.LayerNorm(32, eps=0.03).double(), nn.RMSNorm(32, eps=0.03).double()
+    for norm in (layer, rms):
+        norm.weight.data.uniform_(0.5, 1.5)
+    layer.bias.data.normal_()
+    for norm, moment in ((layer, x.var(-1, correction=0)), (rms, x.pow(2).mean(-1))):
+        found = read_norm(norm, x, norm(x).detach(), 1e-7)
+        torch.testing.assert_close(found.moment(x), moment)
+        assert torch.equal(found.gain, norm.weight)
+        assert read_norm(norm, x, norm(x).detach() * 1.01, 1e-7) is None  # something else

@@ -1,0 +1,255 @@
+"""``simlab.probe`` on other people's models: its rows against ones made by hand; it changes nothing."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import PARITY, tiny, write_olmo
+from probed import (
+    GPT2,
+    IDS,
+    KINDS,
+    POST,
+    SAME,
+    SHAPE,
+    Own,
+    assert_same,
+    hooks,
+    perturbed,
+    refused,
+    theirs,
+    values,
+)
+from torch import nn
+
+import simlab
+from simlab import ConfigError, Layout, build_model, compose, probe
+from simlab.experiment import prepare, run
+from simlab.model.placement import PLACEMENTS
+
+
+def by_hand(model, ids):
+    """The rows from each layer's own input and its submodules, called again one after another."""
+    calls, rows = [], [{"kind": "embedding"}]
+    handles = [
+        layer.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for handle in handles:
+        handle.remove()
+    rows[0]["after"] = hidden[0]
+    for i, (layer, kwargs) in enumerate(zip(model.model.layers, calls, strict=True)):
+        x, reordered = hidden[i], hasattr(layer, "post_feedforward_layernorm")
+        pre = hasattr(layer, "input_layernorm")
+        norms = [getattr(layer, "input_layernorm", None), layer.post_attention_layernorm]
+        if pre and reordered:
+            norms = [layer.input_layernorm, layer.pre_feedforward_layernorm]
+        out_norms = [
+            layer.post_attention_layernorm,
+            getattr(layer, "post_feedforward_layernorm", None),
+        ]
+        for kind, norm_in, norm_out in zip(("attention", "mlp"), norms, out_norms, strict=True):
+            given, weights = norm_in(x) if pre else x, None
+            if kind == "attention":
+                raw, weights = layer.self_attn(hidden_states=given, **kwargs)
+            else:
+                raw = layer.mlp(given)
+            branch = norm_out(raw) if reordered else raw
+            norm = norm_out if reordered else norm_in
+            rows.append({"kind": kind, "skip": x, "branch": branch, "raw": raw, "norm": norm})
+            rows[-1] |= {"after": x + branch, "weights": weights}
+            x = x + branch
+        if i < len(calls) - 1:  # the last entry is after the final norm
+            torch.testing.assert_close(x, hidden[i + 1], **PARITY)
+    return pd.DataFrame([values(row) for row in rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, *SAME])
+def test_rows_against_the_layers_own_submodules(kind):
+    model = theirs(kind)
+    frame, expected = probe(model, IDS).rows(), by_hand(model, IDS)
+    assert_same(frame, expected, expected.columns.drop("kind"))
+    assert frame["sublayer"].tolist() == list(range(7))
+    assert frame["block"].tolist() == [pd.NA, 0, 0, 1, 1, 2, 2]
+    if kind != "Olmo":  # its norm has no gain, and its eps is no attribute
+        assert frame["eps_factor"].iloc[1] < 0.999  # eps is seen
+        assert frame["law_additive"].notna().all()
+    assert frame["attention_max_logit"].isna().all()
+
+
+def test_olmo2_against_the_engine_on_the_same_checkpoint(tmp_path):
+    model = write_olmo(tmp_path / "olmo")
+    config = compose(
+        ["source=checkpoint", f"source.path={tmp_path / 'olmo'}", "seeds=0", "inputs.batch=3",
+         "inputs.length=11", "device=cpu"]
+    )  # fmt: skip
+    engine = run(config).curve
+    frame = probe(model, prepare(config).tokens).rows()
+    assert set(engine.columns) - set(frame.columns) == {"outside"}
+    columns = [c for c in frame.columns if c not in ("curve", "kind", "attention_max_logit")]
+    assert_same(frame, engine, columns)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_simlabs_own_model_gives_the_engines_rows(placement):
+    every = ["norm.every=2"] if placement == "swin_renorm" else []
+    config = tiny(f"norm={placement}", "init.std=0.1", *every)
+    engine = run(config).curve
+    ids = prepare(config).tokens
+    model = build_model(config)
+    frame = probe(model, ids, curve="random").rows()
+    pd.testing.assert_frame_equal(frame, engine, check_exact=True)
+    with probe(model, curve="random") as found:  # with autograd on
+        model(ids).sum().backward()
+    pd.testing.assert_frame_equal(found.rows(), engine, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("Olmo2", "Model"), ("Gemma3", "TextModel"), ("Llama", "ForCausalLM")]
+)
+def test_bare_models(kind, head):
+    model = theirs(kind, head)
+    assert len(probe(model, IDS).rows()) == 7
+
+
+def test_the_text_half_of_a_multimodal_model():
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=SHAPE, vision_config=vision, mm_tokens_per_image=4, image_token_index=60
+    )
+    model = perturbed(transformers.Gemma3ForConditionalGeneration(config))
+    ids = IDS.clamp(max=50)
+    frame = probe(model, ids).rows()
+    pd.testing.assert_frame_equal(frame, probe(model.model.language_model, ids).rows())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_are_bit_equal(kind, dtype):
+    model = theirs(kind).to(dtype)
+
+    def passed():
+        model.zero_grad()
+        out = model(IDS, labels=IDS, output_hidden_states=True)
+        out.loss.backward()
+        return [out.logits, *out.hidden_states, *(p.grad for p in model.parameters())]
+
+    plain, before = passed(), hooks(model)  # transformers leaves some of its own
+    with probe(model) as found:
+        probed = passed()
+    assert all(torch.equal(a, b) for a, b in zip(plain, probed, strict=True))
+    assert hooks(model) == before
+    gains = found.rows()["gain_mean_square"].iloc[1:]
+    assert gains.notna().all()  # the norms are recognised in bfloat16 too
+
+
+def test_hooks_go_on_an_exception_and_modes_come_back():
+    model = theirs("Llama", attention_dropout=0.5)
+    rows = probe(model, IDS).rows()
+    pd.testing.assert_frame_equal(probe(model.train(), IDS).rows(), rows)
+    model.model.layers[1].eval()
+    modes = [m.training for m in model.modules()]
+    for ids in (IDS, IDS + 1000):
+        with contextlib.suppress(IndexError):
+            probe(model, ids)
+        assert hooks(model) == 0
+        assert [m.training for m in model.modules()] == modes
+    model.model.layers[1].mlp.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError), probe(model) as found:
+        model(IDS)
+    assert hooks(model) == 0
+    with pytest.raises(ConfigError, match="saw 0 of 33 tokens: a forward call failed"):
+        found.rows()
+
+
+def test_batches_are_of_one_curve():
+    model = theirs("Llama")
+    with torch.no_grad(), probe(model, curve="two", seed=5) as found:
+        model(IDS[:1])
+        model(input_ids=IDS[1:])
+    once = probe(model, (IDS,), curve="two", seed=5).rows()
+    assert (once["curve"].unique().tolist(), once["seed"].unique().tolist()) == (["two"], [5])
+    assert_same(found.rows(), once, once.columns.drop(["curve", "kind"]))
+
+
+def test_what_a_backward_runs_again_is_not_counted():
+    model = theirs("Llama").train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+    with probe(model) as found:
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+    pd.testing.assert_frame_equal(found.rows(), probe(model, IDS).rows())
+
+
+@pytest.mark.parametrize("how", ["transformers", "layout", "simlab"])
+def test_no_stream_is_kept(how):
+    model, layout = {
+        "transformers": lambda: (theirs("Gemma2"), None),
+        "layout": lambda: (perturbed(Own("post")), Layout("h", POST)),
+        "simlab": lambda: (build_model(tiny()), None),
+    }[how]()
+    for block in probe(model, IDS, layout=layout).probes:
+        held = [block.outputs, block.stream] if how != "simlab" else [block.seen, block.last]
+        assert held == [{}, None]
+
+
+def test_batches_that_are_refused():
+    model = theirs("Llama")
+    mask = torch.ones_like(IDS)
+    assert len(probe(model, {"input_ids": IDS, "attention_mask": mask}).rows()) == 7
+    mask[0, -2:] = 0
+    for batch in ({"input_ids": IDS, "attention_mask": mask}, (IDS, mask)):
+        assert "attention_mask hides 2 of 33 tokens" in refused(model, batch)
+    assert "batch is a list: must be a tensor" in refused(model, IDS.tolist())
+    with torch.no_grad(), probe(model) as found:
+        model(IDS)
+        with pytest.raises(ConfigError, match="a batch of length 1 after one of 11"):
+            model(IDS[:, :1])
+        model(IDS)
+    # A refused call leaves nothing behind: the others count once each.
+    assert_same(found.rows(), probe(model, IDS).rows(), ["mean_square", "cosine"])
+    assert "no forward call of LlamaForCausalLM was seen" in refused(model, None)
+    with pytest.raises(ConfigError, match="model is a dict"):
+        probe({})
+    own = perturbed(Own())
+    own.wte = nn.EmbeddingBag(61, 32)
+    assert "gets a tensor of shape (3, 32)" in refused(own, layout=Layout("h", GPT2))
+
+
+def test_an_overflow_ends_the_curve_with_a_warning():
+    model = theirs("Llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.warns(UserWarning, match=r"model isn't finite from sublayer 4 \(mlp\) on"):
+        frame = probe(model, IDS).rows()
+    assert frame["sublayer"].tolist() == [0, 1, 2, 3]
+    assert np.isfinite(frame["mean_square"]).all()
+
+
+def test_import_is_late():
+    code = "import sys, simlab; assert 'torch' not in sys.modules; simlab.probe; simlab.Layout"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 0
+    assert callable(simlab.probe)
+
+
+def test_the_readme(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Your own model\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    assert len(blocks) >= 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert "mean_square" in capsys.readouterr().out

@@ -1,0 +1,146 @@
+"""Seeds measured as one batch against the same seeds alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+from simlab import experiment
+from simlab.budget.cost import Division
+from simlab.config.validate import compose
+from simlab.experiment import measure, prepare, run
+from simlab.measurement.engine import measure_curves
+from simlab.model.placement import PLACEMENTS
+from simlab.weights.weightless import GaussianWeights, factor, gram, together
+
+CPU = torch.device("cpu")
+SEEDS = (3, 0, 7)
+INITS = ((0.1, []), (0.3, ["init.truncate=null"]), (0.05, ["init=llama_depth"]))
+# Tokens repeat and the sequences begin alike: Gram matrices are singular.
+IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3]])
+CASES = [[f"norm={norm}"] for norm in PLACEMENTS] + [
+    ["model.tied=true"],
+    ["model.tied=true", "init=fan_in"],
+    ["norm.type=layer", "model.qk_norm=per_head"],
+    ["kv_heads=6", "model.qk_norm=none"],
+    ["width=12", "d_ff=16"],  # fewer dimensions than tokens: the weights are drawn
+    ["dtype=bfloat16"],
+]
+
+
+def values(curves):
+    """(curves, rows × statistics and the loss)."""
+    rows = [[torch.cat([r.values, r.gradient]) for r in m.rows] for m in curves]
+    flat = [torch.cat([*row, m.loss.double()[None]]) for row, m in zip(rows, curves, strict=True)]
+    return torch.stack(flat).nan_to_num(-1).numpy()
+
+
+def measured(config, *seeds):
+    weights = GaussianWeights(config.shape, config.init, *seeds)
+    return measure_curves(weights, IDS, CPU, getattr(torch, config.dtype), True)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_together_as_alone(case):
+    """Every statistic of the stream and of the gradient, at every step, and the loss.
+
+    On one thread: on several, sums in another order give the gradient another draw of the same law
+    where tokens repeat. The tolerance is float32's rounding, through all blocks and back, where
+    repeated tokens make it matter more; other seeds' numbers are much farther away.
+    """
+    every = ["norm.every=2"] if "norm=swin_renorm" in case else []
+    std = [] if "init=fan_in" in case else ["init.std=0.1"]
+    config = tiny(*std, *case, *every)
+    together = values(measured(config, *SEEDS))
+    alone = values([measured(config, seed)[0] for seed in SEEDS])
+    tolerance = 1e-4 if config.dtype == "float32" else 2**-6  # some roundings of bfloat16
+    size = np.abs(alone).max(0)
+    assert (np.abs(together - alone) <= tolerance * size).all()
+    assert (np.abs(np.roll(together, 1, 0) - alone) > 10 * tolerance * size).mean() > 0.3
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", [[], ["model.tied=true"], ["width=12", "d_ff=16"]], ids=" ".join)
+def test_inits_together_as_alone(case):
+    """Every seed with every init, each seed's normals drawn once; the gradient too, and the loss."""
+    config = tiny(*case)
+    inits = [tiny(*case, f"init.std={std}", *more).init for std, more in INITS]
+    weights = GaussianWeights(config.shape, inits[0], *SEEDS, others=inits[1:])
+    together = values(measure_curves(weights, IDS, CPU, torch.float32, True))
+    each = [GaussianWeights(config.shape, init, seed) for seed in SEEDS for init in inits]
+    alone = values([measure_curves(one, IDS, CPU, torch.float32, True)[0] for one in each])
+    size = np.abs(alone).max(0).clip(1e-3)  # a mean gradient may be nothing but rounding
+    assert (np.abs(together - alone) <= 1e-4 * size).all()
+    assert (np.abs(np.roll(together, 1, 0) - alone) > 1e-3 * size).mean() > 0.3
+    assert (np.abs(np.roll(together, len(inits), 0) - alone) > 1e-3 * size).mean() > 0.3
+
+
+def test_a_seed_that_overflows_leaves_the_others_alone():
+    x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 3] = torch.inf
+    x[2, 4] = x[2, 0]  # singular: jitter, which the first must not get
+    scale, lower, jitter = factor(gram(x))
+    assert lower[1].isnan().any()
+    for i in (0, 2):
+        for found, alone in zip((scale, lower, jitter), factor(gram(x[i : i + 1])), strict=True):
+            torch.testing.assert_close(found[i], alone[0], rtol=1e-12, atol=1e-12)
+
+
+def test_jitter_grows_only_where_it_must():
+    """A matrix that isn't positive needs 0.1 more on its diagonal than is ever added: NaN, alone."""
+    square = torch.eye(3, dtype=torch.float64).repeat(3, 1, 1)
+    square[1, 0, 1] = square[1, 1, 0] = 1 + 1e-11  # needs more than the first jitter
+    square[2, 0, 1] = square[2, 1, 0] = 1.1
+    _, lower, jitter = factor(square)
+    assert jitter[0].item() == 1e-13
+    assert 1e-11 < jitter[1].item() < 2e-10
+    assert not lower[:2].isnan().any()
+    assert lower[2].isnan().all()
+
+
+def test_how_many_go_together():
+    """Few where a token is wide or tokens are many, and never none; the logits count backward."""
+
+    def size(width, tokens, gradients=False):
+        sizes = [f"width={width}", "heads=4", "kv_heads=4", f"d_ff={4 * width}"]
+        shape = tiny(*sizes, "vocab_size=50304").shape
+        return together(shape, tokens, gradients)
+
+    assert [size(width, 64) for width in (256, 1024, 4096)] == [24, 6, 1]
+    assert [size(width, 512) for width in (256, 1024, 4096)] == [3, 1, 1]
+    assert size(256, 64, gradients=True) == 6
+    assert together(compose(["model=olmo2_32b"]).shape, 64, False) == 1
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_run_in_groups(monkeypatch, gradients):
+    """Rows, order and progress are the same, however the run's seeds are grouped, and how many groups
+    are measured at a time.
+    """
+    frames, groups = [], []
+
+    class Recorded(GaussianWeights):
+        def __init__(self, *args, **options):
+            groups.append(args[2:])
+            super().__init__(*args, **options)
+
+    monkeypatch.setitem(experiment.ENGINES, "weightless", Recorded)
+    for size, batches in ((1, 1), (2, 1), (5, 1), (1, 2), (2, 2), (2, 3)):
+        groups.clear()
+        split = Division(size, batches, 1, 0)
+        monkeypatch.setattr(experiment, "division", lambda *_, split=split: split)
+        config = tiny(
+            "engine=weightless", "seeds=5", "seed=2", f"gradients={str(gradients).lower()}"
+        )
+        ready, done = prepare(config), []
+        frames.append(measure(ready, lambda done=done: done.append(None)).curve)
+        assert len(done) == ready.blocks
+        assert sorted(seed for group in groups for seed in group) == [2, 3, 4, 5, 6]
+        assert max(map(len, groups)) == size
+        assert run(config).curve.equals(frames[-1])  # and the same bytes again
+    keys = ["curve", "seed", "sublayer", "block", "kind"]
+    for frame in frames[1:]:
+        assert frame[keys].equals(frames[0][keys])
+        for column in frame.columns.drop(keys):
+            np.testing.assert_allclose(frame[column], frames[0][column], rtol=1e-4, atol=1e-6)

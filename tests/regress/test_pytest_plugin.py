@@ -1,0 +1,177 @@
+"""The fixture growth_regression, in the test suite of the README's example."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("default")  # of the inner sessions' plugins
+
+
+@pytest.fixture
+def example():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("### In your own test suite\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    return block
+
+
+@pytest.fixture
+def suite(pytester, example, monkeypatch):
+    """Runs the example's tests: (outcomes, output)."""
+    path = pytester.makepyfile(test_growth=example)
+
+    def run(*args, old="", new=""):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *args)
+        return result.parseoutcomes(), result.stdout.str()
+
+    return run
+
+
+def test_the_readme_example(suite, pytester):
+    outcomes, said = suite()
+    assert outcomes == {"failed": 2}
+    assert "recorded for the first time, look at it and commit it" in said
+    folder = pytester.path / "test_growth"
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["test_same_law.csv", "test_same_numbers.csv"]
+    before = [(folder / name).read_bytes() for name in files]
+    assert suite()[0] == {"passed": 2}
+    # Other numbers of the same law: only the exact gate minds.
+    outcomes, said = suite(old="torch.manual_seed(seed)", new="torch.manual_seed(seed + 1000)")
+    assert outcomes == {"passed": 1, "failed": 1}
+    assert "FAILED test_growth.py::test_same_numbers" in said
+    # Another law: both do, and say where.
+    changed = "num_hidden_layers=3, rms_norm_eps=1e-2"
+    outcomes, said = suite(old="num_hidden_layers=3", new=changed)
+    assert outcomes == {"failed": 2}
+    said = " ".join(said.split())
+    assert "first at sublayer 1, the attention of block 1" in said
+    assert "standard errors" in said
+    figure = Path(re.findall(r"figure: (\S+\.png)", said)[0])
+    assert figure.stat().st_size > 10_000
+    assert [(folder / name).read_bytes() for name in files] == before
+    # Recorded anew, which fails once more.
+    outcomes, said = suite("--growth-update")
+    assert outcomes == {"failed": 2}
+    assert "recorded anew" in said
+    assert suite()[0] == {"passed": 2}
+    assert [(folder / name).read_bytes() for name in files] != before
+
+
+SMALL = """
+import pandas as pd
+import pytest
+import torch
+import simlab
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    config = simlab.compose(["model=small", "depth=2", "width=32", "heads=2", "kv_heads=2", "d_ff=64",
+                             "vocab_size=64", "device=cpu"])
+    return simlab.build_model(config, seed=seed)
+
+IDS = torch.arange(16)[None]
+FAILED = pytest.fail.Exception
+"""
+
+
+def test_mistakes_and_names(pytester):
+    pytester.makepyfile(
+        test_own=SMALL
+        + """
+def test_few(growth_regression):
+    rows = [simlab.probe(model(seed), IDS, seed=seed).rows() for seed in range(3)]
+    with pytest.raises(FAILED, match="these rows have 3 seeds of 1 curves"):
+        growth_regression.check_rows(pd.concat(rows), gate="statistical")
+
+def test_gate(growth_regression):
+    with pytest.raises(FAILED, match="gate=law: allowed: exact, statistical"):
+        growth_regression.check_rows(simlab.probe(model(), IDS).rows(), gate="law")
+
+def test_dtype(growth_regression):
+    with pytest.raises(FAILED, match="dtype=int8: allowed: float64"):
+        growth_regression.check_rows(simlab.probe(model(), IDS).rows(), dtype="int8")
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_named(growth_regression, seed):
+    growth_regression.check(model(seed), IDS, quantities=["norm", "kurtosis"])
+
+def test_basename(growth_regression):
+    growth_regression.check(model().bfloat16(), IDS, basename="other")
+"""
+    )
+    result = pytester.runpytest_subprocess("-q")
+    result.assert_outcomes(passed=3, failed=3)
+    folder = pytester.path / "test_own"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["other.csv", "test_named_0_.csv", "test_named_1_.csv"]
+    assert "# dtype: bfloat16" in (folder / "other.csv").read_text()
+    header = (folder / "test_named_0_.csv").read_text().splitlines()[2]
+    assert header == "curve,seed,sublayer,block,kind,norm,kurtosis"
+    pytester.runpytest_subprocess("-q").assert_outcomes(passed=6)
+
+
+def test_what_would_pass_unseen(pytester):
+    """A record of more curves, of another dtype, and names that two checks would share."""
+    path = pytester.makepyfile(
+        test_own=SMALL
+        + """
+SEEDS, DTYPE = 2, torch.float32
+
+def test_seeds(growth_regression):
+    rows = [simlab.probe(model(seed), IDS, seed=seed).rows() for seed in range(SEEDS)]
+    growth_regression.check_rows(pd.concat(rows))
+
+def test_dtype(growth_regression):
+    growth_regression.check(model().to(DTYPE), IDS)
+
+@pytest.mark.parametrize("name", ["a/b", "a-b"])
+def test_names(growth_regression, name):
+    growth_regression.check(model(), IDS)
+
+class TestA:
+    def test_x(self, growth_regression):
+        growth_regression.check(model(), IDS)
+        growth_regression.check(model(1), IDS, basename="second")
+
+class TestB:
+    def test_x(self, growth_regression):
+        growth_regression.check(model(1), IDS)
+
+def test_twice(growth_regression):
+    growth_regression.check(model(), IDS, quantities=["norm"])
+    growth_regression.check(model(), IDS, quantities=["norm"])
+
+def test_elsewhere(growth_regression):
+    growth_regression.check(model(), IDS, basename="../evil")
+"""
+    )
+    for _ in range(3):
+        result = pytester.runpytest_subprocess("-q")
+    result.assert_outcomes(passed=5, failed=3)
+    said = result.stdout.str()
+    assert said.count("is the curve of another check: give this one a basename") >= 2
+    assert "basename=../evil: allowed: letters" in said
+    assert not (pytester.path / "evil.csv").exists()
+    text = path.read_text().replace("2, torch.float32", "1, torch.bfloat16")
+    path.write_text(text)
+    said = pytester.runpytest_subprocess("-q").stdout.str()
+    assert "model of seed 1 is recorded and wasn't measured" in said
+    assert "was recorded with float32" in said
+
+
+def test_the_plugin_is_light(pytester):
+    """It is imported by every pytest session of its environment."""
+    pytester.makepyfile(
+        """
+        import sys
+        def test_light():
+            assert "simlab.pytest_plugin" in sys.modules
+            assert not {"torch", "pandas", "hydra"} & set(sys.modules)
+        """
+    )
+    pytester.runpytest_subprocess("-q", "-p", "no:hydra_pytest").assert_outcomes(passed=1)

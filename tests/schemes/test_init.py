@@ -1,0 +1,107 @@
+"""The std table against the rules written out, and against the moments of what is drawn."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny
+
+from simlab import build_model
+from simlab.schemes.init import ROLES, RULES, Constant, Gaussian, distribution, table
+
+D, FF, L, HC = 48, 80, 3, 48  # of tiny(): width, d_ff, depth, heads × head_dim
+S = 0.02
+# rule -> layer -> role -> sigma, from FACTS written out for tiny() (kept apart from the code's table).
+EXPECTED = {
+    "normal": lambda n: {},
+    "mitchell": lambda n: (
+        dict.fromkeys(ROLES, D**-0.5)
+        | {"o_proj": 1 / math.sqrt(2 * D * (n + 1)), "down_proj": 1 / math.sqrt(2 * FF * (n + 1))}
+    ),
+    "llama": lambda n: (
+        {"embedding": 1, "head": D**-0.5}
+        | dict.fromkeys(("o_proj", "up_proj", "down_proj"), S / math.sqrt(2 * L))
+    ),
+    "llama_depth": lambda n: (
+        {"embedding": 1, "head": D**-0.5}
+        | dict.fromkeys(("o_proj", "up_proj", "down_proj"), S / math.sqrt(2 * (n + 1)))
+    ),
+    "fan_in": lambda n: (
+        dict.fromkeys(ROLES, D**-0.5) | {"embedding": 1, "o_proj": HC**-0.5, "down_proj": FF**-0.5}
+    ),
+    "gpt2": lambda n: dict.fromkeys(("o_proj", "down_proj"), S / math.sqrt(2 * L)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_table(rule, layer):
+    config = tiny(f"init={rule}")
+    expected = dict.fromkeys(ROLES, S) | EXPECTED[rule](layer)
+    found = table(config.shape, config.init, layer)
+    assert {role: g.sigma for role, g in found.items()} == pytest.approx(expected, rel=1e-12)
+    whole = {role for role, g in found.items() if g.truncate is None}
+    assert whole == (
+        set(ROLES) if rule == "gpt2" else {"embedding"} if expected["embedding"] == 1 else set()
+    )
+
+
+def test_truncated_std():
+    assert Gaussian(1.0, 3.0).std == pytest.approx(0.986578, abs=5e-7)
+    assert Gaussian(0.02, None).std == 0.02
+    for c in (0.5, 1.0, 2.0, 5.0, 100.0):  # against the integral of the density
+        x = torch.linspace(-c, c, 200_001, dtype=torch.float64)
+        density = torch.exp(-x * x / 2)
+        variance = torch.trapezoid(x * x * density, x) / torch.trapezoid(density, x)
+        assert Gaussian(2.0, c).std == pytest.approx(2 * variance.sqrt().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_measured_moments_match_the_table(rule):
+    """Mean 0, the table's std, nothing beyond the cut, for every matrix of a whole model.
+
+    Five standard errors: √(κ−1)/2n-ish for the std (κ ≤ 3), 1/√n for the mean; 23 matrices × 6
+    rules, so a false alarm in 10^4 runs at most, and seeds are fixed.
+    """
+    config = tiny(f"init={rule}", "vocab_size=997")
+    for name, parameter in build_model(config).named_parameters():
+        law = distribution(config.shape, config.init, name)
+        values = parameter.detach().double().flatten()
+        if isinstance(law, Constant):
+            assert (values == law.value).all()
+            continue
+        n = len(values)
+        assert values.mean().abs() < 5 * law.std / math.sqrt(n), name
+        assert values.std().item() == pytest.approx(law.std, rel=5 / math.sqrt(2 * n)), name
+        if law.truncate is not None:
+            assert values.abs().max() <= law.truncate * law.sigma * (1 + 1e-6), name
+        elif n > 10_000:
+            assert values.abs().max() > 3.2 * law.sigma, name
+
+
+def test_the_truncation_would_be_missed_without_its_factor():
+    """Negative control: the moments tell 0.02 from 0.986578 · 0.02."""
+    values = build_model(tiny("vocab_size=20000")).embedding.weight.detach().double().flatten()
+    assert abs(values.std().item() / 0.02 - 1) > 5 / math.sqrt(2 * len(values))
+
+
+def test_the_draws_are_truncated_normal():
+    """Kolmogorov–Smirnov against the truncated normal's distribution function, and a control."""
+    values = build_model(tiny("vocab_size=20000")).embedding.weight.detach().double().flatten()
+    z, n = (values / 0.02).sort().values, values.numel()
+
+    def distance(cut):
+        edge = math.erf(cut / math.sqrt(2))
+        cdf = (torch.erf(z / math.sqrt(2)) / edge + 1) / 2
+        return (cdf - (torch.arange(n) + 0.5) / n).abs().max().item() * math.sqrt(n)
+
+    assert distance(3.0) < 1.95  # the 0.1 % point
+    assert distance(2.6) > 1.95
+
+
+def test_gains():
+    config = tiny("norm=swin_renorm", "norm.gain=0.5", "norm.every=1")
+    gains = {n: p for n, p in build_model(config).named_parameters() if "norm" in n}
+    for name, gain in gains.items():
+        inside = ".norm_out." in name and "renorm" not in name
+        assert (gain == (0.5 if inside else 1.0)).all(), name

@@ -1,0 +1,89 @@
+"""Several jobs on a machine with several GPUs: each has its own."""
+
+import itertools
+import multiprocessing
+import time
+
+import pytest
+
+from simlab.sweep.gpu_lock import own_gpu, take
+
+
+def hold(folder, names, queue, seconds):
+    index, lock = take(names, folder)
+    start = time.monotonic()
+    time.sleep(seconds)
+    queue.put((index, start, time.monotonic()))
+    lock.close()
+
+
+def test_no_two_processes_have_the_same(tmp_path):
+    """Seven jobs, three GPUs: on each, one after another, and none waits while one is free."""
+    context = multiprocessing.get_context("spawn")
+    queue, names = context.Queue(), ["GPU-a", "GPU-b", "GPU-c"]
+    processes = [context.Process(target=hold, args=(tmp_path, names, queue, 0.5)) for _ in range(7)]
+    for process in processes:
+        process.start()
+    held = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    for index in range(3):
+        spans = sorted((start, stop) for gpu, start, stop in held if gpu == index)
+        assert len(spans) >= 2
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+
+
+def test_a_killed_process_leaves_its_gpu(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=hold, args=(tmp_path, ["GPU-a"], queue, 60))
+    process.start()
+    while not (tmp_path / "GPU-a").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    index, lock = take(["GPU-a"], tmp_path)
+    lock.close()
+    assert index == 0
+
+
+def test_one_gpu_needs_no_lock(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(
+        "simlab.sweep.gpu_lock.lock_folder", lambda: pytest.fail("asked for a lock")
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("auto", "cuda", "cpu", "cuda:1"):
+        with own_gpu(device):
+            pass
+
+
+def test_of_several_the_free_one_becomes_torchs(monkeypatch, tmp_path):
+    import torch
+
+    chosen = []
+
+    class Current:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            chosen.append(self.index)
+
+        def __exit__(self, *_):
+            pass
+
+    class Properties:
+        def __init__(self, index):
+            self.uuid = f"GPU-{index}"
+
+    monkeypatch.setattr("simlab.sweep.gpu_lock.lock_folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    with own_gpu("auto"), own_gpu("cuda"):
+        pass
+    with own_gpu("cuda:2"):  # asked for by number: that one it is
+        pass
+    assert chosen == [0, 1]
