@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from simlab import regress
 from simlab.config import ConfigError
 from simlab.model import placement
+from simlab.regress import __main__ as regress
 from simlab.regress.cases import read_baseline, read_case, read_cases
 from simlab.regress.gates import KEYS, QUANTITIES
 
