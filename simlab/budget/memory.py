@@ -18,7 +18,7 @@ from simlab.measurement.statistics import HEADS_AT_ONCE
 from simlab.weights.base import COLUMNS_AT_ONCE
 from simlab.weights.weightless import AHEAD
 
-STREAMED = streamed.AT_ONCE  # bytes of a checkpoint's weight that a thread takes
+STREAMED = streamed.RUN_BYTES  # bytes of a checkpoint's weight that a thread takes
 HASHED = checkpoint.RUNS_AT_ONCE * STREAMED  # of the embedding, mapped while it is hashed
 
 INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.experiment are imported

@@ -7,7 +7,6 @@ them runs, no name in them leads out of the folder, and no size that they claim 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
-from simlab.checkpoints.fingerprint import Census
+from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats import open_folder
 from simlab.checkpoints.storage import Files, Stored, check
-from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool, shares
+from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool, row_runs
 from simlab.config import ConfigError, ModelConfig
 from simlab.model.transformer import Block, dense_linear
 from simlab.weights.base import Shape, Weights
 
-RUNS_AT_ONCE = 64  # of a large tensor's rows, before its pages are let go
+RUNS_AT_ONCE = 64  # runs of a large tensor's rows that are read before its pages are released
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -72,7 +72,7 @@ class Checkpoint(Weights):
         self._check()
         self.files = Files()
         self.threads, self.reader = pool(), ThreadPoolExecutor(1)
-        self.census = Census(statistics)
+        self.fingerprints = Fingerprints(statistics)
         self.last = -1  # the block that was asked for last
 
     @property
@@ -167,14 +167,13 @@ class Checkpoint(Weights):
     def matrix(self, name: str) -> Matrix:
         """A weight that stays in its file."""
         stored, start, stop = self.stored(name)
-        seen = self.census.of(name, stop - start)
-        return Matrix(self.files, stored, start, stop, self.threads, self.census.scratch, seen)
+        return Matrix(name, self.files, stored, start, stop, self.threads, self.fingerprints)
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""
         if not self.has(name):
             return torch.ones(tuple(shape), device=device, dtype=dtype)
-        self._take(name)
+        self._fingerprint(name)
         return self.files.rows(*self.stored(name)).to(device, dtype, copy=True)
 
     def rows(
@@ -190,24 +189,24 @@ class Checkpoint(Weights):
         """``weight_hash``: over name, dtype, shape and bytes of the embedding and every block.
 
         Of our names, so that the same weights have the same hash in every format. Final norm and head
-        stay out, which only gradients read: one checkpoint, one hash. Most of it is taken in as the
-        weights pass through their products; what none has met is read here.
+        stay out, which only gradients read: one checkpoint, one hash. Most rows are hashed as they pass
+        through their products; the rest, as of the embedding, is read here.
         """
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         for name in sorted(self.names()):
             if name in ("norm.weight", "head.weight"):
                 continue
-            self._take(name)
+            self._fingerprint(name)
             stored, start, stop = self.stored(name)
             digest.update(f"{name} {stored.dtype} {(stop - start, *stored.shape[1:])} ".encode())
-            digest.update(self.census.bytes_of(name))
+            digest.update(self.fingerprints.digest(name))
         return {"weight_hash": digest.hexdigest()}
 
     def table(self) -> list[dict[str, Any]]:
         """Of every tensor: our name, the file's, its shape, dtype, size, and ``Moments.statistics``."""
         rows = []
         for name in self.names():
-            self._take(name)
+            self._fingerprint(name)
             stored, start, stop = self.stored(name)
             shape = (stop - start, *stored.shape[1:])
             about = {
@@ -217,7 +216,7 @@ class Checkpoint(Weights):
                 "dtype": str(stored.dtype).removeprefix("torch."),
                 "entries": math.prod(shape),
             }
-            rows.append(about | self.census.statistics(name))
+            rows.append(about | self.fingerprints.statistics(name))
         return rows
 
     def names(self) -> Iterator[str]:
@@ -229,20 +228,19 @@ class Checkpoint(Weights):
             yield from (name.format(layer) for name in blocks)
         yield from ends
 
-    def _take(self, name: str) -> None:
-        """Read for the census what no product has met."""
-        if self.census.has(name):
+    def _fingerprint(self, name: str) -> None:
+        """Read a parameter's rows for its fingerprint, unless a product has read them."""
+        if self.fingerprints.has(name):
             return
         stored, start, stop = self.stored(name)
         if len(stored.shape) == 1:
-            self.census.of(name, 1)(0, self.files.rows(stored, start, stop), None)
+            self.fingerprints.add(name, 0, self.files.rows(stored, start, stop))
             return
-        take = self.census.of(name, stop - start)
 
-        def work(rows: tuple[int, int]) -> None:
-            take(rows[0] - start, self.files.rows(stored, *rows), None)
+        def work(run: tuple[int, int]) -> None:
+            self.fingerprints.add(name, run[0] - start, self.files.rows(stored, *run))
 
-        runs = shares(stored, start, stop)
+        runs = row_runs(stored, start, stop)
         for first in range(0, len(runs), RUNS_AT_ONCE):
             for _ in self.threads.map(work, runs[first : first + RUNS_AT_ONCE]):
                 pass

@@ -10,7 +10,6 @@ products with resident matrices take 3.4 and 0.9, and reading the bytes 0.6
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simlab.checkpoints.fingerprint import Scratch
+from simlab.checkpoints.fingerprint import SCRATCH, Fingerprints
 from simlab.checkpoints.storage import Files, Stored
 
-AT_ONCE = 8 << 20  # bytes of a weight that one thread takes: measured, 1 MiB is a fifth slower
+# Bytes of a weight that one thread takes: measured, 1 MiB is a fifth slower. Weight hashes are made
+# run by run: another value changes those of larger matrices.
+RUN_BYTES = 8 << 20
 COLUMN_SHARES = 8
 
 
@@ -35,43 +36,44 @@ def pool() -> ThreadPoolExecutor:
     )
 
 
-def shares(stored: Stored, start: int, stop: int) -> list[tuple[int, int]]:
-    """Rows start … stop − 1 in runs of about AT_ONCE bytes."""
+def row_runs(stored: Stored, start: int, stop: int) -> list[tuple[int, int]]:
+    """Rows start … stop − 1 in runs of about RUN_BYTES bytes."""
     row = max(1, math.prod(stored.shape[1:]) * stored.dtype.itemsize)
-    step = max(1, AT_ONCE // row)
+    step = max(1, RUN_BYTES // row)
     return [(a, min(a + step, stop)) for a in range(start, stop, step)]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows start … stop − 1 of a stored tensor: a weight W (d_out × d_in).
+    """The weight W (d_out × d_in) of the parameter ``name``: rows start … stop − 1 of a stored tensor.
 
-    seen: is given each few rows once they have been read, as ``Census.of`` says.
+    Its rows are added to ``fingerprints`` as they are read.
     """
 
+    name: str
     files: Files
     stored: Stored
     start: int
     stop: int
     threads: ThreadPoolExecutor
-    scratch: Scratch
-    seen: Callable[[int, Tensor, Tensor | None], None]
+    fingerprints: Fingerprints
 
     def times(self, x: Tensor) -> Tensor:
         """x Wᵀ: (N, d_in) to (N, d_out), in x's dtype."""
         out = x.new_empty(self.stop - self.start, len(x))
         turned = x.T.contiguous()
 
-        def work(share: tuple[int, int]) -> None:
+        def work(run: tuple[int, int]) -> None:
             with torch.no_grad():
-                row = share[0] - self.start
-                rows = self.files.rows(self.stored, *share)
+                row = run[0] - self.start
+                rows = self.files.rows(self.stored, *run)
                 copied = rows.dtype != x.dtype
-                weight = self.scratch.copy(rows, x.dtype) if copied else rows
+                weight = SCRATCH.copy(rows, x.dtype) if copied else rows
                 torch.mm(weight, turned, out=out[row : row + len(rows)])
-                self.seen(row, rows, weight if copied and x.dtype is torch.float32 else None)
+                wide = weight if copied and x.dtype is torch.float32 else None
+                self.fingerprints.add(self.name, row, rows, wide)
 
-        for _ in self.threads.map(work, shares(self.stored, self.start, self.stop)):
+        for _ in self.threads.map(work, row_runs(self.stored, self.start, self.stop)):
             pass
         self.files.release(self.stored)
         return out.T.contiguous()
@@ -84,7 +86,7 @@ class Matrix:
         d_in = self.stored.shape[1]
         out = torch.zeros(len(g), d_in)
         step = max(1, -(-d_in // COLUMN_SHARES))
-        rows = max(1, AT_ONCE // (step * self.stored.dtype.itemsize))
+        rows = max(1, RUN_BYTES // (step * self.stored.dtype.itemsize))
 
         def work(column: int) -> None:
             columns = slice(column, column + step)
@@ -92,7 +94,7 @@ class Matrix:
                 for a in range(self.start, self.stop, rows):
                     b = min(a + rows, self.stop)
                     part = self.files.rows(self.stored, a, b)[:, columns]
-                    weight = self.scratch.copy(part, g.dtype)
+                    weight = SCRATCH.copy(part, g.dtype)
                     out[:, columns] += g[:, a - self.start : b - self.start] @ weight
 
         for _ in self.threads.map(work, range(0, d_in, step)):

@@ -16,6 +16,7 @@ from conftest import assert_parity, simlab
 from safetensors.torch import load_file
 
 from simlab import build_model, compose
+from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.config import DEMO_DIR, DEMO_STEPS, ConfigError
 from simlab.experiment import prepare
 from simlab.report.console import show_sweep
@@ -25,6 +26,14 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_demo.py"
 TINY = [
     "--depth", "2", "--width", "16", "--heads", "2", "--d-ff", "8", "--batch", "2", "--length", "32",
 ]  # fmt: skip
+
+
+WEIGHT_HASHES = {
+    "0": "9dbbe9c62268460cb79a42f12a73c995",
+    "100": "594c2f23af50ed025cf73f9b7f0ef067",
+    "1000": "8fd70887faa22b8759760923b2080994",
+    "final": "1591a60a1aa8d392fecfcca6b030fa3d",
+}
 
 
 def demo(step: str, *overrides: str):
@@ -54,6 +63,12 @@ def test_size_and_provenance():
     assert about["loss_curve"][-1]["step"] == about["steps"]
     assert "/home" not in json.dumps(about)
     assert "/root" not in json.dumps(about)
+
+
+@pytest.mark.parametrize("step", DEMO_STEPS)
+def test_weight_hashes_stay(step):
+    """Results of earlier versions are found by them: another value here is a line in CHANGELOG.md."""
+    assert Checkpoint(str(folder(step))).identity() == {"weight_hash": WEIGHT_HASHES[step]}
 
 
 @pytest.mark.parametrize("step", DEMO_STEPS)

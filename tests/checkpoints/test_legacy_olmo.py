@@ -12,6 +12,7 @@ from test_checkpoint_parity import sublayer_states
 from test_olmo_core import write_grid
 
 from simlab import compose
+from simlab.checkpoints import streamed
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.config import ConfigError
 from simlab.experiment import run
@@ -123,7 +124,9 @@ THEIRS = {
 }  # fmt: skip
 
 
-def test_one_hash_in_three_formats(tmp_path, olmo2):
+@pytest.mark.parametrize("run_bytes", [streamed.RUN_BYTES, 1000])
+def test_one_hash_in_three_formats(tmp_path, olmo2, monkeypatch, run_bytes):
+    monkeypatch.setattr(streamed, "RUN_BYTES", run_bytes)
     olmo2.save_pretrained(tmp_path / "hf")
     write_legacy(tmp_path / "legacy", fused(olmo2), OLMO2, "pt")
     tensors = {}

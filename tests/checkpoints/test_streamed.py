@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from simlab.checkpoints import streamed
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.checkpoints.fingerprint import Census, moments
+from simlab.checkpoints.fingerprint import Fingerprints, moments_of
 from simlab.checkpoints.storage import Files, Piece, Stored, check, whole
 from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool
 from simlab.config import ConfigError
@@ -32,15 +32,13 @@ def random(*shape, seed=0):
 
 
 def matrix(stored, start, stop):
-    census = Census(True)
-    seen = census.of("w", stop - start)
-    return Matrix(Files(), stored, start, stop, pool(), census.scratch, seen)
+    return Matrix("w", Files(), stored, start, stop, pool(), Fingerprints(True))
 
 
 @pytest.fixture
 def small_shares(monkeypatch):
     """Many runs of rows also in a small matrix."""
-    monkeypatch.setattr(streamed, "AT_ONCE", 1000)
+    monkeypatch.setattr(streamed, "RUN_BYTES", 1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -114,35 +112,32 @@ def test_parts_that_do_not_make_a_whole(tmp_path):
     refused("whole", Piece(path, 0, (0, 0), (-4, 5)), b)
 
 
-def test_a_hash_sees_every_word():
-    """Any one changed entry, two swapped rows, two swapped columns; not how rows come in."""
+def test_a_hash_depends_on_every_bit_and_on_order():
+    """One flipped bit, swapped rows, swapped columns; not the order in which runs come in."""
     weight = random(13, 22).bfloat16()
 
-    def hashed(tensor, step=5):
-        census = Census(False)
-        for row in range(0, len(tensor), step):
-            census.of("w", len(tensor))(row, tensor[row : row + step])
-        return census.bytes_of("w")
+    def digest(tensor, firsts=(0, 5, 10)):
+        fingerprints = Fingerprints(False)
+        for first in firsts:
+            fingerprints.add("w", first, tensor[first : first + 5])
+        return fingerprints.digest("w")
 
-    right = hashed(weight)
-    assert hashed(weight.clone(), 3) == right == hashed(weight, 13)
+    right = digest(weight)
+    assert len(right) == 16
+    assert digest(weight.clone(), (10, 0, 5, 0)) == right
     for i in range(13):
         for j in range(22):
             other = weight.clone()
             other.view(torch.int16)[i, j] ^= 1  # the least bit
-            assert hashed(other) != right
-    assert hashed(weight.flip(0)) != right
-    assert hashed(weight.flip(1)) != right
-    assert len(right) == 13 * 16
-    wide = random(5, 1001)  # an odd number of bytes a row, after a long one: longer multipliers
-    assert hashed(wide[:, :22].bfloat16(), 5) == hashed(wide[:, :22].clone().bfloat16(), 1)
-    tall = random(300, 8)
-    assert hashed(tall, 7) == hashed(tall, 100) == hashed(tall, 300)
+            assert digest(other) != right
+    assert digest(weight[[1, 0, *range(2, 13)]]) != right
+    assert digest(weight[[5, *range(1, 5), 0, *range(6, 13)]]) != right  # in two runs
+    assert digest(weight.flip(1)) != right
 
 
 def test_moments_are_numpys():
     w = random(40, 30) * 3 + 0.5
-    parts = [moments(part.clone()) for part in w.split(7)]
+    parts = [moments_of(part.clone()) for part in w.split(7)]
     total = sum(parts[1:], parts[0]).statistics()
     a = w.double().numpy()
     expected = {
@@ -155,9 +150,11 @@ def test_moments_are_numpys():
 def test_the_spread_of_gains_that_lie_close_together():
     """1 ± 1e-4: the mean's square is 10^8 times the variance."""
     gains = 1 + 1e-4 * random(4096)
-    census = Census(True)
-    census.of("g", 1)(0, gains, None)
-    assert census.statistics("g")["std"] == pytest.approx(gains.double().std().item(), rel=1e-3)
+    fingerprints = Fingerprints(True)
+    fingerprints.add("g", 0, gains)
+    assert fingerprints.statistics("g")["std"] == pytest.approx(
+        gains.double().std().item(), rel=1e-3
+    )
 
 
 def test_the_table_of_a_checkpoint(tmp_path):
