@@ -101,7 +101,7 @@ class Fingerprints:
         runs = self.runs.setdefault(name, {})
         if first in runs:
             return
-        digest = xxhash.xxh3_128_digest(rows.contiguous().view(-1).view(torch.uint8).numpy())
+        digest = xxhash.xxh3_128_digest(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
         moments = list(self._moments(rows, wide)) if self.with_moments and rows.numel() else []
         runs[first] = digest, moments
 
