@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simlab.model.attention import Attend, Attention, inverse_frequencies, rotate
-from simlab.model.mlp import FeedForward
+from simlab.model.mlp import GatedMLP
 
 from .record import Edit, Mutation, edit
 
@@ -15,7 +15,7 @@ SPLIT = "p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)"
 MERGE = "o_BHTC.transpose(1, 2).flatten(2)"
 SDPA = "nn.functional.scaled_dot_product_attention("
 MASK = "attn_mask=mask, is_causal=mask is None"
-SWIGLU = "nn.functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
+GATED = "self.activate(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
 
 ATTENTION = (
     Mutation(
@@ -229,28 +229,26 @@ MLP = (
         "gate_up_swapped",
         "silu on up instead of gate",
         edit(
-            FeedForward.forward,
-            SWIGLU,
-            "self.gate_proj(x_BTD) * nn.functional.silu(self.up_proj(x_BTD))",
+            GatedMLP.forward,
+            GATED,
+            "self.gate_proj(x_BTD) * self.activate(self.up_proj(x_BTD))",
         ),
         same="both matrices are i.i.d. of one law",
     ),
     Mutation(
         "gelu",
         "GELU for SiLU",
-        edit(FeedForward.forward, "functional.silu", "functional.gelu"),
+        edit(GatedMLP.forward, "self.activate", "nn.functional.gelu"),
         "active",
     ),
-    Mutation(
-        "gate_without_silu", "no activation", edit(FeedForward.forward, "nn.functional.silu", "")
-    ),
+    Mutation("gate_without_silu", "no activation", edit(GatedMLP.forward, "self.activate", "")),
     Mutation(
         "silu_on_product",
         "silu(gate · up)",
         edit(
-            FeedForward.forward,
-            SWIGLU,
-            "nn.functional.silu(self.gate_proj(x_BTD) * self.up_proj(x_BTD))",
+            GatedMLP.forward,
+            GATED,
+            "self.activate(self.gate_proj(x_BTD) * self.up_proj(x_BTD))",
         ),
         "active",
     ),

@@ -143,9 +143,9 @@ class Checkpoint(Weights):
             parts[1] = "{}"
         return ".".join(parts) in self.parts or name == "head.weight"
 
-    def linear(self, d_in: int, d_out: int) -> nn.Module:
+    def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         """On a CPU a weight streams through its product; a device has a block's weights whole."""
-        return StreamedLinear(d_in, d_out) if self.streams else dense_linear(d_in, d_out)
+        return StreamedLinear(d_in, d_out) if self.streams else dense_linear(d_in, d_out, bias)
 
     def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
         """One block; meanwhile the system reads the next one's bytes, forward or back."""

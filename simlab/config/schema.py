@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
+MLPS = ("swiglu", "geglu", "gelu")  # what simlab.model.mlp.MLPS computes
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class ModelConfig:
     full_attention: tuple[int, ...] = ()  # with a window: the layers that see everything
     tied: bool = False
     llama3: Llama3RopeConfig | None = None  # or yarn, not both
+    mlp: str = "swiglu"
+    bias: bool = False  # on the linear layers of attention and MLP, not on the head
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

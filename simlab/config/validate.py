@@ -13,6 +13,7 @@ from simlab.config import (
     DEMO_STEPS,
     DTYPES,
     ENGINES,
+    MLPS,
     NORM_TYPES,
     QK_NORMS,
     ConfigError,
@@ -145,6 +146,9 @@ def _model(top: Reader, norm: NormConfig) -> ModelConfig:
         window=window,
         full_attention=full_layers(depth, every),
         tied=tied,
+        # Configs written before these keys existed have neither.
+        mlp=node.choice("mlp", MLPS) if "mlp" in node.values else "swiglu",
+        bias=node.boolean("bias") if "bias" in node.values else False,
     )
     node.done()
     return model

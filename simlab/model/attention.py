@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simlab.config import Llama3RopeConfig, ModelConfig, YarnConfig
 from simlab.model.norms import NORMS
 
-Linear = Callable[[int, int], nn.Module]
+Linear = Callable[[int, int, bool], nn.Module]  # d_in, d_out, whether there is a bias
 
 
 def inverse_frequencies(
@@ -81,7 +81,7 @@ class Attend(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(causal(QKᵀ/√C))·V, then the output projection; no biases (OLMo 2, arXiv 2501.00656).
+    """softmax(causal(QKᵀ/√C))·V, then the output projection (OLMo 2, arXiv 2501.00656).
 
     QK-norm: ``full`` normalises the whole projection, all heads together, before the head split
     and RoPE (OLMo 2); ``per_head`` each head by itself (Qwen 3); ``none``.
@@ -96,10 +96,10 @@ class Attention(nn.Module):
         self.yarn = config.yarn if self.window is None else None
         self.llama3 = config.llama3 if self.window is None else None
         q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = linear(config.width, q_dim)
-        self.k_proj = linear(config.width, kv_dim)
-        self.v_proj = linear(config.width, kv_dim)
-        self.o_proj = linear(q_dim, config.width)
+        self.q_proj = linear(config.width, q_dim, config.bias)
+        self.k_proj = linear(config.width, kv_dim, config.bias)
+        self.v_proj = linear(config.width, kv_dim, config.bias)
+        self.o_proj = linear(q_dim, config.width, config.bias)
         self.attend = Attend()
         if self.qk_norm != "none":
             norm = NORMS[config.norm.type]

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
-from simlab.model.mlp import FeedForward
+from simlab.model.mlp import MLPS
 from simlab.model.norms import NORMS
 from simlab.model.placement import PLACEMENTS, Placement, Renorm
 
 
-def dense_linear(d_in: int, d_out: int) -> nn.Module:
-    """The default linear factory: nn.Linear without a bias."""
-    return nn.Linear(d_in, d_out, bias=False)
+def dense_linear(d_in: int, d_out: int, bias: bool = False) -> nn.Module:
+    """The default linear factory: nn.Linear."""
+    return nn.Linear(d_in, d_out, bias=bias)
 
 
 class Block(nn.Module):
@@ -26,7 +26,7 @@ class Block(nn.Module):
         super().__init__()
         placement = PLACEMENTS[config.norm.placement]
         self.attention = placement(Attention(config, layer, linear), config, layer)
-        self.mlp = placement(FeedForward(config, linear), config, layer)
+        self.mlp = placement(MLPS[config.mlp](config, linear), config, layer)
         self.renorm = placement.renorm_after(config, layer)
 
     def steps(self) -> Iterator[tuple[str, Placement | Renorm]]:
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i, linear) for i in range(config.depth))
         self.norm = NORMS[config.norm.type](config.width, config.norm.eps)
-        self.head = linear(config.width, config.vocab_size)
+        self.head = linear(config.width, config.vocab_size, False)
         if config.tied:
             self.head.weight = self.embedding.weight
 

@@ -52,7 +52,11 @@ def announce(
     curves += [f"{count} random init{'s' if count > 1 else ''}"] if count else []
     console = Console(highlight=False)
     console.print(Text(title(config), style="bold"))
-    console.print(f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}, qk-norm {model.qk_norm}")
+    mlp = "" if model.mlp == "swiglu" else f", {model.mlp}"
+    mlp += ", biases" if model.bias else ""
+    console.print(
+        f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
+    )
     what = "forward and backward" if config.gradients else "forward"
     console.print(
         f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} {unit}, "

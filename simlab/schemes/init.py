@@ -14,6 +14,9 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 | gpt2        | σ         | σ       | σ/√(2L)        | σ    | σ         | σ/√(2L)           | σ     |
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
+
+An MLP without a gate has the columns up and down. Biases are 0 and norms' gains 1 (``norm.gain`` where
+a sublayer's norm has it), as in all of these trainers.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from simlab.model.placement import PLACEMENTS
 
 INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
+GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Constant:
-    """Every entry the same: a norm's gain."""
+    """Every entry the same: a norm's gain, a bias."""
 
     value: float
 
@@ -115,10 +119,15 @@ def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gau
 
 
 def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | Constant:
-    """How the parameter ``name`` (as in ``Transformer.state_dict()``) is drawn."""
+    """How the parameter ``name`` (as in ``Transformer.state_dict()``) is drawn.
+
+    Raises KeyError for a parameter that the table has no column for.
+    """
     parts = name.split(".")
     role = parts[-2]
-    if role in ROLES:
-        return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]
-    sublayer_norm = role in ("norm_in", "norm_out") and parts[2] != "renorm"
-    return Constant(model.norm.gain if sublayer_norm else 1.0)
+    if parts[-1] == "bias":
+        return Constant(0.0)
+    if role in GAINS:
+        sublayer_norm = role in ("norm_in", "norm_out") and parts[2] != "renorm"
+        return Constant(model.norm.gain if sublayer_norm else 1.0)
+    return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]

@@ -51,9 +51,9 @@ class Weights(ABC):
         shape = (self.model.vocab_size, self.model.width)
         return self.rows("embedding.weight", shape, ids, device, dtype)
 
-    def linear(self, d_in: int, d_out: int) -> nn.Module:
+    def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         """What the blocks' linear layers are."""
-        return dense_linear(d_in, d_out)
+        return dense_linear(d_in, d_out, bias)
 
     def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
         """One block with its weights on the device, ready to run; none asks for a gradient."""

@@ -36,11 +36,12 @@ class Part:
 
 
 class Place(nn.Module):
-    """Where a linear layer is, with its weight: ``nn.Linear`` also takes time to initialise it."""
+    """Where a linear layer is, with its parameters: ``nn.Linear`` also takes time to initialise it."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
 
 def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:

@@ -246,7 +246,9 @@ class Turn:
 
 
 class GaussianLinear(nn.Module):
-    """(…, d_in) to (…, d_out): x Wᵀ in law, for W with i.i.d. N(0, std²) entries. Use it once.
+    """(…, d_in) to (…, d_out): x Wᵀ + b in law, for W with i.i.d. N(0, std²) entries. Use it once.
+
+    The bias b (d_out), where there is one, is a parameter like a norm's gain, and every curve's.
 
     Each curve has its own W, and its share of x: the first 1/S of the tokens are the first curve's,
     and so on. Those of a seed have the same W but for their std.
@@ -255,9 +257,10 @@ class GaussianLinear(nn.Module):
 
     inputs: Inputs
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def bind(self, name: str, std: Std, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
         """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
@@ -280,6 +283,8 @@ class GaussianLinear(nn.Module):
             if tap is None
             else _Product.apply(scaled, times(tap, self.std**2), z)
         )
+        if self.bias is not None:
+            y = y + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.d_out)
 
 
@@ -309,9 +314,9 @@ class GaussianWeights(RandomWeights):
 
     tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
 
-    def linear(self, d_in: int, d_out: int) -> nn.Module:
+    def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         """A GaussianLinear, which ``block`` binds."""
-        return GaussianLinear(d_in, d_out)
+        return GaussianLinear(d_in, d_out, bias)
 
     def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
         """One block, its linear layers bound to their names and stds."""

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from conftest import tiny
 
+from simlab import config
 from simlab.config import CONF_DIR, ConfigError, nearest
 from simlab.config.validate import compose, options
+from simlab.model.mlp import MLPS
 from simlab.model.placement import PLACEMENTS
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import RULES
@@ -67,6 +69,9 @@ def test_every_choice_composes_and_names_what_exists():
         assert compose([f"norm={norm}"]).shape.norm.placement == norm
     for init in RULES:
         assert compose([f"init={init}"]).init.rule == init
+    assert tuple(MLPS) == config.MLPS
+    for mlp in MLPS:
+        assert compose([f"model.mlp={mlp}"]).shape.mlp == mlp
     for inputs in ("random", "zipf"):
         assert compose([f"inputs={inputs}"]).inputs.kind == inputs
 
@@ -77,10 +82,10 @@ def test_seeds_are_a_count_or_a_list():
 
 
 def test_frozen_and_hashable():
-    config = tiny()
+    frozen = tiny()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 3
-    assert hash(config) == hash(tiny())
+        frozen.seed = 3
+    assert hash(frozen) == hash(tiny())
 
 
 # Each mistake, and what its one line must say: the key, the value, what is allowed or nearest.
@@ -106,6 +111,9 @@ MISTAKES = {
     "model.qk_norm=half": ["model.qk_norm=half", "none, full, per_head"],
     "model.full_every=2": ["model.full_every=2", "window"],
     "model.tied=maybe": ["model.tied=maybe", "true, false"],
+    "model.mlp=swigl": ["model.mlp=swigl", "did you mean swiglu?"],
+    "model.mlp=relu": ["model.mlp=relu", "swiglu, geglu, gelu"],
+    "model.bias=1": ["model.bias=1", "true, false"],
     "dtype=float23": ["dtype=float23", "did you mean float32?"],
     "engine=sparse": ["engine=sparse", "auto, dense, weightless"],
     "engine=weigthless": ["engine=weigthless", "did you mean weightless?"],

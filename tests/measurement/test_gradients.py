@@ -66,7 +66,14 @@ def test_dense_gradients_are_autograds(norm, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "overrides", [["norm.type=layer"], ["model.tied=true"], ["model.qk_norm=none", "kv_heads=6"]]
+    "overrides",
+    [
+        ["norm.type=layer"],
+        ["model.tied=true"],
+        ["model.qk_norm=none", "kv_heads=6"],
+        ["model.mlp=geglu"],
+        ["model.mlp=gelu", "model.bias=true"],
+    ],
 )
 def test_variants(overrides):
     config = tiny("gradients=true", "init.std=0.1", *overrides)

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny
 
 from simlab import build_model
+from simlab.model.mlp import MLPS
 from simlab.schemes.init import ROLES, RULES, Constant, Gaussian, distribution, table
 
 D, FF, L, HC = 48, 80, 3, 48  # of tiny(): width, d_ff, depth, heads × head_dim
@@ -97,6 +98,20 @@ def test_the_draws_are_truncated_normal():
 
     assert distance(3.0) < 1.95  # the 0.1 % point
     assert distance(2.6) > 1.95
+
+
+@pytest.mark.parametrize("mlp", MLPS)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_parameter_of_every_mlp_has_a_law(mlp, rule):
+    config = tiny(f"model.mlp={mlp}", "model.bias=true", f"init={rule}")
+    for name, parameter in build_model(config).named_parameters():
+        law = distribution(config.shape, config.init, name)
+        assert isinstance(law, Gaussian) == (parameter.dim() == 2), name
+        if name.endswith("bias"):
+            assert law == Constant(0.0), name
+            assert (parameter == 0).all()
+    with pytest.raises(KeyError, match="router"):
+        distribution(config.shape, config.init, "blocks.0.mlp.sublayer.router.weight")
 
 
 def test_gains():

@@ -207,6 +207,25 @@ def test_normals_depend_on_seed_and_key_alone():
     assert a.std().item() == pytest.approx(1, rel=5 / math.sqrt(2 * a.numel()))
 
 
+@pytest.mark.parametrize("case", ["generic", "tall"])
+def test_a_bias_is_added_and_changes_nothing_else(case):
+    bias = torch.arange(30.0)
+    found = []
+    for has_bias in (False, True):
+        x = tokens(case).requires_grad_()
+        layer = GaussianLinear(x.shape[1], 30, has_bias)
+        layer.bind("layer", 0.3, Inputs(normals(0)))
+        if layer.bias is not None:
+            layer.load_state_dict({"bias": bias})
+        y = layer(x)
+        y.square().sum().backward() if not has_bias else (y - bias).square().sum().backward()
+        found.append((y.detach(), x.grad))
+    (plain, gradient), (biased, with_bias) = found
+    assert torch.equal(biased, plain + bias)
+    # y − bias is y to float32's rounding of numbers up to 30, which the gradient sums over 30 outputs.
+    torch.testing.assert_close(with_bias, gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     x = tokens("generic").to(dtype).requires_grad_()

@@ -94,6 +94,8 @@ def test_weightless_is_dense_in_distribution(norm, width):
         ["model.tied=true", "init=fan_in"],
         ["norm.type=layer", "model.qk_norm=per_head"],
         ["init=fan_in", "model.qk_norm=none"],
+        ["model.mlp=geglu"],
+        ["model.mlp=gelu", "model.bias=true"],
     ],
     ids=" ".join,
 )
