@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from simlab import compose
-from simlab.analysis.curve import Curves, curves
+from simlab.analysis.curve import curves
 from simlab.analysis.resampling import limit, permuted
 from simlab.analysis.verdict import ROUNDING, judge
 from simlab.experiment import run
@@ -67,12 +68,15 @@ def stacked(frames: list[pd.DataFrame]) -> tuple[Array, Array]:
 def law_alarms(runs: int, depth: int) -> int:
     """Of so many groups of random inits that obey the law, how many fail its gate."""
     config = compose([*MODEL, f"depth={depth}", "init.std=0.1", f"seeds={POOL // 2}"])
-    every = curves(run(config).curve, "random")
+    rows = 1 + 2 * depth
+    every = curves(run(config).curve, "random", gain=[1.0] * rows, normalises=["branch"] * rows)
     generator, alarms = np.random.default_rng(2), 0
     for _ in range(runs):
         picked = generator.choice(every.count, SEEDS, replace=False)
-        group = Curves(every.kinds, every.mean_square[picked], every.eps_factor[picked])
-        alarms += not passes(judge(group, 1.0, "branch", "float32"))
+        group = replace(
+            every, mean_square=every.mean_square[picked], eps_factor=every.eps_factor[picked]
+        )
+        alarms += not passes(judge(group, "float32"))
     return alarms
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,25 +15,34 @@ from simlab.theory.laws import Array, Rows
 class Curves:
     """S curves of one kind (``random`` or ``checkpoint``) over the R rows that all of them have.
 
-    kinds: (R,). mean_square, eps_factor: (S, R).
+    kinds, gain, normalises: (R,), as in ``Rows``. mean_square, eps_factor: (S, R).
     """
 
     kinds: list[str]
     mean_square: Array
     eps_factor: Array
+    gain: Sequence[float]
+    normalises: Sequence[str | None]
 
     @property
     def count(self) -> int:
         """How many curves (seeds) there are."""
         return len(self.mean_square)
 
-    def rows(self, gain: float, normalises: str | None) -> Rows:
+    @property
+    def rows(self) -> Rows:
         """What the laws may know of these curves."""
-        return Rows(self.kinds, self.mean_square[:, 0], self.eps_factor, gain, normalises)
+        first = self.mean_square[:, 0]
+        return Rows(self.kinds, first, self.eps_factor, self.gain, self.normalises)
 
 
-def curves(frame: pd.DataFrame, name: str) -> Curves:
-    """The curves called ``name`` in the frame, cut to the rows that every seed reached."""
+def curves(
+    frame: pd.DataFrame, name: str, gain: Sequence[float], normalises: Sequence[str | None]
+) -> Curves:
+    """The curves called ``name`` in the frame, cut to the rows that every seed reached.
+
+    gain, normalises: as in ``Rows``, of every row that a whole curve has.
+    """
     groups = [group for _, group in frame[frame["curve"] == name].groupby("seed", sort=True)]
     length = min(len(group) for group in groups)
 
@@ -43,4 +53,6 @@ def curves(frame: pd.DataFrame, name: str) -> Curves:
         kinds=groups[0]["kind"].tolist()[:length],
         mean_square=stack("mean_square"),
         eps_factor=stack("eps_factor"),
+        gain=gain[:length],
+        normalises=normalises[:length],
     )

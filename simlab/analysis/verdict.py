@@ -177,16 +177,13 @@ def _claim(name: str, fit: Fit) -> str:
     return f"{law} is off by {size}"
 
 
-def judge(
-    curves: Curves, gain: float, normalises: str | None, dtype: str, *, drawn: bool = True
-) -> Verdict:
+def judge(curves: Curves, dtype: str, *, drawn: bool = True) -> Verdict:
     """Hold S curves against every law and say what they show.
 
-    gain, normalises: as in ``Rows``. drawn: the curves are random draws, so that more of them would
-    give intervals; a checkpoint's is not.
+    drawn: the curves are random draws, so that more of them would give intervals; a checkpoint's is
+    not.
     """
-    rows = curves.rows(gain, normalises)
-    laws = {name: hold(curves, law(rows), dtype) for name, law in LAWS.items()}
+    laws = {name: hold(curves, law(curves.rows), dtype) for name, law in LAWS.items()}
     g = growth(curves.mean_square, curves.kinds)
     level = float(curves.mean_square[:, -1].mean())
     known = {name: fit for name, fit in laws.items() if not math.isnan(fit.log_error)}

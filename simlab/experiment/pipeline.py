@@ -32,7 +32,6 @@ from simlab.config import ConfigError, InitConfig, ModelConfig, RunConfig, Sourc
 from simlab.inputs import make_tokens
 from simlab.measurement.engine import Measured, measure_curves, resolve_device
 from simlab.measurement.frame import cut, cut_gradients, losses, tidy, with_laws
-from simlab.model.placement import PLACEMENTS
 from simlab.model.transformer import Transformer, parameter_count
 from simlab.schemes.init import Gaussian, distribution
 from simlab.store import config_hash
@@ -295,15 +294,13 @@ def measure(
     frame, overflow = cut(frame)
     frame["massive"] = massive(frame)
     frame, lost = cut_gradients(frame, overflow)
-    placement = PLACEMENTS[model.norm.placement]
     frame[[f"law_{law}" for law in LAWS]] = np.nan
     verdicts = {}
     for name in frame["curve"].unique():
-        of_curve = curves(frame, name)
-        frame = with_laws(frame, name, of_curve, model.norm.gain, placement.normalises)
-        verdicts[name] = judge(
-            of_curve, model.norm.gain, placement.normalises, config.dtype, drawn=name == "random"
-        )
+        one = next(found for kind, _, found in measured if kind == name)
+        of_curve = curves(frame, name, one.gain, one.normalises)
+        frame = with_laws(frame, name, of_curve)
+        verdicts[name] = judge(of_curve, config.dtype, drawn=name == "random")
     summary = summarise(ready, verdicts, overflow)
     summary["lambda"] = {name: _lambda(frame, name, model.depth) for name in verdicts}
     if ready.checkpoint:

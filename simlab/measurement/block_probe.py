@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +62,36 @@ class Reducer:
         return torch.stack([by_place[i] for i in range(len(order))], -1)
 
 
+class StepResult(NamedTuple):
+    """A step's kind, its statistics (S, entries), and what the laws may know of its last norm.
+
+    normalises: what that norm acts on, as in ``placement.Placement``. gain: its gain at init.
+    """
+
+    kind: str
+    values: Tensor
+    normalises: str | None
+    gain: float
+
+
 class BlockProbe(ABC):
     """Statistics of the residual steps of a block, from hooks that live in its ``with`` block.
 
     kinds: of the steps, in the order they happen. curves: S, whose sequences lie one curve's after
-    another's in x (S·B, T, D). normalises and gain: what the laws may know of the block.
+    another's in x (S·B, T, D). normalises: what each step's last norm acts on. gain: the gain of the
+    steps that are sublayers.
     """
 
-    normalises: str | None
-    gain: float
-
-    def __init__(self, block: nn.Module, kinds: Sequence[str], curves: int = 1) -> None:
-        self.block, self.kinds = block, kinds
+    def __init__(
+        self,
+        block: nn.Module,
+        kinds: Sequence[str],
+        normalises: Sequence[str | None],
+        gain: float,
+        curves: int = 1,
+    ) -> None:
+        self.block, self.kinds, self.normalises = block, kinds, normalises
+        self.gains = [1.0 if kind == "renorm" else gain for kind in kinds]
         self.reducers = [Reducer(STATISTICS, curves) for _ in kinds]
         self.handles: list[RemovableHandle] = []
 
@@ -90,9 +108,11 @@ class BlockProbe(ABC):
     def listen(self) -> None:
         """Register hooks that take every step to its reducer; their handles go to ``handles``."""
 
-    def results(self) -> list[tuple[str, Tensor]]:
-        """Kind and statistics (S, entries) of every step of the block, in the order they happened."""
-        return [(kind, r.result()) for kind, r in zip(self.kinds, self.reducers, strict=True)]
+    def results(self) -> list[StepResult]:
+        """Every step of the block, in the order they happened."""
+        values = [reducer.result() for reducer in self.reducers]
+        steps = zip(self.kinds, values, self.normalises, self.gains, strict=True)
+        return [StepResult(*step) for step in steps]
 
 
 class Probe(BlockProbe):
@@ -100,9 +120,8 @@ class Probe(BlockProbe):
 
     def __init__(self, block: Block, curves: int = 1) -> None:
         kinds, self.steps = zip(*block.steps(), strict=True)
-        super().__init__(block, kinds, curves)
-        self.normalises = block.attention.normalises
-        self.gain = block.attention.options.gain
+        normalises = [step.normalises for step in self.steps]
+        super().__init__(block, kinds, normalises, block.attention.options.gain, curves)
         self.seen: dict[str, Tensor] = {}
         self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
         self.attention: dict[str, Tensor] | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError
-from simlab.measurement.block_probe import Probe, Reducer
+from simlab.measurement.block_probe import Probe, Reducer, StepResult
 from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.model.transformer import Block
@@ -26,14 +26,17 @@ from simlab.weights.base import Weights
 class Row:
     """Where a row of the curve was measured, and one number per STATISTICS entry.
 
-    gradient: one number per GRADIENT_STATISTICS entry, where it was asked for. While curves are
-    measured together, each is (S, entries); in what ``measure_curves`` gives, (entries,).
+    normalises, gain: of the step's last norm, as in ``StepResult``. gradient: one number per
+    GRADIENT_STATISTICS entry, where it was asked for. While curves are measured together, each is
+    (S, entries); in what ``measure_curves`` gives, (entries,).
     """
 
     sublayer: int
     block: int | None
     kind: str
     values: Tensor
+    normalises: str | None = None
+    gain: float = 1.0
     gradient: Tensor | None = None
 
     def of(self, curve: int) -> Row:
@@ -49,19 +52,29 @@ class Measured:
     rows: list[Row]
     loss: Tensor | None = None
 
+    @property
+    def normalises(self) -> list[str | None]:
+        """What each row's last norm acts on."""
+        return [row.normalises for row in self.rows]
+
+    @property
+    def gain(self) -> list[float]:
+        """Each row's last norm's gain at init."""
+        return [row.gain for row in self.rows]
+
     def first(self, depth: int) -> Measured:
         """Its rows as far as this many blocks go; the loss is the whole model's."""
         rows = [row for row in self.rows if row.block is None or row.block < depth]
         return replace(self, rows=rows)
 
 
-def rows_of(embedding: Tensor, blocks: list[list[tuple[str, Tensor]]]) -> list[Row]:
-    """The rows of what was found: the embedding's statistics, and every block's by kind of step."""
+def rows_of(embedding: Tensor, blocks: list[list[StepResult]]) -> list[Row]:
+    """The rows of a curve, from the embedding's statistics and every block's steps."""
     rows, sublayer = [Row(0, None, "embedding", embedding)], 0
     for block, steps in enumerate(blocks):
-        for kind, values in steps:
-            sublayer += kind != "renorm"
-            rows.append(Row(sublayer, block, kind, values))
+        for step in steps:
+            sublayer += step.kind != "renorm"
+            rows.append(Row(sublayer, block, *step))
     return rows
 
 
@@ -126,7 +139,7 @@ def forward(
     embedding = Reducer(STATISTICS, curves)
     for stream in streams:
         embedding.add(Step(after=stream))
-    blocks: list[list[tuple[str, Tensor]]] = []
+    blocks: list[list[StepResult]] = []
     kept: list[list[Tensor]] = []
     for layer in range(model.depth):
         if keep:

@@ -84,20 +84,17 @@ def losses(measured: list[tuple[str, int, Measured]]) -> dict[str, Any]:
     return found
 
 
-def with_laws(
-    frame: pd.DataFrame, name: str, of_curve: Curves, gain: float, normalises: str | None
-) -> pd.DataFrame:
+def with_laws(frame: pd.DataFrame, name: str, of_curve: Curves) -> pd.DataFrame:
     """Add what each law predicts for the mean square as columns ``law_additive``, ``law_sqrt2``.
 
     Where a seed's curve is longer than the shortest, the rows beyond stay empty.
     """
-    rows = of_curve.rows(gain, normalises)
     of_name = frame[frame["curve"] == name]
     step = of_name.groupby("seed").cumcount()
     kept = of_name.index[step < len(of_curve.kinds)]
     for law, predict in LAWS.items():
         with np.errstate(over="ignore"):
-            values = np.exp(predict(rows))
+            values = np.exp(predict(of_curve.rows))
         order = {seed: i for i, seed in enumerate(sorted(of_name["seed"].unique()))}
         which = [order[seed] for seed in frame.loc[kept, "seed"]]
         frame.loc[kept, f"law_{law}"] = values[which, step.loc[kept].to_numpy()]

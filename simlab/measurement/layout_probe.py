@@ -93,11 +93,10 @@ class LayoutProbe(BlockProbe):
     """
 
     def __init__(self, block: nn.Module, name: str, sublayers: tuple[Sublayer, ...]) -> None:
-        super().__init__(block, [sublayer.kind for sublayer in sublayers])
+        kinds = [sublayer.kind for sublayer in sublayers]
+        # A gain of 1, as at init: the laws take a trained model's gains as that too.
+        super().__init__(block, kinds, [sublayer.normalises for sublayer in sublayers], gain=1.0)
         self.name, self.sublayers = name, sublayers
-        placements = {sublayer.normalises for sublayer in sublayers}
-        self.normalises = placements.pop() if len(placements) == 1 else None
-        self.gain = 1.0  # as at init, and as the laws take a checkpoint's
         where = f"{name} ({type(block).__name__})"
         named = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
         self.modules = {path: submodule(block, path, where) for path in sorted(named)}

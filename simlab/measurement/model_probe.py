@@ -132,7 +132,10 @@ class ModelProbe:
                         f"probe: {kind} of block {i} saw {reducer.tokens} of {tokens} tokens: a"
                         " forward call failed or went around it, or the layout isn't this model's"
                     )
-        blocks = [[(kind, v[0].cpu()) for kind, v in found.results()] for found in self.probes]
+        blocks = [
+            [step._replace(values=step.values[0].cpu()) for step in found.results()]
+            for found in self.probes
+        ]
         measured = Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
         frame, overflow = cut(tidy([(self.curve, self.seed, measured)], tokens * self.size[1]))
         for row in overflow:
@@ -142,8 +145,8 @@ class ModelProbe:
         frame[[f"law_{law}" for law in LAWS]] = np.nan
         if frame.empty:
             return frame
-        gain, normalises = self.probes[0].gain, self.probes[0].normalises
-        return with_laws(frame, self.curve, curves(frame, self.curve), gain, normalises)
+        of_curve = curves(frame, self.curve, measured.gain, measured.normalises)
+        return with_laws(frame, self.curve, of_curve)
 
 
 def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:

@@ -74,6 +74,8 @@ class Reordered(Placement):
 class Renorm(nn.Module):
     """x ← N(x) on the residual stream itself."""
 
+    normalises: ClassVar[str | None] = "stream"
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm_out = NORMS[config.norm.type](config.width, config.norm.eps)

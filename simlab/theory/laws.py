@@ -20,15 +20,16 @@ class Rows:
     """What a law may know of S curves with R rows: their start, and the norms' eps, no growth.
 
     kinds (R): embedding, attention, mlp or renorm. first (S,): the embedding's mean square.
-    eps_factor (S, R): m/(m + eps), m the mean square that the step's norm divides by. gain: the
-    sublayer norms'. normalises: what they act on, ``branch``, ``stream`` or None.
+    eps_factor (S, R): m/(m + eps), m the mean square that the step's last norm divides by.
+    gain (R): that norm's. normalises (R): what it acts on, ``branch``, ``stream``, or None where the
+    branch is added as it comes; placements may differ from row to row.
     """
 
     kinds: Sequence[str]
     first: Array
     eps_factor: Array
-    gain: float
-    normalises: str | None
+    gain: Sequence[float]
+    normalises: Sequence[str | None]
 
 
 def sqrt2(rows: Rows) -> Array:
@@ -45,23 +46,20 @@ def sqrt2(rows: Rows) -> Array:
 
 
 def additive(rows: Rows) -> Array:
-    """v_k = v_0 + Σ_j g²·c_j, with c_j = m_j/(m_j + eps): each sublayer adds its normed branch.
+    """v_k = v_0 + Σ_j g_j²·c_j, with c_j = m_j/(m_j + eps): each sublayer adds its normed branch.
 
     A branch normed to gain g has mean square g²c, and E⟨x, branch⟩ = 0 because the sublayer's last
     matrix is fresh, independent of x and isotropic: exact in expectation at every width for
-    ``reordered`` and ``peri``. A re-norm sets v to its own c; where the norm acts on the stream
-    (``post``, ``deepnorm``) every step does, v_k = g²c_k. For a placement that norms neither, this
-    says what v would be if it did. (S, R), ln v. Derived in the README; tested by simulation.
+    ``reordered`` and ``peri``. A norm of the stream sets v anew, v_k = g_k²c_k: a re-norm, and every
+    step of ``post`` and ``deepnorm``. A step that norms neither is given the same +g²c as if it
+    normed its branch, which is no law for it but a claim that the measurement can refute. Where steps
+    differ (``mix_ln``, ``pre_post``), each row follows its own rule from the row before.
+    (S, R), ln v. Derived in the README; tested by simulation.
     """
     v = [rows.first]
-    for row, kind in enumerate(rows.kinds[1:], start=1):
-        c = rows.eps_factor[:, row]
-        if kind == "renorm":
-            v.append(c)
-        elif rows.normalises == "stream":
-            v.append(rows.gain**2 * c)
-        else:
-            v.append(v[-1] + rows.gain**2 * c)
+    for row in range(1, len(rows.kinds)):
+        added = rows.gain[row] ** 2 * rows.eps_factor[:, row]
+        v.append(added if rows.normalises[row] == "stream" else v[-1] + added)
     with np.errstate(divide="ignore"):  # a gain of 0 under post: v = 0
         return np.log(np.stack(v, axis=1))
 

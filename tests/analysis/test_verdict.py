@@ -8,9 +8,10 @@ from simlab.analysis.verdict import ALPHA, judge, off_by, plus_minus, sign_flip
 KINDS = ["embedding", *["attention", "mlp"] * 8]
 
 
-def made(v, kinds=KINDS, c=1.0):
+def made(v, kinds=KINDS, c=1.0, normalises="branch"):
     v = np.asarray(v, float)
-    return Curves(kinds, v, np.full_like(v, c))
+    alike = [1.0] * len(kinds), [normalises] * len(kinds)
+    return Curves(kinds, v, np.full_like(v, c), *alike)
 
 
 def additive_curves(seeds, generator, bias=0.0, noise=0.05):
@@ -41,7 +42,7 @@ def test_identical_errors_are_not_chance():
 
 
 def test_additive_curves_are_called_additive():
-    verdict = judge(additive_curves(8, np.random.default_rng(0)), 1.0, "branch", "float32")
+    verdict = judge(additive_curves(8, np.random.default_rng(0)), "float32")
     assert verdict.laws["additive"].status == "holds"
     assert verdict.laws["sqrt2"].status == "fails"
     assert "linearly" in verdict.sentence
@@ -53,7 +54,7 @@ def test_doubling_curves_are_called_doubling():
     generator = np.random.default_rng(0)
     v = 4e-4 * 2.0 ** np.arange(17) * np.exp(0.01 * generator.standard_normal((8, 17)))
     v[:, 0] = 4e-4
-    verdict = judge(made(v), 1.0, "branch", "float32")
+    verdict = judge(made(v), "float32")
     assert verdict.laws["sqrt2"].status == "holds"
     assert verdict.laws["additive"].status == "fails"
     assert "exponentially" in verdict.sentence
@@ -62,21 +63,19 @@ def test_doubling_curves_are_called_doubling():
 
 def test_a_small_bias_fails_beyond_chance():
     curves = additive_curves(8, np.random.default_rng(0), bias=0.02, noise=0.001)
-    verdict = judge(curves, 1.0, "branch", "float32")
+    verdict = judge(curves, "float32")
     assert verdict.laws["additive"].status == "fails"
     assert "fails beyond chance" in verdict.sentence
 
 
 def test_too_few_seeds_cannot_tell():
-    verdict = judge(additive_curves(7, np.random.default_rng(0)), 1.0, "branch", "float32")
+    verdict = judge(additive_curves(7, np.random.default_rng(0)), "float32")
     assert verdict.sentence.startswith("7 seeds are too few to tell (8 needed)")
     assert {fit.status for fit in verdict.laws.values()} == {"unknown"}
     assert {fit.p_value for fit in verdict.laws.values()} == {None}
-    one = judge(additive_curves(1, np.random.default_rng(0)), 1.0, "branch", "float32")
+    one = judge(additive_curves(1, np.random.default_rng(0)), "float32")
     assert one.sentence.startswith("1 seed is too few to tell")
-    checkpoint = judge(
-        additive_curves(1, np.random.default_rng(0)), 1, "branch", "float32", drawn=False
-    )
+    checkpoint = judge(additive_curves(1, np.random.default_rng(0)), "float32", drawn=False)
     assert "too few" not in checkpoint.sentence
     assert "no intervals" in checkpoint.sentence
 
@@ -84,13 +83,13 @@ def test_too_few_seeds_cannot_tell():
 def test_constant_and_rounding():
     """A stream that is normed at every step: rounding alone is no evidence against a law."""
     v = np.concatenate([np.full((8, 1), 4e-4), np.full((8, 16), 1 + 3e-8)], 1)
-    verdict = judge(made(v), 1.0, "stream", "float32")
+    verdict = judge(made(v, normalises="stream"), "float32")
     assert verdict.laws["additive"].status == "holds"
     assert verdict.sentence.startswith("Mean square stays at 1:")
 
 
 def test_short_and_empty_curves():
-    verdict = judge(made(np.ones((8, 1)), ["embedding"]), 1.0, "branch", "float32")
+    verdict = judge(made(np.ones((8, 1)), ["embedding"]), "float32")
     assert verdict.sentence == "The curve can't be fitted."
 
 
@@ -131,7 +130,7 @@ def test_a_law_beyond_float64_is_rejected_quietly():
     generator = np.random.default_rng(0)
     v = 4e-4 + np.arange(2001) + generator.standard_normal((8, 2001)).cumsum(1) * 0.01
     v[:, 0] = 4e-4
-    verdict = judge(made(v, kinds), 1.0, "branch", "float32")
+    verdict = judge(made(v, kinds), "float32")
     assert verdict.laws["sqrt2"].status == "fails"
     assert verdict.laws["additive"].status == "holds"
     assert "10^595" in verdict.sentence

@@ -183,7 +183,8 @@ def test_the_law_blames_the_add(measured):
     from simlab.analysis.verdict import judge
 
     got = from_sublayer(measured.curve.copy(), 3, "mean_square", lambda v: v + 0.5)
-    verdict = judge(curves(got, "random"), 1.0, "branch", DTYPE)
+    of_curve = curves(got, "random", gain=[1.0] * len(got), normalises=["branch"] * len(got))
+    verdict = judge(of_curve, DTYPE)
     outcome = law(got, verdict, 1.0, DTYPE)
     assert (outcome.finding.sublayer, outcome.finding.blame) == (3, "residual add")
     assert outcome.finding.size > 5

@@ -1,20 +1,25 @@
 """The laws against closed forms written out, and against simulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from simlab import compose
-from simlab.analysis.curve import curves
 from simlab.analysis.verdict import sign_flip
 from simlab.experiment import run
-from simlab.theory.laws import LAWS, Rows, additive, sqrt2
+from simlab.theory.laws import Rows, additive, sqrt2
 
 KINDS = ["embedding", *["attention", "mlp"] * 3]
 
 
 def rows(kinds=KINDS, eps_factor=None, gain=1.0, normalises="branch"):
+    """Of v_0 = 1/4. gain, normalises: of the sublayers, whose norms are all alike, or of each row."""
     factor = np.ones((1, len(kinds))) if eps_factor is None else np.array([eps_factor], float)
-    return Rows(kinds, np.array([0.25]), factor, gain, normalises)
+    gains = [1.0 if kind == "renorm" else gain for kind in kinds]
+    if isinstance(normalises, str):
+        normalises = ["stream" if kind == "renorm" else normalises for kind in kinds]
+    return Rows(kinds, np.array([0.25]), factor, gains, normalises)
 
 
 def test_sqrt2_is_literal():
@@ -49,10 +54,18 @@ def test_renorm_and_stream_norms():
     np.testing.assert_allclose(stream, [0.25, 0.8, *[1] * 5], rtol=1e-12)
 
 
+def test_each_row_follows_its_own_norm():
+    """Post-norm in the first block, pre-norm in the second, a normed branch in the third."""
+    norms = [None, "stream", "stream", None, None, "branch", "branch"]
+    c = [np.nan, 0.8, 0.9, 0.5, 1, 1, 0.25]
+    v = np.exp(additive(rows(eps_factor=c, gain=2.0, normalises=norms)))[0]
+    np.testing.assert_allclose(v, [0.25, 3.2, 3.6, 5.6, 9.6, 13.6, 14.6], rtol=1e-12)
+
+
 def test_the_answer_to_the_thread():
     """64 blocks from v_0 ≈ 0: rms about 11.3, not 2^64; λ of 32 blocks is ln(√32)/32 = 0.054."""
-    deep = Rows(["embedding", *["a", "m"] * 64], np.array([0.0004]), np.ones((1, 129)), 1, "branch")
-    v = np.exp(additive(deep))[0]
+    deep = rows(["embedding", *["attention", "mlp"] * 64])
+    v = np.exp(additive(replace(deep, first=np.array([0.0004]))))[0]
     assert np.sqrt(v[-1]) == pytest.approx(11.31, abs=0.01)
     assert np.log(np.sqrt(v[64] / v[2])) / 32 == pytest.approx(0.0542, abs=0.0002)
 
@@ -66,16 +79,14 @@ MODEL = [
 
 def standardised(norm, law, *overrides):
     """The law's error on the mean curve in the seeds' standard errors, per row; and the p-value."""
-    config = compose([*MODEL, f"norm={norm}", *overrides])
-    result = run(config)
-    of_curve = curves(result.curve, "random")
-    from simlab.model.placement import PLACEMENTS
-
-    placement = PLACEMENTS[norm]
-    predicted = np.exp(LAWS[law](of_curve.rows(config.shape.norm.gain, placement.normalises)))
-    gap = (of_curve.mean_square - predicted)[:, 1:]
+    frame = run(compose([*MODEL, f"norm={norm}", *overrides])).curve
+    measured, predicted = (
+        np.stack([curve[name].to_numpy()[1:] for _, curve in frame.groupby("seed")])
+        for name in ("mean_square", f"law_{law}")
+    )
+    gap = measured - predicted
     # Rounding: where nothing is random (a norm's own output) the error is float32's, not the law's.
-    floor = 1e-6 * of_curve.mean_square.mean(0)[1:]
+    floor = 1e-6 * measured.mean(0)
     error = np.hypot(gap.std(0, ddof=1) / np.sqrt(len(gap)), floor)
     return gap.mean(0) / error, sign_flip(gap, floor)
 
