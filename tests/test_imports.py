@@ -87,9 +87,14 @@ def test_entry_points_import_torch_late():
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 0
 
 
-def test_simlab_never_imports_scripts():
+def test_simlab_never_imports_scripts_or_tests():
+    """Both are on the path of a test run, so that an import of one would fail elsewhere only."""
+    scripts, tests = ROOT.parent / "scripts", Path(__file__).parent
+    beside = {path.stem for path in [*scripts.glob("*"), *tests.rglob("*.py")]}
+    assert {"mutations", "benchmark", "conftest", "probed"} <= beside
     for path in modules():
-        assert not {name for name in imports(path) if name.split(".")[0] == "scripts"}
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & {*beside, "scripts", "tests"}, path
 
 
 def test_no_file_is_too_long():
