@@ -1,6 +1,7 @@
 """The old OLMo trainer's fused layout, written here from transformers' models, state by state."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -81,6 +82,35 @@ def test_every_hidden_state_of_olmo1(tmp_path, tied):
     model = write_olmo(tmp_path / "hf", kind="Olmo", **changes)
     write_legacy(tmp_path / "m", fused(model), OLMO1 | {"weight_tying": tied}, "pt")
     assert_same(tmp_path / "m", *pre_norm_states(model, IDS))
+
+
+@pytest.mark.parametrize("norm_after", [True, False])
+def test_layer_norm_is_qk_norms_too(tmp_path, norm_after):
+    """``layer_norm_type: default`` with ``attention_layer_norm``: every norm subtracts the mean.
+
+    transformers has no such model: here its OLMo-2, each norm another, or its norms moved to the front.
+    """
+    rope = {"rope_type": "default", "rope_theta": 900.0}
+    model = write_olmo(tmp_path / "hf", rope_parameters=rope)
+    config = OLMO2 | {"layer_norm_type": "default", "norm_after": norm_after}
+    write_legacy(tmp_path / "m", fused(model), config, "pt")
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if name.endswith("norm"):
+                layer = torch.nn.LayerNorm(len(norm.weight), eps=3e-4, bias=False)
+                layer.weight = norm.weight
+                setattr(parent, name, layer)
+    if norm_after:
+        return assert_same(tmp_path / "m", *sublayer_states(model, IDS))
+    for layer in model.model.layers:
+        layer.forward = partial(pre_norm_layer, layer)
+    return assert_same(tmp_path / "m", *pre_norm_states(model, IDS))
+
+
+def pre_norm_layer(layer, x, **options):
+    """An OLMo-2 layer whose norms are in front of attention and MLP."""
+    x = x + layer.self_attn(hidden_states=layer.post_attention_layernorm(x), **options)[0]
+    return x + layer.mlp(layer.post_feedforward_layernorm(x))
 
 
 def test_parameters_and_a_shared_storage_in_a_pickle(tmp_path, olmo2):

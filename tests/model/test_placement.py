@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import tiny
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from simlab import build_model
 from simlab.model.attention import inverse_frequencies
@@ -15,12 +15,14 @@ from simlab.schemes.init import table
 EPS = 1e-3
 
 
-def norm(x, weight):
-    return rms_norm(x, x.shape[-1:], weight, EPS)
+NORMS = {
+    "rms": lambda x, weight: rms_norm(x, x.shape[-1:], weight, EPS),
+    "layer": lambda x, weight: layer_norm(x, x.shape[-1:], weight, None, EPS),
+}
 
 
-def sublayers(block, heads=6, kv_heads=2):
-    """The block's attention and MLP, from its weights alone."""
+def sublayers(block, norm, heads=6, kv_heads=2):
+    """The block's attention and MLP, from its weights alone; norm is QK-norm's too."""
     w = {name.split("sublayer.")[-1]: p for name, p in block.named_parameters()}
 
     def turn(x):
@@ -72,17 +74,27 @@ def with_random_gains(model):
     return model
 
 
-@pytest.mark.parametrize("placement", FORMULAS)
-def test_formula(placement):
+@pytest.mark.parametrize(
+    ("placement", "kind"),
+    [*((p, "rms") for p in FORMULAS), ("reordered", "layer"), ("pre", "layer")],
+)
+def test_formula(placement, kind):
     every = ["norm.every=2"] if placement == "swin_renorm" else []
-    config = tiny("depth=5", f"norm={placement}", f"norm.eps={EPS}", "init.std=0.2", *every)
-    model = with_random_gains(build_model(config))
+    config = tiny(
+        "depth=5",
+        f"norm={placement}",
+        f"norm.type={kind}",
+        f"norm.eps={EPS}",
+        "init.std=0.2",
+        *every,
+    )
+    model, norm = with_random_gains(build_model(config)), NORMS[kind]
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     x = expected = model.embedding(ids)
     with torch.no_grad():
         for n, block in enumerate(model.blocks, start=1):
             x = block(x)
-            for step, F in zip((block.attention, block.mlp), sublayers(block), strict=True):
+            for step, F in zip((block.attention, block.mlp), sublayers(block, norm), strict=True):
 
                 def i(y, step=step):
                     return norm(y, step.norm_in.weight)
