@@ -2,15 +2,16 @@
 # make test   the test suite, in up to four processes
 # make demo   the bundled trained model beside random inits
 # make regress  growth curves of OLMo-2's shapes and of the demo against the recorded ones
+# make gpu    tests and benchmarks on a CUDA GPU, with the machine's own Python and torch
 # make check  ruff, ruff-format, mypy
-# run, demo and test pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
+# run, demo, test and gpu pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run demo test regress mutations check checkpoint format clean
+.PHONY: run demo test regress mutations gpu check checkpoint format clean
 
 # A stamp per extra: reinstalled when the dependencies change, not on every call.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ mutations: $(VENV)/test.stamp
 	@mkdir -p outputs
 	@$(BIN)/python scripts/mutation_table.py $(ARGS) > outputs/mutations.md
 	@echo outputs/mutations.md
+
+gpu:
+	@$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

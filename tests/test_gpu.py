@@ -1,16 +1,27 @@
 """What only a CUDA device can show."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from safetensors.torch import save_file
 
-from simlab import build_model
-from simlab.experiment import run
+import simlab
+from simlab import build_model, compose
+from simlab.budget.machine import available, calibrate
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.experiment import prepare, run
 from simlab.schemes.init import Gaussian, distribution
 from simlab.weights.dense import RandomWeights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch says these once on a machine where all is well; every other warning fails.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 CUDA = torch.device("cuda")
 
 
@@ -37,15 +48,17 @@ def test_moments_on_the_gpu():
             assert values.abs().max() <= 3 * law.sigma * (1 + 1e-6)
 
 
-def test_streamed_equals_resident_on_the_gpu():
-    config = tiny("device=cuda")
+@pytest.mark.parametrize("vocabulary", [97, 20_000])
+def test_streamed_equals_resident_on_the_gpu(vocabulary):
+    """With one piece to draw and with many."""
+    config = tiny("device=cuda", f"vocab_size={vocabulary}")
     model, weights = build_model(config), RandomWeights(config.shape, config.init, 0)
     block = weights.block(2, CUDA, torch.float32)
     for name, value in block.state_dict().items():
         assert torch.equal(value, model.blocks[2].state_dict()[name])
-    ids = torch.tensor([[3, 96, 3]])
+    ids = torch.tensor([[3, vocabulary - 1, 3]])
     for name in ("embedding", "head"):
-        rows = weights.rows(f"{name}.weight", (97, 48), ids, CUDA, torch.float32)
+        rows = weights.rows(f"{name}.weight", (vocabulary, 48), ids, CUDA, torch.float32)
         assert torch.equal(rows, model.get_submodule(name).weight[ids.cuda()])
 
 
@@ -68,17 +81,17 @@ def test_cuda_and_cpu_curves_agree_in_distribution():
     assert (gap < 5 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize("norm", ["reordered", "pre"])
-def test_weightless_curves_are_the_cpus(norm):
+WEIGHTLESS = [
+    ["norm=reordered"], ["norm=pre"], ["norm=swin_renorm"], ["norm=peri"], ["model.tied=true"],
+    ["model.window=4"], ["seeds=3"], ["model.qk_norm=none", "norm.type=layer"], ["inputs.length=64"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", WEIGHTLESS)
+def test_weightless_curves_are_the_cpus(overrides):
     """Drawn on the CPU wherever they run: equal to rounding, forward and backward."""
-    here, there = (
-        run(
-            tiny(
-                f"device={d}", "engine=weightless", "gradients=true", f"norm={norm}", "init.std=0.1"
-            )
-        )
-        for d in ("cuda", "cpu")
-    )
+    common = ["engine=weightless", "gradients=true", "init.std=0.1", *overrides]
+    here, there = (run(tiny(f"device={d}", *common)) for d in ("cuda", "cpu"))
     for column in there.curve.select_dtypes("number"):
         np.testing.assert_allclose(
             here.curve[column], there.curve[column], rtol=1e-3, atol=1e-5, err_msg=column
@@ -86,8 +99,6 @@ def test_weightless_curves_are_the_cpus(norm):
 
 
 def test_dense_gradients_are_autograds_on_the_gpu():
-    from simlab.experiment import prepare
-
     config = tiny("device=cuda", "gradients=true", "init.std=0.1")
     model, ids = build_model(config), prepare(config).tokens.cuda()
     x = model.embedding(ids).detach().requires_grad_()
@@ -123,3 +134,73 @@ def test_one_synchronisation_per_run():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(embedded) == 3
+
+
+def test_the_same_seed_gives_the_same_bytes_on_the_gpu():
+    first, second = (run(tiny("device=cuda", "seeds=2")).curve for _ in range(2))
+    assert first.equals(second)
+
+
+def write_checkpoint(folder, dtype):
+    """A checkpoint of a tiny model in transformers' layout, without transformers."""
+    from write_random import hugging_face_config, shards
+
+    config = tiny("init.std=0.1")
+    weights = RandomWeights(config.shape, config.init, 0)
+    folder.mkdir()
+    values = hugging_face_config(config.shape, dtype)
+    (folder / "config.json").write_text(json.dumps(values))
+    tensors = {name: w for part in shards(weights, dtype) for name, w in part.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoints_curve_is_the_cpus(tmp_path, dtype):
+    """Files in either dtype, read in float32: the same weights, hash and curve, gradients too."""
+    write_checkpoint(tmp_path / "m", getattr(torch, dtype))
+    source = ["source=checkpoint", f"source.path={tmp_path / 'm'}", "seeds=0", "gradients=true"]
+    inputs = ["inputs=random", "inputs.batch=2", "inputs.length=11"]
+    here, there = (run(compose([*source, *inputs, f"device={d}"])) for d in ("cuda", "cpu"))
+    assert here.summary["weight_hash"] == there.summary["weight_hash"]
+    for column in there.curve.select_dtypes("number"):
+        np.testing.assert_allclose(
+            here.curve[column], there.curve[column], rtol=1e-3, atol=1e-5, err_msg=column
+        )
+
+
+def test_a_checkpoints_weights_on_the_gpu_are_the_files(tmp_path):
+    write_checkpoint(tmp_path / "m", torch.bfloat16)
+    opened, name = Checkpoint(str(tmp_path / "m")), "blocks.1.mlp.sublayer.down_proj.weight"
+    there = opened.tensor(name, (48, 80), torch.device("cpu"), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        here = opened.tensor(name, (48, 80), CUDA, dtype)
+        assert (here.device.type, here.dtype) == ("cuda", dtype)
+        assert torch.equal(here.cpu(), there.to(dtype))
+
+
+def test_the_probe_of_a_model_on_the_gpu():
+    """The rows that the engine gives for the same weights, block by block."""
+    config = tiny("device=cuda", "init.std=0.1")
+    rows = simlab.probe(build_model(config), prepare(config).tokens.cuda()).rows()
+    expected = run(config).curve
+    for column in ("mean_square", "branch_mean_square", "cosine", "attention_entropy", "kurtosis"):
+        np.testing.assert_allclose(rows[column], expected[column], rtol=1e-4, err_msg=column)
+
+
+def test_memory_that_is_free_and_rates():
+    """What torch has cached counts as free; what a tensor takes doesn't."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    before = available(CUDA)
+    assert 0 < before <= total
+    held = torch.empty(1 << 28, dtype=torch.uint8, device=CUDA)
+    assert available(CUDA) <= before - (1 << 27)
+    del held
+    assert available("cuda:0") >= before - (1 << 27)
+    rates = calibrate("bfloat16", "cuda")
+    assert all(0 < rate < 1 for rate in vars(rates).values())
+
+
+def test_auto_takes_the_gpu():
+    ready = prepare(tiny("device=auto", "engine=auto"))
+    assert ready.device.type == "cuda"
+    assert all(np.isfinite(ready.estimate))

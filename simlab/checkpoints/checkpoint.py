@@ -174,7 +174,12 @@ class Checkpoint(Weights):
         if not self.has(name):
             return torch.ones(tuple(shape), device=device, dtype=dtype)
         self._fingerprint(name)
-        return self.files.rows(*self.stored(name)).to(device, dtype, copy=True)
+        stored, start, stop = self.stored(name)
+        rows = self.files.rows(stored, start, stop)
+        # A device gets the file's dtype and converts it: torch would convert on the CPU first.
+        out = rows.to(device).to(dtype, copy=device.type == "cpu")
+        self.files.release(stored)
+        return out
 
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype

@@ -9,7 +9,7 @@ pieces with a token in them are drawn. On the CPU a piece has its own stream of 
 seeded through ``SeedSequence`` (torch's CPU generator keeps 32 bits of its seed, too few for
 millions of streams), and the pieces run on all threads. On CUDA they are drawn on the device by
 torch's Philox generator, seeded with 63 bits of a hash; a block's matrix is one piece there. CPU and
-CUDA draw different numbers.
+CUDA draw different numbers, and so do two CUDA devices that differ in their number of multiprocessors.
 """
 
 from __future__ import annotations
