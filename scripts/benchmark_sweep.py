@@ -2,7 +2,7 @@
 
 transformers  96 jobs (4 depths × 3 stds × 8 seeds, width 1024, 64 tokens) as one command: in a process,
               by joblib, and with the seeds within 12 jobs; beside a loop over transformers models.
-              In a process jobs share work: depths, batches and normals (simlab/sweep/company.py)
+              In one process jobs share depths (simlab/sweep/sharing.py)
 overhead      what a job costs beside its computation, and the peak memory of 50 and of 500 jobs
 commands      --help, tab completion and --cfg job
 

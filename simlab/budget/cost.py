@@ -24,7 +24,7 @@ from simlab.budget.machine import Rates, calibrate
 from simlab.config import ModelConfig, RunConfig
 from simlab.weights.base import Weights
 from simlab.weights.dense import FEW
-from simlab.weights.weightless import small, together, widest
+from simlab.weights.weightless import together, widest
 
 # What one random number costs in float32 operations: of a dense weight, of a weightless normal. CPU:
 # scripts/benchmark.py crossover. CUDA draws weights on the device but normals on the CPU; these two
@@ -96,45 +96,16 @@ def choose(model: ModelConfig, tokens: int, gradients: bool, device: str) -> tup
     return best, max(total.values()) / total[best]
 
 
-# Batches measured at a time at most: each takes memory, and all of them take turns in Python. Measured
-# with two; four is a guess.
-SIDE_BY_SIDE = 4
+def drawing_threads(model: ModelConfig, tokens: int, gradients: bool, threads: int) -> int:
+    """How many of ``threads`` draw a weightless run's normals while the others multiply.
 
-
-@dataclass(frozen=True)
-class Division:
-    """How a CPU's threads share out a run's random inits.
-
-    seeds: of a batch's curves, which are measured as one. batches: measured at a time, each with
-    ``compute`` of torch's threads; ``drawing`` others draw its normals meanwhile, 0: its own do.
+    In proportion to the work, and at least one multiplies. With one thread it is 0: that thread does
+    both. Measured on 2 cores for olmo2_32b at 64 tokens: 2.2 s with one thread for each, 3.4 s when
+    both threads do both.
     """
-
-    seeds: int
-    batches: int
-    compute: int
-    drawing: int
-
-
-def divide(model: ModelConfig, tokens: int, gradients: bool, seeds: int, threads: int) -> Division:
-    """Of a weightless run of so many ``seeds``, on so many ``threads``.
-
-    Several batches at a time where they are small, each at least half of what goes together: measured
-    on 2 cores at width 1024 and 64 tokens, two of three curves take 0.83 of the time of one of six, two
-    of two 0.95 and two of one 1.01. Between computing and drawing a batch's threads are divided in
-    proportion to the work: measured on 2 cores for olmo2_32b at 64 tokens, 2.2 s with one beside the
-    drawing, 3.4 s when both take turns.
-    """
-    most = together(model, tokens, gradients)
-    half = -(-most // 2)
-    at_a_time = 1
-    if small(model, tokens, gradients):
-        at_a_time = max(1, min(threads, SIDE_BY_SIDE, seeds // half))
-    rounds = -(-max(1, seeds) // (most * at_a_time))
-    each = threads // at_a_time
     cost = costs(model, tokens, gradients)["weightless"]
     drawing = cost.numbers * DRAW["cpu"][1]
-    compute = max(1, round(each * cost.operations / (cost.operations + drawing)))
-    return Division(-(-max(1, seeds) // (rounds * at_a_time)), at_a_time, compute, each - compute)
+    return threads - max(1, round(threads * cost.operations / (cost.operations + drawing)))
 
 
 @dataclass(frozen=True)
@@ -186,15 +157,25 @@ class Curve:
         return widest(self.model, self.gradients)
 
     @property
-    def division(self) -> Division:
-        """How the CPU's threads share out the seeds."""
+    def batch_seeds(self) -> int:
+        """How many of the seeds pass through the blocks as one batch."""
         if not self.weightless:
-            return Division(1, 1, self.threads, 0)
-        args = self.model, self.tokens, self.gradients, self.seeds, self.threads
-        if self.device == "cpu":
-            return divide(*args)
-        most = min(self.seeds, together(*args[:3]))
-        return Division(max(1, most), 1, self.threads, self.threads)
+            return 1
+        return together(self.model, self.tokens, self.gradients, self.seeds)
+
+    @property
+    def drawing(self) -> int:
+        """Extra threads that draw random numbers meanwhile; 0: the computing threads draw."""
+        if not self.weightless:
+            return 0
+        if self.device != "cpu":
+            return self.threads
+        return drawing_threads(self.model, self.tokens, self.gradients, self.threads)
+
+    @property
+    def computing(self) -> int:
+        """Threads that torch multiplies with."""
+        return self.threads if self.device != "cpu" else self.threads - self.drawing
 
     @property
     def heads_dim(self) -> tuple[int, int]:
@@ -249,8 +230,7 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     passes = -(-curve.batch // curve.together) * model.depth * (there + back)
     one = counted.operations * (rates.wide if curve.weightless else rates.product)
     one += operations * rates.product + numbers * rates.number
-    batch = curve.division
-    one += entries * rates.entry + passes * CALLS * rates.call / (batch.seeds * batch.batches)
+    one += entries * rates.entry + passes * CALLS * rates.call / curve.batch_seeds
     return curve.seeds * one
 
 

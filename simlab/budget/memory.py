@@ -44,9 +44,8 @@ def peak(curve: Curve) -> int:
     hashed = min(HASHED, 4 * curve.model.vocab_size * curve.model.width) * curve.stored
     phases.append(hashed)
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
-    split = curve.division
-    beside = BESIDE[curve.gradients] * (split.seeds - 1) * curve.tokens * curve.widest * 4
-    live = split.batches * (max(phases) + beside) + rows + LIBRARIES
+    beside = BESIDE[curve.gradients] * (curve.batch_seeds - 1) * curve.tokens * curve.widest * 4
+    live = max(phases) + beside + rows + LIBRARIES
     whole = max(hashed, _weights(curve))  # these are mapped for themselves
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
         whole += _attention_statistics(curve)

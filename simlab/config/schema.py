@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from simlab.config.errors import ConfigError
 
@@ -156,17 +155,6 @@ class RunConfig:
         if self.model is None:
             raise ConfigError("the checkpoint's shape has not been read yet")
         return self.model
-
-    @property
-    def family(self) -> tuple[Any, ...]:
-        """All but the depth, what of the config follows from it, the init and the seeds.
-
-        Runs of a family may have layers and random numbers in common.
-        """
-        model = self.model and replace(self.model, depth=0, full_attention=())
-        return (
-            model, self.source, self.inputs, self.engine, self.device, self.dtype, self.gradients,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ import dataclasses
 import functools
 import math
 import platform
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,11 +22,11 @@ from simlab.analysis.curve import curves
 from simlab.analysis.exponents import exponents
 from simlab.analysis.fit import Estimate
 from simlab.analysis.verdict import Verdict, judge
-from simlab.budget.cost import Division, choose, seconds
+from simlab.budget.cost import choose, seconds
 from simlab.budget.cost import curves as costs_of
 from simlab.budget.memory import INTERPRETER, needed, refuse
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.config import ConfigError, InitConfig, ModelConfig, RunConfig, SourceConfig
+from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.inputs import make_tokens
 from simlab.measurement.engine import Measured, measure_curves, resolve_device
 from simlab.measurement.frame import cut, cut_gradients, losses, tidy, with_laws
@@ -41,9 +39,6 @@ from simlab.weights.dense import RandomWeights
 from simlab.weights.weightless import GaussianWeights
 
 Curves = list[tuple[str, int, Measured]]  # name, seed, rows
-Pair = tuple[int, bytes]  # a random init's seed, and the token ids that it meets
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 ENGINES = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
 
 
@@ -64,12 +59,6 @@ class Prepared:
     def parameters(self) -> int:
         """Parameters of the whole model."""
         return parameter_count(self.config.shape)
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """Of each of its random inits, the seed and the tokens."""
-        tokens = self.tokens.numpy().tobytes()
-        return [(seed, tokens) for seed in self.config.seeds]
 
     @property
     def unit(self) -> str:
@@ -164,20 +153,9 @@ def prepare(
     return Prepared(config, tokens, checkpoint, device, reason)
 
 
-def division(run: Prepared, seeds: int) -> Division:
-    """How the CPU's threads share out so many random inits like the run's."""
-    curve = costs_of(run.config, torch.get_num_threads())[-1]
-    return dataclasses.replace(curve, seeds=seeds).division
-
-
-def pieces(whole: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """A sequence in pieces of this size; the last may be shorter."""
-    return [whole[start : start + size] for start in range(0, len(whole), size)]
-
-
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """With so many of torch's threads."""
+    """Let torch compute with ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -186,97 +164,39 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def side_by_side(
-    work: Callable[[Item], Found], items: Sequence[Item], count: int, stop: threading.Event
-) -> list[Found]:
-    """What the work finds for each item, ``count`` at a time, each on a thread.
-
-    A mistake or an interrupt is raised, once ``stop`` is set and the others' work has ended.
-    """
-    if count == 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in ended:
-                future.result()
-            return [future.result() for future in futures]
-        finally:
-            stop.set()
-            for future in futures:
-                future.cancel()
-
-
 def run(config: RunConfig) -> RunResult:
     """Everything from a config to its verdict. Raises ConfigError."""
     return measure(prepare(config))
 
 
 def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
-    """Every curve of a run, the checkpoint's first. ``on_block`` is called after each block."""
-    (found,) = measured_together([ready], on_block)
-    return found
+    """Every curve of a run, the checkpoint's first. ``on_block`` is called after each block.
 
-
-def measured_together(
-    runs: Sequence[Prepared], on_block: Callable[[], None] = lambda: None
-) -> list[Curves]:
-    """The curves of each of several runs, which must be company (see ``company``), the deepest first.
-
-    Every init is measured with every seed and its tokens, once, at the deepest's depth. Weightless ones
-    come several at a time, as one batch (``GaussianWeights``), and on a CPU several batches at a time
-    (``Division``). ``on_block`` is called after each curve's block.
+    Weightless seeds are measured several at a time, as one batch (``weights.weightless.together``).
     """
-    deepest = runs[0]
-    config, dtype = deepest.config, getattr(torch, deepest.config.dtype)
-    stop = threading.Event()
+    config, dtype = ready.config, getattr(torch, ready.config.dtype)
 
-    def passed() -> None:
-        if stop.is_set():
-            raise CancelledError
-        on_block()
+    def measured(weights: Weights) -> list[Measured]:
+        return measure_curves(
+            weights, ready.tokens, ready.device, dtype, config.gradients, on_block
+        )
 
-    def measured(weights: Weights, ids: Tensor) -> list[Measured]:
-        return measure_curves(weights, ids, deepest.device, dtype, config.gradients, passed)
-
-    known: Curves = []
-    if deepest.checkpoint:
-        curves = measured(deepest.checkpoint, deepest.tokens)
-        known = [("checkpoint", config.seed, curve) for curve in curves]
-    inits = list(dict.fromkeys(run.config.init for run in runs))
-    pairs = list(dict.fromkeys(pair for run in runs for pair in run.pairs))
-    tokens = {run.tokens.numpy().tobytes(): run.tokens for run in runs}
-    split = division(deepest, len(inits) * len(pairs))
-    at_once = min(len(inits), split.seeds)
-
-    def drawn(batch: tuple[Sequence[InitConfig], Sequence[Pair]]) -> list[Measured]:
-        (first, *others), several = batch
-        seeds, keys = zip(*several, strict=True)
-        more: dict[str, Any] = {"others": others} if others else {}
-        weights = ENGINES[config.engine](config.shape, first, *seeds, beside=split.drawing, **more)
-        own = [tokens[key] for key in keys]
-        return measured(weights, torch.stack(own) if len(set(keys)) > 1 else own[0])
-
-    batches = [
-        (some, several)
-        for several in pieces(pairs, max(1, split.seeds // at_once))
-        for some in pieces(inits, at_once)
-    ]
-    with threads(split.compute):  # which threads that start here take over
-        several = side_by_side(drawn, batches, split.batches, stop)
-    found: dict[tuple[InitConfig, Pair], Measured] = {}
-    for (some, pairs_of), curves in zip(batches, several, strict=True):
-        keys = ((init, pair) for pair in pairs_of for init in some)
-        found |= dict(zip(keys, curves, strict=True))
-    return [
-        known
-        + [
-            ("random", seed, found[run.config.init, (seed, key)].first(run.config.shape.depth))
-            for seed, key in run.pairs
-        ]
-        for run in runs
-    ]
+    found: Curves = []
+    if ready.checkpoint:
+        found += [("checkpoint", config.seed, curve) for curve in measured(ready.checkpoint)]
+    if config.seeds:
+        cost = costs_of(config, torch.get_num_threads())[-1]
+        with threads(cost.computing):
+            for start in range(0, len(config.seeds), cost.batch_seeds):
+                seeds = config.seeds[start : start + cost.batch_seeds]
+                weights = ENGINES[config.engine](
+                    config.shape, config.init, *seeds, drawing=cost.drawing
+                )
+                found += [
+                    ("random", seed, curve)
+                    for seed, curve in zip(seeds, measured(weights), strict=True)
+                ]
+    return found
 
 
 def measure(

@@ -105,7 +105,7 @@ def measure_curves(
     """The residual stream's statistics after the embedding and after every step of every block.
 
     One curve for each of the weights' S, which pass as one batch (S·B, T, D): a curve's sequences
-    lie together. ids: (B, T) token ids, or without gradients what else ``weights.embedded`` takes.
+    lie together. ids: (B, T) token ids.
     gradients: also the statistics of the loss's gradient with respect to that stream. ``on_block`` is
     called after each curve's block, forward and backward.
     """

@@ -221,20 +221,17 @@ class Sweep:
             return
         blocks = sum(place.blocks for place in places)
         if self.in_process:
-            from simlab.experiment import prepare
-            from simlab.sweep.company import Company, companies
+            from simlab.sweep.sharing import SharedCurves, groups
 
             # The report's imports take a quarter of a second, which a second core has now.
             threading.Thread(
                 target=importlib.import_module, args=("simlab.report.sweep_figures",), daemon=True
             ).start()
-            company = Company(functools.partial(prepare, tokens_of=self.tokens_of))
             ended = done = 0
             with progress.sweep(len(places), blocks) as bar:
-                for numbers in companies([place.job.config for place in places]):
-                    group = [places[number] for number in numbers]
-                    company.next([place.job.config for place in group])
-                    for place in group:
+                for group in groups([place.job.config for place in places]):
+                    curves_of = SharedCurves()
+                    for place in map(places.__getitem__, group):
                         write_hydra(place)
                         job.sweep_job(
                             place.job.config,
@@ -242,7 +239,7 @@ class Sweep:
                             self.keep,
                             bar.block,
                             self.tokens_of,
-                            company,
+                            curves_of,
                         )
                         ended, done = ended + 1, done + place.blocks
                         bar.reached(ended, done)

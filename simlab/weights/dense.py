@@ -83,14 +83,14 @@ def fill(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
 class RandomWeights(Weights):
     """The weights of one random init; see the module's docstring.
 
-    beside: threads that draw while torch's compute; 0: as many as torch has, by turns with them, or
-    where it has one, that one.
+    drawing: extra threads that draw random numbers while torch's threads multiply; 0: as many threads
+    as torch has draw, and with one the thread that asks.
     """
 
-    def __init__(self, model: ModelConfig, init: InitConfig, seed: int, beside: int = 0) -> None:
+    def __init__(self, model: ModelConfig, init: InitConfig, seed: int, drawing: int = 0) -> None:
         self.model, self.init, self.seed = model, init, seed
-        threads = beside or torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(threads) if beside or threads > 1 else None
+        threads = drawing or torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(threads) if drawing or threads > 1 else None
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter; a head tied to the embedding is the embedding."""

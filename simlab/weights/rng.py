@@ -51,15 +51,11 @@ def draw(out: Tensor, entropies: Sequence[int], piece: int) -> None:
 class Normals:
     """Standard normals of several seeds by key; ``start`` draws ahead of their use.
 
-    curves: that use them, as many of each seed, a seed's one after another. pool: of threads that draw;
-    None: whoever asks.
+    pool: threads that draw; None: the thread that asks draws.
     """
 
-    def __init__(
-        self, seeds: Sequence[int], pool: ThreadPoolExecutor | None, curves: int | None = None
-    ) -> None:
+    def __init__(self, seeds: Sequence[int], pool: ThreadPoolExecutor | None) -> None:
         self.seeds, self.pool = seeds, pool
-        self.curves = len(seeds) if curves is None else curves
         self.started: dict[str, tuple[Tensor, list[Future[None]]]] = {}
 
     def start(self, key: str, shape: Shape) -> None:

@@ -56,8 +56,6 @@ AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slo
 # 1.5·2²⁰ and 2²¹: 64 tokens of width 256 3.6, 3.2, 3.4; of 1024 8.4, 7.1, 7.2; of 2048 15.5, 13.8,
 # 14.0; 256 tokens of width 256 13.9, 14.8, 14.0; with gradients 64 of width 512 17.8, 16.1, 17.4.
 TOGETHER = 3 << 19
-VECTORS = 128  # bytes that torch's loops take at a time at most: two AVX-512 registers
-PLAIN = 400  # operations below which torch multiplies matrices by a loop of its own
 AT_ONCE = 4096  # columns widened to float64 at a time
 
 
@@ -67,27 +65,14 @@ def widest(model: ModelConfig, gradients: bool) -> int:
     return max(model.width, model.d_ff, logits)
 
 
-def together(model: ModelConfig, tokens: int, gradients: bool) -> int:
-    """How many curves are measured as one batch at most, of so many tokens each."""
-    return max(1, TOGETHER // (tokens * widest(model, gradients)))
+def together(model: ModelConfig, tokens: int, gradients: bool, seeds: int) -> int:
+    """How many of a run's ``seeds`` are measured as one batch, in batches of about the same size.
 
-
-def small(model: ModelConfig, tokens: int, gradients: bool) -> bool:
-    """Whether a curve of so many tokens leaves room in its batch, or fills it."""
-    return tokens * widest(model, gradients) <= TOGETHER
-
-
-def lies_alone(model: ModelConfig, tokens: int, size: int) -> bool:
-    """Whether a curve's numbers are the same bytes in a batch as alone, computed by one thread.
-
-    Every curve's share of a tensor must begin where a tensor would and end with a whole vector, and no
-    product be so small that its kernel depends on how many inits share Z. size: bytes of one number
-    of the stream.
+    tokens: of one seed.
     """
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    widths = model.width, q, kv, model.d_ff
-    least = min(tokens, *widths) * tokens * min(widths)
-    return least >= PLAIN and all(tokens * n * size % VECTORS == 0 for n in (*widths, tokens))
+    most = max(1, TOGETHER // (tokens * widest(model, gradients)))
+    batches = -(-max(1, seeds) // most)
+    return -(-max(1, seeds) // batches)
 
 
 def _home(device: torch.device) -> torch.device:
@@ -136,11 +121,6 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
-def product(x: Tensor, z: Tensor) -> Tensor:
-    """x (S, m, n) times z (U, n, d): (S, m, d). S/U of x, one after another, meet the same z."""
-    return (x.reshape(len(z), -1, x.shape[-1]) @ z).view(*x.shape[:-1], z.shape[-1])
-
-
 class _Coordinates(torch.autograd.Function):
     """X (S, N, d) to L (S, N, N), float32, and a zero like L whose "gradient" is Σσ²GGᵀ: the tap."""
 
@@ -171,10 +151,9 @@ class _Coordinates(torch.autograd.Function):
         down = narrow(scale_g * lower_g)
         fresh = ctx.normals(ctx.name, x.shape[1:], x.device)
         noise = ctx.normals(f"{ctx.name}/jitter", lower.shape[1:], lower.device).to(lower)
-        inits = len(x) // len(fresh)
-        noise = jitter.sqrt() * solve(noise.repeat_interleave(inits, 0).mT).mT
-        seen = torch.baddbmm(narrow(noise), fresh.repeat_interleave(inits, 0), q.mT)
-        out = (known - down @ seen) @ q + product(down, fresh)
+        noise = jitter.sqrt() * solve(noise.mT).mT
+        seen = torch.baddbmm(narrow(noise), fresh, q.mT)
+        out = (known - down @ seen) @ q + down @ fresh
         return out.to(x.dtype), None, None
 
 
@@ -184,13 +163,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coordinates: Tensor, tap: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return product(coordinates, z)
+        return coordinates @ z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (z,) = ctx.saved_tensors
         (g,) = gradients
-        return product(g, z.mT), gram(g), None
+        return g @ z.mT, gram(g), None
 
 
 class Inputs:
@@ -203,7 +182,7 @@ class Inputs:
 
     def tokens(self, x: Tensor) -> int:
         """N: how many tokens of each curve x (…, d) holds."""
-        return x.shape[:-1].numel() // self.normals.curves
+        return x.shape[:-1].numel() // len(self.normals.seeds)
 
     def start(self, x: Tensor, name: str) -> None:
         """Begin to draw what the backward from x will ask for, if there is to be one."""
@@ -217,19 +196,11 @@ class Inputs:
         x (…, d): all tokens of the first curve, then all of the next; itself as (S, N, d).
         """
         if self.x is not x:
-            flat = x.reshape(self.normals.curves, -1, x.shape[-1])
+            flat = x.reshape(len(self.normals.seeds), -1, x.shape[-1])
             wide = flat.shape[1] < flat.shape[2]
             made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
             self.x, self.found = x, made
         return self.found
-
-
-Std = float | Tensor  # of all curves, or of each, (S, 1, 1)
-
-
-def times(x: Tensor, std: Std) -> Tensor:
-    """x (S, …) times what may be another number for each of S, in x's dtype."""
-    return x * (std.to(x) if isinstance(std, Tensor) else std)
 
 
 @dataclass(frozen=True)
@@ -251,8 +222,7 @@ class GaussianLinear(nn.Module):
     The bias b (d_out), where there is one, is a parameter like a norm's gain, and every curve's.
 
     Each curve has its own W, and its share of x: the first 1/S of the tokens are the first curve's,
-    and so on. Those of a seed have the same W but for their std.
-    ``bind`` gives it its name, its std and what it shares with its block's other layers.
+    and so on. ``bind`` gives it its name, its std and what it shares with its block's other layers.
     """
 
     inputs: Inputs
@@ -262,7 +232,7 @@ class GaussianLinear(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
-    def bind(self, name: str, std: Std, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
+    def bind(self, name: str, std: float, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
         """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
         self.turn, self.std, self.inputs = Turn(name, self.d_in, self.d_out), std, inputs
         self.later = list(later)
@@ -277,12 +247,8 @@ class GaussianLinear(nn.Module):
                 normals.start(turn.name, turn.z(tokens))
         coordinates, tap = self.inputs.coordinates(x, self.turn.name)
         z = normals(self.turn.name, self.turn.z(tokens), x.device)
-        scaled = times(coordinates, self.std)
-        y = (
-            product(scaled, z)
-            if tap is None
-            else _Product.apply(scaled, times(tap, self.std**2), z)
-        )
+        scaled = coordinates * self.std
+        y = scaled @ z if tap is None else _Product.apply(scaled, tap * self.std**2, z)
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.d_out)
@@ -291,25 +257,16 @@ class GaussianLinear(nn.Module):
 class GaussianWeights(RandomWeights):
     """Random inits whose matrices are never drawn; their gains and embeddings are as in dense ones.
 
-    Several curves are measured as one batch: every seed with ``init``, then with each of the others,
-    which share its normals. Their sequences pass the blocks together, and a curve's numbers are those
-    that it would have alone, to float32's rounding; on one thread, to the last bit.
+    Several seeds are measured as one batch: their sequences pass through the blocks together, and a
+    curve's numbers are those that it would have alone, to float32's rounding.
     Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        init: InitConfig,
-        *seeds: int,
-        others: Sequence[InitConfig] = (),
-        beside: int = 0,
-    ) -> None:
-        super().__init__(model, init, seeds[0], beside)
-        self.inits = [init, *others]
-        self.dense = [RandomWeights(model, one, seed) for seed in seeds for one in self.inits]
-        self.curves = len(self.dense)
-        self.normals = Normals(seeds, self.pool, self.curves)
+    def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int, drawing: int = 0) -> None:
+        super().__init__(model, init, seeds[0], drawing)
+        self.dense = [RandomWeights(model, init, seed) for seed in seeds]
+        self.curves = len(seeds)
+        self.normals = Normals(seeds, self.pool)
         self.last = -1  # the block that was asked for last
 
     tokens_at_once = sys.maxsize  # a matrix meets all of them at once, or it isn't one matrix
@@ -352,33 +309,23 @@ class GaussianWeights(RandomWeights):
         def chunks() -> Iterator[Tensor]:
             for start in range(0, count, COLUMNS_AT_ONCE):
                 shape = (d_in, min(COLUMNS_AT_ONCE, count - start))
-                z = self.normals(f"head.weight/{start}", shape, x.device)
-                yield z.repeat_interleave(len(self.inits), 0)
+                yield self.normals(f"head.weight/{start}", shape, x.device)
 
-        tap = None if tap is None else times(tap, std**2)
-        return [*parts, Columns(times(coordinates, std), chunks, tap)], targets
+        tap = None if tap is None else tap * std**2
+        return [*parts, Columns(coordinates * std, chunks, tap)], targets
 
-    def std(self, name: str) -> Std:
+    def std(self, name: str) -> float:
         """The standard deviation of a matrix's entries, its truncation taken into account.
 
-        A tied head is the embedding. Where the inits differ, every curve's (S, 1, 1).
+        A tied head is the embedding.
         """
         if name == "head.weight" and self.model.tied:
             name = "embedding.weight"
-        found = []
-        for init in self.inits:
-            law = distribution(self.model, init, name)
-            assert isinstance(law, Gaussian)
-            found.append(law.std)
-        if len(set(found)) == 1:
-            return found[0]
-        stds = torch.tensor(found, dtype=torch.float64).repeat(len(self.normals.seeds))
-        return stds[:, None, None]
+        law = distribution(self.model, self.init, name)
+        assert isinstance(law, Gaussian)
+        return law.std
 
     def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """As in Weights; the same as dense models' on the CPU. ids (U, B, T): of every seed its own."""
+        """As in Weights; the same as dense models' on the CPU."""
         cpu = torch.device("cpu")
-        own = ids if ids.dim() == 3 else ids[None].expand(len(self.normals.seeds), -1, -1)
-        of = own.repeat_interleave(len(self.inits), 0)
-        found = [dense.embedded(one, cpu, dtype) for dense, one in zip(self.dense, of, strict=True)]
-        return torch.cat(found).to(device)
+        return torch.cat([dense.embedded(ids, cpu, dtype) for dense in self.dense]).to(device)

@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import tiny
 
-from simlab.budget.cost import choose, costs, divide
+from simlab.budget.cost import choose, costs, drawing_threads
 from simlab.config import ConfigError
 from simlab.config.validate import compose
 from simlab.experiment import prepare, run
@@ -89,36 +89,12 @@ def test_threads_are_shared_in_proportion():
     shape = compose(["model=olmo2_32b"]).shape
 
     def threads(tokens, count):
-        found = divide(shape, tokens, False, 3, count)
-        assert (found.seeds, found.batches) == (1, 1)  # each is large
-        assert found.compute + found.drawing == count
-        return found.compute
+        return count - drawing_threads(shape, tokens, False, count)
 
     assert threads(64, 2) == 1
     assert threads(2048, 2) == 2
     assert threads(64, 1) == 1
     assert 1 < threads(64, 16) < 16
-
-
-@pytest.mark.parametrize(
-    ("seeds", "threads", "expected"),
-    [
-        (0, 2, (1, 1, 1, 1)),
-        (1, 2, (1, 1, 1, 1)),
-        (5, 2, (5, 1, 1, 1)),  # one batch, beside its drawing
-        (6, 2, (3, 2, 1, 0)),
-        (8, 2, (4, 2, 1, 0)),
-        (12, 2, (6, 2, 1, 0)),
-        (13, 2, (4, 2, 1, 0)),  # 4, 4, 4, 1: of sixes one would be left to the end alone
-        (12, 1, (6, 1, 1, 0)),
-        (8, 3, (4, 2, 1, 0)),
-        (64, 16, (6, 4, 1, 3)),  # and never more than four
-    ],
-)
-def test_small_batches_go_side_by_side(seeds, threads, expected):
-    """At width 1024 and 64 tokens, where six curves are a batch at most."""
-    shape = compose(["model=small", "width=1024", "heads=16", "kv_heads=16", "d_ff=4096"]).shape
-    assert dataclasses.astuple(divide(shape, 64, False, seeds, threads)) == expected
 
 
 def test_gradients_is_a_truth_value():

@@ -5,17 +5,15 @@ import pytest
 import torch
 from conftest import tiny
 
-from simlab import experiment
-from simlab.budget.cost import Division
+from simlab.budget import cost
 from simlab.config.validate import compose
-from simlab.experiment import measure, prepare, run
+from simlab.experiment import ENGINES, measure, prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.model.placement import PLACEMENTS
 from simlab.weights.weightless import GaussianWeights, factor, gram, together
 
 CPU = torch.device("cpu")
 SEEDS = (3, 0, 7)
-INITS = ((0.1, []), (0.3, ["init.truncate=null"]), (0.05, ["init=llama_depth"]))
 # Tokens repeat and the sequences begin alike: Gram matrices are singular.
 IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3]])
 CASES = [[f"norm={norm}"] for norm in PLACEMENTS] + [
@@ -60,22 +58,6 @@ def test_together_as_alone(case):
     assert (np.abs(np.roll(together, 1, 0) - alone) > 10 * tolerance * size).mean() > 0.3
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("case", [[], ["model.tied=true"], ["width=12", "d_ff=16"]], ids=" ".join)
-def test_inits_together_as_alone(case):
-    """Every seed with every init, each seed's normals drawn once; the gradient too, and the loss."""
-    config = tiny(*case)
-    inits = [tiny(*case, f"init.std={std}", *more).init for std, more in INITS]
-    weights = GaussianWeights(config.shape, inits[0], *SEEDS, others=inits[1:])
-    together = values(measure_curves(weights, IDS, CPU, torch.float32, True))
-    each = [GaussianWeights(config.shape, init, seed) for seed in SEEDS for init in inits]
-    alone = values([measure_curves(one, IDS, CPU, torch.float32, True)[0] for one in each])
-    size = np.abs(alone).max(0).clip(1e-3)  # a mean gradient may be nothing but rounding
-    assert (np.abs(together - alone) <= 1e-4 * size).all()
-    assert (np.abs(np.roll(together, 1, 0) - alone) > 1e-3 * size).mean() > 0.3
-    assert (np.abs(np.roll(together, len(inits), 0) - alone) > 1e-3 * size).mean() > 0.3
-
-
 def test_a_seed_that_overflows_leaves_the_others_alone():
     x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
     x[1, 2, 3] = torch.inf
@@ -102,22 +84,29 @@ def test_jitter_grows_only_where_it_must():
 def test_how_many_go_together():
     """Few where a token is wide or tokens are many, and never none; the logits count backward."""
 
-    def size(width, tokens, gradients=False):
+    def size(width, tokens, gradients=False, seeds=24):
         sizes = [f"width={width}", "heads=4", "kv_heads=4", f"d_ff={4 * width}"]
         shape = tiny(*sizes, "vocab_size=50304").shape
-        return together(shape, tokens, gradients)
+        return together(shape, tokens, gradients, seeds)
 
     assert [size(width, 64) for width in (256, 1024, 4096)] == [24, 6, 1]
     assert [size(width, 512) for width in (256, 1024, 4096)] == [3, 1, 1]
     assert size(256, 64, gradients=True) == 6
-    assert together(compose(["model=olmo2_32b"]).shape, 64, False) == 1
+    assert [size(1024, 64, seeds=seeds) for seeds in (0, 1, 5, 6, 7, 8, 13)] == [
+        1,
+        1,
+        5,
+        6,
+        4,
+        4,
+        5,
+    ]
+    assert together(compose(["model=olmo2_32b"]).shape, 64, False, 8) == 1
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_run_in_groups(monkeypatch, gradients):
-    """Rows, order and progress are the same, however the run's seeds are grouped, and how many groups
-    are measured at a time.
-    """
+    """Rows, order and progress are the same, however the run's seeds are grouped."""
     frames, groups = [], []
 
     class Recorded(GaussianWeights):
@@ -125,11 +114,10 @@ def test_a_run_in_groups(monkeypatch, gradients):
             groups.append(args[2:])
             super().__init__(*args, **options)
 
-    monkeypatch.setitem(experiment.ENGINES, "weightless", Recorded)
-    for size, batches in ((1, 1), (2, 1), (5, 1), (1, 2), (2, 2), (2, 3)):
+    monkeypatch.setitem(ENGINES, "weightless", Recorded)
+    for size in (1, 2, 5):
         groups.clear()
-        split = Division(size, batches, 1, 0)
-        monkeypatch.setattr(experiment, "division", lambda *_, split=split: split)
+        monkeypatch.setattr(cost, "together", lambda *_, size=size: size)
         config = tiny(
             "engine=weightless", "seeds=5", "seed=2", f"gradients={str(gradients).lower()}"
         )
