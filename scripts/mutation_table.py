@@ -22,6 +22,7 @@ import torch
 from mutations import MUTATIONS, SETTINGS, Mutation, applied
 
 from simlab import RunConfig, build_model, compose
+from simlab.analysis import LAWS
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.experiment import RunResult, measure, prepare
 from simlab.measurement.engine import measure_curves
@@ -32,7 +33,7 @@ from simlab.regress.law_gate import law
 SEEDS = 32  # recorded, and as many others
 MARKS = {True: "", False: "caught"}
 OF_A_STATE = ["norm", "mean_square", "mean", "mean_abs", "max_abs"]  # what parity compares
-NOT_STATISTICS = (*KEYS, "massive", "outside", "law_additive", "law_sqrt2")
+NOT_STATISTICS = (*KEYS, "massive", "outside", *(law.column for law in LAWS.values()))
 
 
 @cache

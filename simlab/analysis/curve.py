@@ -1,4 +1,4 @@
-"""A curve's tidy rows (curve.csv) as arrays: seeds × rows."""
+"""A curve's tidy rows (curve.csv) as arrays (seeds × rows), and the laws' columns beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from simlab.theory.laws import Array, Rows
+from simlab.theory.laws import LAWS, Array, Law, Rows
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,25 @@ def curves(
         gain=gain[:length],
         normalises=normalises[:length],
     )
+
+
+def laws_in(frame: pd.DataFrame, *, expected: bool = False) -> list[Law]:
+    """The registered laws that a frame has a column of; only the expected ones where asked."""
+    laws = [law for law in LAWS.values() if law.column in frame]
+    return [law for law in laws if law.expected] if expected else laws
+
+
+def with_laws(frame: pd.DataFrame, name: str, of_curve: Curves) -> pd.DataFrame:
+    """Add each law's prediction of the mean square of the curves called ``name``, as ``law_NAME``.
+
+    Where a seed's curve is longer than the shortest, the rows beyond stay empty.
+    """
+    own = frame[frame["curve"] == name]
+    step = own.groupby("seed").cumcount()
+    reached = step < len(of_curve.kinds)
+    seed = pd.Categorical(own["seed"]).codes  # ascending, as ``curves`` stacks them
+    for law in LAWS.values():
+        with np.errstate(over="ignore"):
+            values = np.exp(law.predict(of_curve.rows))
+        frame.loc[own.index[reached], law.column] = values[seed[reached], step[reached]]
+    return frame

@@ -58,7 +58,7 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
         (name, name, *column) for name in names for column in columns if column[1] in frame
     ]
     basis = "random" if "random" in names else "checkpoint"
-    parts += [(f"law_{law}", basis, "activation", f"law_{law}", None, 0.5) for law in LAWS]
+    parts += [(c, basis, "activation", c, None, 0.5) for c in (law.column for law in LAWS.values())]
     made = []
     for curve, name, of, column, vector, power in parts:
         ends = block_ends(frame, name)
@@ -104,8 +104,7 @@ def exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
         mean = logs.mean(0)
         found[f"lambda_pairwise{suffix}"] = (np.diff(mean) / depth).tolist()
         found[f"lambda_from_first{suffix}"] = ((mean[1:] - mean[0]) / depth).tolist()
-    for law in LAWS:
-        halves = _by_seed(ends, f"law_{law}", depth) / 2
-        by_law = _first_to_last(halves)
-        found[f"lambda_token_{law}"] = None if by_law is None else by_law.value
+    for law in LAWS.values():
+        by_law = _first_to_last(_by_seed(ends, law.column, depth) / 2)
+        found[f"lambda_token_{law.name}"] = None if by_law is None else by_law.value
     return found

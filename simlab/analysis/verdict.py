@@ -18,7 +18,6 @@ FLIPS = 4096
 # Unit roundoff: rounding moves a mean square by no more than about this, whatever the law. float32's
 # is 6e-8; a norm takes some ten operations in it.
 ROUNDING = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-NAMES = {"additive": "the additive law", "sqrt2": "√2 per sublayer"}
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _how(g: Growth, level: float, one_piece: bool) -> str:
 
 
 def _claim(name: str, fit: Fit) -> str:
-    law, size = NAMES[name], off_by(fit.log_error)
+    law, size = LAWS[name].phrase, off_by(fit.log_error)
     if fit.status == "unknown":
         return f"{law} is off by {size}"
     if fit.status == "holds":
@@ -183,7 +182,7 @@ def judge(curves: Curves, dtype: str, *, drawn: bool = True) -> Verdict:
     drawn: the curves are random draws, so that more of them would give intervals; a checkpoint's is
     not.
     """
-    laws = {name: hold(curves, law(curves.rows), dtype) for name, law in LAWS.items()}
+    laws = {name: hold(curves, law.predict(curves.rows), dtype) for name, law in LAWS.items()}
     g = growth(curves.mean_square, curves.kinds)
     level = float(curves.mean_square[:, -1].mean())
     known = {name: fit for name, fit in laws.items() if not math.isnan(fit.log_error)}

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from simlab.analysis import LAWS
 from simlab.analysis.compare import departure, massive, sentences, with_outside
-from simlab.analysis.curve import curves
+from simlab.analysis.curve import curves, with_laws
 from simlab.analysis.exponents import exponents
 from simlab.analysis.fit import Estimate
 from simlab.analysis.verdict import Verdict, judge
@@ -29,11 +29,10 @@ from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.inputs import make_tokens
 from simlab.measurement.engine import Measured, measure_curves, resolve_device
-from simlab.measurement.frame import cut, cut_gradients, losses, tidy, with_laws
+from simlab.measurement.frame import cut, cut_gradients, losses, tidy
 from simlab.model.transformer import Transformer, parameter_count
 from simlab.schemes.init import Gaussian, distribution
 from simlab.store import config_hash
-from simlab.theory.laws import LAWS
 from simlab.weights.base import Weights, materialise_model
 from simlab.weights.dense import RandomWeights
 from simlab.weights.weightless import GaussianWeights
@@ -214,7 +213,7 @@ def measure(
     frame, overflow = cut(frame)
     frame["massive"] = massive(frame)
     frame, lost = cut_gradients(frame, overflow)
-    frame[[f"law_{law}" for law in LAWS]] = np.nan
+    frame[[law.column for law in LAWS.values()]] = math.nan
     verdicts = {}
     for name in frame["curve"].unique():
         one = next(found for kind, _, found in measured if kind == name)

@@ -9,11 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from simlab.analysis.curve import Curves
 from simlab.analysis.fit import resample
 from simlab.measurement.engine import Measured
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
-from simlab.theory.laws import LAWS
 
 
 def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFrame:
@@ -82,20 +80,3 @@ def losses(measured: list[tuple[str, int, Measured]]) -> dict[str, Any]:
         values = [float(m.loss) for kind, _, m in measured if kind == name and m.loss is not None]
         found[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
     return found
-
-
-def with_laws(frame: pd.DataFrame, name: str, of_curve: Curves) -> pd.DataFrame:
-    """Add what each law predicts for the mean square as columns ``law_additive``, ``law_sqrt2``.
-
-    Where a seed's curve is longer than the shortest, the rows beyond stay empty.
-    """
-    of_name = frame[frame["curve"] == name]
-    step = of_name.groupby("seed").cumcount()
-    kept = of_name.index[step < len(of_curve.kinds)]
-    for law, predict in LAWS.items():
-        with np.errstate(over="ignore"):
-            values = np.exp(predict(of_curve.rows))
-        order = {seed: i for i, seed in enumerate(sorted(of_name["seed"].unique()))}
-        which = [order[seed] for seed in frame.loc[kept, "seed"]]
-        frame.loc[kept, f"law_{law}"] = values[which, step.loc[kept].to_numpy()]
-    return frame

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from simlab.analysis import LAWS
 from simlab.analysis.compare import massive
-from simlab.analysis.curve import curves
+from simlab.analysis.curve import curves, with_laws
 from simlab.config import ConfigError
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
-from simlab.measurement.frame import cut, tidy, with_laws
+from simlab.measurement.frame import cut, tidy
 from simlab.measurement.layout import Layout, blocks_at, known, unknown
 from simlab.measurement.layout_probe import LayoutProbe, first
 from simlab.measurement.statistics import STATISTICS, Step, wide
 from simlab.model.transformer import Block
-from simlab.theory.laws import LAWS
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
@@ -142,7 +142,7 @@ class ModelProbe:
             place = f"sublayer {row['sublayer']} ({row['kind']})"
             warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
         frame["massive"] = massive(frame)
-        frame[[f"law_{law}" for law in LAWS]] = np.nan
+        frame[[law.column for law in LAWS.values()]] = math.nan
         if frame.empty:
             return frame
         of_curve = curves(frame, self.curve, measured.gain, measured.normalises)

@@ -46,6 +46,7 @@ class Finding:
 
     size is in standard errors (statistical, law) or relative (exact), and limit what it may be.
     blame: attention, mlp, norm, embedding, residual add, loss, or structure: other steps than recorded.
+    against: the column that ``expected`` was taken from where that is no recorded one, but a law's.
     """
 
     sublayer: int
@@ -57,6 +58,7 @@ class Finding:
     size: float
     limit: float
     blame: str
+    against: str | None = None
 
     @property
     def where(self) -> str:

@@ -1,12 +1,15 @@
-"""The gate ``law``: random inits obey the additive law, whatever was recorded."""
+"""The gate ``law``: random inits obey every expected law, whatever was recorded."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
+from simlab.analysis import LAWS, Law
+from simlab.analysis.curve import laws_in
 from simlab.analysis.fit import Estimate, t_quantile
 from simlab.analysis.verdict import ROUNDING, Verdict, flipped, linear, off_by
 from simlab.regress.gates import (
@@ -23,49 +26,65 @@ SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
 
 
 def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:
-    """The additive law holds, and the exponent p is 1 within its interval, of S ≥ SEEDS random inits.
+    """Every expected law holds, and the exponent p is 1 within its interval, of S ≥ SEEDS random inits.
 
-    By ``growth.verdict``'s sign-flip test and ``growth.fit``'s interval, but at ALPHA instead of 1 %
-    and 5 %, since a gate is asked often; p may be 1 to two hundredths, as there. frame: the curves,
-    with ``law_additive``. verdict: of these.
+    By ``analysis.verdict``'s sign-flip test and ``analysis.fit``'s interval, but at ALPHA instead of
+    1 % and 5 %, since a gate is asked often; p may be 1 to two hundredths, as there.
+
+    Args:
+        frame: the curves' rows, with the laws' columns.
+        verdict: of these curves.
+        gain: of the sublayer norms.
+        dtype: of the run.
     """
-    fit, growth = verdict.laws["additive"], verdict.growth
     if verdict.seeds < SEEDS:
         raise ValueError(f"{verdict.seeds} seeds: {SEEDS} needed")
-    p = stretched(growth.exponent, verdict.seeds)
+    p = stretched(verdict.growth.exponent, verdict.seeds)
     shown = f"{p.low:.2f}…{p.high:.2f}" if p.low is not None else f"{p.value:.2f}"
     short = f"p {shown}"
     if passes(verdict):
         return Outcome("law", True, short)
     frame = frame.reset_index(drop=True)
+    expected = laws_in(frame, expected=True)
+    for law in expected:
+        outcome = _broken(frame, law, short, gain, dtype)
+        if outcome:
+            return outcome
+    errors = " and ".join(
+        f"{law.phrase} is off by {off_by(verdict.laws[law.name].log_error)} at most"
+        for law in expected
+    )
+    why = f"growth is not linear, p = {shown}; {errors}, within chance"
+    return Outcome("law", False, short, why)
+
+
+def _broken(frame: pd.DataFrame, law: Law, short: str, gain: float, dtype: str) -> Outcome | None:
+    """The failed gate that names the first row where curves leave a law beyond chance, or None."""
     curves = list(frame.groupby("seed", sort=True))
     length = min(len(rows) for _, rows in curves)  # one that overflows ends early
     v, expected = (
         np.stack([rows[name].to_numpy(np.float64)[:length] for _, rows in curves])
-        for name in ("mean_square", "law_additive")
+        for name in ("mean_square", law.column)
     )
     t, limit = flipped((v - expected)[:, 1:], ROUNDING[dtype] * v.mean(0)[1:], ALPHA)
     beyond = np.flatnonzero(t > limit)
     if not len(beyond):
-        why = (
-            f"growth is not linear, p = {shown}; the additive law is off by"
-            f" {off_by(fit.log_error)} at most, within chance"
-        )
-        return Outcome("law", False, short, why)
+        return None
     row = int(beyond[0]) + 1
     got = mean(frame)
     to = _law_blame(pd.DataFrame([rows.iloc[row] for _, rows in curves]), gain, dtype)
-    says = got.assign(mean_square=got["law_additive"])
+    says = got.assign(mean_square=got[law.column])
     finding = finding_at(says, got, row, "mean_square", t[row - 1], limit, to)
+    finding = replace(finding, against=law.column)
     size = f"{standard_errors(finding.size)} standard errors (limit {limit:.1f})"
     return failed("law", short, finding, size)
 
 
 def passes(verdict: Verdict) -> bool:
-    """Whether neither the law's p-value nor the exponent p speaks against it at ALPHA."""
-    p_value = verdict.laws["additive"].p_value
+    """Whether neither an expected law's p-value nor the exponent p speaks against it at ALPHA."""
+    p_values = [verdict.laws[law.name].p_value for law in LAWS.values() if law.expected]
     growing = linear(stretched(verdict.growth.exponent, verdict.seeds))
-    return p_value is not None and p_value >= ALPHA and growing
+    return growing and all(p is not None and p >= ALPHA for p in p_values)
 
 
 def stretched(p: Estimate, seeds: int) -> Estimate:

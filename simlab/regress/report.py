@@ -123,8 +123,8 @@ def figure(checked: Checked) -> Figure:
     finding = next((f for f in findings if f.quantity in checked.got), None)
     name = finding.quantity if finding else checked.case.quantities[0]
     got, expected = checked.got, checked.expected
-    if name not in expected:  # the law's own: what it says is in the new rows
-        expected = got[got["curve"] == "random"].assign(**{name: got["law_additive"]})
+    if finding and finding.against and name not in expected:  # a law's prediction, in the new rows
+        expected = got[got["curve"] == "random"].assign(**{name: got[finding.against]})
     curve = "random" if (expected["curve"] == "random").any() else expected["curve"].iloc[0]
     old, new = (_by_step(f[f["curve"] == curve], name) for f in (expected, got))
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from simlab.analysis.compare import departure
-from simlab.report.style import COLOURS, LABELS, LAW_STYLES, draw_curves, finish
+from simlab.analysis.curve import laws_in
+from simlab.report.style import COLOURS, LABELS, draw_curves, finish
 
 
 def relative(ax: Axes, frame: pd.DataFrame) -> None:
@@ -26,9 +27,9 @@ def relative(ax: Axes, frame: pd.DataFrame) -> None:
         rows["x"], low, high, color=red, alpha=0.15, lw=0, label="checkpoint, 90 % of tokens"
     )
     ax.plot(rows["x"], first, color=red, lw=1.2, ls=(0, (1, 1)), label="checkpoint, position 0")
-    _, colour, style = LAW_STYLES["law_additive"]
-    law = (frame["law_additive"] / of)[frame["curve"] == "random"].groupby(frame["x"]).mean()
-    ax.plot(law.index, law, color=colour, ls=style, lw=1.6, zorder=3)
+    for law in laws_in(frame, expected=True):
+        says = (frame[law.column] / of)[frame["curve"] == "random"].groupby(frame["x"]).mean()
+        ax.plot(says.index, says, color=law.colour, ls=law.line, lw=1.6, zorder=3)
     draw_curves(ax, frame, "x", "ratio")
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

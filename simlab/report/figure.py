@@ -1,4 +1,4 @@
-"""Figures: growth with the seeds' band and both laws, the gradient, and growth exponents by block."""
+"""Figures: growth with the seeds' band and the laws, the gradient, and growth exponents by block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simlab.analysis import Law
+from simlab.analysis.curve import laws_in
 from simlab.analysis.exponents import per_block
 from simlab.report import checkpoint_figure as trained
-from simlab.report.style import COLOURS, LABELS, LAW_STYLES, draw_curves, finish
+from simlab.report.style import COLOURS, LABELS, draw_curves, finish
 
 
 def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
@@ -58,6 +60,7 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
     blocks = per_block(frame, depth)
     if blocks["lambda_pairwise"].isna().all():
         return None
+    laws = laws_in(frame)
     kinds = list(blocks["of"].unique())
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
         figure = Figure(figsize=(11, 1.6 + 3.2 * len(kinds)), layout="constrained")
@@ -65,11 +68,11 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
     for row, of in zip(axes, kinds, strict=True):
         for ax, name in zip(row, ("lambda_pairwise", "lambda_from_first"), strict=True):
             part = blocks[blocks["of"] == of]
-            measured = part[~part["curve"].isin(list(LAW_STYLES))]
-            for law, (label, colour, style) in LAW_STYLES.items():
-                mean = part[part["curve"] == law].groupby("block")[name].mean()
+            measured = part[~part["curve"].isin([law.column for law in laws])]
+            for law in laws:
+                mean = part[part["curve"] == law.column].groupby("block")[name].mean()
                 if not mean.empty:
-                    ax.plot(mean.index, mean, color=colour, ls=style, lw=1.6, label=label, zorder=3)
+                    _law(ax, law, mean)
             draw_curves(ax, measured, "block", name)
             if name == "lambda_from_first":
                 _mean_vector(ax, measured)
@@ -106,21 +109,27 @@ def _laws(ax: Axes, frame: pd.DataFrame) -> None:
     if frame.empty:  # every curve overflowed at the embedding
         return
     basis = "random" if (frame["curve"] == "random").any() else "checkpoint"
-    law = frame[frame["curve"] == basis].groupby("x")[list(LAW_STYLES)].mean()
-    law = law.clip(upper=1e6 * frame["mean_square"].max())  # off the axis, within float64
-    law.loc[law.index % 1 > 0.2, list(LAW_STYLES)] = np.nan  # a gap at each re-norm, not a drop
-    for name, (label, colour, style) in LAW_STYLES.items():
-        ax.plot(law.index, law[name], color=colour, ls=style, lw=1.6, label=label, zorder=3)
+    for law in laws_in(frame):
+        mean = frame[frame["curve"] == basis].groupby("x")[law.column].mean()
+        mean = mean.clip(upper=1e6 * frame["mean_square"].max())  # off the axis, within float64
+        mean[mean.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
+        _law(ax, law, mean)
+
+
+def _law(ax: Axes, law: Law, mean: pd.Series) -> None:
+    """One law's curve, with its colour, line style and legend entry."""
+    ax.plot(
+        mean.index, mean, color=law.colour, ls=law.line, lw=1.6, label=law.label, zorder=3
+    )  # fmt: skip
 
 
 def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
-    """Linear: what was measured fills the axis. Log: the √2 law may use three further decades."""
+    """Linear: measured curves and expected laws fill the axis. Log: a law may use further decades."""
     v = frame["mean_square"]
     if v.empty:
         return
-    top = float(
-        max(v.max(), frame.loc[frame["curve"] == frame["curve"].iloc[-1], "law_additive"].max())
-    )
+    last = frame[frame["curve"] == frame["curve"].iloc[-1]]
+    top = float(max(v.max(), *(last[law.column].max() for law in laws_in(frame, expected=True))))
     ax.set_xlim(frame["x"].min() - 0.3, frame["x"].max() + 0.3)
     if scale == "linear":
         ax.set_ylim(0, top * 1.12 or 1)
@@ -129,5 +138,6 @@ def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
     if positive.empty:
         return
     ax.set_yscale("log")
-    laws = frame[["law_sqrt2", "law_additive"]].replace([np.inf], np.nan).max().max()
+    columns = [law.column for law in laws_in(frame)]
+    laws = frame[columns].replace([np.inf], np.nan).max().max()
     ax.set_ylim(float(positive.min()) / 2, max(top, min(laws, top * 500)) * 2)

@@ -20,10 +20,6 @@ from simlab.store import write_atomically
 
 LABELS = {"random": "random init", "checkpoint": "checkpoint"}
 COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
-LAW_STYLES = {
-    "law_additive": ("additive law", "#222222", (0, (1.2, 1.2))),
-    "law_sqrt2": ("√2 per sublayer", "#e08214", (0, (5, 2))),
-}
 
 
 def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from simlab.analysis import Law
+from simlab.analysis.curve import laws_in
 from simlab.report import sweep_scans as swept_scans
 from simlab.report.facets import (
     GREY,
@@ -27,7 +29,7 @@ from simlab.report.facets import (
     matching,
     plan,
 )  # fmt: skip
-from simlab.report.style import COLOURS, LABELS, LAW_STYLES
+from simlab.report.style import COLOURS, LABELS
 
 SAME = 0.02  # of the axis: laws no further from each other are drawn once
 FEW = 24  # steps, up to which each has its dot
@@ -61,7 +63,7 @@ def figures(
         texts = labelled(jobs, swept)
         axes = axes_of(texts, swept)
         made["heatmap"] = swept_scans.heatmap(texts, axes, title)
-        made |= swept_scans.lambda_figures(texts, axes, swept_scans.law_lambda(frame), title)
+        made |= swept_scans.lambda_figures(texts, axes, swept_scans.law_lambdas(frame), title)
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -114,7 +116,7 @@ def curves_figure(frame: pd.DataFrame, axes: Sequence[Axis], y: str, title: str)
         ax.set_ylabel(WORDS[y].split(" of ")[0])
     said = f"{WORDS[y].capitalize()} after each sublayer{', log axis' if log else ''}."
     entries(panels[0], made.colour)
-    _entries(panels[0], lines, made, y, behind)
+    _entries(panels[0], lines, made, y, behind, laws_in(frame))
     if more:
         said += " Of a law that differs between colours the lowest and the highest are drawn."
     return finished(figure, panels, made.colour, [title, said, *made.notes])
@@ -216,23 +218,20 @@ def _others(ax: Axes, lines: pd.DataFrame, key: str) -> None:
 
 
 def _laws(ax: Axes, here: pd.DataFrame, colour: Axis | None, log: bool, top: float) -> bool:
-    """Both laws, once where the colours' coincide, else lowest and highest; whether there are more."""
+    """The laws, once where the colours' coincide, else lowest and highest; whether there are more."""
     more = False
-    for name in LAW_STYLES:
+    for law in laws_in(here):
         found: list[pd.Series] = []
-        if name not in here:
-            continue
         for _, part in _groups(here, colour):
             basis = "random" if (part["curve"] == "random").any() else "checkpoint"
-            law = part[part["curve"] == basis].groupby("x")[name].mean()
-            law = law.replace(np.inf, np.nan).dropna().clip(upper=1e6 * top)
-            law[law.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
-            found.append(law)
-        _, ink, style = LAW_STYLES[name]
+            says = part[part["curve"] == basis].groupby("x")[law.column].mean()
+            says = says.replace(np.inf, np.nan).dropna().clip(upper=1e6 * top)
+            says[says.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
+            found.append(says)
         kept = _distinct(found, log, top)
         more = more or len(kept) > 2
-        for law in [*kept[:1], *kept[1:][-1:]]:
-            ax.plot(law.index, law, color=ink, ls=style, lw=1.4, zorder=40)
+        for says in [*kept[:1], *kept[1:][-1:]]:
+            ax.plot(says.index, says, color=law.colour, ls=law.line, lw=1.4, zorder=40)
     return more
 
 
@@ -280,7 +279,9 @@ def _limits(panels: Sequence[Axes], lines: pd.DataFrame, y: str, log: bool) -> N
             ax.set_ylim(min(0.0, float(lines["low"].min())), top * 1.1 or 1)
 
 
-def _entries(ax: Axes, lines: pd.DataFrame, made: Plan, y: str, behind: bool) -> None:
+def _entries(
+    ax: Axes, lines: pd.DataFrame, made: Plan, y: str, behind: bool, laws: Sequence[Law]
+) -> None:
     """The legend's entries that are not the colours'."""
     names = list(lines["curve"].unique())
     main = hero(lines, made.colour)
@@ -292,8 +293,8 @@ def _entries(ax: Axes, lines: pd.DataFrame, made: Plan, y: str, behind: bool) ->
     if behind:
         ax.plot([], [], color=".8", lw=1, label="the other panels' curves")
     if y == "mean_square":
-        for label, colour, style in LAW_STYLES.values():
-            ax.plot([], [], color=colour, ls=style, lw=1.4, label=label)
+        for law in laws:
+            ax.plot([], [], color=law.colour, ls=law.line, lw=1.4, label=law.label)
     seeds = lines["seeds"].unique()
     if seeds.max() > 1:
         several = seeds[seeds > 1]

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from simlab.analysis.curve import laws_in
 from simlab.report.facets import (
     COLUMNS,
     GREY,
@@ -75,25 +76,25 @@ def _tick(axis: Axis, place: int) -> str:
     return f"{axis.numbers[place]:.4g}" if axis.numbers else axis.values[place]
 
 
-def law_lambda(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of every job the additive law's ``lambda_token``, as in growth.exponents: job, law_lambda.
+def law_lambdas(frame: pd.DataFrame) -> pd.DataFrame:
+    """``lambda_token`` of each expected law, as in ``analysis.exponents``: job, ``law_NAME``.
 
-    The law's for random inits, where there are any; none where a curve ends early.
+    A row per job: for its random inits, where there are any; NaN where a curve ends early.
     """
-    none = pd.DataFrame({"job": [0][:0], "law_lambda": [0.0][:0]})
-    if frame.empty or "law_additive" not in frame:
-        return none
+    laws = laws_in(frame, expected=True)
+    if frame.empty:
+        return pd.DataFrame({"job": [0][:0]})
     rows = frame[frame["block"].notna()]
     drawn = rows.loc[rows["curve"] == "random", "job"].unique()
     rows = rows[(rows["curve"] == "random") | ~rows["job"].isin(drawn)]
     ends = rows.groupby(["job", "seed", "block"], sort=False).tail(1).groupby(["job", "seed"])
-    found = ends.agg(
-        first=("law_additive", "first"), last=("law_additive", "last"),
-        blocks=("block", "count"), depth=("depth_of", "first"),
-    )  # fmt: skip
-    whole = (found["blocks"] == found["depth"]) & (found["depth"] > 1) & (found["first"] > 0)
-    logs = np.log(found["last"].where(whole) / found["first"].where(whole))
-    return (logs / 2 / found["depth"]).groupby("job").mean().rename("law_lambda").reset_index()
+    found = ends.agg(blocks=("block", "count"), depth=("depth_of", "first"))
+    lambdas = {}
+    for law in laws:
+        first, last = ends[law.column].first(), ends[law.column].last()
+        whole = (found["blocks"] == found["depth"]) & (found["depth"] > 1) & (first > 0)
+        lambdas[law.column] = np.log(last.where(whole) / first.where(whole)) / 2 / found["depth"]
+    return pd.DataFrame(lambdas, found.index).groupby("job").mean().reset_index()
 
 
 def lambda_figures(
@@ -163,9 +164,10 @@ def _exponents(ax: Axes, here: pd.DataFrame, x: Axis, made: Plan, measure: str) 
             ink = inks.setdefault(str(name), GREY)
             _points(ax, rows, x, measure, ink, 4 if name == main else 2)
         if measure == "lambda_token":
-            law = part.groupby(x.key)["law_lambda"].mean().reindex(x.values).to_numpy(float)
-            ink = inks.get("random", inks[main]) if made.colour else ".13"
-            ax.plot(x.positions, law, color=ink, ls=(0, (1.2, 1.2)), lw=1.6, zorder=5)
+            for law in laws_in(part):
+                says = part.groupby(x.key)[law.column].mean().reindex(x.values).to_numpy(float)
+                ink = inks.get("random", inks[main]) if made.colour else law.colour
+                ax.plot(x.positions, says, color=ink, ls=law.line, lw=1.6, zorder=5)
     ax.axhline(0, color=".4", lw=0.8, zorder=1)
     ticks(ax, x)
 
@@ -192,8 +194,9 @@ def _lambda_entries(ax: Axes, jobs: pd.DataFrame, made: Plan, measures: Sequence
     for name in jobs["curve"].unique():
         if name != main:
             ax.plot([], [], color=GREY, marker="o", ms=4.5, lw=1.6, label=LABELS[str(name)])
-    if "lambda_token" in measures and jobs["law_lambda"].notna().any():
-        ax.plot([], [], color=".13", ls=(0, (1.2, 1.2)), lw=1.6, label="additive law (dotted)")
+    for law in laws_in(jobs) if "lambda_token" in measures else ():
+        if jobs[law.column].notna().any():
+            ax.plot([], [], color=law.colour, ls=law.line, lw=1.6, label=law.label)
     if any(f"{m}_low" in jobs and jobs[f"{m}_low"].notna().any() for m in measures):
         label = "95 % interval"
         if any(key in jobs and jobs[key].nunique() > 1 for key in SEEDS):

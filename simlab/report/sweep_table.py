@@ -11,6 +11,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from simlab.analysis import LAWS
 from simlab.analysis.verdict import off_by
 from simlab.config import printable
 from simlab.report.facets import SEEDS, is_number, key_text, short, shorten, value_text
@@ -18,12 +19,12 @@ from simlab.report.facets import SEEDS, is_number, key_text, short, shorten, val
 WIDTH = 80
 MOST = 40  # rows; beyond, some of them
 LEAST = 5  # columns of a swept key, below which it is left out
-LEFT = ("curve", "growth", "additive")
+LEFT = ("curve", "growth")
 LONGEST = 400  # characters of an error
 
 
 def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
-    """A row per job and curve: what was swept, how it grew, and whether the additive law holds.
+    """A row per job and curve: what was swept, how it grew, and whether the expected laws hold.
 
     Beyond MOST rows, every n-th; the caption says so.
     """
@@ -55,7 +56,8 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
         head = Text(shorten(_head(key, given), width))
         table.add_column(head, justify=side, no_wrap=True)
     for name in list(columns)[1:]:
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+        side = "left" if name in (*LEFT, *(law.head for law in LAWS.values())) else "right"
+        table.add_column(name, justify=side, no_wrap=True)
     for i in range(len(rows)):
         shown = [columns["job"][i]]
         shown += [shorten(given[key][i], width) for key, width in widths.items()]
@@ -78,13 +80,20 @@ def _measured(rows: pd.DataFrame) -> dict[str, list[str]]:
     columns = {"job": [value_text(row.get("job", "")) for row in records]}
     if len({row.get("curve") for row in records}) > 1:
         columns["curve"] = [str(row["curve"]) for row in records]
-    return columns | {
-        "mean sq.": [_square(row) for row in records],
-        "per subl.": [_number(row.get("per_sublayer")) for row in records],
-        "growth": [_growth(row) for row in records],
-        "λ token": [_number(row.get("lambda_token")) for row in records],
-        "additive": [_law(row) for row in records],
-    }
+    return (
+        columns
+        | {
+            "mean sq.": [_square(row) for row in records],
+            "per subl.": [_number(row.get("per_sublayer")) for row in records],
+            "growth": [_growth(row) for row in records],
+            "λ token": [_number(row.get("lambda_token")) for row in records],
+        }
+        | {
+            law.head: [_law(row, law.name) for row in records]
+            for law in LAWS.values()
+            if law.expected
+        }
+    )
 
 
 def _number(value: Any) -> str:
@@ -108,8 +117,8 @@ def _growth(row: Mapping[str, Any]) -> str:
     )
 
 
-def _law(row: Mapping[str, Any]) -> str:
-    status, error = row.get("additive"), row.get("additive_error")
+def _law(row: Mapping[str, Any], name: str) -> str:
+    status, error = row.get(name), row.get(f"{name}_error")
     if error is None or pd.isna(error):
         return "" if status is None or pd.isna(status) else str(status)
     off = off_by(float(error)).replace("a factor of ", "×").replace("less than ", "<")

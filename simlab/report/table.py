@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from simlab.analysis import LAWS
+from simlab.analysis.curve import laws_in
 from simlab.analysis.fit import Estimate
 from simlab.analysis.verdict import plus_minus
-from simlab.theory.laws import LAWS
 
 DEEP = 24  # sublayers; beyond, a row per block
 MOST = 34  # rows; beyond, every n-th block
@@ -30,21 +31,16 @@ def growth_table(frame: pd.DataFrame, name: str) -> Table:
         mean_square=("mean_square", "mean"),
         spread=("mean_square", "std"),
         branch=("branch_mean_square", "mean"),
-        additive=("law_additive", "mean"),
-        sqrt2=("law_sqrt2", "mean"),
         gradient=("gradient_rms", "mean"),
+        **{law.column: (law.column, "mean") for law in laws_in(frame)},
     ).reset_index()
     shown = _shown(steps)
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     table.add_column("block", justify="right")
     table.add_column("after")
-    columns = {
-        "mean_square": "mean square",
-        "spread": "± seeds",
-        "branch": "added",
-        "additive": "additive",
-        "sqrt2": "√2 law",
-    } | ({"gradient": "grad. rms"} if gradients else {})
+    columns = {"mean_square": "mean square", "spread": "± seeds", "branch": "added"}
+    columns |= {law.column: law.head for law in laws_in(frame)}
+    columns |= {"gradient": "grad. rms"} if gradients else {}
     for head in columns.values():
         table.add_column(head, justify="right")
     numbers = shown[list(columns)].to_numpy(float)
@@ -69,13 +65,14 @@ def lambda_table(values: Mapping[str, Any]) -> Table:
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("growth exponent")
-    for head in ("measured", "additive", "√2 law"):
+    shown = [law for law in LAWS.values() if f"lambda_token_{law.name}" in values]
+    for head in ("measured", *(law.head for law in shown)):
         table.add_column(head, justify="right")
     for key, label in LAMBDAS.items():
         if values.get(key):  # none with a single block, or without gradients
-            laws = [values[f"{key}_{law}"] for law in LAWS] if key == "lambda_token" else []
-            shown = ("" if law is None else f"{law:.4g}" for law in laws)
-            table.add_row(label, plus_minus(Estimate(**values[key])), *shown)
+            laws = [values.get(f"{key}_{law.name}") for law in shown]  # of lambda_token alone
+            cells = ("" if value is None else f"{value:.4g}" for value in laws)
+            table.add_row(label, plus_minus(Estimate(**values[key])), *cells)
     return table
 
 

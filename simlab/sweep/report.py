@@ -126,7 +126,7 @@ def rows(jobs: Sequence[Entry], frame: pd.DataFrame) -> pd.DataFrame:
 def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
     summary = each.summary
     for name, verdict in summary["verdict"].items():
-        theories, loss = summary["theories"][name], summary.get("loss", {}).get(name)
+        loss = summary.get("loss", {}).get(name)
         row = {"job": each.number, "curve": name} | dict(each.values)
         model = summary["config"]["model"]
         row |= {key: row.get(key, model[key]) for key in ("depth", "width")}
@@ -141,13 +141,19 @@ def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
             row |= _interval(key, summary["lambda"][name].get(key))
         row |= {
             "loss": _number(loss["value"]) if loss else np.nan,
-            "additive": theories["additive"]["status"],
-            "additive_error": _number(theories["additive"]["log_error"]),
-            "sqrt2": theories["sqrt2"]["status"],
+            **_laws(summary["theories"][name]),
             "overflow": sum(row["curve"] == name for row in summary["overflow"]),
             "sentence": verdict["sentence"],
         }
         yield row
+
+
+def _laws(theories: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each law in a summary: ``NAME`` (holds, fails, unknown) and ``NAME_error``."""
+    found: dict[str, Any] = {}
+    for name, fit in theories.items():
+        found |= {name: fit["status"], f"{name}_error": _number(fit["log_error"])}
+    return found
 
 
 def _number(value: float | None) -> float:

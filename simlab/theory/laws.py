@@ -1,7 +1,10 @@
-"""The laws that are said of the residual stream's mean square, as functions of a curve's rows.
+"""Laws: closed forms for the residual stream's mean square v after every sublayer.
 
 A curve has R rows: the embedding, then a row per sublayer, with rows of kind ``renorm`` between.
-Laws return natural logs of mean squares, since √2 per sublayer leaves float64 at depth 500.
+Laws predict ln v, natural logs, because √2 per sublayer leaves float64 at depth 500.
+
+``LAWS`` is the registry. Tables, figures, verdicts, columns and the gate ``law`` go through it, so a
+new law is one function and one entry.
 """
 
 from __future__ import annotations
@@ -64,4 +67,42 @@ def additive(rows: Rows) -> Array:
         return np.log(np.stack(v, axis=1))
 
 
-LAWS: dict[str, Callable[[Rows], Array]] = {"additive": additive, "sqrt2": sqrt2}
+@dataclass(frozen=True)
+class Law:
+    """One law: what it predicts, and how tables, sentences and figures show it.
+
+    name: of keys and columns; ``law_NAME`` in curve.csv, ``NAME`` in summary.json and jobs.csv.
+    predict: ln v (S, R) of the curves' rows. head: of a table's column. label: in a figure's legend.
+    phrase: the subject of a sentence. colour, line: of its curve in figures, as matplotlib takes them.
+    expected: whether random inits are expected to obey it. Such a law is what the gate ``law`` tests
+    and what a sweep's table and λ figures show; linear axes make room for it.
+    """
+
+    name: str
+    predict: Callable[[Rows], Array]
+    head: str
+    label: str
+    phrase: str
+    colour: str
+    line: tuple[float, tuple[float, ...]]
+    expected: bool = False
+
+    @property
+    def column(self) -> str:
+        """Its column in curve.csv: the mean square that it predicts."""
+        return f"law_{self.name}"
+
+
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        Law(
+            "additive", additive, "additive", "additive law", "the additive law",
+            "#222222", (0, (1.2, 1.2)), expected=True,
+        ),
+        Law(
+            "sqrt2", sqrt2, "√2 law", "√2 per sublayer", "√2 per sublayer",
+            "#e08214", (0, (5, 2)),
+        ),
+    )
+}  # fmt: skip

@@ -17,7 +17,7 @@ from simlab.experiment import run
 from simlab.report.facets import GREY, axes_of, plan, shorten, value_text
 from simlab.report.style import save
 from simlab.report.sweep_figures import figures, prepared
-from simlab.report.sweep_scans import law_lambda
+from simlab.report.sweep_scans import law_lambdas
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.sweep.plan import TAKEN
 
@@ -71,8 +71,8 @@ def row_of(result, name, seconds):
     if "loss" in summary:
         found["loss"] = summary["loss"][name]["value"]
     laws = summary["theories"][name]
-    found |= {law: laws[law]["status"] for law in ("additive", "sqrt2")}
-    found["additive_error"] = laws["additive"]["log_error"]
+    found |= {law: fit["status"] for law, fit in laws.items()}
+    found |= {f"{law}_error": fit["log_error"] for law, fit in laws.items()}
     found["sentence"] = verdict["sentence"]
     found["overflow"] = sum(row["curve"] == name for row in summary["overflow"])
     return found | {"seconds": seconds}
@@ -171,7 +171,7 @@ def test_the_exponents_are_the_jobs():
 def test_the_laws_exponent_is_the_runs():
     result = run(compose([*BASE, "depth=4"]))
     curves, jobs, swept = of_depth()
-    law = law_lambda(prepared(curves, jobs, swept)).set_index("job")["law_lambda"]
+    law = law_lambdas(prepared(curves, jobs, swept)).set_index("job")["law_additive"]
     found = result.summary["lambda"]["random"]["lambda_token_additive"]
     assert math.isclose(law[jobs.loc[jobs["depth"] == 4, "job"].item()], found, rel_tol=1e-12)
 
