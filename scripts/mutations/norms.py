@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from simlab.model.norms import RMSNorm
-from simlab.model.placement import (
-    LNS,
-    DeepNorm,
-    Peri,
-    Reordered,
-    ResidualAdd,
-    ResidualScale,
-    SwinRenorm,
-)
+from simlab.model.placement import ResidualAdd
 from simlab.model.transformer import Block, Transformer
+from simlab.schemes.placement import LNS, DeepNorm, Peri, Reordered, ResidualScale, SwinRenorm
 
 from .record import Mutation, edit
 
 ROOT = "x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)"
-STEP = "self.add(x, self.norm_out(self.sublayer(x)))"
+STEP = "add(x, norm_out(F(x)))"
 YIELD = 'yield "attention", self.attention\n        yield "mlp", self.mlp'
 RENORM = """
         if self.renorm is not None:
@@ -95,38 +88,35 @@ PLACEMENT = (
     Mutation(
         "norm_before",
         "norm before the sublayer instead of after",
-        edit(Reordered.forward, STEP, "self.add(x, self.sublayer(self.norm_out(x)))"),
+        edit(Reordered.step, STEP, "add(x, F(norm_out(x)))"),
     ),
     Mutation(
         "norm_before_and_after",
         "the sublayer reads a normed stream",
-        edit(Reordered.forward, "self.sublayer(x)", "self.sublayer(self.norm_out(x))"),
+        edit(Reordered.step, "F(x)", "F(norm_out(x))"),
     ),
     Mutation(
         "norm_of_stream",
         "norm after the add: of the stream instead of the branch",
-        edit(Reordered.forward, STEP, "self.norm_out(self.add(x, self.sublayer(x)))"),
+        edit(Reordered.step, STEP, "norm_out(add(x, F(x)))"),
     ),
-    Mutation(
-        "norm_forgotten", "no norm", edit(Reordered.forward, STEP, "self.add(x, self.sublayer(x))")
-    ),
+    Mutation("norm_forgotten", "no norm", edit(Reordered.step, STEP, "add(x, F(x))")),
     Mutation(
         "norm_forgotten_on_mlp",
         "a norm on attention alone",
         edit(
-            Reordered.forward,
-            "self.norm_out(self.sublayer(x))",
-            "self.norm_out(self.sublayer(x)) if hasattr(self.sublayer, 'q_proj')"
-            " else self.sublayer(x)",
+            Reordered.step,
+            "norm_out(F(x))",
+            "norm_out(F(x)) if hasattr(F, 'q_proj') else F(x)",
         ),
     ),
     Mutation(
         "norm_twice",
         "the branch is normed twice",
         edit(
-            Reordered.forward,
-            "self.norm_out(self.sublayer(x))",
-            "self.norm_out(self.norm_out(self.sublayer(x)))",
+            Reordered.step,
+            "norm_out(F(x))",
+            "norm_out(norm_out(F(x)))",
         ),
         "quiet",
     ),
@@ -190,13 +180,13 @@ PLACEMENT = (
     Mutation(
         "lns_without_root",
         "LayerNorm Scaling by 1/l instead of 1/√l",
-        edit(LNS.forward, "math.sqrt(self.layer + 1)", "(self.layer + 1)"),
+        edit(LNS.step, "math.sqrt(self.layer + 1)", "(self.layer + 1)"),
         "lns",
     ),
     Mutation(
         "lns_from_0",
         "LayerNorm Scaling with the block counted from 0",
-        edit(LNS.forward, "self.layer + 1", "max(self.layer, 1)"),
+        edit(LNS.step, "self.layer + 1", "max(self.layer, 1)"),
         "lns",
     ),
     Mutation(
@@ -214,7 +204,7 @@ PLACEMENT = (
     Mutation(
         "peri_without_norm_in",
         "a sandwich without its first slice",
-        edit(Peri.forward, "self.sublayer(self.norm_in(x))", "self.sublayer(x)"),
+        edit(Peri.step, "F(norm_in(x))", "F(x)"),
         "peri",
     ),
 )

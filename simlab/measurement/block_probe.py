@@ -21,7 +21,7 @@ from simlab.measurement.statistics import (
 )
 from simlab.model.attention import Attention
 from simlab.model.norms import RMSNorm
-from simlab.model.placement import Placement, Renorm
+from simlab.model.placement import Renorm, ResidualStep
 from simlab.model.transformer import Block
 
 
@@ -65,7 +65,7 @@ class Reducer:
 class StepResult(NamedTuple):
     """A step's kind, its statistics (S, entries), and what the laws may know of its last norm.
 
-    normalises: what that norm acts on, as in ``placement.Placement``. gain: its gain at init.
+    normalises: what that norm acts on, as in ``Scheme``. gain: its gain at init.
     """
 
     kind: str
@@ -131,7 +131,7 @@ class Probe(BlockProbe):
         for step, reducer in zip(self.steps, self.reducers, strict=True):
             self._listen(step, reducer)
 
-    def _listen(self, step: Placement | Renorm, reducer: Reducer) -> None:
+    def _listen(self, step: ResidualStep | Renorm, reducer: Reducer) -> None:
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             self.seen["raw"] = out
 
@@ -150,7 +150,7 @@ class Probe(BlockProbe):
             self.last = None if step is self.steps[-1] else (out, found.wide)
             self.seen, self.attention = {}, None
 
-        if isinstance(step, Placement):
+        if isinstance(step, ResidualStep):
             self.handles.append(step.sublayer.register_forward_hook(on_sublayer))
             self.handles.append(step.add.register_forward_hook(on_add))
             if isinstance(step.sublayer, Attention):
@@ -159,7 +159,7 @@ class Probe(BlockProbe):
 
 
 def observe(
-    step: Placement | Renorm,
+    step: ResidualStep | Renorm,
     before: Tensor,
     after: Tensor,
     seen: dict[str, Tensor],
@@ -181,7 +181,7 @@ def observe(
         norm = step.norm_out
         moment = norm.moment(wide(total) if step.normalises == "stream" else raw)
         eps = norm.eps
-    norms = [getattr(step, name) for name in step.norms]
+    norms = list(step.norms.values())
     return Step(
         after=after,
         skip=seen["skip"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,8 @@ from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
 from simlab.model.mlp import MLPS
 from simlab.model.norms import NORMS
-from simlab.model.placement import PLACEMENTS, Placement, Renorm
+from simlab.model.placement import Renorm, ResidualStep
+from simlab.schemes.placement import at, renorm_after
 
 
 def dense_linear(d_in: int, d_out: int, bias: bool = False) -> nn.Module:
@@ -24,12 +26,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense_linear) -> None:
         super().__init__()
-        placement = PLACEMENTS[config.norm.placement]
-        self.attention = placement(Attention(config, layer, linear), config, layer)
-        self.mlp = placement(MLPS[config.mlp](config, linear), config, layer)
-        self.renorm = placement.renorm_after(config, layer)
+        attention, mlp = Attention(config, layer, linear), MLPS[config.mlp](config, linear)
+        self.attention = ResidualStep(attention, at(config, layer, "attention"), config)
+        self.mlp = ResidualStep(mlp, at(config, layer, "mlp"), config)
+        self.renorm = Renorm(config) if renorm_after(config, layer) else None
 
-    def steps(self) -> Iterator[tuple[str, Placement | Renorm]]:
+    def steps(self) -> Iterator[tuple[str, ResidualStep | Renorm]]:
         """The block's residual steps with their kind, in the order they happen."""
         yield "attention", self.attention
         yield "mlp", self.mlp
@@ -66,12 +68,13 @@ class Transformer(nn.Module):
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, gains included, a tied head counted once; none is allocated."""
-    with torch.device("meta"):
-        block = Block(config, 0)
-        renorms = [
-            PLACEMENTS[config.norm.placement].renorm_after(config, i) for i in range(config.depth)
-        ]
-    block.renorm = None
-    per_block = sum(p.numel() for p in block.parameters())
-    gains = config.width * (1 + sum(renorm is not None for renorm in renorms))
-    return config.depth * per_block + gains + (2 - config.tied) * config.vocab_size * config.width
+    kinds = [  # blocks with the same norms have as many parameters
+        (*(at(config, i, kind).norms for kind in ("attention", "mlp")), renorm_after(config, i))
+        for i in range(config.depth)
+    ]
+    blocks = 0
+    for kind, count in Counter(kinds).items():
+        with torch.device("meta"):
+            block = Block(config, kinds.index(kind))
+        blocks += count * sum(p.numel() for p in block.parameters())
+    return blocks + config.width * (1 + (2 - config.tied) * config.vocab_size)

@@ -26,8 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simlab.config import InitConfig, ModelConfig
-from simlab.model.placement import PLACEMENTS
+from simlab.schemes.placement import at
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
 GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm")
@@ -110,10 +111,14 @@ def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gau
     The placement's own factor (DeepNorm's β) is applied. Pure: the same input, the same table.
     """
     sigmas = RULES[init.rule](model, init.std or 0.0, layer)
-    scale = PLACEMENTS[model.norm.placement].init_scale
+    attention, mlp = (at(model, layer, kind) for kind in ("attention", "mlp"))
+
+    def scale(role: str) -> float:
+        return (attention if role in ATTENTION else mlp).init_scale(role, model.depth)
+
     whole = {"embedding"} if init.rule in WHOLE_EMBEDDING else set()
     return {
-        role: Gaussian(sigma * scale(role, model.depth), None if role in whole else init.truncate)
+        role: Gaussian(sigma * scale(role), None if role in whole else init.truncate)
         for role, sigma in sigmas.items()
     }
 

@@ -9,9 +9,9 @@ from simlab import config
 from simlab.config import CONF_DIR, ConfigError, nearest
 from simlab.config.validate import compose, options
 from simlab.model.mlp import MLPS
-from simlab.model.placement import PLACEMENTS
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import RULES
+from simlab.schemes.placement import PLACEMENTS
 
 # Released parameter counts: the totals in the hub's model metadata.
 RELEASED = {

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 
 from simlab.config import CONF_DIR
 from simlab.config.validate import compose, options
-from simlab.model.placement import PLACEMENTS
+from simlab.schemes.placement import PLACEMENTS
 from simlab.sweep.plan import plan
 
 TINY = ["width=32", "heads=2", "kv_heads=2", "d_ff=64"]

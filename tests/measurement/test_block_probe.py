@@ -9,7 +9,8 @@ from simlab import build_model
 from simlab.experiment import run
 from simlab.measurement.block_probe import Probe
 from simlab.measurement.statistics import STATISTICS
-from simlab.model.placement import PLACEMENTS, Placement
+from simlab.model.placement import ResidualStep
+from simlab.schemes.placement import PLACEMENTS
 
 
 def hooks(model):
@@ -45,7 +46,7 @@ def by_hand(config, ids):
     for block in model.blocks:
         for kind, step in block.steps():
             row = {"kind": kind}
-            if isinstance(step, Placement):
+            if isinstance(step, ResidualStep):
                 step.add.register_forward_hook(
                     lambda m, a, o, row=row: row.update(skip=a[0].double(), branch=a[1].double())
                 )

@@ -10,7 +10,7 @@ from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.experiment import prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import GRADIENT_STATISTICS
-from simlab.model.placement import PLACEMENTS
+from simlab.schemes.placement import PLACEMENTS
 from simlab.weights.dense import RandomWeights
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from torch import nn
 import simlab
 from simlab import ConfigError, Layout, build_model, compose, probe
 from simlab.experiment import prepare, run
-from simlab.model.placement import PLACEMENTS
+from simlab.schemes.placement import PLACEMENTS
 
 
 def by_hand(model, ids):

@@ -9,7 +9,7 @@ from simlab.budget import cost
 from simlab.config.validate import compose
 from simlab.experiment import ENGINES, measure, prepare, run
 from simlab.measurement.engine import measure_curves
-from simlab.model.placement import PLACEMENTS
+from simlab.schemes.placement import PLACEMENTS
 from simlab.weights.weightless import GaussianWeights, factor, gram, together
 
 CPU = torch.device("cpu")

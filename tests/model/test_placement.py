@@ -9,8 +9,9 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 
 from simlab import build_model
 from simlab.model.attention import inverse_frequencies
-from simlab.model.placement import PLACEMENTS, Placement, ResidualAdd
+from simlab.model.placement import ResidualAdd
 from simlab.schemes.init import table
+from simlab.schemes.placement import PLACEMENTS, Scheme, at
 
 EPS = 1e-3
 
@@ -130,12 +131,8 @@ def test_resid_after_is_resid_before_plus_branch(placement):
 def test_layerscale_alpha_by_depth():
     for depth, alpha in ((18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6)):
         config = tiny(f"depth={depth}", "norm=layerscale")
-        step = PLACEMENTS["layerscale"](torch.nn.Identity(), config.shape, 0)
-        assert step.alpha == alpha
-    step = PLACEMENTS["layerscale"](
-        torch.nn.Identity(), tiny("norm=layerscale", "norm.alpha=0.3").shape, 0
-    )
-    assert step.alpha == 0.3
+        assert at(config.shape, 0, "mlp").alpha == alpha
+    assert at(tiny("norm=layerscale", "norm.alpha=0.3").shape, 0, "mlp").alpha == 0.3
 
 
 def test_deepnorm_scales_its_init():
@@ -157,6 +154,7 @@ def test_swin_gain_zero_is_the_identity_network():
         assert torch.equal(block(x), x)
 
 
-def test_placements_differ_in_forward_alone():
+def test_schemes_hold_nothing_but_layer_and_alpha():
+    """Equal schemes compute the same: the layers that models share are found by comparing them."""
     for placement in PLACEMENTS.values():
-        assert placement.__init__ is Placement.__init__
+        assert placement.__init__ is Scheme.__init__

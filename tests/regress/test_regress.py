@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from simlab.config import ConfigError
-from simlab.model import placement
 from simlab.regress import __main__ as regress
 from simlab.regress.cases import read_baseline, read_case, read_cases
 from simlab.regress.gates import KEYS, QUANTITIES
+from simlab.schemes.placement import Reordered
 
 OWN = Path(__file__).parents[1] / "baselines"
 CASE = """\
@@ -56,9 +56,7 @@ def command(monkeypatch, capsys):
 def wrong(monkeypatch):
     """Branches 10 % too large after the norm."""
     monkeypatch.setattr(
-        placement.Reordered,
-        "forward",
-        lambda self, x: self.add(x, 1.1 * self.norm_out(self.sublayer(x))),
+        Reordered, "step", lambda self, x, F, add, norm_out: add(x, 1.1 * norm_out(F(x)))
     )
 
 

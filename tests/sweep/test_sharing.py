@@ -8,7 +8,7 @@ from conftest import INPUTS, SHAPE, simlab, tiny
 
 from simlab import experiment
 from simlab.experiment import measured_curves, pipeline, prepare
-from simlab.model.placement import PLACEMENTS
+from simlab.schemes.placement import PLACEMENTS
 from simlab.schemes.init import RULES
 from simlab.sweep import sharing
 from simlab.sweep.sharing import SharedCurves, groups, is_prefix

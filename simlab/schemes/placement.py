@@ -1,0 +1,217 @@
+"""Norm placements: each residual scheme's formula, its norms and its constants, written once.
+
+A scheme is one residual step x → x' around a sublayer F (attention or MLP). ``step`` is its formula
+over anything that can be added, scaled, normed and fed to a sublayer: ``model/placement.py`` runs it
+on tensors, and theory can run the same code on what it keeps of a vector. No torch is needed.
+
+To add a placement, write a class here and its entry in ``PLACEMENTS``; CONTRIBUTING.md has the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+from simlab.config import ModelConfig
+
+
+class Vector(Protocol):
+    """What a formula asks of a residual stream itself: that a number can scale it."""
+
+    def __rmul__(self, scale: float, /) -> Self: ...
+    def __truediv__(self, scale: float, /) -> Self: ...
+
+
+V = TypeVar("V", bound=Vector)
+Map = Callable[[V], V]  # a sublayer, or a norm
+Add = Callable[[V, V], V]  # add(skip, branch)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One residual step: ``step(x, F, add, **norms)`` is the stream after it.
+
+    Subclasses write ``step`` and name the norms that it takes. Two equal schemes compute the same.
+
+    layer: the block that the step is in, counted from 0. alpha: the scheme's constant, as
+    ``alpha_of`` computes it. norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both.
+    normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
+    ``stream`` after, or None where the branch is added as it comes. The additive law needs it.
+    """
+
+    layer: int
+    alpha: float
+
+    norms: ClassVar[tuple[str, ...]] = ()
+    normalises: ClassVar[str | None] = None
+
+    def step(self, *args: Any, **norms: Any) -> Any:
+        """The formula. Every subclass has its own."""
+        raise NotImplementedError
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """The scheme of a sublayer, where a placement differs by layer or by sublayer.
+
+        kind: ``attention`` or ``mlp``.
+        """
+        return cls
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """``alpha``: all that ``step`` knows of the depth and of the placement's own keys."""
+        return 1.0
+
+    @staticmethod
+    def init_scale(role: str, depth: int) -> float:
+        """A factor on the init's std of a sublayer's matrix ``role`` (``q_proj`` … ``down_proj``)."""
+        return 1.0
+
+    @staticmethod
+    def renorm_after(config: ModelConfig, layer: int) -> bool:
+        """True if the residual stream itself is normed, x ← N(x), after this block."""
+        return False
+
+
+class Reordered(Scheme):
+    """x + N(F(x)): OLMo 2 (arXiv 2501.00656, §2.1)."""
+
+    norms, normalises = ("norm_out",), "branch"
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_out: Map[V]) -> V:
+        return add(x, norm_out(F(x)))
+
+
+class SwinRenorm(Reordered):
+    """``reordered``, and x ← N(x) after every ``norm.every`` blocks (Swin V2, arXiv 2111.09883)."""
+
+    @staticmethod
+    def renorm_after(config: ModelConfig, layer: int) -> bool:
+        """After blocks every, 2·every, … (counted from 1)."""
+        every = config.norm.every or 6
+        return (layer + 1) % every == 0
+
+
+class Pre(Scheme):
+    """x + F(N(x)): GPT-2, Llama."""
+
+    norms = ("norm_in",)
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
+        return add(x, F(norm_in(x)))
+
+
+class Post(Scheme):
+    """N(x + F(x)): arXiv 1706.03762."""
+
+    norms, normalises = ("norm_out",), "stream"
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_out: Map[V]) -> V:
+        return norm_out(add(x, F(x)))
+
+
+class Peri(Scheme):
+    """x + N(F(N(x))): Peri-LN (arXiv 2502.02732), Gemma 2 and 3's sandwich."""
+
+    norms, normalises = ("norm_in", "norm_out"), "branch"
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V], norm_out: Map[V]) -> V:
+        return add(x, norm_out(F(norm_in(x))))
+
+
+class LNS(Pre):
+    """x + F(N(x)/√l), l the block counted from 1: LayerNorm Scaling (arXiv 2502.05795)."""
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
+        return add(x, F(norm_in(x) / math.sqrt(self.layer + 1)))
+
+
+class DeepNorm(Scheme):
+    """N(αx + F(x)), α = (2L)^¼, and β = (8L)^−¼ on the init (arXiv 2203.00555, decoder-only)."""
+
+    norms, normalises = ("norm_out",), "stream"
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_out: Map[V]) -> V:
+        return norm_out(add(self.alpha * x, F(x)))
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α."""
+        return (2 * config.depth) ** 0.25
+
+    @staticmethod
+    def init_scale(role: str, depth: int) -> float:
+        """β on the value and output projections and on the MLP's matrices, 1 on q and k."""
+        scaled = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        return (8 * depth) ** -0.25 if role in scaled else 1.0
+
+
+class NoNorm(Scheme):
+    """x + F(x)."""
+
+    def step(self, x: V, F: Map[V], add: Add[V]) -> V:
+        return add(x, F(x))
+
+
+class ResidualScale(Pre):
+    """λx + βF(N(x)), λ² = 1 − 2/sublayers, λ² + β² = 1: DeepScaleLM (arXiv 2403.09635)."""
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
+        branch = F(norm_in(x))
+        return add(math.sqrt(1 - self.alpha) * x, math.sqrt(self.alpha) * branch)
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """β²: 2/sublayers, and a block has two."""
+        return 1 / config.depth
+
+
+class LayerScale(Pre):
+    """x + αF(N(x)), α small and smaller for deep models (arXiv 2103.17239, §2)."""
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
+        return add(x, self.alpha * F(norm_in(x)))
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α: as given, else by depth."""
+        if config.norm.alpha is not None:
+            return config.norm.alpha
+        return 0.1 if config.depth <= 18 else 1e-5 if config.depth <= 24 else 1e-6
+
+
+class ReZero(LayerScale):
+    """x + αF(N(x)), α = 0 at init: the identity (arXiv 2003.04887)."""
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α: as given, else 0."""
+        return config.norm.alpha or 0.0
+
+
+PLACEMENTS: dict[str, type[Scheme]] = {
+    "reordered": Reordered,
+    "swin_renorm": SwinRenorm,
+    "pre": Pre,
+    "post": Post,
+    "peri": Peri,
+    "lns": LNS,
+    "deepnorm": DeepNorm,
+    "none": NoNorm,
+    "residual_scale": ResidualScale,
+    "rezero": ReZero,
+    "layerscale": LayerScale,
+}
+
+
+def at(config: ModelConfig, layer: int, kind: str) -> Scheme:
+    """The scheme of one sublayer: of block ``layer`` (from 0), its ``attention`` or ``mlp``."""
+    scheme = PLACEMENTS[config.norm.placement].select(config, layer, kind)
+    return scheme(layer, scheme.alpha_of(config))
+
+
+def renorm_after(config: ModelConfig, layer: int) -> bool:
+    """True if the residual stream itself is normed after block ``layer`` (from 0)."""
+    return PLACEMENTS[config.norm.placement].renorm_after(config, layer)

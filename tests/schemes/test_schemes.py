@@ -1,0 +1,90 @@
+"""The schemes' formulas run without tensors: on sums of uncorrelated branches, by mean squares."""
+
+import math
+
+import pytest
+from conftest import tiny
+
+from simlab.schemes.placement import PLACEMENTS, at, renorm_after
+
+V0, B = 0.25, 0.3  # the embedding's mean square; a branch's, of an input of mean square 1
+
+
+class Kernel:
+    """Σ_k c_k·b_k over uncorrelated b_k, kept as {k: (c_k, mean square of b_k)}."""
+
+    def __init__(self, terms):
+        self.terms = terms
+
+    def __rmul__(self, scale):
+        return Kernel({k: (scale * c, b) for k, (c, b) in self.terms.items()})
+
+    def __truediv__(self, scale):
+        return (1 / scale) * self
+
+    def __add__(self, other):
+        assert not self.terms.keys() & other.terms.keys()
+        return Kernel(self.terms | other.terms)
+
+    @property
+    def mean_square(self):
+        return sum(c * c * b for c, b in self.terms.values())
+
+
+def norm(x):
+    return x / math.sqrt(x.mean_square)
+
+
+def sublayer(x):
+    """Its last matrix is fresh: a branch that is uncorrelated with all before it."""
+    return Kernel({object(): (1.0, B * x.mean_square)})
+
+
+def mean_squares(*overrides):
+    """v at the embedding and after every step of the config's model, from its schemes alone."""
+    config = tiny(*overrides).shape
+    x = Kernel({object(): (1.0, V0)})
+    found = [x.mean_square]
+    for layer in range(config.depth):
+        for kind in ("attention", "mlp"):
+            scheme = at(config, layer, kind)
+            norms = dict.fromkeys(scheme.norms, norm)
+            x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **norms)
+            found.append(x.mean_square)
+        if renorm_after(config, layer):
+            x = norm(x)
+            found.append(x.mean_square)
+    return found
+
+
+# What a step makes of the mean square v; n: the block counted from 1, of 4.
+LAWS = {
+    "reordered": lambda v, n: v + 1,
+    "swin_renorm": lambda v, n: v + 1,
+    "pre": lambda v, n: v + B,
+    "post": lambda v, n: 1,
+    "peri": lambda v, n: v + 1,
+    "lns": lambda v, n: v + B / n,
+    "deepnorm": lambda v, n: 1,
+    "none": lambda v, n: v + B * v,
+    "residual_scale": lambda v, n: 3 / 4 * v + 1 / 4 * B,
+    "rezero": lambda v, n: v,
+    "layerscale": lambda v, n: v + 0.01 * B,
+}
+
+
+@pytest.mark.parametrize("placement", LAWS)
+def test_the_formula_gives_its_law(placement):
+    every = ["norm.every=2"] if placement == "swin_renorm" else []
+    expected = [V0]
+    for block in (1, 2, 3, 4):
+        for _ in ("attention", "mlp"):
+            expected.append(LAWS[placement](expected[-1], block))
+        if every and block % 2 == 0:
+            expected.append(1)
+    found = mean_squares("depth=4", f"norm={placement}", *every)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_placement_has_a_law_here():
+    assert set(LAWS) == set(PLACEMENTS)
