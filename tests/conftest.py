@@ -46,6 +46,13 @@ def assert_parity(ours: torch.Tensor, theirs: torch.Tensor, what: str = "") -> N
 SHAPE = ["depth=3", "width=48", "heads=6", "kv_heads=2", "d_ff=80", "vocab_size=97"]
 INPUTS = ["inputs.batch=2", "inputs.length=11"]
 
+OWN_KEYS = {"swin_renorm": ["norm.every=2"], "mix_ln": ["norm.fraction=0.4"]}
+
+
+def placed(norm: str) -> list[str]:
+    """Overrides for a norm placement, such that three blocks show all that it does."""
+    return [f"norm={norm}", *OWN_KEYS.get(norm, [])]
+
 
 def tiny(*overrides: str) -> RunConfig:
     """A model of three small blocks with grouped heads, dense; overrides come on top."""

@@ -25,8 +25,8 @@ MLPS = ("swiglu", "geglu", "gelu")  # what simlab.model.mlp.MLPS computes
 class NormConfig:
     """Where the norms sit (``placement``), which they are (``type``), and a placement's constants.
 
-    ``every`` (blocks between re-norms) and ``alpha`` (branch scale) exist for the placements whose
-    file in conf/norm names them.
+    ``every`` (blocks between re-norms), ``alpha`` (branch scale) and ``fraction`` (of the blocks, that
+    are post-norm) exist for the placements whose file in conf/norm names them.
     """
 
     placement: str
@@ -35,6 +35,7 @@ class NormConfig:
     gain: float = 1.0
     every: int | None = None
     alpha: float | None = None
+    fraction: float | None = None
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,9 @@ def _norm(reader: Reader) -> NormConfig:
         gain=1.0 if gain is None else gain,
         every=reader.integer("every") if "every" in reader.values else None,
         alpha=reader.number("alpha", "a number, at least 0, or null", 0.0, null=True),
+        fraction=reader.number("fraction", "a number, at least 0", 0.0, 1.0)
+        if "fraction" in reader.values
+        else None,
     )
     reader.done()
     return norm

@@ -191,6 +191,29 @@ class ReZero(LayerScale):
         return config.norm.alpha or 0.0
 
 
+class MixLN(Scheme):
+    """Post-norm in the first blocks, pre-norm in the rest: Mix-LN (arXiv 2412.13795).
+
+    Of L blocks, ⌊norm.fraction · L⌋ are post-norm: 8 of 32 and 1 of 7 by a quarter.
+    """
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """Post or pre, by layer."""
+        fraction = 0.25 if config.norm.fraction is None else config.norm.fraction
+        count = math.floor(fraction * config.depth + 1e-9)  # 0.29 · 100 is 28.999… in float64
+        return Post if layer < count else Pre
+
+
+class PrePost(Scheme):
+    """Attention x + F(N(x)), then the MLP N(x + F(x)): pre-norm and post-norm in every block."""
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """Pre or post, by sublayer."""
+        return Pre if kind == "attention" else Post
+
+
 PLACEMENTS: dict[str, type[Scheme]] = {
     "reordered": Reordered,
     "swin_renorm": SwinRenorm,
@@ -203,6 +226,8 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "residual_scale": ResidualScale,
     "rezero": ReZero,
     "layerscale": LayerScale,
+    "mix_ln": MixLN,
+    "pre_post": PrePost,
 }
 
 

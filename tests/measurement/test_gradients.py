@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_olmo
+from conftest import placed, tiny, write_olmo
 
 from simlab import build_model
 from simlab.checkpoints.checkpoint import Checkpoint
@@ -56,8 +56,7 @@ def test_dense_gradients_are_autograds(norm, monkeypatch):
     """At every sublayer. Sequences pass two at a time, and the head in parts."""
     monkeypatch.setattr(RandomWeights, "tokens_at_once", 22)
     monkeypatch.setattr("simlab.weights.base.COLUMNS_AT_ONCE", 40)
-    every = ["norm.every=2"] if norm == "swin_renorm" else []
-    config = tiny(f"norm={norm}", "init.std=0.1", "inputs.batch=5", "gradients=true", *every)
+    config = tiny(*placed(norm), "init.std=0.1", "inputs.batch=5", "gradients=true")
     result = run(config)
     loss, streams, gradients = by_autograd(build_model(config), prepare(config).tokens)
     assert result.summary["loss"]["random"]["value"] == pytest.approx(loss.item(), rel=1e-6)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import PARITY, tiny, write_olmo
+from conftest import PARITY, placed, tiny, write_olmo
 from probed import (
     GPT2,
     IDS,
@@ -101,8 +101,7 @@ def test_olmo2_against_the_engine_on_the_same_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_simlabs_own_model_gives_the_engines_rows(placement):
-    every = ["norm.every=2"] if placement == "swin_renorm" else []
-    config = tiny(f"norm={placement}", "init.std=0.1", *every)
+    config = tiny(*placed(placement), "init.std=0.1")
     engine = run(config).curve
     ids = prepare(config).tokens
     model = build_model(config)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import placed, tiny
 
 from simlab.budget import cost
 from simlab.config.validate import compose
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 SEEDS = (3, 0, 7)
 # Tokens repeat and the sequences begin alike: Gram matrices are singular.
 IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3]])
-CASES = [[f"norm={norm}"] for norm in PLACEMENTS] + [
+CASES = [placed(norm) for norm in PLACEMENTS] + [
     ["model.tied=true"],
     ["model.tied=true", "init=fan_in"],
     ["norm.type=layer", "model.qk_norm=per_head"],
@@ -47,9 +47,8 @@ def test_together_as_alone(case):
     where tokens repeat. The tolerance is float32's rounding, through all blocks and back, where
     repeated tokens make it matter more; other seeds' numbers are much farther away.
     """
-    every = ["norm.every=2"] if "norm=swin_renorm" in case else []
     std = [] if "init=fan_in" in case else ["init.std=0.1"]
-    config = tiny(*std, *case, *every)
+    config = tiny(*std, *case)
     together = values(measured(config, *SEEDS))
     alone = values([measured(config, seed)[0] for seed in SEEDS])
     tolerance = 1e-4 if config.dtype == "float32" else 2**-6  # some roundings of bfloat16

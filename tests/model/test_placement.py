@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import placed, tiny
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from simlab import build_model
@@ -64,6 +64,8 @@ FORMULAS = {
     ),
     "rezero": lambda x, F, i, o, n, L: x + 0.0 * F(i(x)),
     "layerscale": lambda x, F, i, o, n, L: x + 0.1 * F(i(x)),
+    "mix_ln": lambda x, F, i, o, n, L: o(x + F(x)) if n <= 0.4 * L else x + F(i(x)),
+    "pre_post": lambda x, F, i, o, n, L: x + F(i(x)) if F.__name__ == "attention" else o(x + F(x)),
 }
 
 
@@ -80,14 +82,8 @@ def with_random_gains(model):
     [*((p, "rms") for p in FORMULAS), ("reordered", "layer"), ("pre", "layer")],
 )
 def test_formula(placement, kind):
-    every = ["norm.every=2"] if placement == "swin_renorm" else []
     config = tiny(
-        "depth=5",
-        f"norm={placement}",
-        f"norm.type={kind}",
-        f"norm.eps={EPS}",
-        "init.std=0.2",
-        *every,
+        "depth=5", *placed(placement), f"norm.type={kind}", f"norm.eps={EPS}", "init.std=0.2"
     )
     model, norm = with_random_gains(build_model(config)), NORMS[kind]
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -116,7 +112,7 @@ def test_every_placement_has_a_formula_here():
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_resid_after_is_resid_before_plus_branch(placement):
     """At every add, bit for bit; and no parameter is left out of what the placement computes."""
-    model = with_random_gains(build_model(tiny(f"norm={placement}", "init.std=0.1")))
+    model = with_random_gains(build_model(tiny(*placed(placement), "init.std=0.1")))
     seen = []
     for module in model.modules():
         if isinstance(module, ResidualAdd):
@@ -133,6 +129,17 @@ def test_layerscale_alpha_by_depth():
         config = tiny(f"depth={depth}", "norm=layerscale")
         assert at(config.shape, 0, "mlp").alpha == alpha
     assert at(tiny("norm=layerscale", "norm.alpha=0.3").shape, 0, "mlp").alpha == 0.3
+
+
+def test_mix_ln_says_how_many_blocks_are_post_norm():
+    def count(depth, fraction):
+        config = tiny("norm=mix_ln", f"norm.fraction={fraction}", f"depth={depth}").shape
+        return sum(at(config, layer, "mlp").normalises == "stream" for layer in range(depth))
+
+    # The paper's models: 3 of 12 and 6 of 24.
+    assert [count(depth, 0.25) for depth in (3, 4, 7, 12, 24)] == [0, 1, 1, 3, 6]
+    assert (count(100, 0.29), count(5, 0), count(5, 1)) == (29, 0, 5)
+    assert tiny("norm=mix_ln").shape.norm.fraction == 0.25
 
 
 def test_deepnorm_scales_its_init():

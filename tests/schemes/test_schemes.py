@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import tiny
+from conftest import placed, tiny
 
 from simlab.schemes.placement import PLACEMENTS, at, renorm_after
 
@@ -59,30 +59,31 @@ def mean_squares(*overrides):
 
 # What a step makes of the mean square v; n: the block counted from 1, of 4.
 LAWS = {
-    "reordered": lambda v, n: v + 1,
-    "swin_renorm": lambda v, n: v + 1,
-    "pre": lambda v, n: v + B,
-    "post": lambda v, n: 1,
-    "peri": lambda v, n: v + 1,
-    "lns": lambda v, n: v + B / n,
-    "deepnorm": lambda v, n: 1,
-    "none": lambda v, n: v + B * v,
-    "residual_scale": lambda v, n: 3 / 4 * v + 1 / 4 * B,
-    "rezero": lambda v, n: v,
-    "layerscale": lambda v, n: v + 0.01 * B,
+    "reordered": lambda v, n, kind: v + 1,
+    "swin_renorm": lambda v, n, kind: v + 1,
+    "pre": lambda v, n, kind: v + B,
+    "post": lambda v, n, kind: 1,
+    "peri": lambda v, n, kind: v + 1,
+    "lns": lambda v, n, kind: v + B / n,
+    "deepnorm": lambda v, n, kind: 1,
+    "none": lambda v, n, kind: v + B * v,
+    "residual_scale": lambda v, n, kind: 3 / 4 * v + 1 / 4 * B,
+    "rezero": lambda v, n, kind: v,
+    "layerscale": lambda v, n, kind: v + 0.01 * B,
+    "mix_ln": lambda v, n, kind: 1 if n == 1 else v + B,
+    "pre_post": lambda v, n, kind: v + B if kind == "attention" else 1,
 }
 
 
 @pytest.mark.parametrize("placement", LAWS)
 def test_the_formula_gives_its_law(placement):
-    every = ["norm.every=2"] if placement == "swin_renorm" else []
     expected = [V0]
     for block in (1, 2, 3, 4):
-        for _ in ("attention", "mlp"):
-            expected.append(LAWS[placement](expected[-1], block))
-        if every and block % 2 == 0:
+        for kind in ("attention", "mlp"):
+            expected.append(LAWS[placement](expected[-1], block, kind))
+        if placement == "swin_renorm" and block % 2 == 0:
             expected.append(1)
-    found = mean_squares("depth=4", f"norm={placement}", *every)
+    found = mean_squares("depth=4", *placed(placement))
     assert found == pytest.approx(expected, rel=1e-12)
 
 

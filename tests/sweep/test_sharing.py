@@ -8,8 +8,8 @@ from conftest import INPUTS, SHAPE, simlab, tiny
 
 from simlab import experiment
 from simlab.experiment import measured_curves, pipeline, prepare
-from simlab.schemes.placement import PLACEMENTS
 from simlab.schemes.init import RULES
+from simlab.schemes.placement import PLACEMENTS
 from simlab.sweep import sharing
 from simlab.sweep.sharing import SharedCurves, groups, is_prefix
 
@@ -54,6 +54,9 @@ def test_shared_exactly_where_the_rows_are_the_same(placement, rule, engine):
         (["norm=layerscale"], (2, 18), True),
         (["norm=layerscale", "norm.alpha=0.3"], (2, 19), True),
         (["norm=swin_renorm", "norm.every=2"], (2, 5), True),
+        # Post-norm blocks by a half: 1 of 2 and of 3, 2 of 4.
+        (["norm=mix_ln", "norm.fraction=0.5"], (2, 3), True),
+        (["norm=mix_ln", "norm.fraction=0.5"], (2, 4), False),
         (["norm.type=layer", "model.qk_norm=per_head", "dtype=bfloat16"], (1, 4), True),
         # The last layer of a model with windows sees everything; elsewhere it has a window.
         (["model.window=4", "model.full_every=2"], (2, 5), True),
