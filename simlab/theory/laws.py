@@ -56,7 +56,7 @@ def additive(rows: Rows) -> Array:
     ``reordered`` and ``peri``. A norm of the stream sets v anew, v_k = g_k²c_k: a re-norm, and every
     step of ``post`` and ``deepnorm``. A step that norms neither is given the same +g²c as if it
     normed its branch, which is no law for it but a claim that the measurement can refute. Where steps
-    differ (``mix_ln``, ``pre_post``), each row follows its own rule from the row before.
+    differ within a model, each row follows its own rule from the row before.
     (S, R), ln v. Derived in the README; tested by simulation.
     """
     v = [rows.first]

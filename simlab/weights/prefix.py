@@ -78,7 +78,7 @@ def begins(shallow: ModelConfig, deep: ModelConfig, init: InitConfig) -> bool:
     """Whether the first layers of ``deep``, and its embedding, are those of ``shallow``.
 
     The same modules, their parameters drawn from the same law: random weights are a function of
-    their seed, name, shape and law alone (see weights.random).
+    their seed, name, shape and law alone (see weights.dense).
     """
     names = in_common(shallow, deep)
     return bool(names) and all(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import tiny
 
 from simlab import compose
 from simlab.analysis.verdict import sign_flip
@@ -105,12 +106,23 @@ def test_the_additive_law_is_exact(norm, extra):
     assert p_value > 0.001
 
 
-@pytest.mark.parametrize("norm", ["pre", "none", "lns", "residual_scale", "layerscale", "rezero"])
+BREAKS = ["pre", "none", "lns", "residual_scale", "layerscale", "rezero", "mix_ln", "pre_post"]
+
+
+@pytest.mark.parametrize("norm", BREAKS)
 def test_a_placement_that_breaks_it_is_rejected(norm):
     """The negative control: no normed branch, no +1."""
     t, p_value = standardised(norm, "additive")
     assert np.abs(t).max() > 30
     assert p_value < 0.001
+
+
+def test_a_norm_of_the_stream_sets_the_law_anew_between_rows_that_break_it():
+    """pre_post: after the MLP v is 1, whatever the attention before it did."""
+    rows = run(tiny("norm=pre_post", "init.std=0.1", "seeds=2")).curve
+    ratio = rows["law_additive"] / rows["mean_square"]
+    np.testing.assert_allclose(ratio[rows["kind"] == "mlp"], 1, rtol=1e-5)
+    assert (ratio[rows["kind"] == "attention"] > 1.5).all()
 
 
 @pytest.mark.parametrize("norm", [*EXACT, "pre", "none"])
