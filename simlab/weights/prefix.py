@@ -1,8 +1,8 @@
-"""Which random models begin with the same layers: a deep one's curve then begins with a shallow one's.
+"""Tell whether a deep random model begins with the layers of a shallow one, and so its curve too.
 
-Most inits and placements know a layer's number and not how many there are (``normal``, ``mitchell``,
-``reordered``, ``lns`` …); some divide by the depth (``llama``, ``deepnorm`` …). Nothing here has their
-names: layers are compared by what they are made of.
+Most inits and placements depend on a layer's number and not on the depth (``normal``, ``mitchell``,
+``reordered``, ``lns`` …); some divide by the depth (``llama``, ``deepnorm`` …). No list of names says
+which: two layers are compared module by module, a residual step by its scheme (``schemes.placement``).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.model.transformer import Block
 from simlab.schemes.init import distribution
 
-BARE = vars(nn.Module()).keys()  # what every module holds: its hooks, its parts
+BARE = vars(nn.Module()).keys()  # attributes of every module: its hooks, its children
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module of a layer: its class, what it holds, and its own parameters' shapes.
+    """A module of a layer: its class, its attributes, and its own parameters' shapes.
 
-    What it computes is a function of these, of its parameters and of its input.
+    What the module computes depends on these, on its parameters and on its input alone.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Part:
 
 
 class Place(nn.Module):
-    """Where a linear layer is, with its parameters: ``nn.Linear`` also takes time to initialise it."""
+    """A linear layer's parameters without its arithmetic: ``nn.Linear`` takes time to draw them."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Place(nn.Module):
 
 
 def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
-    """Every module of a layer, whose parameters aren't allocated."""
+    """Every module of a layer. No parameter is allocated."""
     with torch.device("meta"):
         block = Block(model, layer, Place)
     return tuple(
@@ -61,7 +61,7 @@ def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
 
 @functools.lru_cache(16)  # a sweep has the same two models with other inits
 def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
-    """The parameters of ``shallow``'s layers if ``deep`` begins with the same modules, else none."""
+    """Names of the parameters in ``shallow``'s layers; none unless ``deep`` begins with these."""
     if shallow.depth > deep.depth:
         return ()
     names = []
@@ -75,10 +75,10 @@ def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
 
 @functools.lru_cache(256)  # asked of every two jobs of a group, which have few models and inits
 def begins(shallow: ModelConfig, deep: ModelConfig, init: InitConfig) -> bool:
-    """Whether the first layers of ``deep``, and its embedding, are those of ``shallow``.
+    """True if ``deep`` begins with ``shallow``: the same embedding, then the same first layers.
 
-    The same modules, their parameters drawn from the same law: random weights are a function of
-    their seed, name, shape and law alone (see weights.dense).
+    Layers are the same if their modules are and if the init draws their parameters from the same
+    distributions: random weights depend on seed, name, shape and distribution alone (see ``dense``).
     """
     names = in_common(shallow, deep)
     return bool(names) and all(

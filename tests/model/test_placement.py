@@ -1,5 +1,6 @@
 """Each placement against its formula written out, with norms and sublayers from scratch."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 from simlab import build_model
 from simlab.model.attention import inverse_frequencies
 from simlab.model.placement import ResidualAdd
+from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
 from simlab.schemes.placement import PLACEMENTS, Scheme, at
 
@@ -140,6 +142,25 @@ def test_mix_ln_says_how_many_blocks_are_post_norm():
     assert [count(depth, 0.25) for depth in (3, 4, 7, 12, 24)] == [0, 1, 1, 3, 6]
     assert (count(100, 0.29), count(5, 0), count(5, 1)) == (29, 0, 5)
     assert tiny("norm=mix_ln").shape.norm.fraction == 0.25
+
+
+@pytest.mark.parametrize("placement", [*PLACEMENTS, "uneven"])
+def test_parameter_count_is_the_models(placement, monkeypatch):
+    """Gains too, where blocks have more norms than others."""
+
+    class Uneven(Scheme):
+        """Two norms in the first block's attention, one elsewhere."""
+
+        @classmethod
+        def select(cls, config, layer, kind):
+            return PLACEMENTS["peri" if (layer, kind) == (0, "attention") else "pre"]
+
+    monkeypatch.setitem(PLACEMENTS, "uneven", Uneven)
+    config = tiny(*placed("pre" if placement == "uneven" else placement))
+    norm = dataclasses.replace(config.shape.norm, placement=placement)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.shape, norm=norm))
+    counted = sum(p.numel() for p in build_model(config).parameters())
+    assert parameter_count(config.shape) == counted
 
 
 def test_deepnorm_scales_its_init():
