@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from simlab.analysis.fit import MIN_SEEDS, t_quantile
+from simlab.analysis.resampling import MIN_SEEDS, t_quantile
 from simlab.theory.laws import Array
 
 OUTSIDE = 0.99  # of random inits, how many lie within the interval that a curve has to leave

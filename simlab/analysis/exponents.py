@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simlab.analysis.fit import Estimate, resample
+from simlab.analysis.resampling import Estimate, resample
 from simlab.theory.laws import LAWS, Array
 
 KINDS = {

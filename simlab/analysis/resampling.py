@@ -1,68 +1,158 @@
-"""Two samples of curves, compared at all rows at once by dealing them anew (max-T permutation test)."""
+"""Chance by resampling whole curves: intervals (bootstrap) and the max-T tests of many rows at once.
+
+The rows of a curve depend on each other, so a curve is never taken apart: the bootstrap draws curves,
+and a test relabels them. A max-T test (Westfall & Young 1993, §2.3) compares the largest statistic of
+all columns with its distribution over the relabelings: sign flips of one sample, permutations of two.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtrit
 
 from simlab.theory.laws import Array
 
+MIN_SEEDS = 8  # the sign-flip test reaches p = 2/2^8 < 0.01, not with fewer
+RESAMPLES = 4000  # of the bootstrap
+FLIPS = 4096  # sign flips: all 2^S of up to 12 curves, so many random ones of more
 PERMUTATIONS = 1 << 16
+TIE = 1e-9  # relative: statistics no further apart are equal but for rounding
 CONSTANT = 1e-6  # in units of a column's spread: less is what cancels in float64, not an error
-AT_ONCE = 1 << 21  # numbers that are held of a block of permutations
+AT_ONCE = 1 << 21  # statistics (relabelings × columns) held in memory at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval; no interval from fewer than MIN_SEEDS seeds."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def t_quantile(q: float, df: int) -> float:
+    """The quantile q of Student's t with ``df`` degrees of freedom."""
+    return float(stdtrit(df, q))
+
+
+def resample(v: Array, statistic: Callable[[Array], Array]) -> Estimate:
+    """A statistic of the mean curve with a 95 % interval from resampling the S curves of v (S, R).
+
+    Percentile bootstrap with the tails moved out to Φ(−t·√(S/(S−1))), t the 97.5 % point of
+    Student's t with S − 1 degrees of freedom, which corrects the known narrowness at small S
+    (Hesterberg 2015, arXiv 1411.5279, §5.3). Always the same resamples: same data, same interval.
+    """
+    value = float(statistic(v.mean(0, keepdims=True))[0])
+    seeds = len(v)
+    if seeds < MIN_SEEDS or math.isnan(value):
+        return Estimate(value)
+    generator = np.random.default_rng(0)
+    weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    values = statistic(weights @ v)
+    tail = NormalDist().cdf(-t_quantile(0.975, seeds - 1) * math.sqrt(seeds / (seeds - 1)))
+    low, high = np.quantile(values[~np.isnan(values)], (tail, 1 - tail))
+    return Estimate(value, float(low), float(high))
+
+
+def max_t(
+    statistics: Callable[[Array], Array], relabelings: Array, columns: int
+) -> tuple[Array, Array]:
+    """Each column's statistic t (C,), and the maxima over columns of all P relabelings, descending.
+
+    statistics: relabelings (P, S) → (P, C). The first relabeling leaves the curves as they are.
+    """
+    parts = np.array_split(relabelings, 1 + len(relabelings) * columns // AT_ONCE)
+    first = statistics(parts[0])
+    maxima = [first.max(1), *(statistics(part).max(1) for part in parts[1:])]
+    return first[0], np.sort(np.concatenate(maxima))[::-1]
+
+
+def p_value(t: Array, maxima: Array) -> float:
+    """How often chance brings a maximum as large as the largest t."""
+    return float((maxima >= t.max() * (1 - TIE)).mean())
+
+
+def limit(maxima: Array, alpha: float) -> float:
+    """The critical value: the ⌊alpha·P⌋ + 1st largest maximum. Chance exceeds it at most with alpha.
+
+    Raises ValueError where the P relabelings are too few for that.
+    """
+    above = math.floor(alpha * len(maxima) * (1 + TIE))
+    if above < 1:
+        raise ValueError(f"{len(maxima)} relabelings are too few for alpha = {alpha:g}")
+    return float(maxima[above] * (1 + TIE))
+
+
+def sign_flip(differences: Array, floor: Array) -> float:
+    """The p-value of ``flipped``'s test."""
+    return p_value(*flipped(differences, floor))
+
+
+def flipped(differences: Array, floor: Array) -> tuple[Array, Array]:
+    """Test "S curves (S, R) have mean zero at every row": each row's t (R,), and the maxima (P,).
+
+    t = (|mean| − floor)₊ / standard error; zero is what lies within ``floor`` (R,), which rounding
+    explains. Whole curves' signs are flipped: all 2^S ways, or FLIPS random ones. It holds where a
+    curve and its negative are equally likely, as they are for the cross terms ⟨x, branch⟩: flipping a
+    sublayer's last matrix flips them.
+    """
+    seeds = len(differences)
+    if 2**seeds <= FLIPS:
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=seeds)))
+    else:
+        signs = np.random.default_rng(0).choice((1.0, -1.0), size=(FLIPS, seeds))
+        signs[0] = 1.0
+    squares = (differences**2).mean(0)
+
+    def statistics(some: Array) -> Array:
+        means = some @ differences / seeds
+        errors = np.sqrt(np.maximum(squares - means**2, 0) / (seeds - 1))
+        return np.maximum(np.abs(means) - floor, 0) / np.maximum(errors, 1e-3 * floor)
+
+    return max_t(statistics, signs, differences.shape[1])
+
+
+def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> tuple[Array, Array]:
+    """Test "two samples (m, C), (n, C) have one law": each column's t (C,), and the maxima (P,).
+
+    t = (|Δ mean| − floor)₊ / standard error, the variance pooled; floor: (C,). The curves are dealt
+    anew into two groups: all ways, or ``most`` random ones.
+    """
+    both, first = np.concatenate([new, old]), len(new)
+    count = len(both)
+    scale = both.std(0)
+    scale[scale == 0] = 1.0
+    z, f = (both - both.mean(0)) / scale, floor / scale
+    squares = z**2
+
+    def statistics(deals: Array) -> Array:
+        mean = deals @ z / first
+        rest = -mean * first / (count - first)  # z has mean zero
+        within = squares.sum(0) - first * mean**2 - (count - first) * rest**2
+        error = np.sqrt(np.maximum(within, 0) / (count - 2) * (1 / first + 1 / (count - first)))
+        return np.maximum(np.abs(mean - rest) - f, 0) / np.maximum(error, CONSTANT)
+
+    return max_t(statistics, _deals(first, count, most), both.shape[1])
 
 
 def deals_for(alpha: float) -> int:
-    """How many random deals are enough to tell what one in 1/alpha is: the limit has 20 beyond it."""
+    """How many random deals tell what one in 1/alpha is: 20 maxima lie beyond the limit."""
     return min(PERMUTATIONS, math.ceil(20 / alpha))
 
 
 def enough(first: int, second: int, alpha: float) -> bool:
-    """Whether so many curves can be dealt in enough ways for a false-alarm rate of alpha.
+    """Whether two groups of these sizes can be dealt in enough ways for a false-alarm rate of alpha.
 
     Of two groups of one size every deal has a mirror image with the same statistic.
     """
     mirrored = 2 if first == second else 1
     return min(math.comb(first + second, first), PERMUTATIONS) * alpha >= mirrored
-
-
-def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> tuple[Array, Array]:
-    """t of each column of two samples (n, C), (m, C), and its maxima over P ways of dealing them anew.
-
-    t = (|Δ mean| − floor)₊ / standard error, the variance pooled. floor: (C,). The maxima (P,) descend;
-    all ways are dealt, or ``most`` random ones.
-    """
-    both = np.concatenate([new, old])
-    scale = both.std(0)
-    scale[scale == 0] = 1.0
-    z, f = (both - both.mean(0)) / scale, floor / scale
-    deals = _deals(len(new), len(both), most)
-    squares, found = z**2, []
-    for part in np.array_split(deals, 1 + len(deals) * z.shape[1] // AT_ONCE):
-        found.append(_t(part, z, squares, f, len(new)).max(1))
-    t = _t(deals[:1], z, squares, f, len(new))[0]
-    return t, np.sort(np.concatenate(found))[::-1]
-
-
-def limit(maxima: Array, alpha: float) -> float:
-    """What the largest t may reach: the ⌊alpha·P⌋ + 1st largest maximum. Chance exceeds it ≤ alpha."""
-    above = math.floor(alpha * len(maxima) * (1 + 1e-9))
-    if above < 1:
-        raise ValueError(f"{len(maxima)} ways of dealing are too few for alpha = {alpha:g}")
-    return float(maxima[above] * (1 + 1e-9))
-
-
-def _t(deals: Array, z: Array, squares: Array, floor: Array, first: int) -> Array:
-    """|t| with pooled variance of every deal (P, n + m) and column (C): (P, C)."""
-    count = len(z)
-    mean = deals @ z / first
-    rest = -mean * first / (count - first)  # z has mean zero
-    within = squares.sum(0) - first * mean**2 - (count - first) * rest**2
-    error = np.sqrt(np.maximum(within, 0) / (count - 2) * (1 / first + 1 / (count - first)))
-    beyond = np.maximum(np.abs(mean - rest) - floor, 0)
-    return beyond / np.maximum(error, CONSTANT)
 
 
 def _deals(first: int, count: int, most: int) -> Array:

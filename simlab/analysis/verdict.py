@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from simlab.analysis.curve import Curves
-from simlab.analysis.fit import MIN_SEEDS, Estimate, Growth, growth
+from simlab.analysis.fit import Growth, growth
+from simlab.analysis.numbers import interval, off_by, plus_minus
+from simlab.analysis.resampling import MIN_SEEDS, Estimate, sign_flip
 from simlab.theory.laws import LAWS, Array
 
 ALPHA = 0.01  # how often a law that is true is rejected
-FLIPS = 4096
 # Unit roundoff: rounding moves a mean square by no more than about this, whatever the law. float32's
 # is 6e-8; a norm takes some ten operations in it.
 ROUNDING = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -43,42 +43,6 @@ class Verdict:
     seeds: int
 
 
-def sign_flip(differences: Array, floor: Array) -> float:
-    """p-value of "these S curves (S, R) have mean zero at every row", with the rows' dependence.
-
-    Zero within ``floor`` (R,), what rounding explains. The statistic is the largest
-    (|mean| − floor)₊ / standard error over the rows; its distribution comes from flipping whole
-    curves' signs (all 2^S, or FLIPS random ones), so the rows may depend on each other in any way.
-    Holds when a curve and its negative are equally likely, as they are for the cross terms
-    ⟨x, branch⟩: flipping a sublayer's last matrix flips them.
-    """
-    statistic = _flips(differences, floor).max(-1)
-    return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
-
-
-def flipped(differences: Array, floor: Array, alpha: float) -> tuple[Array, float]:
-    """Each row's statistic (R,), and what ``sign_flip`` lets the largest reach at alpha."""
-    statistic = _flips(differences, floor)
-    ordered = np.sort(statistic.max(-1))[::-1]
-    return statistic[0], float(ordered[math.floor(alpha * len(ordered))] * (1 + 1e-9))
-
-
-def _flips(differences: Array, floor: Array) -> Array:
-    """(|mean| − floor)₊ / standard error of every way to flip signs, as they are first: (F, R)."""
-    seeds = len(differences)
-    if 2**seeds <= FLIPS:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=seeds)))
-    else:
-        signs = np.random.default_rng(0).choice((1.0, -1.0), size=(FLIPS, seeds))
-        signs[0] = 1.0
-    means = signs @ differences / seeds
-    squares = (differences**2).mean(0)
-    errors = np.sqrt(np.maximum(squares - means**2, 0) / (seeds - 1))
-    beyond = np.maximum(np.abs(means) - floor, 0)
-    found: Array = beyond / np.maximum(errors, 1e-3 * floor)
-    return found
-
-
 def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     """A law's ln v (S, R) against the curves' mean squares, from the first sublayer on."""
     v, law = curves.mean_square[:, 1:], law_log[:, 1:]
@@ -101,35 +65,6 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     gap = np.exp(log_v - unit) - np.exp(law - unit)
     p_value = sign_flip(gap, np.maximum(ROUNDING[dtype] * np.exp(mean_v - unit), 1e-300))
     return Fit(error, p_value, "fails" if p_value < ALPHA else "holds")
-
-
-def off_by(log_error: float) -> str:
-    """A log error as a person says it: ``0.8 %``, ``a factor of 5.2``, ``10^35``."""
-    if math.isinf(log_error):
-        return "any factor"
-    factor, percent = math.exp(min(log_error, 700)), 100 * math.expm1(min(log_error, 700))
-    if factor < 2:
-        return f"{percent:.2g} %" if percent >= 0.01 else "less than 0.01 %"
-    if factor < 1e4:
-        return f"a factor of {factor:.2g}" if factor < 99.5 else f"a factor of {factor:.0f}"
-    return f"10^{log_error / math.log(10):.0f}"
-
-
-def plus_minus(e: Estimate) -> str:
-    """``1.00 ± 0.01``, ``(3.1 ± 0.2)·10^-6``: as many decimals as the half-width's first digit."""
-    if e.low is None or e.high is None:
-        return f"{e.value:.3g}"
-    half = (e.high - e.low) / 2
-    power = math.floor(math.log10(abs(e.value))) if e.value else 0
-    power = 0 if -3 <= power < 4 else power
-    value, half = e.value / 10.0**power, half / 10.0**power
-    digits = min(6, max(0, -math.floor(math.log10(half)))) if half > 1e-6 else 2
-    text = f"{value:.{digits}f} ± {half:.{digits}f}"
-    return f"({text})·10^{power}" if power else text
-
-
-def _range(e: Estimate) -> str:
-    return f"{e.value:.2f}" if e.low is None else f"{e.low:.2f} … {e.high:.2f}"
 
 
 def linear(p: Estimate) -> bool:
@@ -162,7 +97,7 @@ def _how(g: Growth, level: float, one_piece: bool) -> str:
     if size.value < 0:
         flipped = (size.high, size.low)
         size = Estimate(-size.value, *(None if x is None else -x for x in flipped))
-    return f"mean square {verb} by {plus_minus(size)} per sublayer, {word} (p = {_range(p)})"
+    return f"mean square {verb} by {plus_minus(size)} per sublayer, {word} (p = {interval(p)})"
 
 
 def _claim(name: str, fit: Fit) -> str:

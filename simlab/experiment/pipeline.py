@@ -20,7 +20,7 @@ from simlab.analysis import LAWS
 from simlab.analysis.compare import departure, massive, sentences, with_outside
 from simlab.analysis.curve import curves, with_laws
 from simlab.analysis.exponents import exponents
-from simlab.analysis.fit import Estimate
+from simlab.analysis.resampling import Estimate
 from simlab.analysis.verdict import Verdict, judge
 from simlab.budget.cost import choose, seconds
 from simlab.budget.cost import curves as costs_of

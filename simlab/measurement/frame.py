@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from simlab.analysis.fit import resample
+from simlab.analysis.resampling import resample
 from simlab.measurement.engine import Measured
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
 

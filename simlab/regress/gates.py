@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simlab.analysis.numbers import short
 from simlab.analysis.resampling import deals_for, limit, permuted
 from simlab.analysis.verdict import ROUNDING
 from simlab.theory.laws import Array
@@ -87,11 +88,6 @@ def failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
         f" to blame: {f.blame}"
     )
     return Outcome(gate, False, short, why, finding)
-
-
-def standard_errors(size: float) -> str:
-    """So many standard errors: ``6.3``, ``5e4``."""
-    return f"{size:.1f}" if size < 1000 else f"{size:.0e}".replace("e+0", "e")
 
 
 def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome | None:
@@ -167,16 +163,16 @@ def exact(
             row = first(where, [quantities[int(i)] for i in which])
             if found is None or row < found[0]:
                 found = (row, off, old, rows)
-    short = f"{worst:.0e}"
+    figure = f"{worst:.0e}"
     if found is None:
-        return Outcome("exact", True, short)
+        return Outcome("exact", True, figure)
     row, off, old, rows = found
     beyond = [q for q, size in zip(quantities, off[:, row], strict=True) if size > allowed]
     finding = finding_at(
         old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), allowed,
         blame(old, rows.iloc[row], beyond, dtype),
     )  # fmt: skip
-    return failed("exact", short, finding, f"off by {finding.size:.1e} (limit {allowed:.0e})")
+    return failed("exact", figure, finding, f"off by {finding.size:.1e} (limit {allowed:.0e})")
 
 
 def first(rows: np.ndarray, names: Sequence[str]) -> int:
@@ -290,9 +286,9 @@ def statistical(
     if not lost.all():
         t[~lost], maxima = permuted(old[:, ~lost], new[:, ~lost], floor[~lost], deals_for(alpha))
         most = limit(maxima, alpha)
-    short = f"{standard_errors(t.max())}/{most:.1f}"
+    figure = f"{short(t.max(), 2)}/{short(most, 2)}"
     if not (t > most).any():
-        return Outcome("statistical", True, short)
+        return Outcome("statistical", True, figure)
     row = first(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
     here = row_of == row
     beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
@@ -300,8 +296,8 @@ def statistical(
     before, after = mean(expected), mean(got)
     to = blame(before, after.iloc[row], beyond, dtype)
     finding = finding_at(before, after, row, names[worst], t[worst], most, to)
-    size = f"{standard_errors(finding.size)} standard errors (limit {most:.1f})"
-    return failed("statistical", short, finding, size)
+    size = f"{short(finding.size, 2)} standard errors (limit {short(most, 2)})"
+    return failed("statistical", figure, finding, size)
 
 
 def mean(frame: pd.DataFrame) -> pd.DataFrame:

@@ -10,8 +10,9 @@ import pandas as pd
 
 from simlab.analysis import LAWS, Law
 from simlab.analysis.curve import laws_in
-from simlab.analysis.fit import Estimate, t_quantile
-from simlab.analysis.verdict import ROUNDING, Verdict, flipped, linear, off_by
+from simlab.analysis.numbers import interval, off_by, short
+from simlab.analysis.resampling import Estimate, flipped, limit, t_quantile
+from simlab.analysis.verdict import ROUNDING, Verdict, linear
 from simlab.regress.gates import (
     ALPHA,
     TEN_ROUNDINGS,
@@ -19,7 +20,6 @@ from simlab.regress.gates import (
     failed,
     finding_at,
     mean,
-    standard_errors,
 )
 
 SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
@@ -40,14 +40,14 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
     if verdict.seeds < SEEDS:
         raise ValueError(f"{verdict.seeds} seeds: {SEEDS} needed")
     p = stretched(verdict.growth.exponent, verdict.seeds)
-    shown = f"{p.low:.2f}…{p.high:.2f}" if p.low is not None else f"{p.value:.2f}"
-    short = f"p {shown}"
+    shown = interval(p).replace(" ", "")
+    figure = f"p {shown}"
     if passes(verdict):
-        return Outcome("law", True, short)
+        return Outcome("law", True, figure)
     frame = frame.reset_index(drop=True)
     expected = laws_in(frame, expected=True)
     for law in expected:
-        outcome = _broken(frame, law, short, gain, dtype)
+        outcome = _broken(frame, law, figure, gain, dtype)
         if outcome:
             return outcome
     errors = " and ".join(
@@ -55,10 +55,10 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
         for law in expected
     )
     why = f"growth is not linear, p = {shown}; {errors}, within chance"
-    return Outcome("law", False, short, why)
+    return Outcome("law", False, figure, why)
 
 
-def _broken(frame: pd.DataFrame, law: Law, short: str, gain: float, dtype: str) -> Outcome | None:
+def _broken(frame: pd.DataFrame, law: Law, figure: str, gain: float, dtype: str) -> Outcome | None:
     """The failed gate that names the first row where curves leave a law beyond chance, or None."""
     curves = list(frame.groupby("seed", sort=True))
     length = min(len(rows) for _, rows in curves)  # one that overflows ends early
@@ -66,18 +66,19 @@ def _broken(frame: pd.DataFrame, law: Law, short: str, gain: float, dtype: str) 
         np.stack([rows[name].to_numpy(np.float64)[:length] for _, rows in curves])
         for name in ("mean_square", law.column)
     )
-    t, limit = flipped((v - expected)[:, 1:], ROUNDING[dtype] * v.mean(0)[1:], ALPHA)
-    beyond = np.flatnonzero(t > limit)
+    t, maxima = flipped((v - expected)[:, 1:], ROUNDING[dtype] * v.mean(0)[1:])
+    most = limit(maxima, ALPHA)
+    beyond = np.flatnonzero(t > most)
     if not len(beyond):
         return None
     row = int(beyond[0]) + 1
     got = mean(frame)
     to = _law_blame(pd.DataFrame([rows.iloc[row] for _, rows in curves]), gain, dtype)
     says = got.assign(mean_square=got[law.column])
-    finding = finding_at(says, got, row, "mean_square", t[row - 1], limit, to)
+    finding = finding_at(says, got, row, "mean_square", t[row - 1], most, to)
     finding = replace(finding, against=law.column)
-    size = f"{standard_errors(finding.size)} standard errors (limit {limit:.1f})"
-    return failed("law", short, finding, size)
+    size = f"{short(finding.size, 2)} standard errors (limit {short(most, 2)})"
+    return failed("law", figure, finding, size)
 
 
 def passes(verdict: Verdict) -> bool:

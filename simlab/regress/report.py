@@ -15,10 +15,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simlab.analysis import LAWS
+from simlab.analysis.numbers import duration
 from simlab.config import printable
 from simlab.regress.cases import Case, Checked
 from simlab.regress.gates import ALPHA, RTOL, SIGNED, Finding, relative
-from simlab.report.estimates import duration
 from simlab.report.style import finish, save
 from simlab.store import write_atomically, write_text
 
@@ -77,12 +78,14 @@ def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
     end = f"{len(failed)} FAIL ({', '.join(failed)})" if failed else "all pass"
     print()
     print(textwrap.fill(f"{count}: {end}, in {took}.", _columns()))
+    expected = [law.phrase for law in LAWS.values() if law.expected]
+    laws = " and ".join(expected)
     says = {
         "exact": f"exact: largest relative difference; allowed: {RTOL['float32']:.0e} in float32,"
         f" {RTOL['float16']:.0e} in float16, {RTOL['bfloat16']:.0e} in bfloat16",
         "statistical": "statistical: largest difference in standard errors / what chance explains"
         f" (of all cases together it is a false alarm in 1 run of {1 / ALPHA:.0f})",
-        "law": "law: the additive law holds, interval of the exponent p",
+        "law": f"law: {laws} hold{'s' if len(expected) == 1 else ''}, interval of the exponent p",
     }
     used = {outcome.gate for checked in done for outcome in checked.outcomes}
     for gate, line in says.items():

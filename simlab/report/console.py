@@ -11,8 +11,9 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from simlab.analysis.fit import Estimate
-from simlab.analysis.verdict import Verdict, plus_minus
+from simlab.analysis.numbers import plus_minus
+from simlab.analysis.resampling import Estimate
+from simlab.analysis.verdict import Verdict
 from simlab.config import RunConfig
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simlab.analysis.numbers import count, duration
+
 MOST = 40  # rows; of more jobs the first and the last
 
 
@@ -25,23 +27,6 @@ class Row:
     memory: int
     seconds: float
     kept: bool
-
-
-def count(value: float) -> str:
-    """Three digits: ``7.30 B``."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """As people say it: ``2.3 s``, ``4 min``, ``1.5 h``."""
-    if math.isnan(seconds):
-        return "unknown"
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show(rows: Sequence[Row], at_once: int) -> None:

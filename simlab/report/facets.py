@@ -68,14 +68,6 @@ def shorten(text: str, most: int) -> str:
     return f"…{text[len(text) - most + 1 :]}" if "/" in text else f"{text[: most - 1]}…"
 
 
-def short(value: float) -> str:
-    """Three digits, ``1.2e5`` beyond 10^4 and below 10^-3."""
-    if value and not 1e-3 <= abs(value) < 9999.5:
-        mantissa, power = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(power)}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def key_text(key: str) -> str:
     """A key as it is written on the command line."""
     return "norm" if key == "norm_placement" else key

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from simlab.analysis.curve import laws_in
+from simlab.analysis.numbers import short
 from simlab.report.facets import (
     COLUMNS,
     GREY,
@@ -30,7 +31,6 @@ from simlab.report.facets import (
     key_text,
     matching,
     plan,
-    short,
 )  # fmt: skip
 from simlab.report.style import COLOURS, LABELS, finish
 
@@ -319,7 +319,7 @@ def _heat(ax: Axes, here: pd.DataFrame, x: Axis, y: Axis, scale: Normalize) -> N
         font = 9.5 if max(cells.shape) <= 6 else 8
         for (row, column), value in np.ndenumerate(cells):
             pale = value > 0 and scale(value) > 0.6
-            text = "–" if math.isnan(value) else short(value)
+            text = short(value) or "–"
             text += " ×" if cut[row, column] else ""
             ax.text(
                 column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=font,

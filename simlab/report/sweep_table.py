@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from simlab.analysis import LAWS
-from simlab.analysis.verdict import off_by
+from simlab.analysis.numbers import off_by, short
 from simlab.config import printable
-from simlab.report.facets import SEEDS, is_number, key_text, short, shorten, value_text
+from simlab.report.facets import SEEDS, is_number, key_text, shorten, value_text
 
 WIDTH = 80
 MOST = 40  # rows; beyond, some of them
@@ -84,9 +84,9 @@ def _measured(rows: pd.DataFrame) -> dict[str, list[str]]:
         columns
         | {
             "mean sq.": [_square(row) for row in records],
-            "per subl.": [_number(row.get("per_sublayer")) for row in records],
+            "per subl.": [short(row.get("per_sublayer")) for row in records],
             "growth": [_growth(row) for row in records],
-            "λ token": [_number(row.get("lambda_token")) for row in records],
+            "λ token": [short(row.get("lambda_token")) for row in records],
         }
         | {
             law.head: [_law(row, law.name) for row in records]
@@ -96,13 +96,9 @@ def _measured(rows: pd.DataFrame) -> dict[str, list[str]]:
     )
 
 
-def _number(value: Any) -> str:
-    return "" if value is None or pd.isna(value) else short(float(value))
-
-
 def _square(row: Mapping[str, Any]) -> str:
     over = row.get("overflow")
-    return _number(row.get("mean_square")) + (" ×" if over and over > 0 else "")
+    return short(row.get("mean_square")) + (" ×" if over and over > 0 else "")
 
 
 def _growth(row: Mapping[str, Any]) -> str:

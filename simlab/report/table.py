@@ -11,9 +11,10 @@ from rich.table import Table
 
 from simlab.analysis import LAWS
 from simlab.analysis.curve import laws_in
-from simlab.analysis.fit import Estimate
-from simlab.analysis.verdict import plus_minus
+from simlab.analysis.numbers import plus_minus, short
+from simlab.analysis.resampling import Estimate
 
+DIGITS = 4
 DEEP = 24  # sublayers; beyond, a row per block
 MOST = 34  # rows; beyond, every n-th block
 
@@ -46,7 +47,7 @@ def growth_table(frame: pd.DataFrame, name: str) -> Table:
     numbers = shown[list(columns)].to_numpy(float)
     blocks = ["" if pd.isna(block) else str(block + 1) for block in shown["block"]]
     for block, kind, row in zip(blocks, shown["kind"], numbers, strict=True):
-        table.add_row(block, kind, *map(_short, row))
+        table.add_row(block, kind, *(short(number, DIGITS) for number in row))
     return table
 
 
@@ -71,7 +72,7 @@ def lambda_table(values: Mapping[str, Any]) -> Table:
     for key, label in LAMBDAS.items():
         if values.get(key):  # none with a single block, or without gradients
             laws = [values.get(f"{key}_{law.name}") for law in shown]  # of lambda_token alone
-            cells = ("" if value is None else f"{value:.4g}" for value in laws)
+            cells = (short(value, DIGITS) for value in laws)
             table.add_row(label, plus_minus(Estimate(**values[key])), *cells)
     return table
 
@@ -93,7 +94,7 @@ def departures_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
             numbers = (found["growth"], split["branches"], split["alignment"], found["ratio"])
             end = "" if found["sublayer"] is None else str(found["sublayer"])
             name = str(summary["config"]["model"]["name"])
-            table.add_row(job, name, *map(_short, numbers), end)
+            table.add_row(job, name, *(short(number, DIGITS) for number in numbers), end)
     return table
 
 
@@ -117,7 +118,7 @@ def block_table(values: Mapping[str, Any]) -> Table:
     every = math.ceil((blocks - 1) / MOST_BLOCKS) if blocks else 1
     for block in range(2, blocks + 1):
         if (block - 2) % every == 0 or block == blocks:
-            table.add_row(str(block), *(_short(column[block - 2]) for column in columns))
+            table.add_row(str(block), *(short(column[block - 2], DIGITS) for column in columns))
     return table
 
 
@@ -131,12 +132,3 @@ def _shown(steps: pd.DataFrame) -> pd.DataFrame:
     keep = (ends["block"].fillna(-1) + 1) % every == 0
     keep.iloc[-1] = True
     return ends[keep]
-
-
-def _short(value: float) -> str:
-    """Four digits; an exponent beyond 10^5 or below 10^-3."""
-    if pd.isna(value):
-        return ""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}"
-    return f"{value:.4g}"

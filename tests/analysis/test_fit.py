@@ -1,18 +1,16 @@
 import numpy as np
 import pytest
 
-from simlab.analysis import fit
+from simlab.analysis import resampling
 from simlab.analysis.fit import (
-    MIN_SEEDS,
     design,
     exponent,
     growth,
     per_sublayer,
     rate,
-    resample,
     shape,
-    t_quantile,
 )
+from simlab.analysis.resampling import MIN_SEEDS, resample, t_quantile
 
 PLAIN = ["embedding", *["attention", "mlp"] * 20]
 SWIN = ["embedding", *(["attention", "mlp"] * 6 + ["renorm"]) * 4]
@@ -132,7 +130,7 @@ def random_walks(generator, seeds, runs):
 @pytest.mark.parametrize("seeds", [8, 16])
 def test_the_intervals_cover(seeds, monkeypatch):
     """95 % intervals cover the truth in 95 % of 400 runs; three standard errors of that are 3.3 %."""
-    monkeypatch.setattr(fit, "RESAMPLES", 800)
+    monkeypatch.setattr(resampling, "RESAMPLES", 800)
     runs = random_walks(np.random.default_rng(1), seeds, 400)
     for statistic, truth in ((per_sublayer, 1.0), (exponent, 1.0)):
         inside = 0

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from simlab.analysis.curve import Curves
-from simlab.analysis.fit import Estimate
-from simlab.analysis.verdict import ALPHA, judge, off_by, plus_minus, sign_flip
+from simlab.analysis.numbers import off_by, plus_minus
+from simlab.analysis.resampling import Estimate, sign_flip
+from simlab.analysis.verdict import ALPHA, judge
 
 KINDS = ["embedding", *["attention", "mlp"] * 8]
 

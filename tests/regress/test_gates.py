@@ -200,7 +200,7 @@ def test_the_law_needs_seeds():
 
 def test_the_law_is_stricter_than_the_verdict():
     """Stretched as Student's t of 10 degrees of freedom is: 4.587 at 99.95 %, 2.228 at 97.5 %."""
-    from simlab.analysis.fit import Estimate
+    from simlab.analysis.resampling import Estimate
 
     p = stretched(Estimate(1.0, 0.9, 1.2), 11)
     assert (p.low, p.high) == pytest.approx(

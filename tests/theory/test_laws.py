@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny
 
 from simlab import compose
-from simlab.analysis.verdict import sign_flip
+from simlab.analysis.resampling import sign_flip
 from simlab.experiment import run
 from simlab.theory.laws import Rows, additive, sqrt2
 
