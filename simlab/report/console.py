@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from simlab.analysis.numbers import plus_minus
 from simlab.analysis.resampling import Estimate
 from simlab.analysis.verdict import Verdict
 from simlab.config import RunConfig
+from simlab.config.preset import changed
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
@@ -22,17 +24,22 @@ NAMES = {"random": "random init", "checkpoint": "checkpoint"}
 
 
 def title(config: RunConfig) -> str:
-    """One line that says which model, norm and init a run is about."""
+    """One line that says which model, norm and init a run is about.
+
+    Where overrides change the preset's shape it says what: ``olmo2_7b with depth 64, width 512``.
+    """
     model, init = config.shape, config.init
     std = [f"{init.std:g}"] if init.std is not None else []
     cut = [f"±{init.truncate:g}σ"] if init.truncate is not None else []
+    shape = f"{model.name}: depth {model.depth}, width {model.width}"
+    other = {} if config.source.stored else changed(model)
+    if other:
+        values = ((key, "" if is_dataclass(value) else f" {value}") for key, value in other.items())
+        shape = f"{model.name} with {', '.join(key + value for key, value in values)}"
     if not config.seeds:
-        return (
-            f"{model.name}: depth {model.depth}, width {model.width}, norm {model.norm.placement}"
-        )
+        return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
     every = f" every {model.norm.every}" if model.norm.every else ""
-    shape = f"{model.name}: depth {model.depth}, width {model.width}"
     drawn = "random init" if config.source.stored else "init"
     return f"{shape}, norm {model.norm.placement}{every}, {drawn} {rule}"
 

@@ -1,5 +1,6 @@
 """The table fits 80 columns, the figure shows what it should and is the same twice."""
 
+import dataclasses
 import io
 
 import matplotlib
@@ -8,6 +9,9 @@ from conftest import tiny
 from rich.console import Console
 
 from simlab.analysis.exponents import per_block
+from simlab.config import CONF_DIR
+from simlab.config.preset import changed
+from simlab.config.validate import compose
 from simlab.experiment import run
 from simlab.report.console import overflow_lines, title, verdict_lines
 from simlab.report.figure import growth_figure, lambda_figure
@@ -21,6 +25,20 @@ def lines_of(table):
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table)
     return console.export_text().splitlines()
+
+
+def test_title_says_what_differs_from_the_preset():
+    shape = title(compose(["model=olmo2_7b", "norm=pre"]))
+    assert shape.startswith("olmo2_7b: depth 32, width 4096, norm pre, init ")
+    other = title(compose(["model=olmo2_7b", "norm=pre", "depth=64", "model.qk_norm=none"]))
+    assert other.startswith("olmo2_7b with depth 64, qk_norm none, norm pre, init ")
+    presets = [path.stem for path in (CONF_DIR / "model").glob("olmo*.yaml")]
+    assert len(presets) > 4
+    for name in presets:
+        assert changed(compose([f"model={name}"]).shape) == {}
+        wide = compose([f"model={name}", "width=8192", "model.head_dim=64", "vocab_size=50"]).shape
+        assert changed(wide) == {"width": 8192, "head_dim": 64, "vocab_size": 50}
+    assert changed(dataclasses.replace(wide, name="custom")) == {}
 
 
 @pytest.mark.parametrize("depth", [1, 4, 30, 200])

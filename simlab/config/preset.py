@@ -1,0 +1,27 @@
+"""What a run's shape changes of the preset in conf/model/ that it is named after."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import yaml
+
+from simlab.config.schema import CONF_DIR, ModelConfig
+
+
+def changed(model: ModelConfig) -> dict[str, Any]:
+    """The fields that differ from conf/model/NAME.yaml, with the run's values.
+
+    Empty where they are the preset's, and where no preset has that name.
+    """
+    paths = {path.stem: path for path in (CONF_DIR / "model").glob("*.yaml")}
+    if model.name not in paths:
+        return {}
+    preset = yaml.safe_load(paths[model.name].read_text(encoding="utf-8"))
+    given = {**preset, **preset["model"]}
+    if given["head_dim"] is None:
+        given["head_dim"] = model.width // model.heads
+    own = {key: getattr(model, key) for key in given if hasattr(model, key)}
+    plain = {key: asdict(v) if is_dataclass(v) else v for key, v in own.items()}  # type: ignore[arg-type]
+    return {key: own[key] for key in own if plain[key] != given[key]}
