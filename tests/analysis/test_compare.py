@@ -6,6 +6,7 @@ import pytest
 from conftest import tiny
 
 from simlab.analysis.compare import departure, massive, outside, sentences, split, with_outside
+from simlab.analysis.resampling import t_quantile
 from simlab.experiment import run
 
 
@@ -48,6 +49,15 @@ def test_one_more_random_init_is_rarely_outside():
         np.mean([outside(curves[0], curves[1:]) for curves in (drawn(rng, 3) for _ in range(500))])
         < 0.02
     )
+
+
+def test_band_is_the_prediction_interval_of_a_further_init():
+    """t·s·√(1 + 1/S) of ln v with s from S − 1: with the population's std it is √(7/8) as wide."""
+    logs = np.array([-3.0, -2, -1, 0, 0, 1, 2, 3])[:, None] / 100
+    reach = t_quantile(0.995, 7) * np.sqrt((logs**2).sum() / 7) * np.sqrt(1 + 1 / 8)
+    for size, out in ((0.97, False), (1.03, True)):
+        for side in (1, -1):
+            assert outside(np.exp([side * size * reach]), np.exp(logs)) == [out]
 
 
 def test_a_few_per_cent_beyond_the_band_are_seen():

@@ -51,6 +51,21 @@ def test_additive_curves_are_called_additive():
     assert verdict.growth.per_sublayer.low < 1 < verdict.growth.per_sublayer.high
 
 
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [
+        (0.5, "more slowly than linearly (p = 0."),
+        (1.0, "linearly (p = "),
+        (1.5, "faster than linearly (p = 1."),
+    ],
+)
+def test_sentence_names_the_exponent(p, said):
+    noise = 0.01 * np.random.default_rng(0).standard_normal((8, 17))
+    v = 1e-3 + np.arange(17) ** p * np.exp(noise)
+    sentence = judge(made(v), "float32").sentence
+    assert f" per sublayer, {said}" in sentence
+
+
 def test_doubling_curves_are_called_doubling():
     generator = np.random.default_rng(0)
     v = 4e-4 * 2.0 ** np.arange(17) * np.exp(0.01 * generator.standard_normal((8, 17)))
