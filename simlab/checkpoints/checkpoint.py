@@ -1,8 +1,8 @@
-"""Checkpoints: weights read from files, of whichever format, one block at a time.
+"""Weights read from a checkpoint of any known format, one block at a time.
 
-Everything is checked when the checkpoint is opened, from headers alone: every tensor that the
-architecture has must be there, with its shape, and nothing else. Files come from strangers: nothing in
-them runs, no name in them leads out of the folder, and no size that they claim is believed.
+Opening a checkpoint checks it from headers alone: the files must hold every tensor of the architecture
+in its shape, and no other. Files come from strangers: nothing in them runs, no name in them leads out
+of the folder, and every size that they claim is checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats import open_folder
-from simlab.checkpoints.storage import Files, Stored, check
+from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
 from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool, row_runs
 from simlab.config import ConfigError, ModelConfig
 from simlab.model.transformer import Block, dense_linear
@@ -58,8 +58,12 @@ def role(name: str) -> str:
 class Checkpoint(Weights):
     """An opened checkpoint: its shape, and its tensors by name, read from the file when asked for.
 
-    path: a folder or a hub id; revision: a hub branch, tag or commit. statistics: also keep what
-    ``table`` needs, of weights as they are read.
+    Args:
+        path: A folder or a hub id.
+        revision: A hub branch, tag or commit.
+        statistics: Also collect what ``table`` needs while weights are read.
+
+    Raises ConfigError for a checkpoint that is missing, malformed or not supported.
     """
 
     def __init__(self, path: str, revision: str | None = None, *, statistics: bool = False) -> None:
@@ -70,10 +74,10 @@ class Checkpoint(Weights):
         self.model = self.opened.model
         self.parts = dict(self._parts())
         self._check()
-        self.files = Files()
+        self.files = MappedFiles()
         self.threads, self.reader = pool(), ThreadPoolExecutor(1)
         self.fingerprints = Fingerprints(statistics)
-        self.last = -1  # the block that was asked for last
+        self.last_block = -1  # the block that was asked for last
 
     @property
     def tokenizer(self) -> Path | None:
@@ -82,7 +86,7 @@ class Checkpoint(Weights):
         return path if path.is_file() else None
 
     def _parts(self) -> Iterator[tuple[str, tuple[str, int, int]]]:
-        """Of each of our names ({} for the block): theirs, and the rows there that are ours."""
+        """Our parameter names ({} for the block), each with the file's name and its rows there."""
         by_role = shapes(self.model)
         ends: dict[str, int] = {}
         for name, theirs in self.opened.keys.items():
@@ -93,7 +97,7 @@ class Checkpoint(Weights):
             yield name, (theirs, start, ends[theirs])
 
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor that the architecture has, by its name in the file, with its shape there."""
+        """The file's name and shape of every tensor of the architecture."""
         by_role = shapes(self.model)
         rows: dict[str, int] = {}
         rest: dict[str, tuple[int, ...]] = {}
@@ -105,7 +109,7 @@ class Checkpoint(Weights):
                 yield theirs.format(layer), (count, *rest[theirs])
 
     def _check(self) -> None:
-        """Compare the names and shapes found with the architecture's, then where the bytes lie."""
+        """Compare the files' tensors with the architecture's, then check where their bytes are."""
         tensors, config = self.opened.tensors, self.opened.config
         if self.model.depth > len(tensors):  # before any list of that length is made
             raise ConfigError(
@@ -123,10 +127,10 @@ class Checkpoint(Weights):
                 raise ConfigError(
                     f"{self.folder}: tensor {name} has shape {has}, but {config.name} implies {shape}"
                 )
-        check(tensors.values())
+        check_pieces(tensors.values())
 
-    def stored(self, name: str) -> tuple[Stored, int, int]:
-        """Where a parameter's rows lie. A tied head is the embedding."""
+    def stored(self, name: str) -> tuple[StoredTensor, int, int]:
+        """A parameter's stored tensor, and start and stop of its rows. A tied head is the embedding."""
         if name == "head.weight" and self.model.tied:
             name = "embedding.weight"
         parts = name.split(".")
@@ -137,35 +141,35 @@ class Checkpoint(Weights):
         return self.opened.tensors[theirs.format(layer)], start, stop
 
     def has(self, name: str) -> bool:
-        """Whether the files hold a parameter: a norm without a gain is in none."""
+        """True if the files hold a parameter. A norm without a gain isn't in them."""
         parts = name.split(".")
         if parts[0] == "blocks":
             parts[1] = "{}"
         return ".".join(parts) in self.parts or name == "head.weight"
 
     def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
-        """On a CPU a weight streams through its product; a device has a block's weights whole."""
+        """A linear layer: on a CPU its weight is streamed, on a device it is read whole."""
         return StreamedLinear(d_in, d_out) if self.streams else dense_linear(d_in, d_out, bias)
 
     def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
-        """One block; meanwhile the system reads the next one's bytes, forward or back."""
+        """One block. The system begins to read the next one's bytes, in either direction."""
         self.streams = device.type == "cpu"
         block = super().block(layer, device, dtype)
         for inner, module in block.named_modules():
             if isinstance(module, StreamedLinear):
                 module.bind(self.matrix(f"blocks.{layer}.{inner}.weight"))
-        follows = layer + (1 if layer > self.last else -1)
-        self.last = layer
+        follows = layer + (1 if layer > self.last_block else -1)
+        self.last_block = layer
         if 0 <= follows < self.model.depth:
-            self.reader.submit(self._ahead, follows)
+            self.reader.submit(self._prefetch, follows)
         return block
 
-    def _ahead(self, layer: int) -> None:
+    def _prefetch(self, layer: int) -> None:
         for theirs in dict.fromkeys(theirs for theirs, *_ in self.parts.values() if "{}" in theirs):
-            self.files.ahead(self.opened.tensors[theirs.format(layer)])
+            self.files.prefetch(self.opened.tensors[theirs.format(layer)])
 
     def matrix(self, name: str) -> Matrix:
-        """A weight that stays in its file."""
+        """A weight that is streamed from its file."""
         stored, start, stop = self.stored(name)
         return Matrix(name, self.files, stored, start, stop, self.threads, self.fingerprints)
 
@@ -208,7 +212,7 @@ class Checkpoint(Weights):
         return {"weight_hash": digest.hexdigest()}
 
     def table(self) -> list[dict[str, Any]]:
-        """Of every tensor: our name, the file's, its shape, dtype, size, and ``Moments.statistics``."""
+        """A row per tensor: our name, the file's, shape, dtype, size, and ``Moments.statistics``."""
         rows = []
         for name in self.names():
             self._fingerprint(name)

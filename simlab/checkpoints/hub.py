@@ -1,4 +1,4 @@
-"""From what a user calls a checkpoint (a folder, or a hub id with a revision) to a local folder."""
+"""The local folder of a checkpoint that a user names: a folder, or a hub id with a revision."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ INDEX, SINGLE, PICKLED = "model.safetensors.index.json", "model.safetensors", "m
 def locate(path: str, revision: str | None) -> Path:
     """The checkpoint's local folder; of a hub id, the snapshot in the hub's cache.
 
-    What is in the cache is read, not downloaded, so it works offline; what is missing is downloaded.
-    Raises ConfigError for a folder that isn't there or a hub id that can't be had.
+    Files in the cache aren't downloaded again, so that a complete snapshot works offline.
+    Raises ConfigError for a folder that isn't there or a hub id that can't be downloaded.
     """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
@@ -49,7 +49,7 @@ def locate(path: str, revision: str | None) -> Path:
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:
-    """The files of whichever format the repository holds, in the hub's cache."""
+    """Download a repository's checkpoint, of any known format, and return its folder in the cache."""
     names = ("config.json", "config.yaml")
     cached = (_cached(repo, name, revision) for name in names)  # both, before the hub is asked
     fetched = (_fetch_if_any(repo, name, revision) for name in names)
@@ -77,7 +77,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a snapshot has its weights, in whichever format."""
+    """True if a snapshot has all files of its weights."""
     index = folder / INDEX
     if index.exists():
         return all((folder / file).exists() for file in _shards(index))
@@ -87,7 +87,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _shards(index: Path) -> list[str]:
-    """Plain file names from an index; a malformed index is reported when the checkpoint is opened."""
+    """File names in an index; opening the checkpoint reports an index that is malformed."""
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -96,7 +96,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _fetch(repo: str, file: str, revision: str | None) -> Path:
-    """One file of a hub repository, which must have it. Raises ConfigError."""
+    """Fetch one file of a hub repository. Raises ConfigError where the repository hasn't it."""
     path = _fetch_if_any(repo, file, revision)
     if path is None:
         raise ConfigError(f"source.path={repo}: the repository has no {file}")
@@ -111,9 +111,9 @@ def _cached(repo: str, file: str, revision: str | None) -> Path | None:
 
 
 def _fetch_if_any(repo: str, file: str, revision: str | None) -> Path | None:
-    """One file of a hub repository, from the cache, else downloaded; None where it has none.
+    """Fetch one file of a hub repository, from the cache or the hub; None if it isn't there.
 
-    Raises ConfigError where it can't be had.
+    Raises ConfigError for a revision, a repository or a connection that fails.
     """
     what = f"source.path={repo}" + (f" source.revision={revision}" if revision else "")
     try:

@@ -1,8 +1,7 @@
-"""Tensors in files as runs of bytes: what every checkpoint format comes down to.
+"""Tensors in files: where their bytes are, and rows of them as views of mapped files.
 
-A format's reader looks at headers alone and says of each tensor its shape, its dtype and where its
-bytes lie: one run for a whole tensor, or one per shard. From then on all formats are read the same
-way: files are mapped, and rows of a tensor are views of the mapping wherever they lie in one run.
+A format's reader looks at headers alone and gives each tensor's shape, dtype and the place of its
+bytes: one run for a whole tensor, or one per shard. From there all formats are read by this module.
 """
 
 from __future__ import annotations
@@ -21,14 +20,18 @@ from torch import Tensor
 
 from simlab.config import ConfigError
 
-AHEAD = 8 << 20  # bytes that the system is asked for at once
+PREFETCH_BYTES = 8 << 20  # asked of the system in one call
 
 
 @dataclass(frozen=True)
 class Piece:
     """A rectangular part of a tensor, row-major in one run of a file's bytes.
 
-    offset: of its first byte in the file. start: the index of its first entry in the tensor.
+    Args:
+        path: The file.
+        offset: The first byte in the file.
+        start: The index of the first entry in the tensor, one number per dimension.
+        shape: The part's shape.
     """
 
     path: Path
@@ -38,8 +41,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in files: pieces that make a grid and cover it exactly once (``check`` sees to it)."""
+class StoredTensor:
+    """A tensor in files. Its pieces form a grid and cover it exactly once: ``check_pieces``."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,16 +50,18 @@ class Stored:
     pieces: tuple[Piece, ...]
 
 
-def whole(name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path, offset: int) -> Stored:
-    """A tensor that lies in one run."""
-    return Stored(name, shape, dtype, (Piece(path, offset, (0,) * len(shape), shape),))
+def in_one_piece(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path, offset: int
+) -> StoredTensor:
+    """A tensor whose bytes are one run of a file, from ``offset`` on."""
+    return StoredTensor(name, shape, dtype, (Piece(path, offset, (0,) * len(shape), shape),))
 
 
-def check(tensors: Iterable[Stored]) -> None:
-    """That pieces lie within their files, apart from each other, and cover their tensors once.
+def check_pieces(tensors: Iterable[StoredTensor]) -> None:
+    """Check that pieces lie within their files, don't overlap, and cover their tensors once.
 
-    So no more is read than the files hold, whatever headers claim. Raises ConfigError naming the
-    tensor.
+    No more is then read than the files hold, whatever headers claim. Raises ConfigError, which names
+    the tensor.
     """
     runs: dict[Path, list[tuple[int, int, str]]] = {}
     for tensor in tensors:
@@ -64,9 +69,9 @@ def check(tensors: Iterable[Stored]) -> None:
         for piece in tensor.pieces:
             size = math.prod(piece.shape) * tensor.dtype.itemsize
             runs.setdefault(piece.path, []).append((piece.offset, piece.offset + size, tensor.name))
-    for path, found in runs.items():
+    for path, in_file in runs.items():
         length, end, before = path.stat().st_size, 0, ""
-        for start, stop, name in sorted(found):
+        for start, stop, name in sorted(in_file):
             if start < 0 or stop > length:
                 raise ConfigError(f"{path}: tensor {name} reaches beyond the end of the file")
             if start < end and start < stop:
@@ -75,8 +80,8 @@ def check(tensors: Iterable[Stored]) -> None:
                 end, before = stop, name
 
 
-def _check_grid(tensor: Stored) -> None:
-    """The pieces are the cells of a grid: cuts along each dimension, every cell there once."""
+def _check_grid(tensor: StoredTensor) -> None:
+    """Check that a tensor's pieces are the cells of a grid over its dimensions, each cell once."""
     dimensions = len(tensor.shape)
     starts = [p.start for p in tensor.pieces]
     good = bool(starts) and all(
@@ -107,8 +112,8 @@ def _close(handles: dict[Path, int]) -> None:
         os.close(handle)
 
 
-class Files:
-    """Mapped files, by path. Threads may share it."""
+class MappedFiles:
+    """Files mapped into memory on first use. Threads may share it."""
 
     def __init__(self) -> None:
         self.maps: dict[Path, mmap.mmap] = {}
@@ -124,8 +129,8 @@ class Files:
                 self.maps[path] = mmap.mmap(self.handles[path], 0, access=mmap.ACCESS_COPY)
             return self.maps[path]
 
-    def rows(self, tensor: Stored, start: int, stop: int) -> Tensor:
-        """Rows start … stop − 1 of a tensor; a view of the file where one run has them."""
+    def rows(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+        """Rows start … stop − 1 of a tensor: a view of the file where they are one run, else a copy."""
         wanted = (stop - start, *tensor.shape[1:])
         if not math.prod(wanted):
             return torch.empty(wanted, dtype=tensor.dtype)
@@ -141,8 +146,8 @@ class Files:
             )
         return out
 
-    def _of_piece(self, tensor: Stored, piece: Piece, start: int, stop: int) -> Tensor:
-        """Rows of the tensor that lie in this piece: a view, or a copy where bytes aren't aligned."""
+    def _of_piece(self, tensor: StoredTensor, piece: Piece, start: int, stop: int) -> Tensor:
+        """Rows of a tensor from one of its pieces: a view, or a copy where bytes aren't aligned."""
         shape, size = (stop - start, *piece.shape[1:]), tensor.dtype.itemsize
         row = math.prod(piece.shape[1:]) * size
         offset = piece.offset + (start - piece.start[0]) * row
@@ -151,24 +156,24 @@ class Files:
         )
         return (data.clone() if offset % size else data).view(tensor.dtype).view(shape)
 
-    def release(self, tensor: Stored) -> None:
-        """Let go of the pages of a tensor that has been read; they stay in the system's cache."""
+    def release(self, tensor: StoredTensor) -> None:
+        """Unmap the pages of a tensor that has been read; they stay in the system's file cache."""
         for piece, start, stop in self._runs(tensor):
             if hasattr(mmap, "MADV_DONTNEED"):
                 start -= start % mmap.PAGESIZE
                 self._map(piece.path).madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def ahead(self, tensor: Stored) -> None:
-        """Ask the system to read a tensor into its cache while something else computes."""
+    def prefetch(self, tensor: StoredTensor) -> None:
+        """Ask the system to read a tensor into its file cache, in the background."""
         for piece, start, stop in self._runs(tensor):
             if hasattr(os, "posix_fadvise"):
                 self._map(piece.path)
-                for at in range(start, stop, AHEAD):
-                    size = min(AHEAD, stop - at)
+                for at in range(start, stop, PREFETCH_BYTES):
+                    size = min(PREFETCH_BYTES, stop - at)
                     os.posix_fadvise(self.handles[piece.path], at, size, os.POSIX_FADV_WILLNEED)
 
-    def _runs(self, tensor: Stored) -> Iterator[tuple[Piece, int, int]]:
-        """Of each piece that isn't empty, the first byte in its file and the one after its last."""
+    def _runs(self, tensor: StoredTensor) -> Iterator[tuple[Piece, int, int]]:
+        """Each piece that isn't empty, with its first byte in its file and the byte after its last."""
         for piece in tensor.pieces:
             size = math.prod(piece.shape) * tensor.dtype.itemsize
             if size:

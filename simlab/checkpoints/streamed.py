@@ -1,7 +1,7 @@
-"""Linear layers whose weights stay in their files and meet their input a few rows at a time.
+"""Linear layers whose weights stay in their files and are multiplied a few rows at a time.
 
-A few rows of a weight are mapped, turned into the run's dtype while they are in a core's cache,
-multiplied and forgotten: no matrix is ever whole in memory. Measured for 64 tokens and a 7B checkpoint
+A few rows of a weight are mapped, converted to the run's dtype while they are in a core's cache,
+multiplied and dropped: no matrix is ever whole in memory. Measured for 64 tokens and a 7B checkpoint
 in bfloat16, in the system's cache, on 2 cores: 5.0 s of work in float32 and 2.9 in bfloat16, where bare
 products with resident matrices take 3.4 and 0.9, and reading the bytes 0.6
 (scripts/benchmark_checkpoint.py).
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from simlab.checkpoints.fingerprint import SCRATCH, Fingerprints
-from simlab.checkpoints.storage import Files, Stored
+from simlab.checkpoints.storage import MappedFiles, StoredTensor
 
 # Bytes of a weight that one thread takes: measured, 1 MiB is a fifth slower. Weight hashes are made
 # run by run: another value changes those of larger matrices.
@@ -27,16 +27,16 @@ COLUMN_SHARES = 8
 
 
 def pool() -> ThreadPoolExecutor:
-    """A thread per core, each of which computes alone.
+    """A pool of one thread per core, each with one torch thread.
 
-    torch takes what they set as the default of threads that are started later; ours all set it.
+    torch makes a thread's setting the default of threads started later; all of ours set the same.
     """
     return ThreadPoolExecutor(
         torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
     )
 
 
-def row_runs(stored: Stored, start: int, stop: int) -> list[tuple[int, int]]:
+def row_runs(stored: StoredTensor, start: int, stop: int) -> list[tuple[int, int]]:
     """Rows start … stop − 1 in runs of about RUN_BYTES bytes."""
     row = max(1, math.prod(stored.shape[1:]) * stored.dtype.itemsize)
     step = max(1, RUN_BYTES // row)
@@ -51,8 +51,8 @@ class Matrix:
     """
 
     name: str
-    files: Files
-    stored: Stored
+    files: MappedFiles
+    stored: StoredTensor
     start: int
     stop: int
     threads: ThreadPoolExecutor
@@ -81,7 +81,7 @@ class Matrix:
     def back(self, g: Tensor) -> Tensor:
         """g W: (N, d_out) to (N, d_in), in g's dtype.
 
-        A thread takes some columns of all rows, so the sums and their order are always the same.
+        A thread sums some columns over all rows, so that the order of the sums is always the same.
         """
         d_in = self.stored.shape[1]
         out = torch.zeros(len(g), d_in)
@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
 
 
 class StreamedLinear(nn.Module):
-    """(…, d_in) to (…, d_out) by a weight that ``bind`` names."""
+    """A linear layer without bias, (…, d_in) to (…, d_out), whose weight ``bind`` sets."""
 
     matrix: Matrix
 
@@ -125,7 +125,7 @@ class StreamedLinear(nn.Module):
         super().__init__()
 
     def bind(self, matrix: Matrix) -> None:
-        """Say which weight it is."""
+        """Set the weight."""
         self.matrix = matrix
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every source of weights offers, and how blocks, the head and a whole model come from one."""
+"""The interface of every source of weights, and blocks, heads and whole models made from one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Columns:
     """Some of the logits of S curves' N tokens, as ``coordinates @ c`` for every c of ``chunks()``.
 
     coordinates: (S, N, r), a function of the head's input that autograd knows. c: (S, r, columns),
-    the same every time. tap: what the logits' gradient's Gram matrix goes to (see weights.gaussian).
+    the same every time. tap: what the logits' gradient's Gram matrix goes to (see weights.weightless).
     """
 
     coordinates: Tensor
@@ -52,11 +52,11 @@ class Weights(ABC):
         return self.rows("embedding.weight", shape, ids, device, dtype)
 
     def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
-        """What the blocks' linear layers are."""
+        """A linear layer of a block, by default ``nn.Linear``."""
         return dense_linear(d_in, d_out, bias)
 
     def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
-        """One block with its weights on the device, ready to run; none asks for a gradient."""
+        """One block with its weights on the device, in eval mode; no weight requires a gradient."""
         with torch.device("meta"):
             block = Block(self.model, layer, self.linear)
         fill(block, self, f"blocks.{layer}.", device, dtype)

@@ -27,10 +27,10 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.init import Constant, Gaussian, distribution
 from simlab.weights.base import Shape, Weights
 
-BY_ROWS = ("embedding.weight", "head.weight")  # what ``rows`` is asked for
+BY_ROWS = ("embedding.weight", "head.weight")  # matrices of which ``rows`` draws some rows
 PIECE = 1 << 16  # numbers per piece: 256 KiB of float32, which a core's cache holds
-# Of a large embedding a batch's tokens need a few rows each from elsewhere: the less is drawn around
-# them the better. Measured at width 1024, 64 tokens: 44 ms with pieces of 2^16, 14 ms with these.
+# Numbers per piece of a large embedding: a batch needs a few rows from many places, and every piece
+# with one of them is drawn whole. Measured at width 1024, 64 tokens: 14 ms, with pieces of 2^16 44 ms.
 FEW = 1 << 13
 
 
@@ -148,7 +148,7 @@ class RandomWeights(Weights):
 
 
 def _home(device: torch.device) -> torch.device:
-    """Where numbers for a device are drawn: on it for CUDA, else on the CPU."""
+    """The device that draws the numbers for a device: itself for CUDA, else the CPU."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 

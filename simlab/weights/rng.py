@@ -59,7 +59,7 @@ class Normals:
         self.started: dict[str, tuple[Tensor, list[Future[None]]]] = {}
 
     def start(self, key: str, shape: Shape) -> None:
-        """Begin to draw what ``self(key, shape)`` will ask for, if there are threads for it."""
+        """Begin to draw the numbers of ``self(key, shape)`` in the pool, if there is one."""
         if self.pool is None:
             return
         if key not in self.started or self.started[key][0].shape[1:] != torch.Size(shape):
@@ -67,14 +67,14 @@ class Normals:
             self.started[key] = out, [self.pool.submit(draw, *part) for part in parts]
 
     def parts(self, key: str, shape: Shape) -> tuple[Tensor, list[tuple[Tensor, list[int], int]]]:
-        """A tensor (S, *shape), and what ``draw`` is to be called with to fill it."""
+        """An empty tensor (S, *shape), and the arguments of the ``draw`` calls that fill it."""
         out = torch.empty(len(self.seeds), *shape)
         entropies = [entropy_of(seed, "weightless", key) for seed in self.seeds]
         pieces = out.flatten(1).split(PIECE, dim=1)
         return out, [(piece, entropies, i) for i, piece in enumerate(pieces)]
 
     def __call__(self, key: str, shape: Shape, device: torch.device) -> Tensor:
-        """N(0, 1) entries (float32), (S, *shape): of each seed the same for the same key."""
+        """N(0, 1) entries (float32), (S, *shape); a seed and a key always give the same."""
         self.start(key, shape)
         if key in self.started:
             out, drawn = self.started.pop(key)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from simlab.checkpoints import streamed
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.fingerprint import Fingerprints, moments_of
-from simlab.checkpoints.storage import Files, Piece, Stored, check, whole
+from simlab.checkpoints.storage import MappedFiles, Piece, StoredTensor, check_pieces, in_one_piece
 from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool
 from simlab.config import ConfigError
 from simlab.measurement.engine import measure_curves
@@ -24,7 +24,7 @@ def write(path, tensor, before=0):
     """A tensor's bytes in a file, after some others."""
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     path.write_bytes(bytes(before) + data + b"end")
-    return whole("w", tuple(tensor.shape), tensor.dtype, path, before)
+    return in_one_piece("w", tuple(tensor.shape), tensor.dtype, path, before)
 
 
 def random(*shape, seed=0):
@@ -32,7 +32,7 @@ def random(*shape, seed=0):
 
 
 def matrix(stored, start, stop):
-    return Matrix("w", Files(), stored, start, stop, pool(), Fingerprints(True))
+    return Matrix("w", MappedFiles(), stored, start, stop, pool(), Fingerprints(True))
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ def test_shards(tmp_path, grid):
         for j, part in enumerate(rows.chunk(grid[1], 1)):
             write(path := tmp_path / f"{i}-{j}", part, before=4 * i)
             pieces.append(Piece(path, 4 * i, (i * len(rows), j * part.shape[1]), tuple(part.shape)))
-    stored = Stored("w", (30, 8), torch.float32, tuple(reversed(pieces)))
-    check([stored])
-    files = Files()
+    stored = StoredTensor("w", (30, 8), torch.float32, tuple(reversed(pieces)))
+    check_pieces([stored])
+    files = MappedFiles()
     for start, stop in ((0, 30), (5, 6), (9, 21), (3, 3)):
         assert torch.equal(files.rows(stored, start, stop), weight[start:stop])
     files.release(stored)
@@ -95,10 +95,10 @@ def test_parts_that_do_not_make_a_whole(tmp_path):
 
     def refused(match, *pieces, shape=(10, 5)):
         with pytest.raises(ConfigError, match=match):
-            check([Stored("w", shape, torch.float32, tuple(pieces))])
+            check_pieces([StoredTensor("w", shape, torch.float32, tuple(pieces))])
 
     a, b = Piece(path, 0, (0, 0), (4, 5)), Piece(path, 80, (4, 0), (6, 5))
-    check([Stored("w", (10, 5), torch.float32, (a, b))])
+    check_pieces([StoredTensor("w", (10, 5), torch.float32, (a, b))])
     refused("whole", a)
     refused("whole", a, a)
     refused("whole", a, b, b)

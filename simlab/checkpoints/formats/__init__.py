@@ -9,17 +9,17 @@ from simlab.checkpoints.formats import hugging_face, legacy_olmo, olmo_core
 from simlab.checkpoints.formats.opened import Opened
 from simlab.config import ConfigError
 
-# Whether a folder is of the format, and how it is opened. The first that says yes is taken.
+# A format's test of a folder, and its reader; the first format whose test passes reads the folder.
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Opened]]] = {
-    "olmo_core": (olmo_core.found, olmo_core.open_folder),
-    "legacy_olmo": (legacy_olmo.found, legacy_olmo.open_folder),
-    "hugging_face": (hugging_face.found, hugging_face.open_folder),
+    "olmo_core": (olmo_core.matches, olmo_core.open_folder),
+    "legacy_olmo": (legacy_olmo.matches, legacy_olmo.open_folder),
+    "hugging_face": (hugging_face.matches, hugging_face.open_folder),
 }
 
 
 def open_folder(folder: Path) -> Opened:
     """Open a checkpoint folder of any format. Raises ConfigError, one line, for what is wrong."""
-    for found, opener in FORMATS.values():
-        if found(folder):
+    for matches, opener in FORMATS.values():
+        if matches(folder):
             return opener(folder)
     raise ConfigError(f"{folder}: holds no checkpoint: no config.json, config.yaml or .metadata")

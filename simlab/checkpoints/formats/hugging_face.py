@@ -20,7 +20,7 @@ from simlab.checkpoints.formats.fields import (
 )
 from simlab.checkpoints.formats.hugging_face_rope import read_rope
 from simlab.checkpoints.formats.opened import Opened
-from simlab.checkpoints.storage import Stored
+from simlab.checkpoints.storage import StoredTensor
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.config import ConfigError, ModelConfig, NormConfig
 
@@ -151,8 +151,8 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     return model, its.keys
 
 
-def found(folder: Path) -> bool:
-    """Whether a folder looks like this layout."""
+def matches(folder: Path) -> bool:
+    """True if the folder has this layout's files."""
     names = ("config.json", "model.safetensors", "model.safetensors.index.json")
     return any((folder / name).is_file() for name in names)
 
@@ -200,9 +200,9 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
+def tensors(folder: Path) -> dict[str, StoredTensor]:
     """Where every tensor of the folder lies. Raises ConfigError."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path, claimed in weight_files(folder).items():
         held = read_header(path)
         for name in sorted((claimed or set()) - held.keys()):

@@ -131,8 +131,8 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     return model, keys
 
 
-def found(folder: Path) -> bool:
-    """Whether a folder looks like this layout."""
+def matches(folder: Path) -> bool:
+    """True if the folder has this layout's files."""
     return (folder / "config.yaml").is_file()
 
 

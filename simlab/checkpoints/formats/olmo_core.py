@@ -1,7 +1,7 @@
 """OLMo-core's layout: config.json, and a torch distributed checkpoint in model_and_optim/.
 
 Also that folder alone, with config.json in it or beside it. Which tensors there are and where:
-``distributed``. What the keys of config.json mean and what it leaves out: ai2-olmo-core 3.0.0,
+``untrusted.dcp``. What the keys of config.json mean and what it leaves out: ai2-olmo-core 3.0.0,
 olmo_core/nn. What changes what is computed and isn't among the keys below is refused by name.
 """
 
@@ -25,7 +25,7 @@ from simlab.checkpoints.formats.fields import (
 )
 from simlab.checkpoints.formats.olmo_core_rope import Rope, read_rope
 from simlab.checkpoints.formats.opened import Opened
-from simlab.checkpoints.untrusted import dcp as distributed
+from simlab.checkpoints.untrusted import dcp
 from simlab.config import ConfigError, ModelConfig, NormConfig
 
 # Ours to theirs; {} is the block. What every block type has, and then its norms.
@@ -260,15 +260,15 @@ def _merged(each: list[Block], path: Path) -> ModelConfig:
 
 def _folders(folder: Path) -> tuple[Path, Path]:
     """Where the tensors are, and where config.json is."""
-    if (folder / distributed.METADATA).is_file():
+    if (folder / dcp.METADATA).is_file():
         beside = folder if (folder / "config.json").is_file() else folder.parent
         return folder, beside / "config.json"
     return folder / STATE, folder / "config.json"
 
 
-def found(folder: Path) -> bool:
-    """Whether a folder looks like this layout."""
-    return (folder / distributed.METADATA).is_file() or (folder / STATE).is_dir()
+def matches(folder: Path) -> bool:
+    """True if the folder has this layout's files."""
+    return (folder / dcp.METADATA).is_file() or (folder / STATE).is_dir()
 
 
 def open_folder(folder: Path) -> Opened:
@@ -278,7 +278,7 @@ def open_folder(folder: Path) -> Opened:
         raise ConfigError(
             f"{folder}: a distributed checkpoint without its config.json, here or above"
         )
-    tensors = distributed.read_tensors(state, without=("optim.",))
+    tensors = dcp.read_tensors(state, without=("optim.",))
     model, keys = read_config(config, len(tensors))
     if model.tied:  # a tied head is the embedding, and not read
         tensors.pop(KEYS["head.weight"], None)

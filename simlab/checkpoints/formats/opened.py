@@ -1,4 +1,4 @@
-"""What every checkpoint format gives when a folder of it is opened, from headers alone."""
+"""The result of opening a checkpoint folder, the same for every format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simlab.checkpoints.storage import Stored
+from simlab.checkpoints.storage import StoredTensor
 from simlab.config import ModelConfig
 
 
@@ -23,6 +23,6 @@ class Opened:
     format: str
     model: ModelConfig
     keys: Mapping[str, str]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     config: Path
     depth_key: str

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from simlab.checkpoints.formats.fields import brief, checked_name, plain_name
-from simlab.checkpoints.storage import Piece, Stored
+from simlab.checkpoints.storage import Piece, StoredTensor
 from simlab.checkpoints.untrusted import pickle as pickles
-from simlab.checkpoints.untrusted.pickle import Made
+from simlab.checkpoints.untrusted.pickle import PickledObject
 from simlab.checkpoints.untrusted.torch_zip import open_archive, tensor
 from simlab.config import ConfigError
 
@@ -28,7 +28,7 @@ CHUNK_BUDGET = 10_000  # of a chunk's, which is one tensor's
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a tensor: where in the tensor, and where in a file."""
+    """Part of a tensor: its place in the tensor and in a file."""
 
     name: str
     start: tuple[int, ...]
@@ -38,18 +38,22 @@ class Chunk:
     length: int
 
 
-def _known(value: object, *names: str) -> dict[Any, Any]:
-    """The fields of an object that a pickle would have had made; none of anything else."""
-    return value.fields() if isinstance(value, Made) and value.maker.is_(*names) else {}
+def _fields(value: object, *names: str) -> dict[Any, Any]:
+    """The fields of a pickled object of one of these classes; empty for any other value."""
+    return (
+        value.fields() if isinstance(value, PickledObject) and value.constructor.is_(*names) else {}
+    )
 
 
-def _places(stored: object, folder: Path, path: Path) -> dict[tuple[str, tuple[int, ...]], Any]:
-    """Chunks by name and start, to (file, offset, length)."""
+def _chunk_locations(
+    stored: object, folder: Path, path: Path
+) -> dict[tuple[str, tuple[int, ...]], Any]:
+    """(file, offset, length) of each chunk, by its tensor's name and its start there."""
     places: dict[tuple[str, tuple[int, ...]], Any] = {}
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: has no storage_data")
     for key, value in stored.items():
-        index, info = _known(key, "MetadataIndex"), _known(value, "_StorageInfo")
+        index, info = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
         name, file = index.get("fqn"), info.get("relative_path")
         if type(name) is not str or type(file) is not str:
             raise ConfigError(f"{path}: storage_data: an entry in it is malformed")
@@ -69,9 +73,9 @@ def _places(stored: object, folder: Path, path: Path) -> dict[tuple[str, tuple[i
 
 
 def _dtype(properties: object, what: str) -> torch.dtype:
-    state = properties.state if isinstance(properties, Made) else None
+    state = properties.state if isinstance(properties, PickledObject) else None
     label = state[0] if type(state) is tuple and state else None
-    if not isinstance(label, pickles.Name) or label.name not in pickles.DTYPES:
+    if not isinstance(label, pickles.Label) or label.name not in pickles.DTYPES:
         raise ConfigError(f"{what}: its properties have no dtype")
     dtype = pickles.DTYPES[label.name]
     if dtype not in pickles.FLOATS:
@@ -81,11 +85,14 @@ def _dtype(properties: object, what: str) -> torch.dtype:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The files that a ``.metadata`` names. Raises ConfigError."""
-    metadata = _known(_load(folder), "Metadata")
+    """File names in a folder's ``.metadata``. Raises ConfigError."""
+    metadata = _fields(_load(folder), "Metadata")
     path = folder / METADATA
     return sorted(
-        {place[0].name for place in _places(metadata.get("storage_data"), folder, path).values()}
+        {
+            place[0].name
+            for place in _chunk_locations(metadata.get("storage_data"), folder, path).values()
+        }
     )
 
 
@@ -101,22 +108,22 @@ def _load(folder: Path) -> Any:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def read_tensors(folder: Path, without: tuple[str, ...]) -> dict[str, Stored]:
-    """Where every tensor of the checkpoint lies, but those whose names start with ``without``.
+def read_tensors(folder: Path, without: tuple[str, ...]) -> dict[str, StoredTensor]:
+    """The place of every tensor of the checkpoint whose name doesn't start with ``without``.
 
-    Raises ConfigError, naming the tensor.
+    Raises ConfigError, which names the tensor.
     """
     path = folder / METADATA
-    metadata = _known(_load(folder), "Metadata")
+    metadata = _fields(_load(folder), "Metadata")
     described = metadata.get("state_dict_metadata")
     if not isinstance(described, dict) or not described:
         raise ConfigError(f"{path}: not the metadata of a distributed checkpoint")
-    places = _places(metadata.get("storage_data"), folder, path)
+    places = _chunk_locations(metadata.get("storage_data"), folder, path)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     chunks: list[Chunk] = []
     for name, value in described.items():
         checked_name(name, path)
-        tensor_fields = _known(value, "TensorStorageMetadata")
+        tensor_fields = _fields(value, "TensorStorageMetadata")
         if name.startswith(without) or not tensor_fields:
             continue
         what = f"{path}: tensor {brief(name)}"
@@ -127,7 +134,7 @@ def read_tensors(folder: Path, without: tuple[str, ...]) -> dict[str, Stored]:
     for chunk, piece in _open(chunks, {name: dtype for name, (_, dtype) in shapes.items()}):
         pieces[chunk.name].append(piece)
     return {
-        name: Stored(name, shape, dtype, tuple(sorted(pieces[name], key=lambda p: p.start)))
+        name: StoredTensor(name, shape, dtype, tuple(sorted(pieces[name], key=lambda p: p.start)))
         for name, (shape, dtype) in shapes.items()
     }
 
@@ -136,7 +143,7 @@ def _chunks(name: str, chunks: object, places: dict[Any, Any], what: str) -> Ite
     if type(chunks) is not list or not chunks:
         raise ConfigError(f"{what} has no chunks")
     for chunk in chunks:
-        fields = _known(chunk, "ChunkStorageMetadata")
+        fields = _fields(chunk, "ChunkStorageMetadata")
         start = pickles.dimensions(fields.get("offsets"), what)
         shape = pickles.dimensions(fields.get("sizes"), what)
         if (name, start) not in places:
@@ -145,7 +152,7 @@ def _chunks(name: str, chunks: object, places: dict[Any, Any], what: str) -> Ite
 
 
 def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple[Chunk, Piece]]:
-    """The chunks' bytes, file by file, each compared with what the metadata says of it."""
+    """Each chunk's bytes, file by file, after comparing the chunk's archive with the metadata."""
     by_path: dict[Path, list[Chunk]] = {}
     for chunk in chunks:
         by_path.setdefault(chunk.path, []).append(chunk)

@@ -1,11 +1,10 @@
 """torch's pickles read as data: nothing is imported, called or built but inert records.
 
-Own code, where the project otherwise prefers a library: ``torch.load(weights_only=True)`` reads the
-tensors themselves and knows none of a distributed checkpoint's classes, and torch's reader of those
-unpickles whatever is there. Here some thirty opcodes are known, every name in a pickle becomes a label
-from an exact list, and what a class would have been called with is kept beside the label.
-Python's own pure unpickler does the stack machine; the C one
-allocates whatever a length field claims.
+No library does this: ``torch.load(weights_only=True)`` refuses the classes of a distributed
+checkpoint's ``.metadata``, and torch's reader of those unpickles whatever is there. This reader knows
+some thirty opcodes. A name in a pickle becomes a ``Label`` from an exact list, and an object becomes a
+``PickledObject``: its constructor's label and arguments. Python's own pure unpickler runs the stack
+machine; the C one allocates whatever a length field claims.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MALFORMED = (
     pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, AttributeError, ValueError,
     OverflowError, struct.error,
 )  # fmt: skip
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 
 STORAGES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -61,56 +60,56 @@ ALLOWED = frozenset(
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Name:
-    """A class or function that a pickle names: a label, nothing that could be called."""
+class Label:
+    """The name of a class or function in a pickle. It can't be called."""
 
     module: str
     name: str
 
     def is_(self, *names: str) -> bool:
-        """Whether it is one of these, by its last part."""
+        """True if its last part is one of these."""
         return self.name in names
 
 
 @dataclass(eq=False, slots=True)
-class Made:
-    """What a pickle would have had made: the maker's label, its arguments, the state set after.
+class PickledObject:
+    """An object that a pickle describes, not built: its constructor, arguments and state.
 
-    Compared and hashed by identity. The arguments are kept, not copied or looked at: memo references
-    let a small file describe a structure that has no end of copies.
+    Compared and hashed by identity. The arguments aren't copied or traversed: memo references let a
+    small file describe a structure of unlimited size.
     """
 
-    maker: Name
+    constructor: Label
     args: tuple[Any, ...]
     state: Any = None
 
     def fields(self) -> dict[Any, Any]:
-        """The state where it is a dictionary, which a dataclass's is; else an empty one."""
+        """The state if it is a dictionary, as a dataclass's is; else an empty one."""
         return self.state if type(self.state) is dict else {}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Storage:
-    """A tensor's memory: which record of the archive it is and how many entries it claims."""
+class StorageLabel:
+    """A tensor's storage: the archive's record that holds it, and the entries that it claims."""
 
     dtype: torch.dtype
     key: str
     numel: int
 
 
-class Ordered(dict[Any, Any]):
-    """An OrderedDict that was made empty; attributes set on it are dropped."""
+class EmptyOrderedDict(dict[Any, Any]):
+    """An OrderedDict, empty at first; attributes that a pickle sets on it are dropped."""
 
 
-NAMES = {(module, name): Name(module, name) for module, name in ALLOWED}
+LABELS = {(module, name): Label(module, name) for module, name in ALLOWED}
 
 
-def _whole(value: object) -> bool:
+def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
 class _Reader(pickle._Unpickler):
-    """The pure-Python unpickler with the opcodes that torch's pickles need, and no others."""
+    """The pure-Python unpickler, with only the opcodes that torch's pickles need."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]]
     stack: list[Any]
@@ -123,45 +122,46 @@ class _Reader(pickle._Unpickler):
         )
 
     def find_class(self, module: str, name: str) -> Any:
-        known = NAMES.get((module, name))
+        known = LABELS.get((module, name))
         if known is None:
             raise ConfigError(f"it names {brief(f'{module}.{name}')}, which is not allowed")
         return known
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: Any) -> StorageLabel:
         if type(pid) is tuple and len(pid) == 5:
-            kind, maker, key, _, numel = pid
-            known = isinstance(maker, Name) and maker.name in STORAGES
-            if kind == "storage" and known and type(key) is str and _whole(numel):
-                return Storage(STORAGES[maker.name], key, numel)
+            kind, constructor, key, _, numel = pid
+            known = isinstance(constructor, Label) and constructor.name in STORAGES
+            if kind == "storage" and known and type(key) is str and _is_size(numel):
+                return StorageLabel(STORAGES[constructor.name], key, numel)
         raise ConfigError("a persistent id in it is not a storage")
 
-    def make(self, maker: object, args: object) -> Made | Ordered:
-        if not isinstance(maker, Name) or type(args) is not tuple:
+    def construct(self, constructor: object, args: object) -> PickledObject | EmptyOrderedDict:
+        if not isinstance(constructor, Label) or type(args) is not tuple:
             raise ConfigError("it calls something that is not a name")
-        if maker.is_("OrderedDict"):
+        if constructor.is_("OrderedDict"):
             if args:
                 raise ConfigError("an OrderedDict in it is made with arguments")
-            return Ordered()
-        return Made(maker, args)
+            return EmptyOrderedDict()
+        return PickledObject(constructor, args)
 
     def do_reduce(self) -> None:
         args = self.stack.pop()
-        self.stack[-1] = self.make(self.stack[-1], args)
+        self.stack[-1] = self.construct(self.stack[-1], args)
 
     def do_build(self) -> None:
         state = self.stack.pop()
         made = self.stack[-1]
-        if isinstance(made, Made):
+        if isinstance(made, PickledObject):
             made.state = state
-        elif not isinstance(made, Ordered):
+        elif not isinstance(made, EmptyOrderedDict):
             raise ConfigError("it sets attributes of something that was not made")
 
     def set_items(self, target: object, items: list[Any]) -> None:
         if not isinstance(target, dict):
             raise ConfigError("it sets items of something that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int, Made):  # the hash of nested tuples can take for ever
+            # Nothing else: the hash of nested tuples can take for ever.
+            if type(key) not in (str, int, PickledObject):
                 raise ConfigError(f"a dictionary's key in it is a {type(key).__name__}")
             target[key] = value
 
@@ -174,7 +174,7 @@ class _Reader(pickle._Unpickler):
         self.set_items(self.stack[-1], items)
 
 
-def _counted(load: Callable[[Any], None]) -> Callable[[_Reader], None]:
+def _within_budget(load: Callable[[Any], None]) -> Callable[[_Reader], None]:
     def counting(reader: _Reader) -> None:
         reader.left -= 1
         if reader.left < 0:
@@ -199,7 +199,7 @@ def _opcodes() -> dict[int, Callable[..., None]]:
     theirs = pickle._Unpickler.dispatch
     code = {name: getattr(pickle, name)[0] for name in _ALLOWED.split()}
     table: dict[int, Callable[..., None]] = dict.fromkeys(range(256), _forbidden)
-    table |= {code[name]: _counted(theirs[code[name]]) for name in _ALLOWED.split()}
+    table |= {code[name]: _within_budget(theirs[code[name]]) for name in _ALLOWED.split()}
     own = {
         pickle.REDUCE: _Reader.do_reduce,
         pickle.NEWOBJ: _Reader.do_reduce,
@@ -207,17 +207,17 @@ def _opcodes() -> dict[int, Callable[..., None]]:
         pickle.SETITEM: _Reader.do_setitem,
         pickle.SETITEMS: _Reader.do_setitems,
     }
-    return table | {name[0]: _counted(do) for name, do in own.items()}
+    return table | {name[0]: _within_budget(do) for name, do in own.items()}
 
 
 _Reader.dispatch = _opcodes()
 
 
 def load(data: bytes, path: Path, budget: int) -> Any:
-    """What a pickle describes, as dictionaries, lists, tuples, strings, numbers and ``Made``.
+    """Read a pickle as dictionaries, lists, tuples, strings, numbers and ``PickledObject``s.
 
-    budget: how many opcodes it may have. Raises ConfigError, one line, for whatever is malformed or
-    names what is not allowed.
+    budget: the most opcodes that it may have. Raises ConfigError for a pickle that is malformed, too
+    long, or has a name that isn't allowed.
     """
     try:
         return _Reader(data, budget).load()
@@ -230,19 +230,19 @@ def load(data: bytes, path: Path, budget: int) -> Any:
 
 def dimensions(value: Any, what: str) -> tuple[int, ...]:
     """A shape: a tuple or a torch.Size of at most 16 sizes. Raises ConfigError, without a path."""
-    if isinstance(value, Made) and value.maker.is_("Size") and len(value.args) == 1:
+    if isinstance(value, PickledObject) and value.constructor.is_("Size") and len(value.args) == 1:
         value = value.args[0]
     if (
         type(value) not in (tuple, list)
-        or len(value) > MOST_DIMENSIONS
-        or not all(map(_whole, value))
+        or len(value) > MAX_DIMENSIONS
+        or not all(map(_is_size, value))
     ):
         raise ConfigError(f"{what}: a shape in it is not one")
     return tuple(value)
 
 
-def contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether entries lie row after row; the stride of a dimension of one entry doesn't matter."""
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """True if entries are in row-major order; a dimension of size 1 may have any stride."""
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size > 1 and stride != step:

@@ -1,4 +1,4 @@
-"""safetensors files, by their headers alone."""
+"""Headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from simlab.checkpoints.formats.fields import brief, checked_name
-from simlab.checkpoints.storage import Stored, whole
+from simlab.checkpoints.storage import StoredTensor, in_one_piece
 from simlab.config import ConfigError
 
 FLOATS = {
@@ -18,7 +18,7 @@ FLOATS = {
 }  # fmt: skip
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file: 8 bytes of length, a JSON header, the tensors' bytes.
 
     The safetensors library checks the header first: its size, its JSON, that the tensors fill the
@@ -36,7 +36,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         reason = brief(str(error))[1:-1] if str(error) else type(error).__name__
         raise ConfigError(f"{path}: not a readable safetensors file ({reason})") from error
     header.pop("__metadata__", None)
-    held = {}
+    tensors = {}
     for name, about in header.items():
         checked_name(name, path)
         if about["dtype"] not in FLOATS:
@@ -44,5 +44,7 @@ def read_header(path: Path) -> dict[str, Stored]:
                 f"{path}: tensor {name} is {about['dtype']}; allowed: {', '.join(FLOATS)}"
             )
         offset = 8 + size + about["data_offsets"][0]
-        held[name] = whole(name, tuple(about["shape"]), FLOATS[about["dtype"]], path, offset)
-    return held
+        tensors[name] = in_one_piece(
+            name, tuple(about["shape"]), FLOATS[about["dtype"]], path, offset
+        )
+    return tensors

@@ -1,7 +1,7 @@
 """torch.save's archives: a zip whose records are a pickle and the tensors' bytes, uncompressed.
 
-zipfile finds the records; what it and the pickle claim is compared with the file before it is
-believed, and no tensor's bytes are read.
+zipfile finds the records. Every claim of the zip and of the pickle is checked against the file; no
+tensor's bytes are read.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from simlab.checkpoints.formats.fields import brief, checked_name
-from simlab.checkpoints.storage import Stored, whole
+from simlab.checkpoints.storage import StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
-from simlab.checkpoints.untrusted.pickle import Made, Storage
+from simlab.checkpoints.untrusted.pickle import PickledObject, StorageLabel
 from simlab.config import ConfigError
 
 # What zipfile raises for a malformed directory; NotImplementedError for a version it doesn't know.
@@ -28,8 +28,8 @@ BUDGET = 500_000  # steps of an archive's pickle; a tensor takes about 50
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-class Slice(io.RawIOBase):
-    """A run of a file's bytes as a file; no read is larger than what is there, or than a directory."""
+class FileSlice(io.RawIOBase):
+    """A run of a file's bytes as a file. It bounds reads by its length and by DIRECTORY_LIMIT."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Slice(io.RawIOBase):
         return self.at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """As of a file. Raises OSError for a place before the start, as the system does."""
+        """Move the position. Raises OSError for one before the start, as a file does."""
         at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
         if at < 0:
             raise OSError("before the start")
@@ -56,7 +56,7 @@ class Slice(io.RawIOBase):
         return at
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Up to size bytes, less where the slice ends."""
+        """Read up to size bytes, fewer at the slice's end."""
         left = max(self.length - self.at, 0)
         wanted = left if size is None or size < 0 else min(size, left)
         if wanted > DIRECTORY_LIMIT:
@@ -69,7 +69,7 @@ class Slice(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Archive:
-    """What the pickle holds, and where each storage's bytes are: key to (offset in file, size)."""
+    """A pickle's value, and where each storage's bytes are: key to (offset in file, size)."""
 
     path: Path
     value: Any
@@ -79,16 +79,16 @@ class Archive:
 def open_archive(
     file: IO[bytes], path: Path, start: int, length: int, budget: int = BUDGET
 ) -> Archive:
-    """The archive at a run of a file's bytes, which must lie within it. Raises ConfigError.
+    """Open the archive in ``length`` bytes of a file from ``start`` on. Raises ConfigError.
 
-    budget: how many opcodes its pickle may have.
+    budget: the most opcodes that its pickle may have.
     """
     file.seek(start)
     head = file.read(min(4, length))
     if head != b"PK\3\4":
         old = "torch's format from before version 1.6" if head[:1] == b"\x80" else "not a zip"
         raise ConfigError(f"{path}: not a torch.save archive ({old}); load and save it again")
-    part = Slice(file, start, length)
+    part = FileSlice(file, start, length)
     try:
         with zipfile.ZipFile(part) as archive:
             infos = archive.filelist
@@ -122,8 +122,8 @@ def open_archive(
     return Archive(path, value, storages)
 
 
-def _records(part: Slice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
-    """Each record's place by its own header, within the slice; compressed or doubtful ones refused."""
+def _records(part: FileSlice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+    """Each record's offset and size, from its own header. Compressed records are refused."""
     records: dict[str, tuple[int, int]] = {}
     for info in infos:
         name = info.orig_filename
@@ -144,28 +144,36 @@ def _records(part: Slice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, 
     return records
 
 
-def tensor(archive: Archive, value: object, name: str) -> Stored:
-    """Where a tensor of the archive lies. Raises ConfigError for what isn't a plain dense one."""
+def tensor(archive: Archive, value: object, name: str) -> StoredTensor:
+    """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense."""
     what = f"{archive.path}: tensor {brief(name)}"
-    if isinstance(value, Made) and value.maker.is_("_rebuild_parameter") and value.args:
+    if (
+        isinstance(value, PickledObject)
+        and value.constructor.is_("_rebuild_parameter")
+        and value.args
+    ):
         value = value.args[0]
-    rebuilt = isinstance(value, Made) and value.maker.is_("_rebuild_tensor_v2")
-    if not isinstance(value, Made) or not rebuilt or len(value.args) not in (6, 7):
+    rebuilt = isinstance(value, PickledObject) and value.constructor.is_("_rebuild_tensor_v2")
+    if not isinstance(value, PickledObject) or not rebuilt or len(value.args) not in (6, 7):
         raise ConfigError(f"{what}: not a tensor")
     storage, start = value.args[:2]
     shape, strides = (pickles.dimensions(value.args[i], what) for i in (2, 3))
-    if not isinstance(storage, Storage) or type(start) is not int or len(shape) != len(strides):
+    if (
+        not isinstance(storage, StorageLabel)
+        or type(start) is not int
+        or len(shape) != len(strides)
+    ):
         raise ConfigError(f"{what}: not a tensor")
     if storage.dtype not in pickles.FLOATS:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOATS)
         raise ConfigError(f"{what} is {str(storage.dtype)[6:]}; allowed: {allowed}")
-    if not pickles.contiguous(shape, strides):
+    if not pickles.is_contiguous(shape, strides):
         raise ConfigError(f"{what}: its strides are not contiguous")
     at, size = archive.storages.get(storage.key, (0, -1))
     width, numel = storage.dtype.itemsize, _count(shape)
     if storage.numel * width != size or not 0 <= start <= start + numel <= storage.numel:
         raise ConfigError(f"{what} reaches beyond its storage {brief(storage.key)}")
-    return whole(name, shape, storage.dtype, archive.path, at + start * width)
+    return in_one_piece(name, shape, storage.dtype, archive.path, at + start * width)
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -175,7 +183,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def read_tensors(path: Path) -> dict[str, Stored]:
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file that ``torch.save(state_dict, path)`` wrote. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""One section of a stranger's YAML file, every scalar read by rules of our own."""
+"""One section of a YAML file, with scalars read by our own rules: 1e-6 is a number, yes is text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WORDS: dict[str, bool | None] = {
 
 
 class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
-    """Scalars as text and no aliases: merged or shared nodes can describe a file's exponential.
+    """A loader that reads scalars as text and refuses aliases, which can describe exponential sizes.
 
-    The pure-Python loader: libyaml's recursion isn't bounded by Python's.
+    It is the pure-Python loader: Python doesn't bound libyaml's recursion.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -32,7 +32,7 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 
 
 def _value(node: Any) -> Any:
-    """Plain values of a node: mappings, lists, null, true, integers, floats, and text as it is."""
+    """A node as a plain value: dict, list, None, bool, int, float or str."""
     if isinstance(node, yaml.MappingNode):
         return {key.value: _value(value) for key, value in node.value if _is_scalar(key)}
     if isinstance(node, yaml.SequenceNode):
@@ -54,7 +54,7 @@ def _is_scalar(node: Any) -> bool:
 
 
 def read_section(path: Path, name: str) -> dict[str, Any]:
-    """The mapping under a top-level key; what comes after it isn't read. Raises ConfigError."""
+    """The mapping under a top-level key; later keys aren't read. Raises ConfigError."""
     text = read_text(path, YAML_LIMIT)
     try:
         loader = _Loader(text)
