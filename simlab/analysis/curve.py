@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,17 +64,20 @@ def laws_in(frame: pd.DataFrame, *, expected: bool = False) -> list[Law]:
     return [law for law in laws if law.expected] if expected else laws
 
 
-def with_laws(frame: pd.DataFrame, name: str, of_curve: Curves) -> pd.DataFrame:
-    """Add each law's prediction of the mean square of the curves called ``name``, as ``law_NAME``.
+def with_laws(frame: pd.DataFrame, by_curve: Mapping[str, Curves]) -> pd.DataFrame:
+    """Add each law's prediction of the mean square as a column ``law_NAME``.
 
-    Where a seed's curve is longer than the shortest, the rows beyond stay empty.
+    by_curve: the frame's curves by name. Where a seed's curve is longer than the shortest, the rows
+    beyond stay empty.
     """
-    own = frame[frame["curve"] == name]
-    step = own.groupby("seed").cumcount()
-    reached = step < len(of_curve.kinds)
-    seed = pd.Categorical(own["seed"]).codes  # ascending, as ``curves`` stacks them
-    for law in LAWS.values():
-        with np.errstate(over="ignore"):
-            values = np.exp(law.predict(of_curve.rows))
-        frame.loc[own.index[reached], law.column] = values[seed[reached], step[reached]]
+    frame = frame.assign(**{law.column: np.nan for law in LAWS.values()})
+    for name, of_curve in by_curve.items():
+        own = frame[frame["curve"] == name]
+        step = own.groupby("seed").cumcount()
+        reached = step < len(of_curve.kinds)
+        seed = pd.Categorical(own["seed"]).codes  # ascending, as ``curves`` stacks them
+        for law in LAWS.values():
+            with np.errstate(over="ignore"):
+                values = np.exp(law.predict(of_curve.rows))
+            frame.loc[own.index[reached], law.column] = values[seed[reached], step[reached]]
     return frame

@@ -1,21 +1,9 @@
-"""The pipeline: a checked config to measured curves, held against theory."""
+"""The pipeline: a checked config to measured curves, held against the laws."""
 
-from simlab.experiment.pipeline import (
-    ENGINES,
-    Curves,
-    Prepared,
-    RunResult,
-    build_model,
-    measure,
-    measured_curves,
-    open_checkpoint,
-    prepare,
-    run,
-    summarise,
-    threads,
-    versions,
-    weight_table,
-)
+from simlab.experiment.batches import ENGINES, Curves, measured_curves
+from simlab.experiment.pipeline import RunResult, measure, run
+from simlab.experiment.prepare import Prepared, build_model, open_checkpoint, prepare
+from simlab.experiment.summary import summarise, versions, weight_table
 
 __all__ = [
     "ENGINES",
@@ -29,7 +17,6 @@ __all__ = [
     "prepare",
     "run",
     "summarise",
-    "threads",
     "versions",
     "weight_table",
 ]

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from simlab.analysis.resampling import resample
+from simlab.analysis.compare import massive
+from simlab.analysis.curve import Curves, curves, with_laws
 from simlab.measurement.engine import Measured
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where curves were cut, a mapping for each cut as summary.json has it.
+
+    overflow: the first row that isn't finite; the curve ends before it. gradients: the sublayer from
+    which on, down to the input, the gradients aren't finite and are left empty.
+    """
+
+    overflow: list[dict[str, Any]]
+    gradients: list[dict[str, Any]]
+
+
+def to_frame(
+    measured: list[tuple[str, int, Measured]], entries: int
+) -> tuple[pd.DataFrame, dict[str, Curves], Cuts]:
+    """The rows of curve.csv, the same as arrays by kind of curve, and where curves were cut.
+
+    measured: (name, seed, rows) of each curve. entries: numbers in a curve's residual stream, tokens ×
+    width.
+    """
+    frame, overflow = cut(tidy(measured, entries))
+    frame["massive"] = massive(frame)
+    frame, lost = cut_gradients(frame, overflow)
+    whole = {name: one for name, _, one in measured}
+    by_curve = {
+        name: curves(frame, name, whole[name].gain, whole[name].normalises)
+        for name in frame["curve"].unique()
+    }
+    return with_laws(frame, by_curve), by_curve, Cuts(overflow, lost)
 
 
 def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFrame:
     """One row per curve × seed × step. The only place where the host waits for the device.
 
-    ``entries``: tokens × width, for the variance over both, as torch.var takes it.
+    entries: tokens × width, for the variance over both, as torch.var takes it.
     """
     rows = [(name, seed, row) for name, seed, curve in measured for row in curve.rows]
     values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
@@ -71,12 +103,3 @@ def cut_gradients(
             last = rows.loc[bad[-1]]
             lost.append({"curve": name, "seed": seed, "sublayer": int(last["sublayer"])})
     return frame, lost
-
-
-def losses(measured: list[tuple[str, int, Measured]]) -> dict[str, Any]:
-    """Each kind of curve's next-token loss in nats: the seeds' mean with its interval."""
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(name for name, *_ in measured):
-        values = [float(m.loss) for kind, _, m in measured if kind == name and m.loss is not None]
-        found[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
-    return found

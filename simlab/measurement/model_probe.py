@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,13 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from simlab.analysis import LAWS
-from simlab.analysis.compare import massive
-from simlab.analysis.curve import curves, with_laws
 from simlab.config import ConfigError
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
-from simlab.measurement.frame import cut, tidy
+from simlab.measurement.frame import to_frame
 from simlab.measurement.layout import Layout, blocks_at, known, unknown
 from simlab.measurement.layout_probe import LayoutProbe, first
 from simlab.measurement.statistics import STATISTICS, Step, wide
@@ -137,16 +133,11 @@ class ModelProbe:
             for found in self.probes
         ]
         measured = Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
-        frame, overflow = cut(tidy([(self.curve, self.seed, measured)], tokens * self.size[1]))
-        for row in overflow:
+        frame, _, cuts = to_frame([(self.curve, self.seed, measured)], tokens * self.size[1])
+        for row in cuts.overflow:
             place = f"sublayer {row['sublayer']} ({row['kind']})"
             warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
-        frame["massive"] = massive(frame)
-        frame[[law.column for law in LAWS.values()]] = math.nan
-        if frame.empty:
-            return frame
-        of_curve = curves(frame, self.curve, measured.gain, measured.normalises)
-        return with_laws(frame, self.curve, of_curve)
+        return frame
 
 
 def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:

@@ -1,5 +1,6 @@
 """Sweep jobs that share work: each has, to the last bit, the numbers that it has alone."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import INPUTS, SHAPE, simlab, tiny
 
 from simlab import experiment
-from simlab.experiment import measured_curves, pipeline, prepare
+from simlab.experiment import measured_curves, prepare
 from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
 from simlab.sweep import sharing
@@ -114,7 +115,7 @@ def test_the_deepest_is_measured_once(monkeypatch):
     shared = SharedCurves()
     assert [measured(depth, "norm=deepnorm") for depth in (3, 2)] == [3, 2]
     shared = SharedCurves()
-    monkeypatch.setattr(pipeline, "measure_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr("simlab.experiment.batches.measure_curves", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measured(3)
     monkeypatch.undo()
@@ -182,7 +183,8 @@ def test_engines_that_differ_by_depth_share_nothing(monkeypatch):
     def choose(model, *_):
         return ("dense", 2.0) if model.depth < 3 else ("weightless", 3.0)
 
-    monkeypatch.setattr(pipeline, "choose", choose)
+    module = importlib.import_module("simlab.experiment.prepare")  # the name is also a function's
+    monkeypatch.setattr(module, "choose", choose)
     shallow, deep, deeper = (prepare(tiny("engine=auto", f"depth={d}")) for d in (2, 3, 4))
     assert not is_prefix(shallow, deep)
     assert is_prefix(deep, deeper)

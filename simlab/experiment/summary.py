@@ -1,0 +1,99 @@
+"""What summary.json and weights.csv say of a run."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.compare import departure, sentences
+from simlab.analysis.exponents import exponents
+from simlab.analysis.resampling import Estimate, resample
+from simlab.analysis.verdict import Verdict
+from simlab.experiment.batches import Curves
+from simlab.experiment.prepare import Prepared
+from simlab.measurement.frame import Cuts
+from simlab.schemes.init import Gaussian, distribution
+from simlab.store import config_hash
+
+
+def summarise(
+    ready: Prepared,
+    measured: Curves,
+    frame: pd.DataFrame,
+    cuts: Cuts,
+    verdicts: dict[str, Verdict],
+) -> dict[str, Any]:
+    """What was run, on what, and what came out. frame: as ``to_frame`` gives it."""
+    config, depth = ready.config, ready.config.shape.depth
+    found: dict[str, Any] = {
+        "config": asdict(config),
+        "config_hash": config_hash(config),
+        "engine": config.engine if config.seeds else "dense",
+        "engines": ready.engines,
+        "engine_reason": ready.reason,
+        "device": str(ready.device),
+        "dtype": config.dtype,
+        "versions": versions(),
+        "parameters": ready.parameters,
+        "tokens": list(ready.tokens.shape),
+        "token_unit": ready.unit,
+        "seeds": list(config.seeds),
+        **(ready.checkpoint.identity() if ready.checkpoint else {}),
+        "overflow": cuts.overflow,
+        "theories": {
+            name: {law: asdict(fit) for law, fit in verdict.laws.items()}
+            for name, verdict in verdicts.items()
+        },
+        "verdict": {
+            name: {"sentence": verdict.sentence, **asdict(verdict.growth)}
+            for name, verdict in verdicts.items()
+        },
+        "lambda": {name: plain_exponents(frame, name, depth) for name in verdicts},
+    }
+    if ready.checkpoint:
+        left = departure(frame)
+        found["departure"] = asdict(left) if left else None
+        found["comparison"] = sentences(left, frame)
+    if config.gradients:
+        found |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
+    return found
+
+
+def plain_exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
+    """The exponents λ of one kind of curve, as JSON takes them."""
+    return {
+        key: asdict(value) if isinstance(value, Estimate) else value
+        for key, value in exponents(frame, name, depth).items()
+    }
+
+
+def losses(measured: Curves) -> dict[str, Any]:
+    """The next-token loss of each kind of curve, in nats: the seeds' mean with its interval."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for name, *_ in measured):
+        values = [float(m.loss) for kind, _, m in measured if kind == name and m.loss is not None]
+        found[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
+    return found
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of Python, simlab, torch and NumPy, on which a result's numbers depend."""
+    names = ("simlab", "torch", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def weight_table(ready: Prepared) -> pd.DataFrame | None:
+    """A checkpoint's tensors, each beside the std with which ``init`` would draw it."""
+    if ready.checkpoint is None or not ready.config.source.weights:
+        return None
+    frame = pd.DataFrame(ready.checkpoint.table())
+    laws = [distribution(ready.config.shape, ready.config.init, name) for name in frame["tensor"]]
+    frame["init_std"] = [law.std if isinstance(law, Gaussian) else 0.0 for law in laws]
+    return frame
