@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"  # written last: where it is, the result is whole
 PARTIAL = ".partial-"
 STALE = 3600.0  # seconds; what a killed process has left is then removed
-# Rooms (and modules at the root) that no measured number depends on, and packages that all do.
+# Rooms (and modules at the root) that no result depends on: their code isn't part of a result's key. A
+# test shows that the measuring code imports nothing from them.
 NOT_RESULTS = (
-    "report", "demo", "sweep", "regress", "run.py", "sweeper.py", "pytest_plugin.py",
+    "report", "sweep", "regress", "__main__.py", "run.py", "sweeper.py", "pytest_plugin.py",
 )  # fmt: skip
-BELOW = ("torch", "numpy")
+BELOW = ("torch", "numpy")  # packages whose versions are part of the key
 
 
 def config_hash(config: RunConfig) -> str:
@@ -48,21 +49,26 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def result_code() -> list[Path]:
+    """The source files that results depend on."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return [path for path in files if path.relative_to(root).parts[0] not in NOT_RESULTS]
+
+
 @functools.cache
 def code_hash() -> str:
-    """A hash over simlab's source and torch's and NumPy's versions: others' results are not these."""
-    root = Path(__file__).parent
+    """Part of a result's key: results of another simlab, torch or NumPy version are not reused."""
     digest = hashlib.sha256(" ".join(map(version, BELOW)).encode())
-    for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] not in NOT_RESULTS:
-            digest.update(path.read_bytes())
+    for path in result_code():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def result_key(config: RunConfig, tokens: bytes) -> str:
-    """32 hex digits that know a result: the resolved config, the token ids, and simlab's code.
+    """The key of a result, 32 hex digits over the resolved config, the token ids and simlab's code.
 
-    A checkpoint's path is in it and not its weights, which ``Results.find`` looks at.
+    A checkpoint's path is part of it and its weights are not; ``Results.find`` compares those.
     """
     digest = hashlib.sha256(f"{config_hash(config)}/{code_hash()}/".encode())
     digest.update(tokens)

@@ -1,10 +1,12 @@
 """What is kept is whole, and known by what made it."""
 
+import ast
 import dataclasses
 import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,8 @@ from conftest import tiny
 
 from simlab import store
 from simlab.store import Results, config_hash, link, read_csv, result_key, write_csv
+
+ROOT = Path(store.__file__).parent
 
 
 def fill(value):
@@ -140,3 +144,59 @@ def test_a_table_comes_back_as_it_was(tmp_path):
     found = read_csv(tmp_path / "t.csv")
     pd.testing.assert_frame_equal(found, frame, check_exact=True, check_dtype=False)
     assert found["empty"].dtype == np.float64
+
+
+def imported(path: Path) -> set[Path]:
+    """simlab's files that a file imports, wherever in it; a package is its ``__init__.py``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, path  # relative imports would be missed
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "simlab":
+                for length in range(1, len(parts) + 1):
+                    place = ROOT.parent.joinpath(*parts[:length])
+                    found |= {place.with_suffix(".py"), place / "__init__.py"}
+    return {file for file in found if file.exists()}
+
+
+def measuring_code() -> set[Path]:
+    """Everything that measuring a run imports, directly or not."""
+    found: set[Path] = set()
+    waiting = {ROOT / "experiment" / "pipeline.py"}
+    while waiting:
+        found |= waiting
+        waiting = {other for path in waiting for other in imported(path)} - found
+    return found
+
+
+def test_the_key_knows_all_code_that_measures(monkeypatch):
+    """Nothing in the import closure of the measuring code is left out of the key."""
+    measuring = measuring_code()
+    rooms = {path.relative_to(ROOT).parts[0] for path in measuring}
+    assert {"measurement", "weights", "checkpoints", "model", "analysis", "theory"} <= rooms
+    assert measuring <= set(store.result_code())
+    for room in rooms:  # and the comparison would show it
+        monkeypatch.setattr(store, "NOT_RESULTS", (room,))
+        assert not measuring <= set(store.result_code()), room
+
+
+def test_the_key_changes_with_the_code_that_measures(monkeypatch):
+    def key():
+        store.code_hash.cache_clear()
+        return store.code_hash()
+
+    before = key()
+    whole = store.result_code()
+    monkeypatch.setattr(store, "result_code", lambda: whole[1:])
+    assert key() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "version", lambda name: f"{name} 0")
+    assert key() != before
+    monkeypatch.undo()
+    assert key() == before
