@@ -1,10 +1,12 @@
-"""Shared fixtures, and the tiers of tolerance. Any other stands in its test with its reason.
+"""Shared fixtures, and the four tiers of tolerance. Any other stands in its test with its reason.
 
-- bit-equal: ``torch.equal``: same device, same operations.
+- bit-equal: ``torch.equal``, ``check_exact=True``: same device, same operations.
 - PARITY: float32, the same mathematics in another order of operations: values of order 1 after some
   hundred operations that round to 6e-8 each. torch.testing's own default has the same atol.
-- statistical: multiples of the seeds' standard error, from the number of comparisons.
-- golden, per device and dtype: none yet.
+- statistical: STANDARD_ERRORS of what is estimated. Beyond five, a right program fails one comparison
+  in two million; seeds are fixed. Where many thousands are compared, the bound follows their number.
+- GOLDEN: recorded curves (tests/baselines), relative, per dtype; a record holds for one device and
+  engine. Rounding differs between machines by a sixth of it (scripts/measure_rounding.py).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +33,8 @@ from simlab.config import RunConfig
 from simlab.config.validate import compose
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
+STANDARD_ERRORS = 5
+GOLDEN = {"float64": 1e-6, "float32": 5e-5, "float16": 5e-2, "bfloat16": 2e-1}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: together they use the cores
     torch.set_num_threads(1)
@@ -54,6 +59,7 @@ def placed(norm: str) -> list[str]:
     return [f"norm={norm}", *OWN_KEYS.get(norm, [])]
 
 
+@cache
 def tiny(*overrides: str) -> RunConfig:
     """A model of three small blocks with grouped heads, dense; overrides come on top."""
     return compose([*SHAPE, *INPUTS, "device=cpu", "engine=dense", "seeds=1", *overrides])

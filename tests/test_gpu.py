@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import STANDARD_ERRORS, tiny
 from safetensors.torch import save_file
 
 import simlab
@@ -43,8 +43,10 @@ def test_moments_on_the_gpu():
         law = distribution(config.shape, config.init, name)
         if isinstance(law, Gaussian):
             values, n = parameter.detach().double(), parameter.numel()
-            assert values.mean().abs() < 5 * law.std / n**0.5
-            assert values.std().item() == pytest.approx(law.std, rel=5 / (2 * n) ** 0.5)
+            assert values.mean().abs() < STANDARD_ERRORS * law.std / n**0.5
+            assert values.std().item() == pytest.approx(
+                law.std, rel=STANDARD_ERRORS / (2 * n) ** 0.5
+            )
             assert values.abs().max() <= 3 * law.sigma * (1 + 1e-6)
 
 
@@ -78,7 +80,7 @@ def test_cuda_and_cpu_curves_agree_in_distribution():
         means[device] = frame.groupby("sublayer")["mean_square"].agg(["mean", "sem"])
     gap = (means["cpu"]["mean"] - means["cuda"]["mean"]).abs()
     error = np.hypot(means["cpu"]["sem"], means["cuda"]["sem"])
-    assert (gap < 5 * error + 1e-6).all()
+    assert (gap < STANDARD_ERRORS * error + 1e-6).all()
 
 
 WEIGHTLESS = [
@@ -98,7 +100,7 @@ def test_weightless_curves_are_the_cpus(overrides):
         )
 
 
-def test_dense_gradients_are_autograds_on_the_gpu():
+def test_dense_gradients_match_autograd_on_the_gpu():
     config = tiny("device=cuda", "gradients=true", "init.std=0.1")
     model, ids = build_model(config), prepare(config).tokens.cuda()
     x = model.embedding(ids).detach().requires_grad_()

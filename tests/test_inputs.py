@@ -63,7 +63,7 @@ def test_shape_follows_the_text(tmp_path):
         ({"path": "/"}, "not a file"),
     ],
 )
-def test_texts_that_do_not_do(values, match):
+def test_unusable_texts(values, match):
     with pytest.raises(ConfigError, match=match):
         text(**values)
 
@@ -100,7 +100,7 @@ def test_the_checkpoints_own_tokenizer(tmp_path, tokenizer):
     assert (ready.config.inputs.batch, ready.config.inputs.length) == tuple(ready.tokens.shape)
 
 
-def test_a_tokenizers_truncation_and_padding_are_not_obeyed(tokenizer):
+def test_tokenizer_truncation_and_padding_are_ignored(tokenizer):
     own = Tokenizer.from_file(str(tokenizer))
     plain = text(prompt="The capital of France is Paris", tokenizer=tokenizer).shape
     own.enable_truncation(2)

@@ -27,7 +27,7 @@ def fill(value):
     return write
 
 
-def test_a_result_is_whole_or_not_there(tmp_path):
+def test_results_are_atomic(tmp_path):
     results = Results(tmp_path / "results")
     assert results.find("k") is None
 
@@ -47,7 +47,7 @@ def test_a_result_is_whole_or_not_there(tmp_path):
     assert results.find("k") is None
 
 
-def test_many_processes_may_keep_the_same(tmp_path):
+def test_concurrent_writes_of_one_result(tmp_path):
     results = Results(tmp_path)
     threads = [
         threading.Thread(target=lambda i=i: [results.put("k", fill(str(i))) for _ in range(20)])
@@ -69,7 +69,7 @@ def test_many_processes_may_keep_the_same(tmp_path):
     )
 
 
-def test_what_the_killed_left_goes_and_what_others_write_stays(tmp_path):
+def test_stale_partial_results_are_removed(tmp_path):
     results = Results(tmp_path)
     old, new = tmp_path / ".partial-k-1", tmp_path / ".partial-k-2"
     for folder in (old, new):
@@ -80,7 +80,7 @@ def test_what_the_killed_left_goes_and_what_others_write_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [new.name]
 
 
-def test_a_checkpoint_is_known_by_its_weights_too(tmp_path):
+def test_results_of_other_weights_are_not_found(tmp_path):
     results = Results(tmp_path)
 
     def with_weights(folder):
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_known_by_its_weights_too(tmp_path):
     assert results.find("k", lambda: "abd") is None
 
 
-def test_links_give_the_same_files_and_no_one_writes_through_them(tmp_path):
+def test_links_are_read_only(tmp_path):
     kept = Results(tmp_path / "results").put("k", fill("a"))
     link(kept, tmp_path / "job")
     link(kept, tmp_path / "job")  # again is fine
@@ -114,7 +114,7 @@ def test_links_to_another_disk_are_copies(tmp_path, monkeypatch):
     assert not (tmp_path / "job" / "curve.csv").samefile(kept / "curve.csv")
 
 
-def test_the_key_knows_what_changes_a_result_and_nothing_else():
+def test_result_key():
     config = tiny()
     changes = [
         tiny("depth=4"), tiny("seeds=2"), tiny("seed=1"), tiny("norm.eps=1e-7"),
@@ -129,7 +129,7 @@ def test_the_key_knows_what_changes_a_result_and_nothing_else():
     assert gpus[0] == gpus[1] != config_hash(config)
 
 
-def test_a_table_comes_back_as_it_was(tmp_path):
+def test_csv_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(
         {

@@ -78,7 +78,7 @@ def test_every_hidden_state(tmp_path, case):
     assert_same(tmp_path / "m", *pre_norm_states(reference, IDS))
 
 
-def test_a_wrong_scaling_would_be_seen(tmp_path):
+def test_missing_llama3_scaling_is_detected(tmp_path):
     """Negative control: the same weights without Llama 3's scaling are beyond the tolerance."""
     reference = write_olmo(tmp_path / "m", kind="Llama", rope_parameters=LLAMA3)
     states, logits = pre_norm_states(reference, IDS)
@@ -111,7 +111,7 @@ SHAPE = {
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_what_a_config_leaves_out_is_transformers_default(tmp_path, kind):
+def test_config_defaults_match_transformers(tmp_path, kind):
     from simlab.checkpoints.formats.hugging_face import read_config
 
     theirs = transformers.AutoConfig.for_model(kind, **SHAPE)
@@ -146,7 +146,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "changes", "value", "allowed"), REFUSED)
-def test_what_is_not_computed_is_refused_by_name(tmp_path, kind, changes, value, allowed):
+def test_unsupported_configs_are_refused(tmp_path, kind, changes, value, allowed):
     write_olmo(tmp_path / "m", kind=kind)
     edit_json(tmp_path / "m" / "config.json", **changes)
     with pytest.raises(ConfigError) as caught:
@@ -157,7 +157,7 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path, kind, changes, value,
     assert allowed in message, message
 
 
-def test_an_absurd_depth_costs_nothing(tmp_path):
+def test_huge_depth_is_refused(tmp_path):
     write_olmo(tmp_path / "m", kind="Olmo3")
     edit_json(tmp_path / "m" / "config.json", num_hidden_layers=10**9, layer_types=None)
     with pytest.raises(ConfigError, match="num_hidden_layers=1000000000, but the checkpoint holds"):

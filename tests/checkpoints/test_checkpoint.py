@@ -141,7 +141,7 @@ def test_key_map_is_one_to_one():
     assert len(set(KEYS.values())) == len(KEYS)
 
 
-def test_shapes_are_the_models(checkpoint):
+def test_shapes_match_the_model(checkpoint):
     import torch
 
     from simlab.model.transformer import Transformer
@@ -211,7 +211,7 @@ def test_a_hub_id_is_read_from_the_cache_offline(hub):
     assert prepare(config).config.shape.depth == 5
 
 
-def test_a_hub_id_that_cannot_be_had(hub):
+def test_missing_hub_id(hub):
     for path, revision in (("some-org/other", None), ("some-org/olmo", "nope")):
         with pytest.raises(ConfigError, match="not in the local hub cache") as caught:
             locate(path, revision)

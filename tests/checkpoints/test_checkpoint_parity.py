@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import PARITY, assert_parity, write_olmo
+from test_architectures import assert_same
 
 from simlab import build_model, compose
 from simlab.checkpoints.checkpoint import Checkpoint
@@ -60,22 +61,11 @@ def sublayer_states(reference, ids):
 def test_every_hidden_state(tmp_path, case):
     reference = write_olmo(tmp_path / "m", **{"kind": "Olmo2", **CASES[case]})
     ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
-    states, logits = sublayer_states(reference, ids)
-    config = compose(["source=checkpoint", f"source.path={tmp_path / 'm'}", "device=cpu"])
-    model = build_model(config)
-    ours = [model.embedding(ids)]
-    with torch.no_grad():
-        for block in model.blocks:
-            for _, step in block.steps():
-                ours.append(step(ours[-1]))
-        assert len(ours) == len(states)
-        for sublayer, (a, b) in enumerate(zip(ours, states, strict=True)):
-            assert_parity(a, b, f"sublayer {sublayer}")
-        assert_parity(model(ids), logits, "logits")
+    assert_same(tmp_path / "m", *sublayer_states(reference, ids), ids)
 
 
 @pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn"])
-def test_the_engine_measures_those_states(tmp_path, case):
+def test_engine_measures_every_state(tmp_path, case):
     reference = write_olmo(tmp_path / "m", **{"kind": "Olmo2", **CASES[case]})
     ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
     states, _ = sublayer_states(reference, ids)
@@ -96,7 +86,7 @@ def test_the_engine_measures_those_states(tmp_path, case):
             torch.testing.assert_close(values[name], value.item(), **PARITY)
 
 
-def test_depth_and_wrong_norm_would_be_seen(tmp_path):
+def test_wrong_eps_is_detected(tmp_path):
     """Negative control: a norm's eps off by a factor is beyond the tolerance."""
     reference = write_olmo(tmp_path / "m")
     ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))

@@ -134,7 +134,7 @@ def test_parameters_and_a_shared_storage_in_a_pickle(tmp_path, olmo2):
     Checkpoint(str(tmp_path / "m"))  # with tying the head is not read
 
 
-def test_a_swapped_gate_would_be_seen(tmp_path, olmo2):
+def test_swapped_gate_is_detected(tmp_path, olmo2):
     """Negative control: (gate, up) instead of (up, gate) is beyond the tolerance."""
     tensors = fused(olmo2)
     name = "transformer.blocks.2.ff_proj.weight"
@@ -212,7 +212,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "value", "allowed"), REFUSED)
-def test_what_is_not_computed_is_refused_by_name(tmp_path, olmo2, changes, value, allowed):
+def test_unsupported_configs_are_refused(tmp_path, olmo2, changes, value, allowed):
     write_legacy(tmp_path / "m", fused(olmo2), OLMO2 | changes, "pt")
     with pytest.raises(ConfigError) as caught:
         Checkpoint(str(tmp_path / "m"))
@@ -222,14 +222,14 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path, olmo2, changes, value
     assert allowed in message, message
 
 
-def test_the_format_before_torch_1_6_is_named(tmp_path, olmo2):
+def test_format_before_torch_1_6_is_refused(tmp_path, olmo2):
     write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
     torch.save(fused(olmo2), tmp_path / "m" / "model.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ConfigError, match=r"from before version 1\.6"):
         Checkpoint(str(tmp_path / "m"))
 
 
-def test_numbers_as_people_write_them(tmp_path, olmo2):
+def test_yaml_numbers_in_exponent_notation(tmp_path, olmo2):
     """1e-6 is text to YAML 1.1, and a number to the trainer."""
     write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
     path = tmp_path / "m" / "config.yaml"

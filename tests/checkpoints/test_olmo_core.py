@@ -109,7 +109,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("key", "value", "part"), REFUSED)
-def test_what_is_not_computed_is_refused_by_name(olmo2, key, value, part):
+def test_unsupported_configs_are_refused(olmo2, key, value, part):
     model = model_config(olmo2)
     put(model, key, value)
     edit_json(olmo2 / "config.json", model=model)
@@ -142,6 +142,7 @@ os._exit(0)  # gloo's threads may outlive the group and abort
 """
 
 
+@pytest.mark.slow
 def test_shards_of_two_processes(olmo2, tmp_path, written):
     """Written by torch.distributed.checkpoint itself, rows or columns of each tensor in two files."""
     from safetensors.torch import save_file
@@ -217,7 +218,7 @@ def test_compressed_chunks_are_refused(olmo2):
         Checkpoint(str(olmo2))
 
 
-def test_chunks_that_share_bytes_are_refused_before_any_is_read(olmo2, monkeypatch):
+def test_overlapping_chunks_are_refused(olmo2, monkeypatch):
     """Else a few megabytes could name one archive ten thousand times."""
     path = olmo2 / "model_and_optim" / ".metadata"
     metadata = pickle.loads(path.read_bytes())

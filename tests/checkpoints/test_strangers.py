@@ -42,6 +42,7 @@ def write(kind, folder, scratch, written):
         (folder / "generation_config.json").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_mutations(tmp_path, written, kind):
     write(kind, tmp_path / "original", tmp_path / "scratch", written)
@@ -63,14 +64,14 @@ def test_mutations(tmp_path, written, kind):
 
 
 @pytest.mark.parametrize("name", [name for name in evil("x") if name.startswith("runs")])
-def test_python_itself_would_run_them(tmp_path, name):
+def test_evil_pickles_run_in_plain_pickle(tmp_path, name):
     """Negative control: plain pickle executes what our reader refuses."""
     marker = tmp_path / "marker"
     pickle.loads(evil(marker)[name])
     assert marker.exists()
 
 
-def test_the_harness_sees_what_it_is_for(tmp_path, monkeypatch):
+def test_harness_reports_failures(tmp_path, monkeypatch):
     """Negative control: another exception, a message of two lines and a new file are failures."""
     import strangers
 

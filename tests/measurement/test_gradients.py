@@ -52,7 +52,7 @@ def agree(column, values, truth, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("norm", sorted(PLACEMENTS))
-def test_dense_gradients_are_autograds(norm, monkeypatch):
+def test_dense_gradients_match_autograd(norm, monkeypatch):
     """At every sublayer. Sequences pass two at a time, and the head in parts."""
     monkeypatch.setattr(RandomWeights, "tokens_at_once", 22)
     monkeypatch.setattr("simlab.weights.base.COLUMNS_AT_ONCE", 40)
@@ -83,7 +83,7 @@ def test_variants(overrides):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
-def test_a_checkpoints_gradients_are_those_of_transformers(tmp_path, changes):
+def test_checkpoint_gradients_match_transformers(tmp_path, changes):
     """transformers' own loss and autograd, at the embedding and after every block."""
     reference = write_olmo(tmp_path / "m", **changes)
     ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_a_checkpoints_gradients_are_those_of_transformers(tmp_path, changes):
             assert found[column] == pytest.approx(truth[0], rel=1e-4, abs=1e-7), column
 
 
-def test_the_gradient_is_a_derivative():
+def test_gradient_matches_finite_difference():
     """Against a finite difference of the loss along one direction at the embedding, in float64."""
     config = tiny("gradients=true", "init.std=0.1")
     model, ids = build_model(config).double(), prepare(config).tokens
@@ -140,14 +140,14 @@ def test_half_precision_follows_float32(engine, dtype):
     np.testing.assert_allclose(half["gradient_rms"], full["gradient_rms"], rtol=0.05)
 
 
-def test_an_overflow_leaves_no_gradient():
+def test_no_gradients_after_an_overflow():
     result = run(tiny("dtype=float16", "norm=none", "init.std=3", "depth=6", "gradients=true"))
     assert result.summary["overflow"]
     assert result.curve["gradient_rms"].isna().all()
     assert result.summary["gradient_overflow"] == []
 
 
-def test_a_gradient_that_overflows_is_named():
+def test_gradient_overflow_is_reported():
     """Without norms and in half precision the gradient can leave the range where the stream doesn't."""
     config = tiny("dtype=float16", "norm=pre", "init.std=2", "depth=12", "gradients=true")
     result = run(config)
@@ -173,7 +173,7 @@ def test_gradients_do_not_change_the_forward():
 
 
 @pytest.mark.parametrize("engine", ["dense", "weightless"])
-def test_the_loss_at_init_in_closed_form(engine):
+def test_loss_at_init(engine):
     """Logits of a normed stream are N(0, dσ²): the loss is ln V + dσ²/2, and its own spread known."""
     overrides = ["width=512", "d_ff=64", "vocab_size=20000", "init.std=0.03", "init.truncate=null"]
     config = tiny("depth=1", "heads=4", "kv_heads=4", *overrides, "gradients=true", "seeds=12",

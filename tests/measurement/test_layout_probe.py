@@ -56,7 +56,7 @@ def own_by_hand(model, how, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("how", OWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_layout_of_your_own(how, dtype):
+def test_custom_layouts(how, dtype):
     model = perturbed(Own(how)).to(dtype)
     frame = probe(model, IDS, layout=Layout("h", OWN[how])).rows()
     expected = own_by_hand(model, how, IDS)
@@ -64,7 +64,7 @@ def test_a_layout_of_your_own(how, dtype):
     assert frame["attention_entropy"].iloc[1] > 0
 
 
-def test_simlabs_own_model_through_a_layout():
+def test_own_model_through_a_layout():
     """The two probes have nothing in common but the reducer."""
     config = tiny("init.std=0.1")
     names = [("attention", "mlp"), ("mlp", None)]
@@ -81,7 +81,7 @@ def test_simlabs_own_model_through_a_layout():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_layout_is_refused(kind):
+def test_wrong_layouts_are_refused(kind):
     """Each family's layout is wrong for the other two."""
     model = theirs(kind)
     right = KNOWN[f"{kind}DecoderLayer"]
@@ -113,7 +113,7 @@ def test_other_wrong_layouts():
         Layout("h", (Sublayer("attention", raw="attn"), mlp))
 
 
-def test_a_scaled_residual_is_refused():
+def test_scaled_residuals_are_refused():
     config = transformers.GraniteConfig(**SHAPE, residual_multiplier=0.22)
     model = perturbed(transformers.GraniteForCausalLM(config))
     message = refused(model, layout=Layout("model.layers", PRE))
@@ -143,7 +143,7 @@ def test_an_unknown_model():
     assert "no decoder layers of a known class in Linear; known" in refused(nn.Linear(2, 2))
 
 
-def test_models_that_cant_be_told_apart():
+def test_ambiguous_models():
     two = nn.ModuleDict({"a": theirs("Llama"), "b": theirs("Llama")})
     assert "decoder layers at a.model.layers, b.model.layers" in refused(two)
     model = perturbed(Own())
@@ -151,7 +151,7 @@ def test_models_that_cant_be_told_apart():
     assert "h holds a block more than once" in refused(model, layout=Layout("h", GPT2))
 
 
-def test_norms_that_are_told_apart_by_what_they_do():
+def test_norms_are_recognised_by_their_output():
     x = torch.randn(2, 5, 32, dtype=torch.float64) + 0.5
     layer, rms = nn.LayerNorm(32, eps=0.03).double(), nn.RMSNorm(32, eps=0.03).double()
     for norm in (layer, rms):

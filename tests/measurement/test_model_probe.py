@@ -74,7 +74,7 @@ def by_hand(model, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [*KINDS, *SAME])
-def test_rows_against_the_layers_own_submodules(kind):
+def test_rows_match_layer_submodules(kind):
     model = theirs(kind)
     frame, expected = probe(model, IDS).rows(), by_hand(model, IDS)
     assert_same(frame, expected, expected.columns.drop("kind"))
@@ -86,7 +86,7 @@ def test_rows_against_the_layers_own_submodules(kind):
     assert frame["attention_max_logit"].isna().all()
 
 
-def test_olmo2_against_the_engine_on_the_same_checkpoint(tmp_path):
+def test_olmo2_rows_match_the_engine(tmp_path):
     model = write_olmo(tmp_path / "olmo")
     config = compose(
         ["source=checkpoint", f"source.path={tmp_path / 'olmo'}", "seeds=0", "inputs.batch=3",
@@ -100,7 +100,7 @@ def test_olmo2_against_the_engine_on_the_same_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_simlabs_own_model_gives_the_engines_rows(placement):
+def test_own_model_rows_match_the_engine(placement):
     config = tiny(*placed(placement), "init.std=0.1")
     engine = run(config).curve
     ids = prepare(config).tokens
@@ -120,7 +120,7 @@ def test_bare_models(kind, head):
     assert len(probe(model, IDS).rows()) == 7
 
 
-def test_the_text_half_of_a_multimodal_model():
+def test_multimodal_text_model():
     vision = {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
@@ -154,7 +154,7 @@ def test_outputs_and_gradients_are_bit_equal(kind, dtype):
     assert gains.notna().all()  # the norms are recognised in bfloat16 too
 
 
-def test_hooks_go_on_an_exception_and_modes_come_back():
+def test_hooks_and_modes_are_restored_after_exceptions():
     model = theirs("Llama", attention_dropout=0.5)
     rows = probe(model, IDS).rows()
     pd.testing.assert_frame_equal(probe(model.train(), IDS).rows(), rows)
@@ -183,7 +183,7 @@ def test_batches_are_of_one_curve():
     assert_same(found.rows(), once, once.columns.drop(["curve", "kind"]))
 
 
-def test_what_a_backward_runs_again_is_not_counted():
+def test_recomputed_activations_count_once():
     model = theirs("Llama").train()
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable()
@@ -193,7 +193,7 @@ def test_what_a_backward_runs_again_is_not_counted():
 
 
 @pytest.mark.parametrize("how", ["transformers", "layout", "simlab"])
-def test_no_stream_is_kept(how):
+def test_probes_keep_no_tensors(how):
     model, layout = {
         "transformers": lambda: (theirs("Gemma2"), None),
         "layout": lambda: (perturbed(Own("post")), Layout("h", POST)),
@@ -204,7 +204,7 @@ def test_no_stream_is_kept(how):
         assert held == [{}, None]
 
 
-def test_batches_that_are_refused():
+def test_refused_batches():
     model = theirs("Llama")
     mask = torch.ones_like(IDS)
     assert len(probe(model, {"input_ids": IDS, "attention_mask": mask}).rows()) == 7
@@ -227,7 +227,7 @@ def test_batches_that_are_refused():
     assert "gets a tensor of shape (3, 32)" in refused(own, layout=Layout("h", GPT2))
 
 
-def test_an_overflow_ends_the_curve_with_a_warning():
+def test_overflow_warns():
     model = theirs("Llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
@@ -243,7 +243,7 @@ def test_import_is_late():
     assert callable(simlab.probe)
 
 
-def test_the_readme(capsys):
+def test_readme_examples(capsys):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     section = readme.split("## Your own model\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.S)

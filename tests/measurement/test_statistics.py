@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, tiny, write_olmo
+from conftest import PARITY, STANDARD_ERRORS, tiny, write_olmo
 
 from simlab import build_model
 from simlab.checkpoints.checkpoint import Checkpoint
@@ -60,7 +60,9 @@ def test_kurtosis():
     assert value("kurtosis", Step(after=x)) == pytest.approx(by_hand.mean().item(), rel=SINGLE)
     gaussian = torch.randn(4, 50, 4000, generator=torch.Generator().manual_seed(1)).double()
     # An entry's kurtosis estimate from d draws has std √(24/d); 200 tokens.
-    assert value("kurtosis", Step(after=gaussian)) == pytest.approx(3, abs=5 * (24 / 8e5) ** 0.5)
+    assert value("kurtosis", Step(after=gaussian)) == pytest.approx(
+        3, abs=STANDARD_ERRORS * (24 / 8e5) ** 0.5
+    )
     spike = torch.zeros(1, 3, 40, dtype=torch.float64)
     spike[..., 7] = -2.0
     assert value("kurtosis", Step(after=spike)) == pytest.approx(40)
@@ -84,7 +86,7 @@ def test_gains():
     assert value("gain_max_abs", step) == 3.0
 
 
-def test_batches_of_tokens_make_no_difference():
+def test_statistics_do_not_depend_on_batches():
     """What is reduced is the whole batch, however many sequences pass at a time."""
     x = stream(b=5)
     for name, statistic in STATISTICS.items():
@@ -106,7 +108,7 @@ def eager(tmp_path, **changes):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_attention_is_that_of_transformers(tmp_path, window):
+def test_attention_statistics_match_transformers(tmp_path, window):
     """Entropy and the weight on position 0, at every layer, grouped heads, with a window too."""
     kinds = ["sliding_attention", "full_attention", *["sliding_attention"] * 3]
     changes = {"kind": "Olmo3", "sliding_window": window, "layer_types": kinds} if window else {}
@@ -143,7 +145,7 @@ def test_the_largest_logit(monkeypatch):
     torch.testing.assert_close(alike["entropy"][0], torch.arange(1, 10).float().log())
 
 
-def test_attention_at_init_has_the_entropy_of_gaussian_logits():
+def test_attention_entropy_at_init():
     """With QK-norm logits are N(0, 1): of many tokens in sight, ln n − ½ is the weights' entropy.
 
     For weights e^z/Σe^z the entropy is ln Σe^z − Σz e^z/Σe^z → ln n + ½ − 1.
@@ -156,7 +158,7 @@ def test_attention_at_init_has_the_entropy_of_gaussian_logits():
     assert found == pytest.approx(np.log(n).mean() - 0.5, abs=0.06)  # few tokens in sight early on
 
 
-def test_a_probed_model_computes_the_same():
+def test_probed_model_is_unchanged():
     """The attention's own hook changes nothing either."""
     config = tiny("inputs.batch=2")
     model, ids = build_model(config), prepare(config).tokens
@@ -168,7 +170,7 @@ def test_a_probed_model_computes_the_same():
     assert last == x.double().norm(dim=-1).mean().item()
 
 
-def test_a_dot_product_says_nothing_of_an_overflow():
+def test_dot_does_not_warn_of_overflow():
     """The curve does; NumPy's warning would stand between a run's lines."""
     x = torch.tensor([[torch.inf, 1.0], [3e38, 3e38], [1.0, 2.0]])
     y = torch.tensor([[0.0, 1.0], [3e38, 3e38], [3.0, 4.0]])

@@ -161,7 +161,7 @@ def test_attention_output_mean_square_at_init():
     assert sum(m) / seeds == pytest.approx(expected, rel=0.1)
 
 
-def test_a_checkpoints_window_is_used(tmp_path):
+def test_checkpoint_window_is_used(tmp_path):
     """Negative control for the parity tests: without the window OLMo-3's states differ."""
     write_olmo(tmp_path / "m", kind="Olmo3", sliding_window=4)
     model = build_model(compose(["source=checkpoint", f"source.path={tmp_path / 'm'}"]))

@@ -112,7 +112,7 @@ def test_every_placement_has_a_formula_here():
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_resid_after_is_resid_before_plus_branch(placement):
+def test_residual_add_is_exact(placement):
     """At every add, bit for bit; and no parameter is left out of what the placement computes."""
     model = with_random_gains(build_model(tiny(*placed(placement), "init.std=0.1")))
     seen = []
@@ -173,7 +173,7 @@ def test_deepnorm_scales_its_init():
         assert stds[role].sigma == 0.02
 
 
-def test_swin_gain_zero_is_the_identity_network():
+def test_swin_gain_zero_is_the_identity():
     """SwinV2's public code starts its gains at 0; a re-norm then still acts on the stream."""
     model = build_model(tiny("norm=swin_renorm", "norm.gain=0", "depth=3"))
     ids = torch.arange(11)[None]

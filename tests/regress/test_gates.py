@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import GOLDEN
 
 from simlab.analysis.verdict import ROUNDING
 from simlab.experiment import run
@@ -41,6 +42,10 @@ def from_sublayer(frame, k, column, change):
     rows = frame["sublayer"] >= k
     frame.loc[rows, column] = change(frame.loc[rows, column])
     return frame
+
+
+def test_tolerance_is_golden():
+    assert RTOL == GOLDEN
 
 
 def test_the_same_curves_pass(recorded):
@@ -148,7 +153,7 @@ def test_gradients_begin_at_the_loss():
     assert first(rows, ["gradient_norm", "norm", "cosine"]) == 3
 
 
-def test_blame_of_rows_that_say_it_themselves(recorded):
+def test_blame_by_kind_or_quantity(recorded):
     row = recorded.iloc[4]
     assert blame(recorded, row.replace({"mlp": "renorm"}), ["norm"], DTYPE) == "norm"
     assert blame(recorded, recorded.iloc[0], ["norm"], DTYPE) == "embedding"

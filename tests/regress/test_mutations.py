@@ -12,7 +12,7 @@ from mutations import MUTATIONS, NO_MISTAKE, SETTINGS, Edit, Mutation, applied
 
 from simlab.model.placement import ResidualAdd
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def named(mutation):
@@ -39,7 +39,7 @@ def test_the_right_model_agrees_with_transformers():
     assert not parity(None)
 
 
-def test_an_edit_that_is_no_mistake_is_not_seen():
+def test_equivalent_edit_passes():
     """RoPE's positions counted from 1."""
     assert judged(NO_MISTAKE)["statistical"].passed
     assert not parity(NO_MISTAKE)
@@ -52,7 +52,7 @@ def test_the_catalogue():
     assert sum(not mutation.shifts for mutation in MUTATIONS) > 5
 
 
-def test_a_mistake_ends_with_its_block():
+def test_mutation_is_undone():
     add, x = ResidualAdd(), torch.ones(3)
     twice = Mutation("", "", (Edit(ResidualAdd.forward, "skip + branch", "skip + 2 * branch"),))
 
@@ -68,7 +68,7 @@ def test_a_mistake_ends_with_its_block():
     assert torch.equal(add(x, x), 2 * x)
 
 
-def test_an_edit_of_what_is_not_there_is_an_error():
+def test_stale_edits_are_errors():
     for words in ("skip * branch", "branch"):  # not at all, and more than once
         stale = Mutation("", "", (Edit(ResidualAdd.forward, words, ""),))
         with pytest.raises(ValueError, match="not once"), applied(stale):

@@ -31,7 +31,7 @@ def suite(pytester, example, monkeypatch):
     return run
 
 
-def test_the_readme_example(suite, pytester):
+def test_readme_example(suite, pytester):
     outcomes, said = suite()
     assert outcomes == {"failed": 2}
     assert "recorded for the first time, look at it and commit it" in said
@@ -115,7 +115,7 @@ def test_basename(growth_regression):
     pytester.runpytest_subprocess("-q").assert_outcomes(passed=6)
 
 
-def test_what_would_pass_unseen(pytester):
+def test_records_that_do_not_match(pytester):
     """A record of more curves, of another dtype, and names that two checks would share."""
     path = pytester.makepyfile(
         test_own=SMALL
@@ -164,7 +164,7 @@ def test_elsewhere(growth_regression):
     assert "was recorded with float32" in said
 
 
-def test_the_plugin_is_light(pytester):
+def test_plugin_imports_nothing_heavy(pytester):
     """It is imported by every pytest session of its environment."""
     pytester.makepyfile(
         """

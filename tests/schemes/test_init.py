@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import STANDARD_ERRORS, tiny
 
 from simlab import build_model
 from simlab.model.mlp import MLPS
@@ -72,21 +72,23 @@ def test_measured_moments_match_the_table(rule):
             assert (values == law.value).all()
             continue
         n = len(values)
-        assert values.mean().abs() < 5 * law.std / math.sqrt(n), name
-        assert values.std().item() == pytest.approx(law.std, rel=5 / math.sqrt(2 * n)), name
+        assert values.mean().abs() < STANDARD_ERRORS * law.std / math.sqrt(n), name
+        assert values.std().item() == pytest.approx(
+            law.std, rel=STANDARD_ERRORS / math.sqrt(2 * n)
+        ), name
         if law.truncate is not None:
             assert values.abs().max() <= law.truncate * law.sigma * (1 + 1e-6), name
         elif n > 10_000:
             assert values.abs().max() > 3.2 * law.sigma, name
 
 
-def test_the_truncation_would_be_missed_without_its_factor():
+def test_truncation_factor_is_detected():
     """Negative control: the moments tell 0.02 from 0.986578 · 0.02."""
     values = build_model(tiny("vocab_size=20000")).embedding.weight.detach().double().flatten()
-    assert abs(values.std().item() / 0.02 - 1) > 5 / math.sqrt(2 * len(values))
+    assert abs(values.std().item() / 0.02 - 1) > STANDARD_ERRORS / math.sqrt(2 * len(values))
 
 
-def test_the_draws_are_truncated_normal():
+def test_draws_are_truncated_normal():
     """Kolmogorov–Smirnov against the truncated normal's distribution function, and a control."""
     values = build_model(tiny("vocab_size=20000")).embedding.weight.detach().double().flatten()
     z, n = (values / 0.02).sort().values, values.numel()

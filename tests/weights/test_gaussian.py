@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import STANDARD_ERRORS, tiny
 from torch import nn
 
 from simlab.config.validate import compose
@@ -78,14 +78,14 @@ def test_factor(case):
     assert torch.equal(lower, lower.tril())
 
 
-def test_factor_of_what_is_not_finite():
+def test_factor_of_nan():
     x = tokens("generic")
     x[2, 3] = torch.nan
     assert factor(gram(x[None]))[1].isnan().any()
 
 
 @pytest.mark.parametrize("case", GRAMS)
-def test_outputs_have_the_covariance_of_the_inputs(case):
+def test_output_covariance(case):
     """Columns are independent: Σ_c y_sc·y_tc / count is σ²·x_s·x_t to five standard errors."""
     x, count, std = tokens(case), 100_000, 0.3
     (layer,) = layers(normals(0), (x.shape[1], count), std=std)
@@ -94,7 +94,7 @@ def test_outputs_have_the_covariance_of_the_inputs(case):
     expected = std**2 * wide @ wide.T
     power = expected.diagonal()
     error = ((power[:, None] * power + expected**2) / count).sqrt()
-    assert ((y @ y.T / count - expected).abs() <= 5 * error).all()
+    assert ((y @ y.T / count - expected).abs() <= STANDARD_ERRORS * error).all()
 
 
 def test_repeated_tokens_get_the_same_output():
@@ -107,7 +107,7 @@ def test_repeated_tokens_get_the_same_output():
 
 
 @pytest.mark.parametrize("case", GRAMS)
-def test_backward_is_of_the_matrix_that_the_forward_showed(case):
+def test_backward_is_consistent_with_forward(case):
     """GW·Xᵀ = G·(XWᵀ)ᵀ whatever W is: dX Xᵀ = Σ G_i Y_iᵀ, for layers that share their input."""
     x = tokens(case).requires_grad_()
     made = layers(normals(1), (x.shape[1], 30), (x.shape[1], 9))
@@ -122,7 +122,7 @@ def test_backward_is_of_the_matrix_that_the_forward_showed(case):
 
 
 @pytest.mark.parametrize("case", ["generic", "repeated", "at_the_jitter", "tall"])
-def test_forward_and_backward_have_the_joint_covariance(case):
+def test_joint_covariance(case):
     """(Y, GW) for a fixed G over 8000 draws: every second moment, against σ² and X, G alone."""
     draws, std, d_out = 8000, 0.5, 3
     x = tokens(case, n=4, d=6)
@@ -149,10 +149,10 @@ def test_forward_and_backward_have_the_joint_covariance(case):
     error = ((power[:, None] * power + expected**2) / draws).sqrt()
     seen = sample.T @ sample / draws
     assert ((seen - expected).abs() <= 5.5 * error + 1e-9).all()  # about 500 comparisons
-    assert (sample.mean(0).abs() <= 5 * (power / draws).sqrt()).all()
+    assert (sample.mean(0).abs() <= STANDARD_ERRORS * (power / draws).sqrt()).all()
 
 
-def test_a_wide_batch_draws_the_weights_themselves():
+def test_more_tokens_than_dimensions():
     """N ≥ d: the map is linear with one W, and its gradient is that W's."""
     x = tokens("generic", n=30, d=8).requires_grad_()
     (layer,) = layers(normals(3), (8, 5))
@@ -166,7 +166,7 @@ def test_a_wide_batch_draws_the_weights_themselves():
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("norm", ["reordered", "deepnorm"])
-def test_stds_are_those_of_the_weights_that_dense_draws(rule, norm):
+def test_stds_match_dense_weights(rule, norm):
     """Truncation included: measured on the drawn matrices, to five standard errors."""
     config = tiny(f"init={rule}", f"norm={norm}", "width=96", "d_ff=160")
     weightless = GaussianWeights(config.shape, config.init, 0).block(2, CPU, torch.float32)
@@ -178,11 +178,11 @@ def test_stds_are_those_of_the_weights_that_dense_draws(rule, norm):
     for name, linear in linears.items():
         weight = matrices[name].weight
         assert (linear.d_out, linear.d_in) == weight.shape
-        sure = 5 / math.sqrt(2 * weight.numel())
+        sure = STANDARD_ERRORS / math.sqrt(2 * weight.numel())
         assert linear.std == pytest.approx(weight.std().item(), rel=sure)
 
 
-def test_gains_and_embedding_are_the_dense_ones():
+def test_gains_and_embedding_match_dense():
     config = tiny("norm.gain=0.3")
     both = [w(config.shape, config.init, 4) for w in (RandomWeights, GaussianWeights)]
     ids = torch.tensor([[3, 96, 3]])
@@ -203,8 +203,8 @@ def test_normals_depend_on_seed_and_key_alone():
     assert not torch.equal(a, b)
     assert not torch.equal(normals(6)("a", shape, CPU), a)
     assert torch.equal(second("a", (35, 1000), CPU), a[:, :35])  # fewer tokens: the first of them
-    assert a.mean().abs() < 5 / math.sqrt(a.numel())
-    assert a.std().item() == pytest.approx(1, rel=5 / math.sqrt(2 * a.numel()))
+    assert a.mean().abs() < STANDARD_ERRORS / math.sqrt(a.numel())
+    assert a.std().item() == pytest.approx(1, rel=STANDARD_ERRORS / math.sqrt(2 * a.numel()))
 
 
 @pytest.mark.parametrize("case", ["generic", "tall"])
@@ -236,7 +236,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_a_tied_head_knows_the_rows_that_the_tokens_showed(rule):
+def test_tied_head_uses_the_shown_rows(rule):
     """Its logits for them are the embedding's, to rounding; the rest have the embedding's std."""
     config = compose(
         ["depth=1", "width=64", "heads=2", "kv_heads=2", "d_ff=32", "vocab_size=5000",
@@ -254,4 +254,4 @@ def test_a_tied_head_knows_the_rows_that_the_tokens_showed(rule):
     torch.testing.assert_close(logits.gather(1, targets[:, None])[:, 0], expected)
     std = logits[:, 10:].std(1) / x[0].detach().norm(dim=1)
     law = distribution(config.shape, config.init, "embedding.weight")
-    assert np.allclose(std, law.std, rtol=5 / math.sqrt(2 * 4990))
+    assert np.allclose(std, law.std, rtol=STANDARD_ERRORS / math.sqrt(2 * 4990))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from conftest import STANDARD_ERRORS
 
 from simlab.weights.rng import PIECE, draw
 
@@ -22,7 +23,7 @@ def test_moments():
     z = sample()
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         error = math.sqrt(variance / COUNT)
-        assert abs(z.pow(power).mean().item() - mean) < 5 * error, power
+        assert abs(z.pow(power).mean().item() - mean) < STANDARD_ERRORS * error, power
 
 
 def test_tails_on_both_sides():
@@ -30,7 +31,7 @@ def test_tails_on_both_sides():
     for edge in (0.01, 0.5, 1, 2, 3, 4, 4.5):
         expected = COUNT * math.erfc(edge / math.sqrt(2)) / 2
         for found in ((z > edge).sum().item(), (z < -edge).sum().item()):
-            assert abs(found - expected) < 5 * math.sqrt(expected), edge
+            assert abs(found - expected) < STANDARD_ERRORS * math.sqrt(expected), edge
     assert z.isfinite().all()
     assert z.abs().max() < math.sqrt(64 * math.log(2))
 
@@ -45,17 +46,17 @@ def test_the_distribution_function():
     assert math.sqrt(COUNT) * np.abs(rank - wide).max() > 2.23
 
 
-def test_what_comes_from_one_word_is_independent():
+def test_pairs_of_normals_are_independent():
     """The cosine's and the sine's z: products, products of squares; neighbours; other pieces."""
     z = sample().view(-1, PIECE)
     first, second = z[:, : PIECE // 2].flatten(), z[:, PIECE // 2 :].flatten()
-    assert abs((first * second).mean()) < 5 / math.sqrt(len(first))
+    assert abs((first * second).mean()) < STANDARD_ERRORS / math.sqrt(len(first))
     squares = (first.square() - 1) * (second.square() - 1)
-    assert abs(squares.mean()) < 5 * 2 / math.sqrt(len(first))
+    assert abs(squares.mean()) < STANDARD_ERRORS * 2 / math.sqrt(len(first))
     flat = z.flatten()
-    assert abs((flat[1:] * flat[:-1]).mean()) < 5 / math.sqrt(COUNT)
-    assert abs((z[0] * z[1]).mean()) < 5 / math.sqrt(PIECE)
-    assert abs((sample(3)[:PIECE] * sample(4)[:PIECE]).mean()) < 5 / math.sqrt(PIECE)
+    assert abs((flat[1:] * flat[:-1]).mean()) < STANDARD_ERRORS / math.sqrt(COUNT)
+    assert abs((z[0] * z[1]).mean()) < STANDARD_ERRORS / math.sqrt(PIECE)
+    assert abs((sample(3)[:PIECE] * sample(4)[:PIECE]).mean()) < STANDARD_ERRORS / math.sqrt(PIECE)
 
 
 def test_lengths_and_repeats():
