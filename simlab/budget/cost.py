@@ -21,10 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simlab.budget.machine import Rates, calibrate
+from simlab.budget.trace import trace
 from simlab.config import ModelConfig, RunConfig
+from simlab.model.describe import describe
 from simlab.weights.base import Weights
 from simlab.weights.dense import FEW
-from simlab.weights.weightless import together, widest
+from simlab.weights.weightless import together
 
 # What one random number costs in float32 operations: of a dense weight, of a weightless normal. CPU:
 # scripts/benchmark.py crossover. CUDA draws weights on the device but normals on the CPU; these two
@@ -44,14 +46,8 @@ class Cost:
 
 
 def groups(model: ModelConfig, gradients: bool) -> list[tuple[int, int, list[int]]]:
-    """How often, d_in and the d_outs of the matrices that share an input."""
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    block = [
-        (model.depth, model.width, [q, kv, kv]),
-        (model.depth, q, [model.width]),
-        (model.depth, model.width, [model.d_ff, model.d_ff]),
-        (model.depth, model.d_ff, [model.width]),
-    ]
+    """How often, d_in and the d_outs of the matrices that share an input; with gradients the head's."""
+    block = [(model.depth, d_in, d_outs) for d_in, d_outs in describe(model).groups]
     return [*block, (1, model.width, [model.vocab_size])] if gradients else block
 
 
@@ -152,11 +148,6 @@ class Curve:
         )
 
     @property
-    def widest(self) -> int:
-        """Entries of a token's largest activation."""
-        return widest(self.model, self.gradients)
-
-    @property
     def batch_seeds(self) -> int:
         """How many of the seeds pass through the blocks as one batch."""
         if not self.weightless:
@@ -176,16 +167,6 @@ class Curve:
     def computing(self) -> int:
         """Threads that torch multiplies with."""
         return self.threads if self.device != "cpu" else self.threads - self.drawing
-
-    @property
-    def heads_dim(self) -> tuple[int, int]:
-        """Width of all query heads and of all key heads."""
-        return self.model.heads * self.model.head_dim, self.model.kv_heads * self.model.head_dim
-
-    @property
-    def layers(self) -> list[tuple[int, int]]:
-        """d_in and d_out of a block's matrices."""
-        return [(d_in, d_out) for _, d_in, d_outs in groups(self.model, False) for d_out in d_outs]
 
     @property
     def stream(self) -> int:
@@ -213,17 +194,20 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     model, n = curve.model, curve.tokens
     rates = rates or calibrate(curve.dtype, curve.device)
     counted = costs(model, n, curve.gradients)["weightless" if curve.weightless else "dense"]
-    matrices = sum(d_in * d_out for d_in, d_out in curve.layers)
-    (q, _), d = curve.heads_dim, model.width
+    d, queries = model.width, model.heads * model.head_dim
     there, back = 1, 2 * curve.gradients  # the backward runs every block again
     rows = max(1, FEW // d)  # of the embedding, drawn for one token's sake
     numbers = WEIGHT * min(n * rows, model.vocab_size) * d
-    entries = model.depth * n * (d * 2 * STEP_PASSES + 10 * q + 5 * model.d_ff) * (there + back)
+    written = trace(model, curve.dtype, curve.gradients).written
+    entries = model.depth * n * (d * 2 * STEP_PASSES + written) * (there + back)
     entries += model.depth * n * curve.length * model.heads * ATTENTION_PASSES
     entries += n * model.vocab_size * LOGIT_PASSES * curve.gradients
-    operations = model.depth * n * curve.length * q * (4 + 3 * back)  # the causal half of each
+    operations = (
+        model.depth * n * curve.length * queries * (4 + 3 * back)
+    )  # the causal half of each
     if curve.stored:
-        entries += 2 * model.depth * matrices * (there + back)  # widened and hashed
+        # Widened and hashed.
+        entries += 2 * model.depth * describe(model).entries * (there + back)
         numbers = 0
     else:
         numbers += counted.numbers * (NORMAL if curve.weightless else WEIGHT)

@@ -1,8 +1,9 @@
-"""How much memory a run needs, and its refusal where there isn't so much.
+"""How much memory a run needs, and its refusal where the machine hasn't as much.
 
-Sums of what lives at a time, term by term as the code has it: in a block's forward and backward, in the
-loss, in the embedding. Measured on a CPU, as is how far off they are (``python
-scripts/benchmark_estimates.py`` does it again); of other devices they are guesses.
+A block's activations are read off a run of it on a few tokens (``trace``). Added to them are the
+weights, the products' workspace, the statistics, the loss and the embedding. The estimate and its
+constants are measured on a CPU (``python scripts/benchmark_estimates.py`` does it again); of other
+devices they are guesses.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from simlab.budget.cost import Curve, curves, groups
+from simlab.budget.cost import Curve, curves
 from simlab.budget.machine import MIB, available
+from simlab.budget.trace import trace
 from simlab.checkpoints import checkpoint, streamed
 from simlab.config import ConfigError, RunConfig
-from simlab.measurement.statistics import HEADS_AT_ONCE
+from simlab.model.attention import HEADS_AT_ONCE
+from simlab.model.describe import Matrix, describe
 from simlab.weights.base import COLUMNS_AT_ONCE
-from simlab.weights.weightless import AHEAD
+from simlab.weights.weightless import AHEAD, GRAM_COLUMNS
 
 STREAMED = streamed.RUN_BYTES  # bytes of a checkpoint's weight that a thread takes
 HASHED = checkpoint.RUNS_AT_ONCE * STREAMED  # of the embedding, mapped while it is hashed
@@ -24,50 +27,47 @@ HASHED = checkpoint.RUNS_AT_ONCE * STREAMED  # of the embedding, mapped while it
 INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.experiment are imported
 ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients
 LIBRARIES = 40 * MIB  # thread pools, kernels' workspaces
-# Activations that each further seed of a batch has at a time, forward and backward: 43 and 92 MiB
-# measured for three more at width 1024, 64 tokens.
-BESIDE = {False: 15, True: 30}
-# malloc's holes: of what lives beside the largest matrices, so much and at most. One run differs from
-# the next by as much.
-HOLES, MOST_HOLES = 2 / 3, 400 * MIB
+STATISTICS = 3 * 8 + 4 * 4  # bytes per entry of the stream: copies in float64 and in float32
+# Heap fragmentation: two thirds of the memory outside large mmapped blocks, at most 400 MiB. It differs
+# from run to run by as much.
+FRAGMENTED, MOST_FRAGMENTED = 2 / 3, 400 * MIB
 
 
 def peak(curve: Curve) -> int:
     """Peak bytes that a curve needs on its device, beyond INTERPRETER.
 
     Measured on 2 cores, 39 runs that peak above 1 GB (up to 5.4): 0.93 to 1.27 of the peak. 26 smaller
-    ones: 0.77 to 1.85 of it, where libraries and malloc's holes are most.
+    ones: 0.77 to 1.85 of it, where libraries and heap fragmentation are most.
     """
     phases = [_embedding(curve), _forward(curve)]
     if curve.gradients:
         phases += [_loss(curve), _backward(curve)]
     hashed = min(HASHED, 4 * curve.model.vocab_size * curve.model.width) * curve.stored
-    phases.append(hashed)
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
-    beside = BESIDE[curve.gradients] * (curve.batch_seeds - 1) * curve.tokens * curve.widest * 4
-    live = max(phases) + beside + rows + LIBRARIES
-    whole = max(hashed, _weights(curve))  # these are mapped for themselves
+    live = max(curve.batch_seeds * max(phases), hashed) + rows + LIBRARIES
+    mapped = max(hashed, _weights(curve))
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
-        whole += _attention_statistics(curve)
-    return int(live + min(HOLES * max(0, live - whole), MOST_HOLES))
+        mapped += _attention_statistics(curve)
+    return int(live + min(FRAGMENTED * max(0, live - mapped), MOST_FRAGMENTED))
 
 
 def _embedding(curve: Curve) -> int:
-    """Each id's row once, and the stream that is made of them."""
+    """Each different id's row, and the stream that is made of them."""
     return min(curve.tokens, curve.model.vocab_size) * curve.model.width * curve.size + curve.stream
 
 
 def _weights(curve: Curve) -> int:
-    """Of one block, as it is held."""
+    """One block's weights, in the form in which they are in memory."""
     if curve.weightless:
-        return 0  # counted as Z
+        return 0  # ``_normals`` counts what takes their place
+    matrices = describe(curve.model).matrices
     if curve.stored and curve.device == "cpu":
         # Pages of one matrix, and of all the head's rows, as if in float32; each thread's copy of rows.
         head = curve.gradients * curve.model.vocab_size * curve.model.width
-        pages = max(d_in * d_out for d_in, d_out in curve.layers) + head
+        pages = max(matrix.d_in * matrix.d_out for matrix in matrices) + head
         return 4 * pages + 3 * STREAMED * curve.threads
     # Pieces are drawn in float32, with their masks: 1 MiB for each thread.
-    return curve.size * sum(d_in * d_out for d_in, d_out in curve.layers) + MIB * curve.threads
+    return curve.size * describe(curve.model).entries + MIB * curve.threads
 
 
 def _attention_statistics(curve: Curve) -> int:
@@ -78,71 +78,75 @@ def _attention_statistics(curve: Curve) -> int:
 
 
 def _normals(curve: Curve) -> int:
-    """Weightless: what is held of Z, in float32."""
+    """Weightless: the normals Z, in float32, of the layer that computes and of the next ones."""
     if not curve.weightless:
         return 0
-    few = [4 * curve.tokens * d_out * (curve.tokens < d_in) for d_in, d_out in curve.layers]
-    many = [4 * d_in * d_out for d_in, d_out in curve.layers if curve.tokens >= d_in]
+    matrices = describe(curve.model).matrices
+    few = [4 * curve.tokens * m.d_out * (curve.tokens < m.d_in) for m in matrices]
+    many = [4 * m.d_in * m.d_out for m in matrices if curve.tokens >= m.d_in]
     turns = few + few  # the next block's follow
     ahead = max(sum(turns[i : i + 1 + AHEAD]) for i in range(len(few)))
-    return ahead + max(many, default=0)  # those as large as the matrix one at a time
+    return ahead + max(many, default=0)  # those as large as the matrix are drawn one at a time
 
 
-def _forward(curve: Curve) -> int:
-    """The stream, a block, and the largest of its moments, for the tokens that pass together."""
-    model, size, n = curve.model, curve.size, curve.together * curve.length
-    (q, kv), d = curve.heads_dim, curve.model.width
-    gram = 0
-    if curve.weightless and curve.tokens < max(d, q, model.d_ff):
-        widest = min(COLUMNS_AT_ONCE, max(d, q, model.d_ff))
-        # A few columns in float64; the square, two scaled copies, L; L and σL in float32.
-        gram = 8 * n * widest + 40 * n * n
+def _product(curve: Curve, matrix: Matrix) -> int:
+    """A layer's output, and what it takes besides while it computes."""
+    n = curve.together * curve.length
+    size = n * matrix.d_out * curve.size
+    if curve.stored:  # input and output, turned
+        size += n * (matrix.d_in + matrix.d_out) * curve.size
+    if curve.weightless and curve.size == 2:  # computed in float32
+        size += 4 * n * matrix.d_out
+    if curve.weightless and n < matrix.d_in:
+        # Before there is an output: some columns of the input in float64; the Gram matrix, two scaled
+        # copies and L in float64; L and σL in float32.
+        size = max(size, 8 * n * min(GRAM_COLUMNS, matrix.d_in) + 40 * n * n)
+    return size
+
+
+def _forward(curve: Curve) -> float:
+    """A block, the streams, and the largest moment of the tokens that pass together."""
+    n, found = curve.together * curve.length, trace(curve.model, curve.dtype, curve.gradients)
     moments = [
-        n * d * (3 * 8 + 4 * 4 + 4 * size),  # statistics: float64, float32, and the stream itself
-        n * (2 * (q + kv) * size + 4 * 4 * q),  # a norm's or a rotation's float32 copies of queries
-        n * (4 * q + d) * size + _attention_statistics(curve),  # queries, keys, values, output
-        n * (3 * model.d_ff + 2 * d) * size,  # gate, up and their product
-        n * (model.d_ff + 2 * d) * size + gram,
+        n * found.forward,
+        n * found.attention + _attention_statistics(curve),
+        n * (found.step + STATISTICS * curve.model.width),
     ]
-    if curve.stored:  # a product, before it's turned
-        moments[3] += n * model.d_ff * size
-    if curve.weightless and size == 2:  # computed in float32
-        moments[3] += 4 * n * model.d_ff
-    kept = model.depth if curve.gradients else 1  # the backward needs the stream before every block
+    for live, matrix in zip(found.matrices, describe(curve.model).matrices, strict=True):
+        moments.append(n * live + _product(curve, matrix))
+    kept = (
+        curve.model.depth if curve.gradients else 1
+    )  # the backward needs the stream before every block
     return _weights(curve) + _normals(curve) + max(moments) + (kept + 1) * curve.stream
 
 
-def _backward(curve: Curve) -> int:
+def _backward(curve: Curve) -> float:
     """Every stream, the gradient twice, a block and what autograd keeps of it."""
-    model, size, n = curve.model, curve.size, curve.together * curve.length
-    (q, kv), d, wide = curve.heads_dim, curve.model.width, 4  # norms keep float32
-    saved = n * ((q + kv) * wide + 4 * q * size)  # before the norms; queries, keys, values, output
-    saved += n * (2 * d * wide + 2 * d * size + 3 * model.d_ff * size)  # branches, streams; the MLP
-    gradients = n * (3 * model.d_ff + 2 * d) * size
-    normals = 0
+    matrices, n = describe(curve.model).matrices, curve.together * curve.length
+    block, normals = n * trace(curve.model, curve.dtype, True).backward, 0
     if curve.weightless:  # every Z until its turn comes back, and what each input's gradient draws
-        normals = 4 * sum(min(n, d_in) * d_out for d_in, d_out in curve.layers)
-        inputs = [d_in for _, d_in, _ in groups(model, False) if n < d_in]
+        normals = 4 * sum(min(n, matrix.d_in) * matrix.d_out for matrix in matrices)
+        inputs = [d_in for d_in, _ in describe(curve.model).groups if n < d_in]
         normals += 8 * n * sum(inputs)
-        saved += 12 * n * n * len(inputs)  # L in float64 and in float32
+        block += 12 * n * n * len(inputs)  # L in float64 and in float32
     if curve.stored:  # products and their sums in float32, before they are turned
-        gradients += n * model.d_ff * (size + wide)
-    block = max(saved + gradients, _attention_statistics(curve))
-    streams = (model.depth + 3) * curve.stream
-    return _weights(curve) + _normals(curve) + normals + streams + block
+        block += n * max(matrix.d_in for matrix in matrices) * (curve.size + 4)
+    streams = (curve.model.depth + 3) * curve.stream
+    moment = max(block, _attention_statistics(curve))
+    return _weights(curve) + _normals(curve) + normals + streams + moment
 
 
 def _loss(curve: Curve) -> int:
     """Every stream, the last one's norm and gradients, and some columns of the logits."""
     model, size, n = curve.model, curve.size, curve.tokens
     columns = min(COLUMNS_AT_ONCE, model.vocab_size)
-    found = n * model.width * (3 * size + 3 * 4)  # joined, normed, copied; float32 sums
-    found += n * columns * (3 * 4 + size % 4)  # logits, less their largest, exponentials
-    found += columns * model.width * (size + 4)  # the head's rows
+    total = n * model.width * (3 * size + 3 * 4)  # joined, normed, copied; sums in float32
+    total += n * columns * (3 * 4 + size % 4)  # logits, less their largest, exponentials
+    total += columns * model.width * (size + 4)  # the head's rows
     if curve.weightless:
-        found += 4 * columns * min(n, model.width)
-        found += 32 * n * n if n < model.width else 0  # as in ``_forward``
-    return found + (model.depth + 1) * curve.stream
+        total += 4 * columns * min(n, model.width)
+        total += 32 * n * n if n < model.width else 0  # Gram matrix and factor, as in ``_product``
+    return total + (model.depth + 1) * curve.stream
 
 
 def needed(config: RunConfig, threads: int) -> int:

@@ -22,6 +22,7 @@ from simlab.checkpoints.formats import open_folder
 from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
 from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool, row_runs
 from simlab.config import ConfigError, ModelConfig
+from simlab.model.describe import shapes as block_shapes
 from simlab.model.transformer import Block, dense_linear
 from simlab.weights.base import Shape, Weights
 
@@ -29,30 +30,10 @@ RUNS_AT_ONCE = 64  # runs of a large tensor's rows that are read before its page
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by its role, the last part of its name but ``weight``."""
-    d, q, kv = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
-    per_head = model.qk_norm == "per_head"
-    return {
-        "embedding": (model.vocab_size, d),
-        "head": (model.vocab_size, d),
-        "norm": (d,),
-        "norm_in": (d,),
-        "norm_out": (d,),
-        "q_norm": (model.head_dim if per_head else q,),
-        "k_norm": (model.head_dim if per_head else kv,),
-        "q_proj": (q, d),
-        "k_proj": (kv, d),
-        "v_proj": (kv, d),
-        "o_proj": (d, q),
-        "gate_proj": (model.d_ff, d),
-        "up_proj": (model.d_ff, d),
-        "down_proj": (d, model.d_ff),
-    }
-
-
-def role(name: str) -> str:
-    """``blocks.3.attention.sublayer.q_proj.weight`` → ``q_proj``."""
-    return name.split(".")[-2]
+    """The shape of every parameter by its name, {} for the block; the head's also where it is tied."""
+    ends = (model.vocab_size, model.width)
+    whole = {"embedding.weight": ends, "head.weight": ends, "norm.weight": (model.width,)}
+    return whole | {f"blocks.{{}}.{name}": shape for name, shape in block_shapes(model).items()}
 
 
 class Checkpoint(Weights):
@@ -87,23 +68,23 @@ class Checkpoint(Weights):
 
     def _parts(self) -> Iterator[tuple[str, tuple[str, int, int]]]:
         """Our parameter names ({} for the block), each with the file's name and its rows there."""
-        by_role = shapes(self.model)
+        by_name = shapes(self.model)
         ends: dict[str, int] = {}
         for name, theirs in self.opened.keys.items():
             if self.model.tied and name == "head.weight":
                 continue
             start = ends.get(theirs, 0)
-            ends[theirs] = start + by_role[role(name)][0]
+            ends[theirs] = start + by_name[name][0]
             yield name, (theirs, start, ends[theirs])
 
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The file's name and shape of every tensor of the architecture."""
-        by_role = shapes(self.model)
+        by_name = shapes(self.model)
         rows: dict[str, int] = {}
         rest: dict[str, tuple[int, ...]] = {}
         for name, (theirs, _, stop) in self.parts.items():
             rows[theirs] = max(rows.get(theirs, 0), stop)
-            rest[theirs] = by_role[role(name)][1:]
+            rest[theirs] = by_name[name][1:]
         for theirs, count in rows.items():
             for layer in range(self.model.depth) if "{}" in theirs else range(1):
                 yield theirs.format(layer), (count, *rest[theirs])

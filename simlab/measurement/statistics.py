@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
+from simlab.model.attention import HEADS_AT_ONCE
+
 
 def wide(x: Tensor) -> Tensor:
     """float64: squares of any float32 fit, and sums keep their digits. MPS has float32 only."""
@@ -255,8 +257,6 @@ GRADIENT_STATISTICS: dict[str, Statistic] = {
     "gradient_mean_vector_norm": _mean_vector_norm,
     "gradient_cosine": Statistic(_gradient_cosine),
 }
-
-HEADS_AT_ONCE = 1 << 24  # entries of attention matrices that are held at a time
 
 
 @torch.no_grad()

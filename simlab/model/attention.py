@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simlab.config import Llama3RopeConfig, ModelConfig, YarnConfig
 from simlab.model.norms import NORMS
 
+HEADS_AT_ONCE = 1 << 24  # entries of attention matrices that statistics of them hold at a time
 Linear = Callable[[int, int, bool], nn.Module]  # d_in, d_out, whether there is a bias
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from simlab.config import InitConfig, ModelConfig
+from simlab.model.describe import PaperLinear
 from simlab.model.transformer import Block
 from simlab.schemes.init import distribution
 
@@ -35,19 +36,10 @@ class Part:
     shapes: Mapping[str, torch.Size]
 
 
-class Place(nn.Module):
-    """A linear layer's parameters without its arithmetic: ``nn.Linear`` takes time to draw them."""
-
-    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
-
-
 def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
     """Every module of a layer. No parameter is allocated."""
     with torch.device("meta"):
-        block = Block(model, layer, Place)
+        block = Block(model, layer, PaperLinear)
     return tuple(
         Part(
             name,

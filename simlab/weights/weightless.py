@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from simlab.config import InitConfig, ModelConfig
+from simlab.model.describe import describe
 from simlab.model.transformer import Block
 from simlab.schemes.init import Gaussian, distribution
 from simlab.weights.base import COLUMNS_AT_ONCE, Columns, Shape
@@ -56,13 +57,13 @@ AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slo
 # 1.5·2²⁰ and 2²¹: 64 tokens of width 256 3.6, 3.2, 3.4; of 1024 8.4, 7.1, 7.2; of 2048 15.5, 13.8,
 # 14.0; 256 tokens of width 256 13.9, 14.8, 14.0; with gradients 64 of width 512 17.8, 16.1, 17.4.
 TOGETHER = 3 << 19
-AT_ONCE = 4096  # columns widened to float64 at a time
+GRAM_COLUMNS = 4096  # of X, widened to float64 at a time
 
 
 def widest(model: ModelConfig, gradients: bool) -> int:
     """Entries of a token's largest activation."""
     logits = min(model.vocab_size, COLUMNS_AT_ONCE) if gradients else 0
-    return max(model.width, model.d_ff, logits)
+    return max(describe(model).widest, logits)
 
 
 def together(model: ModelConfig, tokens: int, gradients: bool, seeds: int) -> int:
@@ -84,7 +85,7 @@ def gram(x: Tensor) -> Tensor:
     """XXᵀ (S, N, N) in float64, of X (S, N, d) in any dtype."""
     shape = (*x.shape[:-1], x.shape[-2])
     total = torch.zeros(shape, dtype=torch.float64, device=_home(x.device))
-    for columns in x.split(AT_ONCE, dim=-1):
+    for columns in x.split(GRAM_COLUMNS, dim=-1):
         wide = columns.to(total)
         total.baddbmm_(wide, wide.mT)
     return total
@@ -145,7 +146,7 @@ class _Coordinates(torch.autograd.Function):
             return wide.to(x.device, torch.float32)
 
         q = torch.cat(
-            [narrow(solve(inverse * part.to(lower))) for part in x.split(AT_ONCE, dim=-1)], -1
+            [narrow(solve(inverse * part.to(lower))) for part in x.split(GRAM_COLUMNS, dim=-1)], -1
         )
         scale_g, lower_g, _ = factor(square)
         down = narrow(scale_g * lower_g)

@@ -37,10 +37,10 @@ def gigabytes(monkeypatch):
     return free
 
 
-def test_the_allowed_holes_are_more_than_malloc_keeps():
+def test_fragmentation_allows_for_what_malloc_keeps():
     from simlab.budget import process
 
-    assert memory.MOST_HOLES > process.KEPT
+    assert memory.MOST_FRAGMENTED > process.KEPT
 
 
 def curve(*overrides: str) -> Curve:

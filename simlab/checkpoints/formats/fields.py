@@ -136,6 +136,10 @@ def head_shape(
     head_dim = positive(values, names[3], path, width // heads or 1)
     if head_dim % 2:
         raise ConfigError(f"{path}: {names[3]}={head_dim}: must be even, RoPE turns pairs")
+    if heads * head_dim > MOST:
+        raise ConfigError(
+            f"{path}: {names[1]}={heads} {names[3]}={head_dim}: together at most {MOST}"
+        )
     return width, heads, kv_heads, head_dim
 
 
