@@ -18,7 +18,7 @@ from simlab.experiment import prepare
 
 # Preset -> gigabytes in which each of the runs below must fit, and in half of which not all do.
 PRESETS = {
-    "small": 0.5, "olmo2_1b": 0.55, "olmo2_7b": 1.4, "olmo2_13b": 2.0, "olmo2_32b": 3.0,
+    "small": 0.4, "olmo2_1b": 0.55, "olmo2_7b": 1.4, "olmo2_13b": 2.0, "olmo2_32b": 3.0,
     "olmo3_7b": 1.4, "olmo3_32b": 3.0,
 }  # fmt: skip
 
