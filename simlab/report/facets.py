@@ -21,8 +21,7 @@ from simlab.report.style import finish
 COLOURS_TOLD_APART = 6  # of categories; beyond, each gets its panel
 LEGEND = 8  # entries for values; beyond, a colour bar, or some of the names
 LONG = 18  # characters of an entry
-GRID = 24  # panels of two keys; with further keys REST
-REST = 12
+GRID = 24  # panels
 COLUMNS, ROWS = 4, 6
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
@@ -150,9 +149,9 @@ def _texts(column: pd.Series) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is colour, what panels, and what isn't shown.
+    """Which swept key is colour, which are panels, and which are fixed at one value.
 
-    fixed: keys of which one value alone is shown; notes: this and the like in words.
+    panels: at most two keys, columns then rows; a single one's panels wrap. notes: what isn't shown.
     """
 
     colour: Axis | None
@@ -163,31 +162,18 @@ class Plan:
     @property
     def cells(self) -> list[dict[str, str]]:
         """Each panel's key → value, row by row."""
-        each = [axis.values for axis in (*self._rows, *self._columns)]
-        keys = [axis.key for axis in (*self._rows, *self._columns)]
-        return [dict(zip(keys, values, strict=True)) for values in itertools.product(*each)]
-
-    @property
-    def _columns(self) -> tuple[Axis, ...]:
-        """The keys whose combinations stand side by side; all of them, if already the first's wrap."""
-        if _product(self.panels[:1]) > COLUMNS:
-            return self.panels
-        taken = 1
-        while taken < len(self.panels) and _product(self.panels[: taken + 1]) <= COLUMNS:
-            taken += 1
-        return self.panels[:taken]
-
-    @property
-    def _rows(self) -> tuple[Axis, ...]:
-        return self.panels[len(self._columns) :]
+        axes = self.panels[::-1]
+        keys = [axis.key for axis in axes]
+        every = itertools.product(*(axis.values for axis in axes))
+        return [dict(zip(keys, values, strict=True)) for values in every]
 
     @property
     def columns(self) -> int:
         """How many panels stand side by side."""
-        side = _product(self._columns)
-        if side > COLUMNS:
-            return 3 if side in (5, 6, 9) else COLUMNS
-        return side if _product(self._rows) <= ROWS else COLUMNS // side * side
+        side = len(self.panels[0].values) if self.panels else 1
+        if side <= COLUMNS:
+            return side
+        return 3 if side in (5, 6, 9) else COLUMNS
 
     def title(self, cell: Mapping[str, str], inches: float) -> str:
         """A panel's title, in lines that fit its width."""
@@ -212,40 +198,33 @@ def matching(frame: pd.DataFrame, cell: Mapping[str, str]) -> pd.DataFrame:
     return frame
 
 
-def _product(axes: Sequence[Axis]) -> int:
-    return math.prod(len(axis.values) for axis in axes)
-
-
 def plan(axes: Sequence[Axis], coloured: bool = True, most: int = GRID) -> Plan:
-    """Colour for a checkpoint's steps, else the numeric key with most values; panels for the rest.
+    """Lay out up to three swept keys as colour, columns and rows; further keys keep one value.
 
-    most: panels. Where they are more, keys beyond the second panel key are shown at their first
-    value, then the numeric key at some of its values; the plan's notes say so.
+    Colour is a checkpoint's steps, else the numeric key with most values. Categories come before
+    numbers as panels. Where the panels would be more than ``most``, some values of a key are shown.
+    The plan's notes say what is left out.
     """
     colour = _colour(axes) if coloured else None
     rest = [axis for axis in axes if axis is not colour]
     rest.sort(key=lambda axis: (axis.numbers is not None, len(axis.values)))
-    fixed, notes = [], []
-    while len(rest) > 2 and _product(rest) > min(most, REST):
-        axis = rest.pop()
-        fixed.append((axis.key, axis.values[0]))
-        notes.append(f"{axis.label(axis.values[0])} alone, of its {len(axis.values)} values")
-    while _product(rest) > most:
-        place = max(
-            range(len(rest)), key=lambda i: (rest[i].numbers is not None, len(rest[i].values))
-        )
-        axis = rest[place]
-        room = most // (_product(rest) // len(axis.values))
-        if room < 2 and len(rest) > 1:
-            rest.pop(place)
-            fixed.append((axis.key, axis.values[0]))
-            notes.append(f"{axis.label(axis.values[0])} alone, of its {len(axis.values)} values")
-        else:
-            rest[place] = axis.thinned(room)
-            notes.append(f"{room} of the {len(axis.values)} values of {key_text(axis.key)}")
-    rest.sort(key=lambda axis: len(axis.values) > COLUMNS)
+    panels, fixed = rest[:2], rest[2:]
+    notes = [f"{a.label(a.values[0])} alone, of its {len(a.values)} values" for a in fixed]
+    panels.sort(key=lambda axis: len(axis.values) > COLUMNS)
+    room = [most]
+    if len(panels) == 2:
+        columns = min(COLUMNS, len(panels[0].values))
+        room = [columns, min(ROWS, most // columns)]
+    shown = [axis.thinned(count) for axis, count in zip(panels, room, strict=False)]
+    for axis, some in zip(panels, shown, strict=True):
+        if len(some.values) < len(axis.values):
+            count = f"{len(some.values)} of the {len(axis.values)}"
+            notes.append(f"{count} values of {key_text(axis.key)}")
     return Plan(
-        colour, tuple(rest), tuple(fixed), (f"Shown: {'; '.join(notes)}.",) if notes else ()
+        colour,
+        tuple(shown),
+        tuple((axis.key, axis.values[0]) for axis in fixed),
+        (f"Shown: {'; '.join(notes)}.",) if notes else (),
     )
 
 

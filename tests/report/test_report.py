@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import matplotlib
+import numpy as np
 import pytest
 from conftest import tiny
 from rich.console import Console
@@ -93,14 +94,20 @@ DEEP = ["depth=600", "width=16", "heads=2", "seeds=1"]
     ],
 )
 def test_odd_curves_draw(tmp_path, overrides):
+    """Measured means lie within both panels, and what is drawn of a law is within float64."""
     result = run(tiny(*overrides))
-    save(
-        growth_figure(
-            result.curve, title(result.config), verdict_lines(result.verdicts, result.summary)
-        ),
-        tmp_path,
-        "growth",
-    )
+    lines = verdict_lines(result.verdicts, result.summary)
+    figure = growth_figure(result.curve, title(result.config), lines)
+    save(figure, tmp_path, "growth")
+    mean = result.curve.groupby(["sublayer", "kind"], sort=False)["mean_square"].mean()
+    for ax in figure.axes:
+        (low, high), (left, right) = ax.get_ylim(), ax.get_xlim()
+        shown = mean[mean > 0] if ax.get_yscale() == "log" else mean
+        assert low <= shown.min() <= shown.max() <= high
+        assert left <= 0 < result.curve["sublayer"].max() <= right
+        heights = [np.asarray(line.get_ydata(), float) for line in ax.lines]
+        assert any(len(y) == len(mean) and np.allclose(y, mean) for y in heights)
+        assert not any(np.isinf(y).any() for y in heights)
 
 
 def test_a_curve_that_overflows_at_once(tmp_path):

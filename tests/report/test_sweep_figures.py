@@ -309,8 +309,10 @@ def test_what_is_left_out_is_said():
     axes = axes_of(made_up(a=list("abc"), b=[1, 2, 3], c=[1, 2], d=[4, 5])[0].astype(str),
                    {"a": list("abc"), "b": [1, 2, 3], "c": [1, 2], "d": [4, 5]})  # fmt: skip
     whole, less = plan(axes), plan(axes, most=4)
-    assert (whole.colour.key, whole.fixed, whole.notes) == ("b", (), ())
-    assert len(whole.cells) == 12
+    assert (whole.colour.key, [axis.key for axis in whole.panels]) == ("b", ["a", "c"])
+    assert whole.fixed == (("d", "4"),)
+    assert whole.notes == ("Shown: d=4 alone, of its 2 values.",)
+    assert (len(whole.cells), whole.columns) == (6, 3)
     assert len(less.cells) <= 4
     shown = {axis.key for axis in less.panels} | {key for key, _ in less.fixed} | {less.colour.key}
     assert shown == set("abcd")
