@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from simlab.measurement.layout import Layout, Sublayer
     from simlab.measurement.model_probe import probe
 
+__version__: str  # of the package that is installed
 __all__ = [
     "ConfigError",
     "Layout",
     "RunConfig",
     "RunResult",
     "Sublayer",
+    "__version__",
     "build_model",
     "compose",
     "probe",
@@ -45,8 +47,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("simlab")
     if name not in _HOMES:
         raise AttributeError(f"module 'simlab' has no attribute {name!r}")
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

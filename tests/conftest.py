@@ -104,6 +104,9 @@ def in_process(*args: str, cwd: Path, command: str = "run") -> subprocess.Comple
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         signal.signal(signal.SIGTERM, terminate)
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
         GlobalHydra.instance().clear()

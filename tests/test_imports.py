@@ -26,7 +26,9 @@ MAY = {
     "sweep": {*BELOW_EXPERIMENT, "experiment", "report"},
     "regress": {*BELOW_EXPERIMENT, "experiment", "report"},
 }
-DOORS = {"__init__", "inputs", "pytest_plugin", "run", "store", "sweeper"}  # may import anything
+DOORS = {  # may import anything
+    "__init__", "__main__", "inputs", "pytest_plugin", "run", "store", "sweeper",
+}  # fmt: skip
 NO_TORCH = {"config", "schemes", "theory", "analysis", "report", "store"}
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version as simlab_version
 from pathlib import Path
 
 import numpy as np
@@ -129,20 +131,118 @@ def test_a_mistake_in_a_sweep_is_found_before_its_first_job(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_leaves_nothing_half_written(tmp_path):
+def test_interrupt_as_soon_as_the_folder_is_there(tmp_path):
+    """A real signal, while Hydra writes .hydra/ or soon after."""
     command = [sys.executable, "-m", "simlab.run", "depth=2000", "seeds=8"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("outputs/*/*/.hydra/*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("outputs/*/*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines() == ["simlab: interrupted; nothing of the unfinished run was kept"]
-    assert not list(tmp_path.glob("outputs/*/*"))
+    assert list(tmp_path.iterdir()) == []
+
+
+MOMENTS = {
+    "imports": "simlab.run.prefer_our_launchers",
+    "checks before the folder": "simlab.experiment.prepare",
+    "writing .hydra": "hydra.core.utils._save_config",
+    "before the task": "hydra._internal.callbacks.Callbacks.on_job_start",
+    "measuring": "simlab.experiment.measure",
+    "writing": "simlab.report.style.save",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interrupt_leaves_nothing(tmp_path, monkeypatch, moment):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MOMENTS[moment], interrupt)
+    done = in_process(*SMALL, "seeds=1", cwd=tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == "simlab: interrupted; nothing of the unfinished run was kept\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("outputs", ["symbolic link", "mount"])
+def test_cleaning_up_does_not_hide_the_error(tmp_path, monkeypatch, outputs):
+    """outputs/ can't be removed then; a disk that is full while the results are written."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def busy(path):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("simlab.report.style.save", full)
+    if outputs == "mount":
+        monkeypatch.setattr(Path, "rmdir", busy)
+    else:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "outputs").symlink_to("disk")
+    done = in_process(*SMALL, "seeds=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "simlab: error: No space left on device"
+    assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
+
+
+@pytest.mark.filterwarnings("ignore:Experimental rerun CLI option")
+def test_folders_of_earlier_versions_can_be_run_again(tmp_path):
+    """Their .hydra/ name the callback and, in place of simlab's sweeper, Hydra's."""
+    pickled = "+hydra.callbacks.pickle._target_=hydra.experimental.callbacks.PickleJobInfoCallback"
+    in_process(*SMALL, "seeds=1", "hydra.run.dir=old", pickled, cwd=tmp_path)
+    in_process("-m", *SMALL, "seeds=1", "depth=1,2", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    before = (tmp_path / "old" / "curve.csv").read_bytes()
+    again = in_process("-cp", str(tmp_path / "old/.hydra"), "hydra.run.dir=new", cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert (tmp_path / "new" / "curve.csv").read_bytes() == before
+    (tmp_path / "old" / "curve.csv").unlink()
+    again = in_process("--experimental-rerun", "old/.hydra/config.pickle", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "old" / "curve.csv").read_bytes() == before
+    whole = tmp_path / "sweep" / "multirun.yaml"
+    text = whole.read_text()
+    ours, theirs = (
+        "hydra_plugins.simlab_sweeper.SimlabSweeper",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    )
+    assert ours in text
+    assert "simlab.sweeper.Around" in text
+    whole.write_text(text.replace(ours, theirs))
+    before = (tmp_path / "sweep" / "sweep.parquet").read_bytes()
+    again = in_process(
+        "-cp", str(tmp_path / "sweep"), "-cn", "multirun", "-m", "depth=1,2", "hydra.sweep.dir=new",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "new" / "sweep.parquet").read_bytes() == before
+
+
+def test_what_there_is_and_which_version(tmp_path):
+    """All without importing torch."""
+    code = (
+        "import runpy, sys; sys.argv = ['simlab', *sys.argv[2:]]\n"
+        "try: runpy.run_module({!r}, run_name='__main__')\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    said = {}
+    for module in ("simlab", "simlab.run", "simlab.sweep", "simlab.regress"):
+        command = [sys.executable, "-c", code.format(module)]
+        if module != "simlab":
+            command += ["", "--version"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said[module] = done.stdout
+    for part in ("run", "sweep", "regress"):
+        assert f"python -m simlab.{part} " in said["simlab"]
+        assert said[f"simlab.{part}"] == f"simlab {simlab_version('simlab')}\n"
+    for package in ("simlab", "torch", "numpy", "hydra", "Python"):
+        assert re.search(rf"\b{package} \d+\.\d+", said["simlab"])
 
 
 @pytest.mark.parametrize("std", ["500", "1e6"])
@@ -202,7 +302,7 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"
     source.mkdir()
-    for part in ("simlab", "conf"):
+    for part in ("simlab", "conf", "hydra_plugins"):
         shutil.copytree(root / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / file, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -27,12 +27,12 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
-    """Let a mistake end the process with one line."""
+def in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Let a mistake end the process with one line. overrides: what the user gave Hydra."""
     try:
         yield
     except MISTAKES as error:
-        fail(explain(error))
+        fail(explain(error, overrides))
 
 
 @contextmanager
@@ -49,8 +49,11 @@ def or_exit() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's complaints about an override, in one line, with the nearest name."""
+def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
+    """Hydra's and OmegaConf's complaints about an override, in one line, with the nearest name.
+
+    overrides: what the user gave; the line then has the one in question as it was given.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if not group:
@@ -61,7 +64,7 @@ def explain(error: Exception) -> str:
         return f"{error.filename or 'error'}: {error.strerror}"
     if match := re.match(r"Could not override '(?P<key>[^']+)'", str(error)):
         key, known = match["key"], known_keys()
-        given = next((arg for arg in sys.argv[1:] if arg.lstrip("+~").startswith(key)), key)
+        given = next((arg for arg in overrides if arg.lstrip("+~").startswith(key)), key)
         if (CONF_DIR / key).is_dir():
             return f"{given}: did you mean +{given}?"
         if known.get(key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
@@ -313,10 +314,28 @@ def _refuse_shape(top: Reader, kind: str) -> None:
             raise ConfigError(f"{key}={value}: with source={kind} it is read from the checkpoint")
 
 
+def refuse_empty_choices(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for ``norm=null`` or ``norm=3``: Hydra fails on these beyond explanation."""
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in GROUPS and not re.search(r"[A-Za-z]", value.replace("null", "")):
+            names = [name for name in options(group) if name != "from_checkpoint"]
+            raise ConfigError(f"{override}: allowed: {', '.join(names)}")
+
+
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """A checked config from Hydra overrides, for use as a library: ``compose(["depth=8"])``."""
+    """A checked config from Hydra overrides, for use as a library: ``compose(["depth=8"])``.
+
+    Raises ConfigError, as ``read`` does, also for a key or a choice that there isn't.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return read(hydra_compose("config", overrides=list(overrides)))
+    from simlab.config.cli_errors import MISTAKES, explain
+
+    refuse_empty_choices(overrides)
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return read(hydra_compose("config", overrides=list(overrides)))
+    except MISTAKES as error:
+        raise ConfigError(explain(error, overrides)) from error

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simlab import __version__
 from simlab.analysis.resampling import enough
 from simlab.budget.process import tune_process
 from simlab.config import ConfigError, RunConfig, nearest
@@ -196,6 +197,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reason", metavar="TEXT", help="why, kept with the curves")
     parser.add_argument("--html", type=Path, metavar="DIR", help="write a page with figures there")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML there")
+    parser.add_argument("--version", action="version", version=f"simlab {__version__}")
     args = parser.parse_args()
     if args.update and (args.names or args.list or args.html or args.junit):
         parser.error("--update NAME goes with --reason, and with --baselines, alone")

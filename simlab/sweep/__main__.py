@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from simlab import __version__
 from simlab.config.cli_errors import in_one_line
 from simlab.sweep.report import report
 
@@ -16,6 +17,7 @@ def main() -> None:
         prog="python -m simlab.sweep", description="One report over a sweep, from its files alone."
     )
     parser.add_argument("folder", metavar="DIR", help="the folder of a sweep, finished or not")
+    parser.add_argument("--version", action="version", version=f"simlab {__version__}")
     folder = Path(parser.parse_args().folder)
     with in_one_line():
         whole = report(folder)

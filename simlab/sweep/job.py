@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,19 +38,25 @@ OUR_FOLDER = re.compile(
 )  # as conf/config.yaml names them
 
 
+STARTED: list[Path] = []  # the folder of a single run, from before Hydra makes it
+
+
 @contextmanager
-def nothing_left_behind(folder: Path) -> Iterator[None]:
+def nothing_left_behind(folders: Sequence[Path]) -> Iterator[None]:
     """Where a run doesn't end, remove what it and Hydra wrote for it, and folders left empty.
 
-    A folder with a summary holds an earlier, whole result, which stays.
+    folders: looked at when the block ends; those with a summary hold an earlier, whole result, which
+    stays. What can't be removed is left: the exception that ended the run is the one to be seen.
     """
     try:
         yield
     except BaseException:
-        if not (folder / SUMMARY).exists():
-            clear(folder)
-            shutil.rmtree(folder / ".hydra", ignore_errors=True)
-            remove_empty(folder)
+        for folder in folders:
+            with suppress(OSError):
+                if not (folder / SUMMARY).exists():
+                    clear(folder)
+                    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+                    remove_empty(folder)
         raise
 
 
@@ -61,16 +67,21 @@ def clear(folder: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove an empty run folder, then those around it that a run makes, up to outputs/."""
+    """Remove an empty run folder, then those around it that a run makes, up to outputs/.
+
+    Stops at the first that isn't empty or can't be removed, such as a mount or a symbolic link.
+    """
     for place in (folder, *folder.parents):
         if place != folder and not OUR_FOLDER.fullmatch(place.name):
             break
-        left = [entry.name for entry in place.iterdir()]
-        if left == ["multirun.yaml"]:
-            (place / left[0]).unlink()
-        elif left:
+        try:
+            if [entry.name for entry in place.iterdir()] == ["multirun.yaml"]:
+                (place / "multirun.yaml").unlink()
+            place.rmdir()
+        except FileNotFoundError:
+            continue  # Hydra couldn't make it, or hadn't yet
+        except OSError:
             break
-        place.rmdir()
 
 
 def task(config: DictConfig) -> None:
@@ -93,7 +104,8 @@ def run(config: RunConfig, folder: Path) -> None:
     from simlab import experiment
     from simlab.report import console, progress
 
-    with nothing_left_behind(folder), own_gpu(config.device):
+    STARTED.append(folder)
+    with own_gpu(config.device):
         ready = experiment.prepare(config)
         console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
         with progress.blocks(ready.blocks) as advance:
@@ -107,6 +119,7 @@ def write(result: RunResult, folder: Path) -> list[Path]:
     from simlab.report import checkpoint_figure as trained
     from simlab.report import console, figure, style
 
+    clear(folder)  # of an earlier run there
     tables = write_tables(result, folder)
     title, lines = (
         console.title(result.config),
@@ -175,7 +188,7 @@ def sweep_job(
     results = Results(Path(keep.results))
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"status": "done"}
-    with nothing_left_behind(folder):
+    with nothing_left_behind([folder]):
         try:
             clear(folder)
             with own_gpu(config.device):

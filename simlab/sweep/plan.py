@@ -109,17 +109,18 @@ def plan(
     for number, chosen in enumerate(combinations):
         composed = composer.compose(chosen)
         of_key = dict(zip(last, chosen, strict=True))
-        values = {_column(key): _value(composer, composed, of_key[key]) for key in axes}
+        values = {column(key): _value(composer, composed, of_key[key]) for key in axes}
         plain = OmegaConf.to_container(composed)
         assert isinstance(plain, dict)
         named = {str(key): value for key, value in plain.items()}
         jobs.append(Job(number, tuple(chosen), values, named, read(composed)))
-    names = [_column(key) for key in axes]
+    names = [column(key) for key in axes]
     swept = {column: tuple(dict.fromkeys(job.values[column] for job in jobs)) for column in names}
     return Plan(tuple(jobs), swept)
 
 
-def _column(key: str) -> str:
+def column(key: str) -> str:
+    """The name of a swept key's column in the sweep's tables."""
     bare = key.lstrip("+~")
     return TAKEN.get(bare, bare)
 

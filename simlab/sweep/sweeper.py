@@ -1,4 +1,4 @@
-"""What is looked at before a run and told after a sweep (``Around``), and the sweep itself."""
+"""A sweep: every job is checked before any starts, and only those without a kept result run."""
 
 from __future__ import annotations
 
@@ -9,30 +9,27 @@ import importlib.util
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.experimental.callback import Callback
-from hydra.types import HydraContext
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from simlab import store
 from simlab.config import ConfigError
-from simlab.config.cli_errors import or_exit
-from simlab.config.validate import read, read_keep
+from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
 from simlab.sweep import job
 from simlab.sweep import launch as cluster
 from simlab.sweep.launch import Place
-from simlab.sweep.plan import Job, Plan, plan
+from simlab.sweep.plan import Job, Plan, column, plan
 
 if TYPE_CHECKING:
     from simlab.experiment import Prepared
@@ -42,57 +39,6 @@ NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
 REPORT = ("heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
 
 
-class Around(Callback):
-    """Before Hydra makes a folder, everything that the user named is looked at; after, a report."""
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Check a run's config, files and device. Raises SystemExit for a mistake and a dry run."""
-        with or_exit():
-            checked, keep = read(config), read_keep(config)
-            from simlab.experiment import prepare
-
-            ready = prepare(checked)
-            if keep.dry_run:
-                estimates.show([estimated(None, ready, False)], 1)
-                raise SystemExit(0)
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """A plain product of values, Hydra's basic sweeper, is done here. Raises SystemExit then.
-
-        Another sweeper goes its own way; its jobs look for kept results themselves.
-        """
-        if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
-            return
-        about = {"config": config, "config_name": config.hydra.job.config_name}
-        others = Callbacks(config)  # Hydra won't come to call the user's own
-        others.callbacks = [each for each in others.callbacks if not isinstance(each, Around)]
-        others.on_multirun_start(**about)
-        with or_exit():
-            Sweep(config).run()
-        others.on_multirun_end(**about)
-        self.on_multirun_end(config)
-        raise SystemExit(0)
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """One report over all jobs. Raises SystemExit where one has failed."""
-        folder = Path(config.hydra.sweep.dir)
-        if config.dry_run or not (folder / job.PLAN).exists():  # the latter: another sweeper's
-            return
-        with or_exit():
-            from simlab.sweep.report import report
-
-            try:
-                whole = report(folder)
-            except KeyboardInterrupt:
-                print(
-                    f"simlab: interrupted; the jobs are kept, python -m simlab.sweep {folder} reports",
-                    file=sys.stderr,
-                )
-                raise SystemExit(130) from None
-            if not whole:
-                raise SystemExit(1)
-
-
 class Sweep:
     """Every combination of the values, numbered as Hydra does; all are checked before any starts.
 
@@ -100,15 +46,13 @@ class Sweep:
     Hydra itself takes 60 ms to compose each and to write its files, and again 40 to check it.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, context: HydraContext, task: TaskFunction, config: DictConfig) -> None:
         self.config, self.keep = config, read_keep(config)
-        loader = GlobalHydra.instance().config_loader()
-        assert isinstance(loader, ConfigLoaderImpl)
-        self.loader = loader
-        context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
+        assert isinstance(context.config_loader, ConfigLoaderImpl)
+        self.loader = context.config_loader
         installed(config.hydra.launcher._target_)
         self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=job.task, config=config
+            hydra_context=context, task_function=task, config=config
         )
 
     def run(self) -> None:
@@ -135,19 +79,8 @@ class Sweep:
             raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
         if any(Path(p.subdir).is_absolute() or ".." in Path(p.subdir).parts for p in places):
             raise ConfigError("hydra.sweep.subdir: leads out of the sweep's folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        forget(folder)
-        for place in places:
-            job.clear(place.folder)
-            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        store.write_json(folder / job.PLAN, description(planned, places))
-        store.Results(Path(self.keep.results)).clean()
-        for place in places:
-            if place.kept:
-                write_hydra(place)
-                job.take(place.kept, place.folder)
         try:
+            self.lay_out(planned, places, folder)
             self.launch([place for place in places if not place.kept])
         except (KeyboardInterrupt, SystemExit) as end:
             for place in places:
@@ -164,6 +97,21 @@ class Sweep:
                 file=sys.stderr,
             )
             raise SystemExit(130) from None
+
+    def lay_out(self, planned: Plan, places: Sequence[Place], folder: Path) -> None:
+        """Write the sweep's plan and the kept results into its folder; an earlier sweep's go."""
+        folder.mkdir(parents=True, exist_ok=True)
+        forget(folder)
+        for place in places:
+            job.clear(place.folder)
+            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        store.write_json(folder / job.PLAN, description(planned, places))
+        store.Results(Path(self.keep.results)).clean()
+        for place in places:
+            if place.kept:
+                write_hydra(place)
+                job.take(place.kept, place.folder)
 
     def look(self, planned: Plan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
@@ -300,6 +248,39 @@ def description(planned: Plan, places: Sequence[Place]) -> dict[str, Any]:
             for place in places
         ],
     }
+
+
+def written_by_hydra(folder: Path) -> dict[Path, int]:
+    """The files in which Hydra describes the jobs of a sweep's folder, with their times."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(".hydra/hydra.yaml")}
+
+
+def described(folder: Path, before: Mapping[Path, int]) -> dict[str, Any]:
+    """As ``description``, for another sweeper's jobs: from the files that Hydra wrote for each.
+
+    before: such files as were there before the sweep, with their times; they are another one's.
+    """
+    parser = OverridesParser.create()
+    jobs = []
+    for path, written in written_by_hydra(folder).items():
+        if before.get(path) == written:
+            continue
+        hydra: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        number, overrides = hydra["hydra"]["job"]["num"], hydra["hydra"]["overrides"]["task"]
+        parsed = {column(o.get_key_element()): o.value() for o in parser.parse_overrides(overrides)}
+        values = {
+            key: value if value is None or isinstance(value, bool | int | float) else str(value)
+            for key, value in parsed.items()
+        }
+        inner = str(path.parents[1].relative_to(folder))
+        jobs.append({"job": number, "folder": inner, "overrides": overrides, "values": values})
+    jobs.sort(key=lambda each: int(each["job"]))
+    every = dict.fromkeys(key for each in jobs for key in each["values"])
+    of_key = {key: list(dict.fromkeys(j["values"].get(key) for j in jobs)) for key in every}
+    swept = {key: values for key, values in of_key.items() if len(values) > 1}
+    for each in jobs:
+        each["values"] = {key: each["values"].get(key) for key in swept}
+    return {"swept": swept, "jobs": jobs}
 
 
 def estimated(each: Job | None, ready: Prepared, kept: bool) -> estimates.Row:

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import INPUTS, SHAPE, simlab, write_olmo
+from conftest import INPUTS, SHAPE, in_process, simlab, write_olmo
+
+from simlab.measurement import engine
+from simlab.sweep import sweeper
 
 SMALL = [*SHAPE, *INPUTS, "device=cpu", "seeds=2"]
 AXES = ["depth=1,2,3", "init.std=0.02,0.05", "norm=pre,swin_renorm"]
@@ -237,7 +240,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert f"{400 - done} jobs are not finished" in unfinished.stdout
 
 
-def test_a_failed_job_takes_no_other_down(tmp_path):
+def test_a_failed_job_takes_no_other_down(tmp_path, monkeypatch):
     """A checkpoint whose bytes end within a block: found when that block's turn comes."""
     for name in ("good", "bad"):
         write_olmo(tmp_path / name, shards="40KB")
@@ -245,21 +248,16 @@ def test_a_failed_job_takes_no_other_down(tmp_path):
     run = ["-m", "source=checkpoint", "source.path=bad,good", "seeds=0", "inputs.length=8",
            "device=cpu", "hydra.sweep.dir=sweep"]  # fmt: skip
     assert len(bad) > 3
-    code = (
-        "import sys; from simlab import engine, run; real = engine.forward\n"
-        "def broken(weights, *args):\n"
-        "    if 'bad' in str(weights.folder): raise RuntimeError('it broke\\nin two lines')\n"
-        "    return real(weights, *args)\n"
-        "engine.forward = broken\n"
-        "sys.argv[0] = 'simlab.run'; run.main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *run],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    real = engine.forward
+
+    def broken(weights, *args):
+        if "bad" in str(weights.folder):
+            raise RuntimeError("it broke\nin two lines")
+        return real(weights, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "forward", broken)
+        done = in_process(*run, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "1 job failed" in done.stdout
     assert "RuntimeError: it broke in two lines" in done.stdout
@@ -268,7 +266,7 @@ def test_a_failed_job_takes_no_other_down(tmp_path):
     assert "in broken" in record["traceback"]
     assert (tmp_path / "sweep" / "1" / "summary.json").exists()
     assert set(pd.read_parquet(tmp_path / "sweep" / "sweep.parquet")["job"]) == {1}
-    again = simlab(*run, cwd=tmp_path)  # and without the fault, the same command mends it
+    again = in_process(*run, cwd=tmp_path)  # and without the fault, the same command mends it
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "sweep" / "0" / "job.json").read_text()) == {"status": "done"}
 
@@ -312,11 +310,12 @@ def test_what_else_of_hydra_is_asked_for(whole, tmp_path):
         "            open('told', 'a').write(name + '\\n')\n"
         "        return object.__getattribute__(self, name)\n"
     )
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = simlab(
         "-m", *SMALL, "depth=1,2", "init.std=0.02", "norm=pre", "hydra.sweep.dir=sweep",
         "+hydra.callbacks.told._target_=told.Told",
         "hydra.sweep.subdir='depth-${depth}/${hydra.job.override_dirname}'",
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = (tmp_path / "told").read_text().split()
@@ -343,6 +342,16 @@ def test_what_else_of_hydra_is_asked_for(whole, tmp_path):
     same = simlab("-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=one", cwd=tmp_path)
     assert (same.returncode, len(same.stderr.splitlines())) == (2, 1)
     assert "gives several jobs the same folder" in same.stderr
+
+
+def test_hydras_own_sweeper_has_the_same_report(whole, tmp_path):
+    done = in_process(*SWEEP, "hydra/sweeper=basic", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (whole.parent / "stdout").read_text()
+    assert files(tmp_path / "sweep") == files(whole)
+    dry = in_process(*SWEEP, "hydra/sweeper=basic", "dry_run=true", cwd=tmp_path)
+    assert (dry.returncode, dry.stdout) == (2, "")
+    assert dry.stderr == "simlab: dry_run=true: only with hydra/sweeper=simlab\n"
 
 
 def test_a_folder_that_is_used_again_has_nothing_of_the_sweep_before(tmp_path):
@@ -387,20 +396,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, overrides, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_ours_is_no_mere_warning(tmp_path):
-    """Hydra warns of a callback's exception and runs the sweep itself: here the command ends."""
-    code = (
-        "import sys; from simlab import plan, run, sweeper\n"
-        "def broken(*args): raise RuntimeError('ours')\n"
-        "sweeper.plan = broken\n"
-        "sys.argv[0] = 'simlab.run'; run.main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-m", *SMALL, "depth=1,2"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "RuntimeError: ours" in done.stderr
+def test_an_error_of_ours_ends_the_command(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(sweeper, "plan", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        in_process("-m", *SMALL, "depth=1,2", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,26 @@
+"""``python -m simlab``: the commands that there are, and the versions they run with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+COMMANDS = {
+    "run": "measure a model, or with -m many: curves, a verdict, figures",
+    "sweep": "report on a sweep's folder, finished or not",
+    "regress": "hold growth curves against recorded ones",
+}
+PACKAGES = {"simlab": "simlab", "torch": "torch", "numpy": "numpy", "hydra": "hydra-core"}
+
+
+def main() -> None:
+    """Print them. No package is imported for its version: torch alone would take a second."""
+    print("How do activations grow with depth, and why?\n")
+    for name, what in COMMANDS.items():
+        print(f"  python -m simlab.{name:<8} {what}")
+    versions = [f"{name} {version(package)}" for name, package in PACKAGES.items()]
+    print("\nEach has --help.", ", ".join([*versions, f"Python {platform.python_version()}"]))
+
+
+if __name__ == "__main__":
+    main()
