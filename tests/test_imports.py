@@ -84,6 +84,11 @@ def test_entry_points_import_torch_late():
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 0
 
 
+def test_public_names_are_listed():
+    code = "import sys, simlab; assert {*simlab.__all__} <= {*dir(simlab)} - {*sys.modules}"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 0
+
+
 def test_simlab_never_imports_scripts_or_tests():
     """Both are on the path of a test run, so that an import of one would fail elsewhere only."""
     scripts, tests = ROOT.parent / "scripts", Path(__file__).parent

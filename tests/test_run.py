@@ -315,6 +315,9 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
     demo = {p.relative_to(source) for p in (source / "simlab" / "demo").rglob("*") if p.is_file()}
     assert len(demo) == 10  # four checkpoints of two files, their provenance and licence
     assert all((tmp_path / "site" / path).is_file() for path in demo)
+    site = tmp_path / "site"
+    assert (site / "simlab" / "py.typed").is_file()  # its type hints are for users too
+    assert (site / "hydra_plugins" / "simlab_sweeper.py").is_file()
     shutil.rmtree(source)
     work = tmp_path / "work"
     work.mkdir()

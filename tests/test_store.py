@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ import pandas as pd
 import pytest
 from conftest import tiny
 
-from simlab import store
+from simlab import experiment, store
+from simlab.config import Llama3RopeConfig, YarnConfig
+from simlab.config.validate import compose
 from simlab.store import Results, config_hash, link, read_csv, result_key, write_csv
+from simlab.sweep.job import key_of
 
 ROOT = Path(store.__file__).parent
 
@@ -112,6 +116,63 @@ def test_links_to_another_disk_are_copies(tmp_path, monkeypatch):
     link(kept, tmp_path / "job")
     assert (tmp_path / "job" / "curve.csv").read_text() == "a"
     assert not (tmp_path / "job" / "curve.csv").samefile(kept / "curve.csv")
+
+
+def leaves(config, replaced=lambda changed: changed):
+    """Copies of a frozen config, each with one leaf changed, by the leaf's dotted name."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+
+        def changed(inner, name=field.name):
+            return replaced(dataclasses.replace(config, **{name: inner}))
+
+        if dataclasses.is_dataclass(value):
+            for name, copy in leaves(value, changed):
+                yield f"{field.name}.{name}", copy
+            continue
+        nested = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
+        assert not any(map(dataclasses.is_dataclass, nested)), f"{field.name}: none is given here"
+        other = {
+            bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 2 + 1,
+            str: lambda v: v + "2", tuple: lambda v: (*v, 7), type(None): lambda _: 7,
+        }  # fmt: skip
+        yield field.name, changed(other[type(value)](value))
+
+
+def test_every_leaf_of_a_config_changes_its_hash():
+    config = tiny("device=cpu")
+    model = dataclasses.replace(
+        config.shape, yarn=YarnConfig(2.0, 64), llama3=Llama3RopeConfig(2.0, 1.0, 4.0, 64)
+    )
+    config = dataclasses.replace(config, model=model)
+    copies = dict(leaves(config))
+    assert {"engine", "seeds", "model.norm.eps", "model.yarn.factor", "init.std"} <= copies.keys()
+    hashes = {name: config_hash(copy) for name, copy in copies.items()}
+    assert len({config_hash(config), *hashes.values()}) == 1 + len(copies), hashes
+
+
+@pytest.mark.parametrize("reads_head", ["gradients", "weights", ""])
+def test_key_knows_the_head_where_it_is_read(checkpoint, reads_head):
+    """A checkpoint's weight hash leaves the head out, which the loss and weights.csv read."""
+    from safetensors.torch import load_file, save_file
+
+    config = compose(
+        ["source=checkpoint", f"source.path={checkpoint}", "inputs.length=8", "seeds=0",
+         "device=cpu", f"gradients={reads_head == 'gradients'}".lower(),
+         f"source.weights={reads_head == 'weights'}".lower()]
+    )  # fmt: skip
+    file = checkpoint / "model.safetensors"
+    stamp = file.stat().st_mtime_ns
+    before = experiment.prepare(config)
+    key, weights = key_of(before), before.checkpoint.identity()["weight_hash"]
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    os.utime(file, ns=(stamp + 10**9, stamp + 10**9))
+    after = experiment.prepare(config)
+    assert after.checkpoint.identity()["weight_hash"] == weights
+    assert (key_of(after) != key) == bool(reads_head)
 
 
 def test_result_key():

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from conftest import tiny
 
+import simlab
 from simlab import config
 from simlab.config import CONF_DIR, ConfigError, nearest
 from simlab.config.validate import compose, options
@@ -60,6 +61,14 @@ def test_a_key_on_the_command_line_wins_over_the_preset():
     assert (model.depth, model.width, model.kv_heads) == (3, 5120, 20)
     model = compose(["depth=3", "model=olmo2_32b"]).shape
     assert model.depth == 3
+
+
+def test_kv_heads_follow_heads_where_each_head_has_its_own():
+    assert compose(["heads=8"]).shape.kv_heads == 8
+    assert compose(["heads=8", "kv_heads=2"]).shape.kv_heads == 2
+    assert compose(["model=olmo2_32b", "heads=16"]).shape.kv_heads == 8
+    with pytest.raises(ConfigError, match=r"^kv_heads=8: must divide heads=20; .* is 10$"):
+        compose(["model=olmo2_32b", "heads=20"])
 
 
 def test_every_choice_composes_and_names_what_exists():
@@ -141,6 +150,29 @@ def test_mistakes_get_one_line(override):
     assert "\n" not in message
     for part in MISTAKES[override]:
         assert part in message, message
+
+
+# What Hydra itself refuses, in words of its own; each is to be a ConfigError of one line.
+UNKNOWN = {
+    "dpeth=3": "dpeth=3: no such key; did you mean depth?",
+    "nrom=pre": "nrom=pre: no such key; did you mean norm?",
+    "norm=swinrenorm": "; did you mean swin_renorm?",
+    "norm=null": "norm=null: allowed: deepnorm, ",
+    "norm.every=3": "norm.every=3: only with norm=swin_renorm",
+    "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",
+    "depth": "depth: not of the form key=value",
+    "depth=1,2": "depth=1,2",
+    "depth=${wdith}": "wdith",
+}
+
+
+@pytest.mark.parametrize("override", UNKNOWN)
+def test_unknown_names_get_one_line(override, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["a_program", "--dpeth", "nrom"])  # not simlab's to read
+    with pytest.raises(ConfigError) as caught:
+        simlab.compose([override])
+    assert UNKNOWN[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_pieces():
