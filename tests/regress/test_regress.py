@@ -206,7 +206,7 @@ def test_recording_needs_a_reason(cases, command, args):
     [
         ("seeds=10", "seeds=6", "small: seeds=6: gate law needs at least 10"),
         ("seeds=10", "source=demo", "source=demo it is read from the checkpoint"),
-        ("seeds=10", "sees=9", "small: sees: no such key; did you mean seeds?"),
+        ("seeds=10", "sees=9", "small: sees=9: no such key; did you mean seeds?"),
         ("exact,", "exct,", "gates=exct: allowed: exact, statistical, law; did you mean exact?"),
         ("gates:", "gate:", "a case has no such key; it has description, overrides, gates"),
         ("[exact, statistical, law]", "exact", "allowed: a list of texts"),
