@@ -82,7 +82,7 @@ MISTAKES = {
     "heads=7": "heads=7: must divide width=48; the nearest that does is 6",
     "kv_heads=4": "kv_heads=4: must divide heads=6; the nearest that does is 3",
     "norm=swinrenorm": "did you mean swin_renorm?",
-    "init.std=nan": "init.std=nan: allowed: above 1e-12",
+    "init.std=nan": "init.std=nan: allowed: a number, above 1e-12",
     "dpeth=3": "dpeth=3: no such key; did you mean depth?",
     "+dpeth=3": "did you mean depth?",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",

@@ -1,72 +1,109 @@
-"""Takes the keys of a config node one by one, and says in one line what is wrong with a value."""
+"""Checked fields of a mapping: a composed config, a case's YAML, a stranger's checkpoint config.
+
+A mistake is a ConfigError of one line, ``key=value: what is allowed``. Nothing is assumed of a value:
+it may be a list without an end, an integer of a million digits, NaN, or a text with control codes.
+"""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from simlab.config import ConfigError, nearest
+from simlab.config.errors import ConfigError, nearest
+
+Default = TypeVar("Default")
+REQUIRED: Any = object()  # no default: the field must be there
+MOST = 10**9  # of an integer
+SHOWN = 60  # characters of a value in a line
 
 
-class Reader:
-    """Takes the keys of one config node one by one, checks each, and refuses what is left."""
+class _Brief(reprlib.Repr):
+    """repr, for as long as it takes."""
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self.values, self.prefix = dict(values), prefix
+    def repr_int(self, value: int, level: int) -> str:
+        return "a huge integer" if abs(value) >= 10**SHOWN else repr(value)
+
+    def repr_instance(self, value: object, level: int) -> str:
+        plain = isinstance(value, bool | float | None)
+        return repr(value) if plain else f"a {type(value).__name__}"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxstring = _BRIEF.maxlist = _BRIEF.maxdict = 100
+
+
+def brief(value: object) -> str:
+    """A value as Python writes it, at most 60 characters of it."""
+    text = _BRIEF.repr(value)
+    return text if len(text) < SHOWN else text[:SHOWN] + "…"
+
+
+def as_typed(value: object) -> str:
+    """A value as a command line has it, at most 60 characters of it."""
+    if isinstance(value, str):
+        return value if len(value) < SHOWN else value[:SHOWN] + "…"
+    return {"None": "null", "True": "true", "False": "false"}.get(text := brief(value), text)
+
+
+class Fields:
+    """Takes the fields of one mapping by name and checks each.
+
+    prefix: what a line says before the field's name: the nodes it is in (``norm.``), or its file.
+    shown: how a line writes a value. Every method raises ConfigError for a value that isn't allowed;
+    its ``default`` is what a missing or null field stands for, without one such a field is a mistake.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], prefix: str = "", shown: Callable[[object], str] = as_typed
+    ) -> None:
+        self.values, self.prefix, self.shown = dict(values), prefix, shown
         self.known: list[str] = []
 
     def fail(self, key: str, value: object, why: str) -> ConfigError:
         """The error to raise: ``key=value: why``."""
-        if isinstance(value, Mapping | list):  # a stranger's may be endless
-            value = reprlib.repr(value)
-        typed = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
-        return ConfigError(f"{self.prefix}{key}={typed}: {why}")
+        return ConfigError(f"{self.prefix}{key}={self.shown(value)}: {why}")
 
-    def take(self, key: str) -> Any:
-        """The key's value, None where it isn't there; it is then known."""
+    def take(self, key: str, default: Any = REQUIRED) -> Any:
+        """The field's value, unchecked: None where it isn't there. It is then known."""
         self.known.append(key)
-        return self.values.pop(key, None)
+        value = self.values.get(key)
+        return default if value is None and default is not REQUIRED else value
 
     def number(
-        self, key: str, allowed: str, low: float, high: float = 1e30, *, null: bool = False
-    ) -> float | None:
-        """A number from low to high (above low, where ``allowed`` says "above")."""
-        value = self.take(key)
-        if value is None and null:
-            return None
+        self,
+        key: str,
+        low: float,
+        high: float = 1e30,
+        *,
+        above: bool = False,
+        default: Default = REQUIRED,
+    ) -> float | Default:
+        """A number from low, or above it, to high."""
+        value = self.take(key, default)
+        if value is None and default is None:
+            return default
+        bound = "above" if above else "at least"
+        allowed = f"allowed: a number, {bound} {low:g}, at most {high:g}"
+        allowed += ", or null" if default is None else ""
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, value, f"not a number; allowed: {allowed}")
-        below = value <= low if allowed.startswith("above") else value < low
-        if below or not value <= high:  # the latter is also true of NaN
-            raise self.fail(key, value, f"allowed: {allowed}, at most {high:g}")
+            raise self.fail(key, value, f"not a number; {allowed}")
+        if not low <= value <= high or (above and value == low):  # the former is true of NaN
+            raise self.fail(key, value, allowed)
         return float(value)
 
     def integer(
-        self, key: str, low: int = 1, high: int = 10**9, *, null: bool = False
-    ) -> int | None:
+        self, key: str, low: int = 1, high: int = MOST, *, default: Default = REQUIRED
+    ) -> int | Default:
         """An integer from low to high."""
-        value = self.take(key)
-        if value is None and null:
-            return None
+        value = self.take(key, default)
+        if value is None and default is None:
+            return default
+        allowed = f"allowed: an integer, at least {low}, at most {high}"
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, value, f"not an integer; allowed: an integer, at least {low}")
-        if value < low:
-            raise self.fail(key, value, f"allowed: an integer, at least {low}")
-        if value > high:
-            raise self.fail(key, value, f"allowed: an integer, at most {high}")
-        return value
-
-    def positive(self, key: str, high: int = 10**9) -> int:
-        """An integer of at least 1."""
-        value = self.integer(key, high=high)
-        assert value is not None
-        return value
-
-    def finite(self, key: str, allowed: str, low: float) -> float:
-        """A number that must be there."""
-        value = self.number(key, allowed, low)
-        assert value is not None
+            raise self.fail(key, value, f"not an integer; {allowed}")
+        if not low <= value <= high:
+            raise self.fail(key, value, allowed)
         return value
 
     def text(self, key: str) -> str | None:
@@ -76,37 +113,38 @@ class Reader:
             return None
         if isinstance(value, Mapping | list | bool):
             raise self.fail(key, value, "not a text")
+        text = value if isinstance(value, str) else brief(value)
         try:
-            str(value).encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise self.fail(key, repr(value), "not UTF-8 text") from error
-        return str(value)
+        return text
 
-    def choice(self, key: str, allowed: Sequence[str]) -> str:
+    def choice(self, key: str, allowed: Iterable[str], default: str = REQUIRED) -> str:
         """One of the allowed texts."""
-        value = self.take(key)
-        if str(value) not in allowed:
-            hint = nearest(str(value), allowed)
-            raise self.fail(key, value, f"allowed: {', '.join(allowed)}{hint}")
-        return str(value)
+        value, names = self.take(key, default), list(allowed)
+        text = value if isinstance(value, str) else brief(value)
+        if text not in names:
+            hint = nearest(text[:SHOWN], names)
+            raise self.fail(key, value, f"allowed: {', '.join(names)}{hint}")
+        return text
 
-    def boolean(self, key: str) -> bool:
+    def boolean(self, key: str, default: bool = REQUIRED) -> bool:
         """True or false."""
-        value = self.take(key)
+        value = self.take(key, default)
         if not isinstance(value, bool):
             raise self.fail(key, value, "allowed: true, false")
         return value
 
-    def node(self, key: str) -> Reader:
-        """A reader of the keys below."""
-        value = self.take(key)
+    def node(self, key: str, default: Mapping[str, Any] = REQUIRED) -> Fields:
+        """The fields of a mapping below."""
+        value = self.take(key, default)
         if not isinstance(value, Mapping):
-            raise self.fail(key, value, "not a group of keys")
-        return Reader(value, f"{self.prefix}{key}.")
+            raise self.fail(key, value, "must be a group of keys (an object)")
+        return Fields(value, f"{self.prefix}{key}.", self.shown)
 
-    def only(self, owner: str, allowed: Iterable[str]) -> None:
-        """Refuse keys that this owner (a placement, a rule) has no use for."""
-        allowed = list(allowed)
+    def only(self, owner: str, allowed: Sequence[str]) -> None:
+        """Refuse fields that this owner (a placement, a rule) has no use for."""
         for key, value in self.values.items():
             if key not in allowed:
                 hint = nearest(key, allowed)
@@ -114,11 +152,23 @@ class Reader:
                     key, value, f"{owner} has no such key; it has {', '.join(allowed)}{hint}"
                 )
 
+    def must_be(self, **wanted: object) -> None:
+        """Refuse a field that is there with another value than null and the one wanted.
+
+        The value wanted is the one that leaves what simlab computes as it is.
+        """
+        for key, allowed in wanted.items():
+            value = self.values.get(key)
+            if value is not None and (
+                isinstance(value, bool) != isinstance(allowed, bool) or value != allowed
+            ):
+                why = f"not supported; allowed: {as_typed(allowed)}"
+                raise self.fail(key, value, why)
+
     def done(self) -> None:
-        """Refuse the keys that nobody has taken."""
+        """Refuse the fields that nobody has taken."""
         for key, value in self.values.items():
-            raise self.fail(
-                key,
-                value,
-                f"no such key; allowed: {', '.join(sorted(self.known))}{nearest(key, self.known)}",
-            )
+            if key not in self.known:
+                hint = nearest(key, self.known)
+                allowed = ", ".join(sorted(self.known))
+                raise self.fail(key, value, f"no such key; allowed: {allowed}{hint}")

@@ -30,7 +30,7 @@ from simlab.config import (
     full_layers,
     nearest,
 )
-from simlab.config.fields import Reader
+from simlab.config.fields import REQUIRED, Fields
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
 OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
@@ -79,51 +79,48 @@ def _keys_of(group: str, name: str) -> list[str]:
     return [str(key) for key in loaded]
 
 
-def _norm(reader: Reader) -> NormConfig:
+def _norm(reader: Fields) -> NormConfig:
     if reader.values.get("placement", "") is None:
         raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
     names = [name for name in options("norm") if name != "from_checkpoint"]
     placement = reader.choice("placement", names)
     reader.only(f"norm={placement}", _keys_of("norm", placement))
-    gain = reader.number("gain", "a number, at least 0", 0.0) if "gain" in reader.values else 1.0
     norm = NormConfig(
         placement=placement,
         type=reader.choice("type", NORM_TYPES),
-        eps=reader.finite("eps", "a number, at least 0", 0.0),
-        gain=1.0 if gain is None else gain,
+        eps=reader.number("eps", 0.0),
+        gain=reader.number("gain", 0.0, default=1.0),
         every=reader.integer("every") if "every" in reader.values else None,
-        alpha=reader.number("alpha", "a number, at least 0, or null", 0.0, null=True),
-        fraction=reader.number("fraction", "a number, at least 0", 0.0, 1.0)
-        if "fraction" in reader.values
-        else None,
+        alpha=reader.number("alpha", 0.0, default=None),
+        fraction=reader.number("fraction", 0.0, 1.0) if "fraction" in reader.values else None,
     )
     reader.done()
     return norm
 
 
-def _yarn(reader: Reader) -> YarnConfig | None:
+def _yarn(reader: Fields) -> YarnConfig | None:
     if reader.values.get("yarn") is None:
         reader.take("yarn")
         return None
     node = reader.node("yarn")
     yarn = YarnConfig(
-        factor=node.finite("factor", "a number, at least 1", 1.0),
-        original_length=node.positive("original_length"),
-        beta_fast=node.finite("beta_fast", "at least 1e-6", 1e-6),
-        beta_slow=node.finite("beta_slow", "at least 1e-6", 1e-6),
-        attention_factor=node.number("attention_factor", "above 0, or null", 0.0, null=True),
+        factor=node.number("factor", 1.0),
+        original_length=node.integer("original_length"),
+        beta_fast=node.number("beta_fast", 1e-6),
+        beta_slow=node.number("beta_slow", 1e-6),
+        attention_factor=node.number("attention_factor", 0.0, above=True, default=None),
     )
     node.done()
     return yarn
 
 
-def _model(top: Reader, norm: NormConfig) -> ModelConfig:
-    depth = top.positive("depth", MOST_BLOCKS)
-    width, heads = top.positive("width"), top.positive("heads")
-    kv_heads, d_ff, vocab_size = (top.positive(key) for key in ("kv_heads", "d_ff", "vocab_size"))
+def _model(top: Fields, norm: NormConfig) -> ModelConfig:
+    depth = top.integer("depth", high=MOST_BLOCKS)
+    width, heads = top.integer("width"), top.integer("heads")
+    kv_heads, d_ff, vocab_size = (top.integer(key) for key in ("kv_heads", "d_ff", "vocab_size"))
     node = top.node("model")
     name = node.text("name") or "custom"
-    head_dim = node.integer("head_dim", null=True)
+    head_dim = node.integer("head_dim", default=None)
     if head_dim is None:
         divides("heads", heads, "width", width)
         head_dim = width // heads
@@ -131,7 +128,7 @@ def _model(top: Reader, norm: NormConfig) -> ModelConfig:
     if head_dim % 2:
         raise ConfigError(f"head_dim={head_dim} (width / heads): must be even, RoPE turns pairs")
     tied = node.boolean("tied")
-    window, every = node.integer("window", null=True), node.integer("full_every", null=True)
+    window, every = node.integer("window", default=None), node.integer("full_every", default=None)
     if window is None and every is not None:
         raise node.fail("full_every", every, "needs a model.window")
     model = ModelConfig(
@@ -145,7 +142,7 @@ def _model(top: Reader, norm: NormConfig) -> ModelConfig:
         head_dim=head_dim,
         norm=norm,
         qk_norm=node.choice("qk_norm", QK_NORMS),
-        rope_theta=node.finite("rope_theta", "above 1", 1.0),
+        rope_theta=node.number("rope_theta", 1.0, above=True),
         yarn=_yarn(node),
         window=window,
         full_attention=full_layers(depth, every),
@@ -158,23 +155,21 @@ def _model(top: Reader, norm: NormConfig) -> ModelConfig:
     return model
 
 
-def _init(reader: Reader) -> InitConfig:
+def _init(reader: Fields) -> InitConfig:
     rule = reader.choice("rule", options("init"))
     reader.only(f"init={rule}", _keys_of("init", rule))
     has_std = "std" in reader.values
     init = InitConfig(
         rule=rule,
-        std=reader.number("std", "above 1e-12", 1e-12) if has_std else None,
+        std=reader.number("std", 1e-12, above=True) if has_std else None,
         # Numbers beyond the cut are drawn again: nearer than this, most would be.
-        truncate=reader.number(
-            "truncate", "at least 0.5 (standard deviations), or null", 0.5, 100.0, null=True
-        ),
+        truncate=reader.number("truncate", 0.5, 100.0, default=None),
     )
     reader.done()
     return init
 
 
-def _source(reader: Reader) -> SourceConfig:
+def _source(reader: Fields) -> SourceConfig:
     kind = reader.choice("kind", options("source"))
     if kind == "random":
         source = SourceConfig(kind)
@@ -198,12 +193,13 @@ def _source(reader: Reader) -> SourceConfig:
     return source
 
 
-def _inputs(reader: Reader, default: str | None) -> InputsConfig:
+def _inputs(reader: Fields, default: str | None) -> InputsConfig:
     """default: the text where inputs=text names none."""
     kind = reader.choice("kind", options("inputs"))
     reader.only(f"inputs={kind}", _keys_of("inputs", kind))
     text = kind == "text"
-    batch, length = (reader.integer(key, null=text) for key in ("batch", "length"))
+    default_size = None if text else REQUIRED
+    batch, length = (reader.integer(key, default=default_size) for key in ("batch", "length"))
     if (batch or 1) * (length or 1) > MOST_TOKENS:
         raise ConfigError(
             f"inputs.batch={batch} inputs.length={length}: at most {MOST_TOKENS} tokens together"
@@ -213,7 +209,7 @@ def _inputs(reader: Reader, default: str | None) -> InputsConfig:
         kind,
         batch,
         length,
-        exponent=reader.finite("exponent", "a number, at least 0", 0.0) if kind == "zipf" else None,
+        exponent=reader.number("exponent", 0.0) if kind == "zipf" else None,
         prompt=default if text and prompt is None and path is None else prompt,
         path=path,
     )
@@ -223,7 +219,7 @@ def _inputs(reader: Reader, default: str | None) -> InputsConfig:
     return inputs
 
 
-def _seeds(reader: Reader, first: int, lowest: int) -> tuple[int, ...]:
+def _seeds(reader: Fields, first: int, lowest: int) -> tuple[int, ...]:
     value = reader.take("seeds")
     allowed = "a count, or a list of different seeds such as [0,1,2]"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -239,7 +235,7 @@ def _seeds(reader: Reader, first: int, lowest: int) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _device(reader: Reader) -> str:
+def _device(reader: Fields) -> str:
     value = str(reader.take("device"))
     kind, _, index = value.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
@@ -248,7 +244,7 @@ def _device(reader: Reader) -> str:
     return value
 
 
-def _keep(top: Reader) -> KeepConfig:
+def _keep(top: Fields) -> KeepConfig:
     results = top.text("results")
     if not results:
         raise top.fail("results", results, "allowed: a folder")
@@ -257,7 +253,7 @@ def _keep(top: Reader) -> KeepConfig:
 
 def read_keep(config: DictConfig) -> KeepConfig:
     """Check what a config says of results. Raises ConfigError."""
-    return _keep(Reader({key: config.get(key) for key in ("results", "resume", "dry_run")}))
+    return _keep(Fields({key: config.get(key) for key in ("results", "resume", "dry_run")}))
 
 
 def read(config: DictConfig) -> RunConfig:
@@ -272,7 +268,7 @@ def read(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(values, dict)
-    top = Reader({str(key): value for key, value in values.items()})
+    top = Fields({str(key): value for key, value in values.items()})
     source, init, inputs = (top.node(key) for key in ("source", "init", "inputs"))
     text = source.text("text") if source.values.get("kind") == "demo" else None
     checked_source = _source(source)
@@ -284,7 +280,6 @@ def read(config: DictConfig) -> RunConfig:
             raise ConfigError("model=from_checkpoint: only with source=checkpoint")
         model = _model(top, _norm(top.node("norm")))
     seed = top.integer("seed", 0)
-    assert seed is not None
     run = RunConfig(
         model=model,
         init=_init(init),
@@ -302,7 +297,7 @@ def read(config: DictConfig) -> RunConfig:
     return run
 
 
-def _refuse_shape(top: Reader, kind: str) -> None:
+def _refuse_shape(top: Fields, kind: str) -> None:
     """With a checkpoint, nothing that its own config decides may be given."""
     shape = {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
     shape["vocab_size"] = top.take("vocab_size")

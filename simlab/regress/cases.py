@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from simlab.config import ConfigError, nearest, printable
-from simlab.config.fields import Reader
+from simlab.config.fields import Fields
 from simlab.regress.gates import KEYS, QUANTITIES, STEP, Outcome
 from simlab.store import write_atomically, write_text
 
@@ -97,7 +97,7 @@ def read_case(path: Path) -> Case:
         raise ConfigError(f"{path}: not a group of keys")
     if not re.fullmatch(r"[\w.-]+", path.stem):
         raise ConfigError(f"{path}: a case's name may have letters, digits, _, - and .")
-    reader = Reader({str(key): value for key, value in values.items()}, f"{path}: ")
+    reader = Fields({str(key): value for key, value in values.items()}, f"{path}: ")
     reader.only("a case", ("description", "overrides", "gates", "quantities"))
     quantities = _texts(reader, "quantities") if "quantities" in values else QUANTITIES
     gates = _texts(reader, "gates")
@@ -111,7 +111,7 @@ def read_case(path: Path) -> Case:
     )  # fmt: skip
 
 
-def _texts(reader: Reader, key: str) -> tuple[str, ...]:
+def _texts(reader: Fields, key: str) -> tuple[str, ...]:
     value = reader.take(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise reader.fail(key, value, "allowed: a list of texts")

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from simlab.checkpoints.formats.fields import (
-    brief,
-    choice,
-    flag,
-    head_shape,
-    layers,
-    number,
-    only,
-    plain_name,
-    positive,
-    read_json,
-)
 from simlab.checkpoints.formats.hugging_face_rope import read_rope
 from simlab.checkpoints.formats.opened import Opened
+from simlab.checkpoints.formats.shape import head_shape, layers
 from simlab.checkpoints.storage import StoredTensor
+from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.config import ConfigError, ModelConfig, NormConfig
+from simlab.config.fields import Fields, brief
 
 # Ours to theirs; {} is the block. What every model type has, and then its norms.
 _SHARED = {
@@ -94,13 +84,13 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def _full_layers(values: dict[str, Any], depth: int, path: Path) -> tuple[int, ...]:
-    kinds = values.get("layer_types")
+def _full_layers(fields: Fields, depth: int) -> tuple[int, ...]:
+    kinds = fields.take("layer_types")
     if kinds is None:  # transformers' rule for OLMo 3: every fourth layer sees everything
         return tuple(range(3, depth, 4))
     allowed = ("sliding_attention", "full_attention")
     if not isinstance(kinds, list) or len(kinds) != depth or any(k not in allowed for k in kinds):
-        raise ConfigError(f"{path}: layer_types: must be {depth} of {', '.join(allowed)}")
+        raise ConfigError(f"{fields.prefix}layer_types: must be {depth} of {', '.join(allowed)}")
     return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
 
 
@@ -112,32 +102,32 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     value that simlab doesn't compute.
     """
     values = read_json(path)
-    kind = choice(values, "model_type", path, ARCHITECTURES, None)
+    kind = fields_of(values, path).choice("model_type", ARCHITECTURES)
     its = ARCHITECTURES[kind]
-    choice(values, "hidden_act", path, ("silu",), "silu")
-    only(values, path, attention_bias=False, quantization_config=None, **its.fixed)
     defaults = {"head_dim": its.head_dim} if its.head_dim else {}
+    fields = fields_of(defaults | values, path)
+    fields.choice("hidden_act", ("silu",), "silu")
+    fields.must_be(attention_bias=False, quantization_config=None, **its.fixed)
     width, heads, kv_heads, head_dim = head_shape(
-        defaults | values,
-        path,
+        fields,
         ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
         None if "num_key_value_heads" in values else its.kv_heads,
     )
-    depth = layers(values, DEPTH_KEY, path, tensors)
-    window = positive(values, "sliding_window", path, 4096) if kind == "olmo3" else None
+    depth = layers(fields, DEPTH_KEY, tensors)
+    window = fields.integer("sliding_window", default=4096) if kind == "olmo3" else None
     kinds = values.get("layer_types")
     if not window and isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
         raise ConfigError(f"{path}: layer_types: allowed for {kind}: full_attention")
-    theta, yarn, llama3 = read_rope(values, path, its.theta)
-    eps = number(values, "rms_norm_eps", path, its.eps) if its.reads_eps else its.eps
+    theta, yarn, llama3 = read_rope(fields, its.theta)
+    eps = fields.number("rms_norm_eps", 0.0, default=its.eps) if its.reads_eps else its.eps
     model = ModelConfig(
         name=path.parent.name,
         depth=depth,
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        d_ff=positive(values, "intermediate_size", path),
-        vocab_size=positive(values, "vocab_size", path),
+        d_ff=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
         head_dim=head_dim,
         norm=NormConfig(its.placement, type=its.norm_type, eps=eps),
         qk_norm=its.qk_norm,
@@ -145,8 +135,8 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         yarn=yarn,
         llama3=llama3,
         window=window,
-        full_attention=_full_layers(values, depth, path) if window else (),
-        tied=flag(values, "tie_word_embeddings", path, False),
+        full_attention=_full_layers(fields, depth) if window else (),
+        tied=fields.boolean("tie_word_embeddings", False),
     )
     return model, its.keys
 

@@ -6,23 +6,15 @@ What the keys mean and what a config leaves out: allenai/OLMo, olmo/config.py an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from simlab.checkpoints.formats.fields import (
-    ABOVE_1,
-    choice,
-    flag,
-    head_shape,
-    layers,
-    number,
-    only,
-    positive,
-)
 from simlab.checkpoints.formats.opened import Opened
+from simlab.checkpoints.formats.shape import head_shape, layers
+from simlab.checkpoints.untrusted.files import fields_of
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.checkpoints.untrusted.torch_zip import read_tensors
 from simlab.checkpoints.untrusted.yaml import read_section
 from simlab.config import ConfigError, ModelConfig, NormConfig
+from simlab.config.fields import Fields
 
 # Ours to theirs. q‖k‖v and up‖gate are stacked by rows, in that order.
 KEYS = {
@@ -52,20 +44,19 @@ def _norm_keys(where: str) -> dict[str, str]:
     }
 
 
-def _hidden(values: dict[str, Any], width: int, path: Path) -> int:
+def _hidden(fields: Fields, width: int) -> int:
     """d_ff from the size of gate and up together."""
-    both = positive(values, "mlp_hidden_size", path, positive(values, "mlp_ratio", path, 4) * width)
+    ratio = fields.integer("mlp_ratio", default=4)
+    both = fields.integer("mlp_hidden_size", default=ratio * width)
     if both % 2:
-        raise ConfigError(
-            f"{path}: mlp_hidden_size={both}: must be even, it is gate and up together"
-        )
+        raise fields.fail("mlp_hidden_size", both, "must be even, it is gate and up together")
     return both // 2
 
 
-def _kv_heads(values: dict[str, Any], path: Path) -> int | None:
+def _kv_heads(fields: Fields, path: Path) -> int | None:
     """The default of ``n_kv_heads``; with both spellings given they must agree."""
-    multi = flag(values, "multi_query_attention", path, False)
-    if multi and values.get("n_kv_heads") not in (None, 1):
+    multi = fields.boolean("multi_query_attention", False)
+    if multi and fields.values.get("n_kv_heads") not in (None, 1):
         raise ConfigError(f"{path}: multi_query_attention=true: n_kv_heads must be 1 or null")
     return 1 if multi else None
 
@@ -77,11 +68,11 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     what is malformed or not computed by simlab.
     """
     values = read_section(path, "model")
-    choice(values, "activation_type", path, ("swiglu",), "swiglu")
-    choice(values, "block_type", path, ("sequential",), "sequential")
-    only(
-        {"rope": False, "include_bias": True} | values,  # the trainer's own defaults
-        path,
+    # Of these two the trainer's own defaults aren't computed: they are to be given.
+    fields = fields_of({"rope": False, "include_bias": True} | values, path)
+    fields.choice("activation_type", ("swiglu",), "swiglu")
+    fields.choice("block_type", ("sequential",), "sequential")
+    fields.must_be(
         rope=True,
         alibi=False,
         include_bias=False,
@@ -93,40 +84,40 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         block_group_size=1,
     )
     for name in ("rope", "include_bias"):
-        if values.get(name) is None:
+        if fields.values[name] is None:
             raise ConfigError(f"{path}: {name}: must be {'true' if name == 'rope' else 'false'}")
-    affine = flag(values, "layer_norm_with_affine", path, True)
-    qk_norm = flag(values, "attention_layer_norm", path, False)
-    where = "norm_out" if flag(values, "norm_after", path, False) else "norm_in"
+    affine = fields.boolean("layer_norm_with_affine", True)
+    qk_norm = fields.boolean("attention_layer_norm", False)
+    where = "norm_out" if fields.boolean("norm_after", False) else "norm_in"
     keys = KEYS | (_norm_keys(where) if affine else {})
-    if qk_norm and flag(values, "attention_layer_norm_with_affine", path, True):
+    if qk_norm and fields.boolean("attention_layer_norm_with_affine", True):
         keys |= QK_NORM
     width, heads, kv_heads, head_dim = head_shape(
-        values, path, ("d_model", "n_heads", "n_kv_heads", "head_dim"), _kv_heads(values, path)
+        fields, ("d_model", "n_heads", "n_kv_heads", "head_dim"), _kv_heads(fields, path)
     )
     if head_dim * heads != width:
-        raise ConfigError(f"{path}: head_dim={head_dim}: must be d_model / n_heads")
-    vocab_size = positive(values, "vocab_size", path)
-    rows = positive(values, "embedding_size", path, vocab_size)
+        raise fields.fail("head_dim", head_dim, "must be d_model / n_heads")
+    vocab_size = fields.integer("vocab_size")
+    rows = fields.integer("embedding_size", default=vocab_size)
     if "embedding_size" not in values:
         rows = 50304  # the trainer's default; null is vocab_size
     model = ModelConfig(
         name=path.parent.name,
-        depth=layers(values, DEPTH_KEY, path, tensors),
+        depth=layers(fields, DEPTH_KEY, tensors),
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        d_ff=_hidden(values, width, path),
+        d_ff=_hidden(fields, width),
         vocab_size=rows,
         head_dim=head_dim,
         norm=NormConfig(
             "reordered" if where == "norm_out" else "pre",
-            type=NORM_TYPES[choice(values, "layer_norm_type", path, NORM_TYPES, "default")],
-            eps=number(values, "layer_norm_eps", path, 1e-5),
+            type=NORM_TYPES[fields.choice("layer_norm_type", NORM_TYPES, "default")],
+            eps=fields.number("layer_norm_eps", 0.0, default=1e-5),
         ),
         qk_norm="full" if qk_norm else "none",
-        rope_theta=number(values, "rope_theta", path, 10_000.0, ABOVE_1),
-        tied=flag(values, "weight_tying", path, True),
+        rope_theta=fields.number("rope_theta", 1.0, above=True, default=10_000.0),
+        tied=fields.boolean("weight_tying", True),
     )
     return model, keys
 

@@ -9,24 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from simlab.checkpoints.formats.fields import (
-    brief,
-    choice,
-    flag,
-    head_shape,
-    layers,
-    number,
-    only,
-    positive,
-    read_json,
-    section,
-)
 from simlab.checkpoints.formats.olmo_core_rope import Rope, read_rope
 from simlab.checkpoints.formats.opened import Opened
+from simlab.checkpoints.formats.shape import head_shape, layers
 from simlab.checkpoints.untrusted import dcp
+from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, ModelConfig, NormConfig
+from simlab.config.fields import Fields, brief
 
 # Ours to theirs; {} is the block. What every block type has, and then its norms.
 KEYS = {
@@ -73,37 +63,43 @@ DEPTH_KEY, STATE = "n_layers", "model_and_optim"
 IRRELEVANT = ("_CLASS_", "dtype", "init_device", "dropout")  # to what is computed, in float32
 
 
-def known(values: dict[str, Any], path: Path, what: str, keys: str) -> None:
+def known(fields: Fields, keys: str) -> None:
     """Refuse keys of a section that aren't read and aren't off. Raises ConfigError."""
-    for key, value in values.items():
+    for key, value in fields.values.items():
         if key not in IRRELEVANT and key not in keys.split() and value not in (None, False):
-            raise ConfigError(f"{path}: {what}: {brief(key)}={brief(value)}: not supported")
+            raise fields.fail(brief(key), value, "not supported")
 
 
-def read_norm(values: dict[str, Any], key: str, path: Path) -> tuple[str, float, bool]:
+def no_bias(fields: Fields) -> None:
+    """Refuse a bias, which is the trainer's default. Raises ConfigError."""
+    if fields.boolean("bias", True):
+        raise fields.fail("bias", True, "not supported; allowed: false")
+
+
+def read_norm(fields: Fields, key: str) -> tuple[str, float, bool]:
     """A norm's type, eps and whether it has a gain. Raises ConfigError for a bias or another norm."""
-    norm = section(values, key, path)
-    if not norm:
-        raise ConfigError(f"{path}: {key}=null: a model without it is not supported")
-    known(norm, path, key, "name eps bias elementwise_affine full_precision")
-    gain = flag(norm, "elementwise_affine", path, True)
-    if gain and flag(norm, "bias", path, True):  # the trainer's default
-        raise ConfigError(f"{path}: {key}: bias=true: not supported; allowed: false")
-    kind = NORM_TYPES[choice(norm, "name", path, NORM_TYPES, "default")]
-    return kind, number(norm, "eps", path, 1e-5), gain
+    norm = fields.node(key, {})
+    if not norm.values:
+        raise ConfigError(f"{fields.prefix}{key}=null: a model without it is not supported")
+    known(norm, "name eps bias elementwise_affine full_precision")
+    gain = norm.boolean("elementwise_affine", True)
+    if gain:
+        no_bias(norm)
+    kind = NORM_TYPES[norm.choice("name", NORM_TYPES, "default")]
+    return kind, norm.number("eps", 0.0, default=1e-5), gain
 
 
-def read_windows(attention: dict[str, Any], depth: int, path: Path) -> list[int | None]:
+def read_windows(attention: Fields, depth: int) -> list[int | None]:
     """Each layer's attention window by the pattern, None where it sees every token."""
-    window = section(attention, "sliding_window", path)
-    if not window:
+    window = attention.node("sliding_window", {})
+    if not window.values:
         return [None] * depth
-    pattern = window.get("pattern")
+    pattern = window.take("pattern")
     sizes = pattern if isinstance(pattern, list) else []
     if not sizes or any(type(n) is not int or not (n == -1 or 0 < n <= 10**9) for n in sizes):
-        raise ConfigError(f"{path}: pattern={brief(pattern)}: must be window sizes, -1 for none")
-    first = flag(window, "force_full_attention_on_first_layer", path, True)
-    last = flag(window, "force_full_attention_on_last_layer", path, True)
+        raise window.fail("pattern", pattern, "must be window sizes, -1 for none")
+    first = window.boolean("force_full_attention_on_first_layer", True)
+    last = window.boolean("force_full_attention_on_last_layer", True)
     # Where the first layer is set apart, the pattern starts at the second.
     windows = [sizes[(layer - first) % len(sizes)] for layer in range(depth)]
     if first:
@@ -113,24 +109,22 @@ def read_windows(attention: dict[str, Any], depth: int, path: Path) -> list[int 
     return [None if n == -1 else n for n in windows]
 
 
-def blocks(values: dict[str, Any], depth: int, path: Path) -> list[dict[str, Any]]:
+def blocks(fields: Fields, depth: int) -> list[Fields]:
     """Each layer's block: one for all, with overrides by layer, or named ones in a pattern."""
-    block = section(values, "block", path)
-    pattern, overrides = values.get("block_pattern"), section(values, "block_overrides", path)
+    block, overrides = fields.node("block", {}), fields.node("block_overrides", {})
+    pattern = fields.take("block_pattern")
     if pattern is None:
         found = [block] * depth
-        for layer, override in overrides.items():
+        for layer in overrides.values:
             if not (layer.isascii() and layer.isdigit() and len(layer) < 10 and int(layer) < depth):
-                raise ConfigError(f"{path}: block_overrides: {brief(layer)}: must be a layer")
-            found[int(layer)] = override
-    else:
-        names = pattern if isinstance(pattern, list) else []
-        if not names or any(not isinstance(n, str) or n not in block for n in names):
-            raise ConfigError(f"{path}: block_pattern={brief(pattern)}: must be names of blocks")
-        found = [block[names[layer % len(names)]] for layer in range(depth)]
-    if not all(isinstance(one, dict) for one in found):
-        raise ConfigError(f"{path}: block: must be an object")
-    return found
+                raise ConfigError(f"{overrides.prefix}{brief(layer)}: must be a layer")
+            found[int(layer)] = overrides.node(layer)
+        return found
+    names = pattern if isinstance(pattern, list) else []
+    if not names or any(not isinstance(n, str) or n not in block.values for n in names):
+        raise fields.fail("block_pattern", pattern, "must be names of blocks")
+    named = {name: block.node(name) for name in set(names)}
+    return [named[names[layer % len(names)]] for layer in range(depth)]
 
 
 @dataclass(frozen=True)
@@ -143,70 +137,73 @@ class Block:
     windows: list[int | None]
 
 
-def read_block(block: dict[str, Any], model: dict[str, Any], depth: int, path: Path) -> Block:
-    """One block's section. Raises ConfigError for what simlab doesn't compute."""
+def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str) -> Block:
+    """One block's section; name: the model's. Raises ConfigError for what simlab doesn't compute."""
     known(
-        block, path, "block",
+        block,
         "name sequence_mixer attention layer_norm feed_forward attention_residual_alpha "
         "feed_forward_residual_alpha",
     )  # fmt: skip
-    only(block, path, attention_residual_alpha=1.0, feed_forward_residual_alpha=1.0)
-    placement, keys = BLOCKS[choice(block, "name", path, BLOCKS, "default")]
-    mixer = "attention" if block.get("attention") is not None else "sequence_mixer"
-    attention = section(block, mixer, path)
+    block.must_be(attention_residual_alpha=1.0, feed_forward_residual_alpha=1.0)
+    placement, keys = BLOCKS[block.choice("name", BLOCKS, "default")]
+    mixer = "attention" if block.values.get("attention") is not None else "sequence_mixer"
+    attention = block.node(mixer, {})
     known(
-        attention, path, mixer,
+        attention,
         "name type n_heads n_kv_heads head_dim bias rope qk_norm use_head_qk_norm sliding_window "
         "backend use_flash use_recompute_qkv_prep mxfp8_save_qkv_for_backward",
     )  # fmt: skip
-    choice(attention, "type", path, ("attention",), "attention")
-    choice(attention, "name", path, ("default",), "default")
-    mlp = section(block, "feed_forward", path)
-    known(mlp, path, "feed_forward", "name hidden_size bias activation")
-    choice(mlp, "name", path, ("default",), "default")
-    choice(mlp, "activation", path, ("silu",), "silu")
-    for part, name in ((attention, mixer), (mlp, "feed_forward"), (model["lm_head"], "lm_head")):
-        if flag(part, "bias", path, True):  # the trainer's default
-            raise ConfigError(f"{path}: {name}: bias=true: not supported; allowed: false")
-    norm = read_norm(block, "layer_norm", path)
+    attention.choice("type", ("attention",), "attention")
+    attention.choice("name", ("default",), "default")
+    mlp = block.node("feed_forward", {})
+    known(mlp, "name hidden_size bias activation")
+    mlp.choice("name", ("default",), "default")
+    mlp.choice("activation", ("silu",), "silu")
+    for part in (attention, mlp, head):
+        no_bias(part)
+    norm = read_norm(block, "layer_norm")
     qk_norm = "none"
     norms = {
         "layer_norm": norm,
-        "lm_head.layer_norm": read_norm(model["lm_head"], "layer_norm", path),
+        "lm_head.layer_norm": read_norm(head, "layer_norm"),
     }
-    if attention.get("qk_norm") is not None:
-        norms["qk_norm"] = read_norm(attention, "qk_norm", path)
-        per_head = flag(attention, "use_head_qk_norm", path, False)
-        qk_norm = "per_head" if per_head else "full"
-    for name, other in norms.items():
+    if attention.values.get("qk_norm") is not None:
+        norms["qk_norm"] = read_norm(attention, "qk_norm")
+        qk_norm = "per_head" if attention.boolean("use_head_qk_norm", False) else "full"
+    for which, other in norms.items():
         if other[:2] != norm[:2]:
-            raise ConfigError(f"{path}: {name}: must be the norm that layer_norm is, and its eps")
+            raise ConfigError(
+                f"{model.prefix}{which}: must be the norm that layer_norm is, and its eps"
+            )
     present = KEYS | (keys if norm[2] else {})
     if "qk_norm" in norms and norms["qk_norm"][2]:
         present |= QK_NORM
     if not norms["lm_head.layer_norm"][2]:
         del present["norm.weight"]
     width, heads, kv_heads, head_dim = head_shape(
-        attention | {"d_model": model.get("d_model")},
-        path,
+        Fields(
+            attention.values | {"d_model": model.values.get("d_model")},
+            attention.prefix,
+            attention.shown,
+        ),
         ("d_model", "n_heads", "n_kv_heads", "head_dim"),
     )
-    rope = read_rope(attention, head_dim, path)
+    rope = read_rope(attention, head_dim)
     one = ModelConfig(
-        name=path.parent.name,
+        name=name,
         depth=depth,
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        d_ff=positive(mlp, "hidden_size", path),
-        vocab_size=positive(model, "vocab_size", path),
+        d_ff=mlp.integer("hidden_size"),
+        vocab_size=model.integer("vocab_size"),
         head_dim=head_dim,
         norm=NormConfig(placement, type=norm[0], eps=norm[1]),
         qk_norm=qk_norm,
         rope_theta=rope.theta,
-        tied=flag(model, "tie_word_embeddings", path, False),
+        tied=model.boolean("tie_word_embeddings", False),
     )
-    return Block(one, present, rope, read_windows(attention, depth, path))
+    return Block(one, present, rope, read_windows(attention, depth))
 
 
 def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
@@ -215,21 +212,22 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     tensors: how many the checkpoint holds; more blocks than that are refused before any is read.
     Raises ConfigError for what is malformed or not computed by simlab.
     """
-    values = read_json(path)
-    model = values if "d_model" in values else section(values, "model", path)
-    if not model:
+    model = fields_of(read_json(path), path)
+    if "d_model" not in model.values:
+        model = model.node("model", {})
+    if not model.values:
         raise ConfigError(f"{path}: has no model: not a config of OLMo-core")
-    choice(model, "name", path, ("default",), "default")
-    only(model, path, embedding_norm=None, embed_scale=1.0)
-    head = section(model, "lm_head", path)
-    known(head, path, "lm_head", "name layer_norm bias loss_implementation")
-    choice(head, "name", path, ("default",), "default")
-    depth = layers(model, DEPTH_KEY, path, tensors)
+    model.choice("name", ("default",), "default")
+    model.must_be(embedding_norm=None, embed_scale=1.0)
+    head = model.node("lm_head", {})
+    known(head, "name layer_norm bias loss_implementation")
+    head.choice("name", ("default",), "default")
+    depth = layers(model, DEPTH_KEY, tensors)
     read: dict[int, Block] = {}
     each = []
-    for block in blocks(model, depth, path):
+    for block in blocks(model, depth):
         if id(block) not in read:
-            read[id(block)] = read_block(block, model | {"lm_head": head}, depth, path)
+            read[id(block)] = read_block(block, model, head, depth, path.parent.name)
         each.append(read[id(block)])
     return _merged(each, path), each[0].keys
 

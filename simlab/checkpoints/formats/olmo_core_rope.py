@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from simlab.checkpoints.formats.fields import (
-    ABOVE_1,
-    brief,
-    choice,
-    number,
-    only,
-    positive,
-    section,
-)
 from simlab.config import ConfigError, Llama3RopeConfig, YarnConfig
+from simlab.config.fields import Fields
 
 SCALINGS = ("YaRNRoPEScalingConfig", "StepwiseRoPEScalingConfig", "ABFRoPEScalingConfig")
 
@@ -30,52 +20,54 @@ class Rope:
     llama3: Llama3RopeConfig | None = None
 
 
-def read_rope(attention: dict[str, Any], head_dim: int, path: Path) -> Rope:
+def read_rope(attention: Fields, head_dim: int) -> Rope:
     """From an attention's section. Raises ConfigError for what simlab doesn't compute."""
-    rope = section(attention, "rope", path)
-    if not rope:
-        raise ConfigError(f"{path}: rope=null: attention without RoPE is not supported")
-    choice(rope, "name", path, ("default",), "default")
-    only(rope, path, no_global_rope=False, partial_rotary_factor=1.0)
-    theta = number(rope, "theta", path, 500_000.0, ABOVE_1)
-    scaling = section(rope, "scaling", path)
-    if not scaling:
+    rope = attention.node("rope", {})
+    if not rope.values:
+        raise ConfigError(f"{attention.prefix}rope=null: attention without RoPE is not supported")
+    rope.choice("name", ("default",), "default")
+    rope.must_be(no_global_rope=False, partial_rotary_factor=1.0)
+    theta = rope.number("theta", 1.0, above=True, default=500_000.0)
+    scaling = rope.node("scaling", {})
+    if not scaling.values:
         return Rope(theta)
-    kind = str(scaling.get("_CLASS_")).rpartition(".")[2]
+    name = scaling.take("_CLASS_")
+    kind = name.rpartition(".")[2] if isinstance(name, str) else ""
     if kind not in SCALINGS:
-        raise ConfigError(f"{path}: scaling: {brief(kind)}: allowed: {', '.join(SCALINGS)}")
+        raise scaling.fail("_CLASS_", name, f"allowed: {', '.join(SCALINGS)}")
     if kind == "YaRNRoPEScalingConfig":
-        return Rope(theta, yarn=_yarn(scaling, theta, head_dim, path))
-    only(scaling, path, attention_rescale_factor=1.0)
+        return Rope(theta, yarn=_yarn(scaling, theta, head_dim))
+    scaling.must_be(attention_rescale_factor=1.0)
     if kind == "ABFRoPEScalingConfig":  # only another θ
-        return Rope(number(scaling, "new_theta", path, 8_000_000.0, ABOVE_1))
-    low = number(scaling, "low_freq_proportion", path, 0.0)
-    high = number(scaling, "high_freq_proportion", path, 0.25, 1e-6)
+        return Rope(scaling.number("new_theta", 1.0, above=True, default=8_000_000.0))
+    low = scaling.number("low_freq_proportion", 0.0, default=0.0)
+    high = scaling.number("high_freq_proportion", 1e-6, default=0.25)
     if not low < 1 - high:
-        raise ConfigError(f"{path}: low_freq_proportion={low:g}: must be below 1 − high")
+        raise scaling.fail("low_freq_proportion", low, "must be below 1 − high")
     return Rope(
         theta,
         llama3=Llama3RopeConfig(
-            factor=number(scaling, "factor", path, 32.0, 1.0),
+            factor=scaling.number("factor", 1.0, default=32.0),
             low_freq_factor=1 / (1 - low),
             high_freq_factor=1 / high,
-            original_length=positive(scaling, "old_context_len", path, 8192),
+            original_length=scaling.integer("old_context_len", default=8192),
         ),
     )
 
 
-def _yarn(scaling: dict[str, Any], theta: float, head_dim: int, path: Path) -> YarnConfig:
+def _yarn(scaling: Fields, theta: float, head_dim: int) -> YarnConfig:
     yarn = YarnConfig(
-        factor=number(scaling, "factor", path, 8.0, 1.0),
-        original_length=positive(scaling, "old_context_len", path, 8192),
-        beta_fast=number(scaling, "beta_fast", path, 32.0, 1e-6),
-        beta_slow=number(scaling, "beta_slow", path, 1.0, 1e-6),
+        factor=scaling.number("factor", 1.0, default=8.0),
+        original_length=scaling.integer("old_context_len", default=8192),
+        beta_fast=scaling.number("beta_fast", 1e-6, default=32.0),
+        beta_slow=scaling.number("beta_slow", 1e-6, default=1.0),
     )
     turns = yarn.original_length / (yarn.beta_slow * 2 * math.pi)
     last = math.ceil(head_dim * math.log(turns) / (2 * math.log(theta)))
     if last > head_dim // 2 - 1:  # where OLMo-core's ramp ends early and transformers' doesn't
-        raise ConfigError(
-            f"{path}: old_context_len={yarn.original_length}: YaRN's ramp must end within "
-            f"head_dim / 2 pairs, which takes a rope theta above {theta:g}"
+        raise scaling.fail(
+            "old_context_len",
+            yarn.original_length,
+            f"YaRN's ramp must end within head_dim / 2 pairs, which takes a theta above {theta:g}",
         )
     return yarn

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from simlab.checkpoints.formats.fields import brief, checked_name, plain_name
 from simlab.checkpoints.storage import Piece, StoredTensor
 from simlab.checkpoints.untrusted import pickle as pickles
+from simlab.checkpoints.untrusted.files import checked_name, plain_name
 from simlab.checkpoints.untrusted.pickle import PickledObject
 from simlab.checkpoints.untrusted.torch_zip import open_archive, tensor
 from simlab.config import ConfigError
+from simlab.config.fields import brief
 
 METADATA = ".metadata"
 METADATA_LIMIT = 64 << 20  # bytes

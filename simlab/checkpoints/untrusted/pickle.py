@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from simlab.checkpoints.formats.fields import brief
 from simlab.config import ConfigError
+from simlab.config.fields import brief
 
 # What a malformed pickle makes the unpickler raise; ConfigError, a ValueError, is told apart.
 MALFORMED = (

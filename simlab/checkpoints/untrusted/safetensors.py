@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from simlab.checkpoints.formats.fields import brief, checked_name
 from simlab.checkpoints.storage import StoredTensor, in_one_piece
+from simlab.checkpoints.untrusted.files import checked_name
 from simlab.config import ConfigError
+from simlab.config.fields import brief
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from simlab.checkpoints.formats.fields import brief, checked_name
 from simlab.checkpoints.storage import StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
+from simlab.checkpoints.untrusted.files import checked_name
 from simlab.checkpoints.untrusted.pickle import PickledObject, StorageLabel
 from simlab.config import ConfigError
+from simlab.config.fields import brief
 
 # What zipfile raises for a malformed directory; NotImplementedError for a version it doesn't know.
 MALFORMED = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from simlab.checkpoints.formats.fields import YAML_LIMIT, read_text
+from simlab.checkpoints.untrusted.files import YAML_LIMIT, read_text
 from simlab.config import ConfigError
 
 INTEGER = re.compile(r"[-+]?\d{1,20}")

@@ -1,0 +1,58 @@
+"""Small text files that strangers wrote, and the names in them: each mistake is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from simlab.config import ConfigError
+from simlab.config.fields import Fields, brief
+
+JSON_LIMIT = 64 << 20  # bytes; an index of a million tensors is smaller
+YAML_LIMIT = 1 << 20  # the largest official one has 0.2 MiB
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A small text file. Raises ConfigError."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+        if path.stat().st_size > limit:
+            raise ConfigError(f"{path}: larger than {limit >> 20} MiB, not a config or an index")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises ConfigError."""
+    text = read_text(path, JSON_LIMIT)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return values
+
+
+def fields_of(values: dict[str, Any], path: Path) -> Fields:
+    """The fields of a file's object; a line names the file, and quotes texts."""
+    return Fields(values, f"{path}: ", brief)
+
+
+def plain_name(name: object, ending: str) -> bool:
+    """Whether a stranger's file name is one in its own folder, and can be shown and opened."""
+    if not isinstance(name, str) or not (name.isascii() and name.isprintable() and len(name) < 200):
+        return False
+    return name.endswith(ending) and not {"/", "\\"} & set(name) and name != ending
+
+
+def checked_name(name: object, path: Path) -> str:
+    """A tensor's name that can be shown in a line. Raises ConfigError."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+        raise ConfigError(f"{path}: {brief(name)}: not a tensor's name")
+    return name
