@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from simlab.config import CONF_DIR
+from simlab.budget.memory import needed
+from simlab.config import CONF_DIR, MLPS
 from simlab.experiment import run
+from simlab.model import mlp
+from simlab.model.describe import describe
 from simlab.schemes import placement
 
 ROOT = Path(__file__).parents[1]
@@ -79,3 +82,20 @@ def test_the_recipe_names_every_file_that_a_placement_needs(name, mentions):
     assert used > {"simlab/schemes/placement.py", "conf/norm/NAME.yaml"}
     for path in ("tests/model/test_placement.py", "tests/schemes/test_schemes.py", "README.md"):
         assert name in (ROOT / path).read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+def test_the_mlp_of_the_recipe_runs(monkeypatch, engine):
+    text = recipe("Add an MLP")
+    names = vars(mlp).copy()
+    exec(block(text, "python"), names)
+    monkeypatch.setitem(mlp.MLPS, "relu2", names["SquaredReLU"])
+    monkeypatch.setattr("simlab.config.validate.MLPS", (*MLPS, "relu2"))
+    asked = ["model.mlp=relu2", "model.bias=true", "gradients=true", "seeds=2"]
+    config = tiny(*asked, f"engine={engine}")
+    result = run(config)
+    assert (result.curve["gradient_norm"] > 0).all()
+    assert describe(config.shape).groups[2:] == [(48, [80]), (80, [48])]
+    assert needed(config, 2) > 0
+    for path in files(text):
+        assert (ROOT / path).is_file(), path

@@ -1,4 +1,4 @@
-"""What a curve costs in each engine: the choice that ``engine=auto`` makes, and seconds.
+"""What a curve costs in each engine: how ``engine=auto`` chooses, and an estimate of the time.
 
 A matrix of a block (d_out × d_in) meets N tokens. Operations, with multiply-adds counted as two:
 
@@ -106,9 +106,9 @@ def drawing_threads(model: ModelConfig, tokens: int, gradients: bool, threads: i
 
 @dataclass(frozen=True)
 class Curve:
-    """What is measured: so many ``seeds`` of one kind of curve. Sizes of it are in bytes.
+    """A kind of curve and how many ``seeds`` of it are measured. Its sizes are in bytes.
 
-    engine: dense or weightless. stored: of a checkpoint, which is dense. device: its type.
+    engine: dense or weightless. stored: a checkpoint's, which is dense. device: cpu, cuda or mps.
     threads: of the CPU.
     """
 
@@ -130,12 +130,12 @@ class Curve:
 
     @property
     def size(self) -> int:
-        """Of one number of the stream."""
+        """Bytes of one number of the stream."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def tokens(self) -> int:
-        """All of the batch."""
+        """Tokens of a seed's batch."""
         return self.batch * self.length
 
     @property
@@ -170,7 +170,7 @@ class Curve:
 
     @property
     def stream(self) -> int:
-        """The residual stream of all tokens."""
+        """Bytes of the residual stream of all tokens of a seed."""
         return self.tokens * self.model.width * self.size
 
 
@@ -186,7 +186,7 @@ WEIGHT, NORMAL = 1.4, 0.35
 def seconds(curve: Curve, rates: Rates | None = None) -> float:
     """Time that measuring all ``seeds`` of a curve takes, without imports, tables and figures.
 
-    rates: of this machine by default, as it is at the moment; so others on it shift the estimate.
+    rates: by default this machine's, measured now, so other processes on it shift the estimate.
     Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread (of 18 on
     another machine 0.66 to 1.34, and 2.0 of a checkpoint in bfloat16); of the clock's, on two cores
     that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
@@ -219,7 +219,7 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
 
 
 def curves(config: RunConfig, threads: int) -> list[Curve]:
-    """A run's, checkpoint first. Its engine must have been chosen and its inputs be known."""
+    """A run's curves, the checkpoint's first. Its engine must have been chosen, its inputs be known."""
     batch, length = config.inputs.batch or 1, config.inputs.length or 1
     device = config.device.partition(":")[0]
     found = []

@@ -1,7 +1,7 @@
-"""What the machine has: memory that a process may still take, and how fast it computes.
+"""The machine: how much memory a process may still take, and how fast the machine computes.
 
-Of a CPU's memory the least of what several parties allow counts: the system, the control groups that
-the process is in (containers; versions 1 and 2), and SLURM's allocation. Sizes are in bytes.
+On a CPU the system, the control groups that the process is in (containers; versions 1 and 2) and
+SLURM's allocation each set a limit; the lowest counts. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SLURM_CPUS = ("SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK")
 
 
 def available(device: torch.device | str, share: int = 1) -> int | None:
-    """Bytes that a process may still take on a device; None where nobody says.
+    """Bytes that a process may still take on a device; None where it isn't known.
 
-    share: among how many processes that start together it is divided. MPS shares the CPU's memory.
+    share: the number of processes that start together and divide the memory. MPS has the CPU's.
     """
     kind = str(device).partition(":")[0]
     free = on_cuda(str(device)) if kind == "cuda" else on_cpu()
@@ -36,7 +36,7 @@ def available(device: torch.device | str, share: int = 1) -> int | None:
 
 
 def on_cuda(device: str) -> int:
-    """What the device has free, and what torch has taken from it and doesn't use."""
+    """The device's free memory, and what torch has reserved of it without using it."""
     import torch  # late: `--help` needs none
 
     free, _ = torch.cuda.mem_get_info(device)
@@ -44,14 +44,14 @@ def on_cuda(device: str) -> int:
 
 
 def on_cpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int | None:
-    """The least of what is known. root: where proc/ and sys/ are."""
+    """The lowest of the known limits. root: the folder of proc/ and sys/."""
     found = [system(root), slurm(environment, resident(root)), *groups(root)]
     known = [max(0, size) for size in found if size is not None]
     return min(known, default=None)
 
 
 def system(root: Path) -> int | None:
-    """Linux: what can be had without swapping. Elsewhere all the memory there is."""
+    """Linux: the memory available without swapping. Elsewhere: the machine's whole memory."""
     free = _entry(root / "proc/meminfo", "MemAvailable:")
     if free is not None:
         return free * 1024

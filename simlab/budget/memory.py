@@ -142,10 +142,11 @@ def _loss(curve: Curve) -> int:
     columns = min(COLUMNS_AT_ONCE, model.vocab_size)
     total = n * model.width * (3 * size + 3 * 4)  # joined, normed, copied; sums in float32
     total += n * columns * (3 * 4 + size % 4)  # logits, less their largest, exponentials
-    total += columns * model.width * (size + 4)  # the head's rows
     if curve.weightless:
-        total += 4 * columns * min(n, model.width)
+        total += 4 * columns * min(n, model.width)  # Z of these columns
         total += 32 * n * n if n < model.width else 0  # Gram matrix and factor, as in ``_product``
+    else:
+        total += columns * model.width * (size + 4)  # the head's rows
     return total + (model.depth + 1) * curve.stream
 
 

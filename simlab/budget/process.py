@@ -1,4 +1,4 @@
-"""Settings of a whole process, for one that is ours: a command, not a library's caller."""
+"""Settings of a whole process, for simlab's commands; importing simlab as a library sets none."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20  # glibc's malloc
 
 @functools.cache
 def tune_process() -> None:
-    """Settings of a process that is ours.
+    """Tune memory allocation and garbage collection of a command's process.
 
-    glibc keeps freed memory for the next block: otherwise it is mapped and zeroed anew for every
-    tensor, measured as 15 % of olmo2_32b's time. Garbage is looked for less often, and not once more
-    at the end: importing torch makes a million objects, and they cost 0.4 s of 1.9 s of a 1B curve.
+    glibc keeps freed memory for the next block: otherwise it maps and zeroes memory anew for every
+    tensor, measured as 15 % of olmo2_32b's time. Python collects garbage less often, and not at the
+    end: importing torch makes a million objects, which cost the collector 0.4 s of a 1B curve's 1.9 s.
     """
     # NVIDIA's containers set it to 1: float32 products would round their inputs to TF32's 11 bits.
     os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"

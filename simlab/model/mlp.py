@@ -1,7 +1,7 @@
 """The MLPs: one small class each, one dict that names them (config key ``model.mlp``).
 
-To add one: a class here, its entry in ``MLPS``, its name in ``simlab.config.schema.MLPS`` and a test.
-Whatever needs a block's matrices (cost, memory, init, weightless engine) reads them off the module.
+CONTRIBUTING.md says how to add one. Cost, memory and the weightless engine read its matrices off it
+(``simlab.model.describe``).
 """
 
 from __future__ import annotations

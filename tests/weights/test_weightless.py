@@ -141,11 +141,15 @@ def test_other_widths(width):
 @pytest.mark.parametrize(
     ("overrides", "init"),
     [
-        (["model.tied=true", "norm.type=layer", "model.qk_norm=per_head"], None),
+        (
+            ["model.tied=true", "norm.type=layer", "model.qk_norm=per_head", "model.mlp=geglu"],
+            None,
+        ),
         (["model.tied=true", "model.qk_norm=none"], InitConfig("fan_in", None, None)),
+        (["model.mlp=gelu", "model.bias=true"], None),
     ],
-    ids=["other norms", "other init"],
+    ids=["other norms", "other init", "plain MLP"],
 )
 def test_variants(overrides, init):
-    """A tied head, whose shown rows are known; other norms; an init without one σ."""
+    """A tied head, whose shown rows are known; other norms and MLPs; an init without one σ."""
     assert all(agrees("reordered", 32, *overrides, init=init))
