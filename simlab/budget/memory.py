@@ -27,6 +27,7 @@ HASHED = checkpoint.RUNS_AT_ONCE * STREAMED  # of the embedding, mapped while it
 INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.experiment are imported
 ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients
 LIBRARIES = 40 * MIB  # thread pools, kernels' workspaces
+AUTOGRAD = 20 * MIB  # modules that torch imports for its first gradient
 STATISTICS = 3 * 8 + 4 * 4  # bytes per entry of the stream: copies in float64 and in float32
 # Heap fragmentation: two thirds of the memory outside large mmapped blocks, at most 400 MiB. It differs
 # from run to run by as much.
@@ -45,6 +46,7 @@ def peak(curve: Curve) -> int:
     hashed = min(HASHED, 4 * curve.model.vocab_size * curve.model.width) * curve.stored
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
     live = max(curve.batch_seeds * max(phases), hashed) + rows + LIBRARIES
+    live += AUTOGRAD * curve.gradients
     mapped = max(hashed, _weights(curve))
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
         mapped += _attention_statistics(curve)
