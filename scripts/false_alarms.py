@@ -21,7 +21,7 @@ from simlab.analysis.resampling import limit, permuted
 from simlab.analysis.verdict import ROUNDING, judge
 from simlab.experiment import run
 from simlab.regress.gates import QUANTITIES, stack
-from simlab.regress.law_gate import SEEDS, passes
+from simlab.regress.law_gate import LAW_GATE_SEEDS, passes
 from simlab.theory.laws import Array
 
 RECORDED = 10  # seeds of simlab's own cases, and as many others
@@ -72,7 +72,7 @@ def law_alarms(runs: int, depth: int) -> int:
     every = curves(run(config).curve, "random", gain=[1.0] * rows, normalises=["branch"] * rows)
     generator, alarms = np.random.default_rng(2), 0
     for _ in range(runs):
-        picked = generator.choice(every.count, SEEDS, replace=False)
+        picked = generator.choice(every.count, LAW_GATE_SEEDS, replace=False)
         group = replace(
             every, mean_square=every.mean_square[picked], eps_factor=every.eps_factor[picked]
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from simlab.config import DTYPES
-from simlab.regress.gates import QUANTITIES, RTOL, SIGNED, relative
+from simlab.regress.gates import QUANTITIES, RTOL, SIGNED, relative_error
 
 SMALL = ["model=small", "depth=64", "width=256", "heads=4", "kv_heads=2", "d_ff=1024", "seeds=2"]
 SETTINGS = {
@@ -68,7 +68,7 @@ def apart(a: pd.DataFrame, b: pd.DataFrame, quantity: str) -> float:
     """The largest difference, as the exact gate takes it."""
     pairs = zip(a.groupby("seed"), b.groupby("seed"), strict=True)
     return max(
-        float(relative(old[quantity], new[quantity], quantity in SIGNED).max())
+        float(relative_error(old[quantity], new[quantity], quantity in SIGNED).max())
         for (_, old), (_, new) in pairs
     )
 

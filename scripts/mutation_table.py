@@ -27,13 +27,13 @@ from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.experiment import RunResult, measure, prepare
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import STATISTICS
-from simlab.regress.gates import KEYS, Outcome, exact, statistical
+from simlab.regress.gates import ROW_KEYS, Outcome, exact, statistical
 from simlab.regress.law_gate import law
 
 SEEDS = 32  # recorded, and as many others
 MARKS = {True: "", False: "caught"}
 OF_A_STATE = ["norm", "mean_square", "mean", "mean_abs", "max_abs"]  # what parity compares
-NOT_STATISTICS = (*KEYS, "massive", "outside", *(law.column for law in LAWS.values()))
+NOT_STATISTICS = (*ROW_KEYS, "massive", "outside", *(law.column for law in LAWS.values()))
 
 
 @cache

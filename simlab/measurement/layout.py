@@ -115,7 +115,7 @@ KNOWN: dict[str, tuple[Sublayer, ...]] = {  # by the class of transformers' deco
 }
 
 
-def known(block: nn.Module) -> tuple[Sublayer, ...] | None:
+def known_sublayers(block: nn.Module) -> tuple[Sublayer, ...] | None:
     """The residual steps of a decoder layer of a known class, or of one derived from it."""
     names = [kind.__name__ for kind in type(block).__mro__]
     return next((KNOWN[name] for name in names if name in KNOWN), None)
@@ -143,7 +143,7 @@ def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
     return list(found)
 
 
-def unknown(model: nn.Module) -> ConfigError:
+def unknown_layout(model: nn.Module) -> ConfigError:
     """What to say of a model none of whose ModuleLists holds known decoder layers."""
     lists = {
         path: module

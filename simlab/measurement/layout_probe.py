@@ -19,18 +19,18 @@ from simlab.model.norms import LayerNorm, RMSNorm
 EPS = ("eps", "variance_epsilon", "epsilon")  # what norms call it
 
 
-def kept(x: Tensor) -> Tensor:
+def wide_copy(x: Tensor) -> Tensor:
     """A wide copy, which stays as it is when the model goes on in place."""
     return wide(x.detach().clone())
 
 
-def tensor(out: Any) -> Tensor:
+def first_output(out: Any) -> Tensor:
     """A module's output, or the first of several."""
     found: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return found
 
 
-def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A module's first argument, by position or by name."""
     found: Tensor = args[0] if args else next(iter(kwargs.values()))
     return found
@@ -45,7 +45,7 @@ class Norm:
     moment: Callable[[Tensor], Tensor]
 
 
-def read_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Norm | None:
+def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Norm | None:
     """The norm that made y of x (B, T, D; wide), or None where it is none of those that are tried.
 
     RMSNorm or LayerNorm, with the weight as gain or 1 + weight (Gemma): whichever gives y, within
@@ -121,33 +121,33 @@ class LayoutProbe(BlockProbe):
 
     def _before(self, module: nn.Module, seen: Callable[[Tensor], None]) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen(first(args, kwargs))
+            seen(first_argument(args, kwargs))
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _after(self, module: nn.Module, seen: Callable[[Tensor, Any], None]) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            seen(first(args, kwargs), out)
+            seen(first_argument(args, kwargs), out)
 
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _start(self, x: Tensor) -> None:
-        self.stream = kept(x)
+        self.stream = wide_copy(x)
         self.outputs.clear()
         self.attention.clear()
 
     def _keep(self, path: str, _: Tensor, out: Any) -> None:
-        self.outputs[path] = kept(tensor(out))
+        self.outputs[path] = wide_copy(first_output(out))
         self.attention[path] = attention_weights(out)
 
     def _on_norm(self, i: int, x: Tensor, out: Any) -> None:
-        self._finish(i, x, tensor(out))
+        self._finish(i, x, first_output(out))
 
     def _on_sum(self, i: int, x: Tensor) -> None:
         self._finish(i, x, x)
 
     def _on_end(self, i: int, _: Tensor, out: Any) -> None:
-        self._finish(i, tensor(out), tensor(out))
+        self._finish(i, first_output(out), first_output(out))
 
     @torch.no_grad()
     def _finish(self, i: int, total: Tensor, after: Tensor) -> None:
@@ -158,10 +158,10 @@ class LayoutProbe(BlockProbe):
                 sublayer, f"{', '.join(missing)} gave nothing before its sum was seen"
             )
         assert skip is not None  # with outputs, the block has started
-        raw = added([self.outputs[path] for path in sublayer.raws])
+        raw = add_up([self.outputs[path] for path in sublayer.raws])
         branches = [self.outputs[path] for path in sublayer.branches]
         rounding = torch.finfo(total.dtype).eps
-        total, after = wide(total), kept(after)
+        total, after = wide(total), wide_copy(after)
         if i not in self.norms:
             self._check(sublayer, [skip, *branches], total, rounding)
             self.norms[i] = self._norm(sublayer, skip, raw, total, after, rounding)
@@ -174,7 +174,7 @@ class LayoutProbe(BlockProbe):
         step = Step(
             after=after,
             skip=skip,
-            branch=added(branches),
+            branch=add_up(branches),
             raw=raw,
             moment=moment,
             eps=norm.eps if norm else 0.0,
@@ -196,8 +196,8 @@ class LayoutProbe(BlockProbe):
                 raise self._wrong(
                     sublayer, f"{path} gives {shape}, the stream is {tuple(total.shape)}"
                 )
-        off = (added(terms) - total).abs()
-        allowed = 4 * rounding * added([term.abs() for term in terms])
+        off = (add_up(terms) - total).abs()
+        allowed = 4 * rounding * add_up([term.abs() for term in terms])
         if (off > allowed).any():  # not where a NaN or an infinity is: that is for the rows to say
             place = f"what {sublayer.sum} gets" if sublayer.sum else "what the block gives"
             most, rms = off.amax().item(), total.square().mean().sqrt().item()
@@ -228,12 +228,12 @@ class LayoutProbe(BlockProbe):
             return None
         module = self.modules[sublayer.norm]
         if sublayer.normalises == "stream":
-            return read_norm(module, total, after, rounding)
+            return identify_norm(module, total, after, rounding)
         x = raw if sublayer.normalises == "branch" else skip
-        return read_norm(module, x, self.outputs[sublayer.norm], rounding)
+        return identify_norm(module, x, self.outputs[sublayer.norm], rounding)
 
 
-def added(terms: list[Tensor]) -> Tensor:
+def add_up(terms: list[Tensor]) -> Tensor:
     """Their sum."""
     return reduce(torch.add, terms)
 

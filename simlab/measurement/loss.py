@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simlab.model.norms import NORMS
-from simlab.weights.base import Weights, fill
+from simlab.weights.base import Weights, fill_parameters
 from simlab.weights.weightless import gram
 
 
@@ -24,7 +24,7 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     model = weights.model
     with torch.device("meta"):
         norm = NORMS[model.norm.type](model.width, model.norm.eps)
-    fill(norm, weights, "norm.", x.device, x.dtype)
+    fill_parameters(norm, weights, "norm.", x.device, x.dtype)
     norm.requires_grad_(False)
     x = x.detach().requires_grad_()
     with torch.enable_grad():

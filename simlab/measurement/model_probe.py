@@ -16,8 +16,8 @@ from simlab.config import ConfigError
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
 from simlab.measurement.frame import to_frame
-from simlab.measurement.layout import Layout, blocks_at, known, unknown
-from simlab.measurement.layout_probe import LayoutProbe, first
+from simlab.measurement.layout import Layout, blocks_at, known_sublayers, unknown_layout
+from simlab.measurement.layout_probe import LayoutProbe, first_argument
 from simlab.measurement.statistics import STATISTICS, Step, wide
 from simlab.model.transformer import Block
 
@@ -94,7 +94,7 @@ class ModelProbe:
         self.inner.close()
 
     def _embedded(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first(args, kwargs)
+        x = first_argument(args, kwargs)
         if x.ndim != 3:
             raise ConfigError(
                 f"probe: the first block gets a tensor of shape {tuple(x.shape)}: must be"
@@ -151,7 +151,7 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
             if isinstance(module, nn.ModuleList) and len(module) and all(map(is_known, module))
         }
         if not lists:
-            raise unknown(model)
+            raise unknown_layout(model)
         if len(lists) > 1:
             raise ConfigError(
                 f"probe: {type(model).__name__} has decoder layers at {', '.join(lists)}: probe one"
@@ -165,7 +165,7 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
         if layout is None and isinstance(block, Block):
             found.append(Probe(block))
         else:
-            sublayers = layout.sublayers if layout else known(block)
+            sublayers = layout.sublayers if layout else known_sublayers(block)
             assert sublayers is not None  # is_known
             found.append(LayoutProbe(block, f"{path}.{i}", sublayers))
     return found
@@ -173,7 +173,7 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
 
 def is_known(block: nn.Module) -> bool:
     """Whether the block is simlab's own, or a decoder layer of a known class."""
-    return isinstance(block, Block) or known(block) is not None
+    return isinstance(block, Block) or known_sublayers(block) is not None
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

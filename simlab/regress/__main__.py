@@ -29,14 +29,14 @@ from simlab.regress.cases import (
     read_cases,
     write_baseline,
 )
-from simlab.regress.gates import ALPHA, Outcome, exact, statistical
-from simlab.regress.law_gate import SEEDS, law
+from simlab.regress.gates import GATE_ALPHA, Outcome, exact, statistical
+from simlab.regress.law_gate import LAW_GATE_SEEDS, law
 
 if TYPE_CHECKING:
     from simlab.experiment import Prepared, RunResult
 
-FOLDER = Path("tests/baselines")
-FIGURES = Path("outputs/regress")  # of cases that fail, where --html names no other folder
+_BASELINES = Path("tests/baselines")
+_FIGURES_FOLDER = Path("outputs/regress")  # of cases that fail, where --html names no other folder
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
         first = max(config.seeds) + 1
         seeds += tuple(range(first, first + count))
     needed = {
-        "law": SEEDS - ("exact" in case.gates),
+        "law": LAW_GATE_SEEDS - ("exact" in case.gates),
         "statistical": next(n for n in range(2, 1000) if enough(n, n, alpha)),
     }
     for gate, least in needed.items():
@@ -78,8 +78,9 @@ def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
     return dataclasses.replace(config, seeds=seeds)
 
 
-def judge(case: Case, recorded: Baseline, result: RunResult, about: Mapping[str, str], alpha: float
-          ) -> list[Outcome]:  # fmt: skip
+def judge_case(
+    case: Case, recorded: Baseline, result: RunResult, about: Mapping[str, str], alpha: float
+) -> list[Outcome]:
     """What each gate of a case says of a new run."""
     old, new, dtype = recorded.frame, result.curve, result.config.dtype
     model = result.config.shape
@@ -121,7 +122,7 @@ def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checke
     from simlab.experiment import measure, prepare
     from simlab.report import progress
 
-    share = ALPHA / max(1, sum("statistical" in case.gates for case in cases))
+    share = GATE_ALPHA / max(1, sum("statistical" in case.gates for case in cases))
     plans = []
     for case in cases:
         recorded = read_baseline(case.curves, case.quantities)
@@ -138,7 +139,7 @@ def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checke
         for case, recorded, ready in plans:
             start = time.perf_counter()
             result = measure(ready, on_block)
-            outcomes = judge(case, recorded, result, about_run(ready), share)
+            outcomes = judge_case(case, recorded, result, about_run(ready), share)
             done.append(
                 Checked(case, outcomes, recorded.frame, result.curve, time.perf_counter() - start)
             )
@@ -153,7 +154,7 @@ def record(case: Case, reason: str) -> Sequence[str]:
     from simlab.report import progress
 
     config = configure(case)
-    to_check(case, config, ALPHA)
+    to_check(case, config, GATE_ALPHA)
     with named(case):
         ready = prepare(config)
     with progress.blocks(ready.blocks) as on_block:
@@ -170,7 +171,7 @@ def record(case: Case, reason: str) -> Sequence[str]:
     return changes(before, read_baseline(case.curves, case.quantities).frame, case.quantities)
 
 
-def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+def choose_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     """The cases of these names, all where there are none. Raises ConfigError."""
     known = {case.name: case for case in cases}
     for name in names:
@@ -189,8 +190,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases; by default all")
     parser.add_argument(
-        "--baselines", type=Path, default=FOLDER, metavar="DIR",
-        help=f"the folder with the cases (default: {FOLDER})",
+        "--baselines", type=Path, default=_BASELINES, metavar="DIR",
+        help=f"the folder with the cases (default: {_BASELINES})",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the cases and run nothing")
     parser.add_argument("--update", metavar="NAME", help="record this case anew; needs --reason")
@@ -224,16 +225,16 @@ def command(args: argparse.Namespace) -> int:
 
     cases = read_cases(args.baselines)
     if args.list:
-        regressed.show_list([(case, _about(case)) for case in choose(cases, args.names)])
+        regressed.show_list([(case, _about(case)) for case in choose_cases(cases, args.names)])
         return 0
     if args.update:
-        (case,) = choose(cases, [args.update])
+        (case,) = choose_cases(cases, [args.update])
         for line in record(case, args.reason):
             print(line)
         print(case.curves)
         print(f"to hold it against a new run: python -m simlab.regress {case.name}")
         return 0
-    chosen = choose(cases, args.names)
+    chosen = choose_cases(cases, args.names)
     if args.junit and args.junit.is_dir():
         raise ConfigError(f"--junit {args.junit}: a folder; give a file")
     for path in (args.html, args.junit.parent if args.junit else None):
@@ -242,7 +243,7 @@ def command(args: argparse.Namespace) -> int:
     width = max(len(case.name) for case in chosen)
     done = check(chosen, lambda checked: regressed.show_line(checked, width))
     files = [regressed.write_junit(args.junit, done)] if args.junit else []
-    files += regressed.draw(done, args.html or FIGURES, every=args.html is not None)
+    files += regressed.draw_cases(done, args.html or _FIGURES_FOLDER, every=args.html is not None)
     if args.html:
         files.append(regressed.write_page(args.html, done))
     regressed.show_end(done, files)

@@ -24,11 +24,11 @@ import yaml
 
 from simlab.config import ConfigError, nearest, printable
 from simlab.config.fields import Fields
-from simlab.regress.gates import KEYS, QUANTITIES, STEP, Outcome
+from simlab.regress.gates import QUANTITIES, ROW_KEYS, STEP, Outcome
 from simlab.store import write_atomically, write_text
 
 GATES = ("exact", "statistical", "law")
-DIGITS = 7  # of a recorded number: float32 has no more
+_RECORDED_DIGITS = 7  # of a recorded number: float32 has no more
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,17 @@ def write_baseline(
     path: Path, frame: pd.DataFrame, quantities: Sequence[str], about: Mapping[str, Any]
 ) -> None:
     """Record curves, atomically: the same curves, the same bytes. Raises ConfigError, OSError."""
-    measured = [str(c) for c in frame.columns if c not in KEYS]
+    measured = [str(c) for c in frame.columns if c not in ROW_KEYS]
     missing = [q for q in quantities if q not in measured]
     if missing:
         hint = nearest(missing[0], measured)
         raise ConfigError(f"quantities={missing[0]}: isn't measured{hint}; {', '.join(measured)}")
-    kept = frame[[*KEYS, *quantities]].copy()
+    kept = frame[[*ROW_KEYS, *quantities]].copy()
     kept["block"] = kept["block"].astype("Int64")
     text = io.StringIO()
     for key, value in about.items():
         text.write(f"# {key}: {printable(' '.join(str(value).split()))}\n")
-    kept.to_csv(text, index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
+    kept.to_csv(text, index=False, float_format=f"%.{_RECORDED_DIGITS}g", lineterminator="\n")
     write_atomically(path, lambda aside: write_text(aside, text.getvalue()))
 
 
@@ -155,7 +155,7 @@ def read_baseline(path: Path, quantities: Sequence[str]) -> Baseline:
         frame = pd.read_csv(io.StringIO("\n".join(lines)))
         frame = frame.astype(dict.fromkeys(quantities, np.float64))
         frame = frame.astype({"seed": np.int64, "sublayer": np.int64, "block": "Int64"})
-        frame = frame[[*KEYS, *quantities]]
+        frame = frame[[*ROW_KEYS, *quantities]]
         found = {
             (name, tuple(rows[STEP].itertuples(index=False, name=None)))
             for (name, _), rows in frame.groupby(["curve", "seed"], sort=False)

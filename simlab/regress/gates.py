@@ -32,13 +32,13 @@ QUANTITIES = (
     "norm", "branch_raw_mean_square", "branch_mean_square", "cosine", "attention_entropy",
     "token_cosine",
 )  # fmt: skip
-LEAST = 1e-6  # of |v| in ln |v|: below is rounding, as of the mean that LayerNorm subtracts
-ALPHA = 1e-3  # how often a run of the statistical gate, all cases together, is a false alarm
+_LEAST_SIZE = 1e-6  # of |v| in ln |v|: below is rounding, as of the mean that LayerNorm subtracts
+GATE_ALPHA = 1e-3  # how often a run of the statistical gate, all cases together, is a false alarm
 TEN_ROUNDINGS = 10  # a norm takes about as many operations in the dtype
-KEYS = ["curve", "seed", "sublayer", "block", "kind"]
+ROW_KEYS = ["curve", "seed", "sublayer", "block", "kind"]
 STEP = ["sublayer", "block", "kind"]
-ATTENTION = ("attention_entropy", "attention_max_logit", "attention_first")
-PARTS = ("mean_square_median", "mean_square_p05", "mean_square_p95", "mean_square_rest")
+_ATTENTION_QUANTITIES = ("attention_entropy", "attention_max_logit", "attention_first")
+_TOKEN_SPREAD = ("mean_square_median", "mean_square_p05", "mean_square_p95", "mean_square_rest")
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ def exact(
         return Outcome("exact", False, "no curve", "there is no curve to compare")
     for key, rows in new.items():
         old = by_curve[key]
-        off = np.stack([relative(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
+        off = np.stack([relative_error(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
         worst = max(worst, float(off.max()))
         where, which = np.nonzero((off > allowed).T)
         if len(where):
-            row = first(where, [quantities[int(i)] for i in which])
+            row = first_row_off(where, [quantities[int(i)] for i in which])
             if found is None or row < found[0]:
                 found = (row, off, old, rows)
     figure = f"{worst:.0e}"
@@ -175,7 +175,7 @@ def exact(
     return failed("exact", figure, finding, f"off by {finding.size:.1e} (limit {allowed:.0e})")
 
 
-def first(rows: np.ndarray, names: Sequence[str]) -> int:
+def first_row_off(rows: np.ndarray, names: Sequence[str]) -> int:
     """The row where what is off begins: the first, or the last where only gradients are off.
 
     rows: of each number that is off; names: their quantities. Gradients come from the loss.
@@ -184,7 +184,7 @@ def first(rows: np.ndarray, names: Sequence[str]) -> int:
     return min(forward) if forward else int(max(rows))
 
 
-def relative(old: pd.Series, new: pd.Series, signed: bool) -> Array:
+def relative_error(old: pd.Series, new: pd.Series, signed: bool) -> Array:
     """How far each number (R,) is off, relative; 0 where both are missing, inf where one is."""
     a, b = old.to_numpy(np.float64), new.to_numpy(np.float64)
     size = np.sqrt(np.nanmean(a**2)) if signed and not np.isnan(a).all() else np.abs(a)
@@ -224,7 +224,7 @@ def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: 
     kind, off = str(got["kind"]), set(beyond)
     if kind in ("renorm", "embedding"):
         return "norm" if kind == "renorm" else kind
-    own = off & {*ATTENTION, "branch_raw_mean_square", "cosine", "delta_cross"}
+    own = off & {*_ATTENTION_QUANTITIES, "branch_raw_mean_square", "cosine", "delta_cross"}
     if all(name.startswith("gradient") for name in beyond):
         return "loss" if got["sublayer"] == expected["sublayer"].max() else kind
     of_norm = _off_norm(got, dtype) if _normed(expected) else None
@@ -233,7 +233,7 @@ def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: 
     added = off & {"branch_mean_square", "delta_branch", "eps_factor"}
     if of_norm is None and added and not own:
         return "norm"
-    if own or added or not off & {"norm", "mean_square", "variance", *PARTS}:
+    if own or added or not off & {"norm", "mean_square", "variance", *_TOKEN_SPREAD}:
         return kind
     return "residual add"
 
@@ -263,7 +263,7 @@ def statistical(
     got: pd.DataFrame,
     quantities: Sequence[str],
     dtype: str,
-    alpha: float = ALPHA,
+    alpha: float = GATE_ALPHA,
 ) -> Outcome:
     """Other seeds, same law: mean curves as near as chance brings them, at every row at once.
 
@@ -289,7 +289,7 @@ def statistical(
     figure = f"{short(t.max(), 2)}/{short(most, 2)}"
     if not (t > most).any():
         return Outcome("statistical", True, figure)
-    row = first(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
+    row = first_row_off(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
     here = row_of == row
     beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
     worst = int(np.flatnonzero(here)[t[here].argmax()])
@@ -303,7 +303,7 @@ def statistical(
 def mean(frame: pd.DataFrame) -> pd.DataFrame:
     """The mean curve: a row per step, with its keys."""
     step = frame.groupby(["curve", "seed"], sort=False).cumcount()
-    numbers = frame.drop(columns=KEYS).groupby(step).mean()
+    numbers = frame.drop(columns=ROW_KEYS).groupby(step).mean()
     return frame.loc[step.drop_duplicates().index, STEP].reset_index(drop=True).join(numbers)
 
 
@@ -336,7 +336,7 @@ def stack(
         signed = q in SIGNED or (a <= 0).any() or (b <= 0).any()
         if signed and not np.isnan(a).all():
             add(a, b, rtol * float(np.sqrt(np.nanmean(np.concatenate([a, b]) ** 2))), q)
-        least = LEAST if signed else 0.0
+        least = _LEAST_SIZE if signed else 0.0
         add(np.log(np.maximum(np.abs(a), least)), np.log(np.maximum(np.abs(b), least)), rtol, q)
     columns = (np.concatenate(old, 1), np.concatenate(new, 1), np.concatenate(floors))
     return *columns, (np.concatenate(row_of), names)

@@ -14,7 +14,7 @@ from simlab.analysis.numbers import interval, off_by, short
 from simlab.analysis.resampling import Estimate, flipped, limit, t_quantile
 from simlab.analysis.verdict import ROUNDING, Verdict, linear
 from simlab.regress.gates import (
-    ALPHA,
+    GATE_ALPHA,
     TEN_ROUNDINGS,
     Outcome,
     failed,
@@ -22,14 +22,14 @@ from simlab.regress.gates import (
     mean,
 )
 
-SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < ALPHA, not with fewer
+LAW_GATE_SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < GATE_ALPHA, not with fewer
 
 
 def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outcome:
-    """Every expected law holds, and the exponent p is 1 within its interval, of S ≥ SEEDS random inits.
+    """Every expected law holds, and the exponent p is 1 within its interval, of S ≥ 11 random inits.
 
-    By ``analysis.verdict``'s sign-flip test and ``analysis.fit``'s interval, but at ALPHA instead of
-    1 % and 5 %, since a gate is asked often; p may be 1 to two hundredths, as there.
+    By ``analysis.verdict``'s sign-flip test and ``analysis.fit``'s interval, but at GATE_ALPHA instead
+    of 1 % and 5 %, since a gate is asked often; p may be 1 to two hundredths, as there.
 
     Args:
         frame: the curves' rows, with the laws' columns.
@@ -37,8 +37,8 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
         gain: of the sublayer norms.
         dtype: of the run.
     """
-    if verdict.seeds < SEEDS:
-        raise ValueError(f"{verdict.seeds} seeds: {SEEDS} needed")
+    if verdict.seeds < LAW_GATE_SEEDS:
+        raise ValueError(f"{verdict.seeds} seeds: {LAW_GATE_SEEDS} needed")
     p = stretched(verdict.growth.exponent, verdict.seeds)
     shown = interval(p).replace(" ", "")
     figure = f"p {shown}"
@@ -67,7 +67,7 @@ def _broken(frame: pd.DataFrame, law: Law, figure: str, gain: float, dtype: str)
         for name in ("mean_square", law.column)
     )
     t, maxima = flipped((v - expected)[:, 1:], ROUNDING[dtype] * v.mean(0)[1:])
-    most = limit(maxima, ALPHA)
+    most = limit(maxima, GATE_ALPHA)
     beyond = np.flatnonzero(t > most)
     if not len(beyond):
         return None
@@ -82,17 +82,17 @@ def _broken(frame: pd.DataFrame, law: Law, figure: str, gain: float, dtype: str)
 
 
 def passes(verdict: Verdict) -> bool:
-    """Whether neither an expected law's p-value nor the exponent p speaks against it at ALPHA."""
+    """Whether neither an expected law's p-value nor the exponent p speaks against it at GATE_ALPHA."""
     p_values = [verdict.laws[law.name].p_value for law in LAWS.values() if law.expected]
     growing = linear(stretched(verdict.growth.exponent, verdict.seeds))
-    return growing and all(p is not None and p >= ALPHA for p in p_values)
+    return growing and all(p is not None and p >= GATE_ALPHA for p in p_values)
 
 
 def stretched(p: Estimate, seeds: int) -> Estimate:
-    """A 95 % interval made one of 1 − ALPHA, by the ratio of Student's t."""
+    """A 95 % interval made one of 1 − GATE_ALPHA, by the ratio of Student's t."""
     if p.low is None or p.high is None:
         return p
-    ratio = t_quantile(1 - ALPHA / 2, seeds - 1) / t_quantile(0.975, seeds - 1)
+    ratio = t_quantile(1 - GATE_ALPHA / 2, seeds - 1) / t_quantile(0.975, seeds - 1)
     return Estimate(
         p.value, p.value - ratio * (p.value - p.low), p.value + ratio * (p.high - p.value)
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from simlab.measurement.layout import Layout
     from simlab.regress.gates import Outcome
 
-GATES = ("exact", "statistical")
+_FIXTURE_GATES = ("exact", "statistical")
 USED = pytest.StashKey[dict[Path, str]]()  # recorded files of a session, and which test's they are
 
 
@@ -103,8 +103,8 @@ class GrowthRegression:
         from simlab.regress.gates import QUANTITIES, RTOL, exact, statistical
 
         with _one_line():
-            if gate not in GATES:
-                raise ConfigError(f"gate={gate}: allowed: {', '.join(GATES)}")
+            if gate not in _FIXTURE_GATES:
+                raise ConfigError(f"gate={gate}: allowed: {', '.join(_FIXTURE_GATES)}")
             if dtype not in RTOL:
                 raise ConfigError(f"dtype={dtype}: allowed: {', '.join(RTOL)}")
             if isinstance(quantities, str):
@@ -150,11 +150,13 @@ class GrowthRegression:
     ) -> str:
         """What is wrong, and where the figure and the new curve are."""
         from simlab.regress.cases import Checked, write_baseline
-        from simlab.regress.report import draw
+        from simlab.regress.report import draw_cases
 
         obtained = self.tmp_path / f"{case.name}.obtained.csv"
         write_baseline(obtained, got, case.quantities, {"case": case.name})
-        (figure,) = draw([Checked(case, [outcome], expected, got, 0.0)], self.tmp_path, every=True)
+        (figure,) = draw_cases(
+            [Checked(case, [outcome], expected, got, 0.0)], self.tmp_path, every=True
+        )
         return (
             f"growth curve is not as recorded ({outcome.gate} {outcome.short}): {outcome.why}\n"
             f"expected: {case.curves}\nobtained: {obtained}\nfigure:   {figure}\n"
@@ -180,10 +182,10 @@ def _refuse_few(rows: pd.DataFrame, which: str) -> None:
     """Raise ConfigError where there are too few curves for the statistical gate, or two kinds."""
     from simlab.analysis.resampling import enough
     from simlab.config import ConfigError
-    from simlab.regress.gates import ALPHA
+    from simlab.regress.gates import GATE_ALPHA
 
     count, kinds = rows["seed"].nunique(), rows["curve"].nunique()
-    least = next(n for n in range(2, 1000) if enough(n, n, ALPHA))
+    least = next(n for n in range(2, 1000) if enough(n, n, GATE_ALPHA))
     if kinds > 1 or count < least:
         raise ConfigError(
             f"gate=statistical: {which} rows have {count} seeds of {kinds} curves: needs one curve of"

@@ -19,12 +19,12 @@ from simlab.analysis import LAWS
 from simlab.analysis.numbers import duration
 from simlab.config import printable
 from simlab.regress.cases import Case, Checked
-from simlab.regress.gates import ALPHA, RTOL, SIGNED, Finding, relative
+from simlab.regress.gates import GATE_ALPHA, RTOL, SIGNED, Finding, relative_error
 from simlab.report.style import finish, save
 from simlab.store import write_atomically, write_text
 
 EXPECTED, GOT = "#7f7f7f", "#d62728"
-WORDS = {True: "pass", False: "FAIL"}
+_PASS_OR_FAIL = {True: "pass", False: "FAIL"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100% }
@@ -44,7 +44,10 @@ def show_line(checked: Checked, width: int = 0) -> None:
         f"{o.gate} {o.short}" + ("" if o.passed else " FAIL") for o in checked.outcomes
     )
     took = duration(checked.seconds)
-    print(f"{WORDS[checked.passed]}  {checked.case.name:{width}}  {took:>6}  {gates}", flush=True)
+    print(
+        f"{_PASS_OR_FAIL[checked.passed]}  {checked.case.name:{width}}  {took:>6}  {gates}",
+        flush=True,
+    )
     for outcome in checked.outcomes:
         if not outcome.passed:
             line = f"{outcome.gate}: {outcome.why}."
@@ -84,7 +87,7 @@ def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
         "exact": f"exact: largest relative difference; allowed: {RTOL['float32']:.0e} in float32,"
         f" {RTOL['float16']:.0e} in float16, {RTOL['bfloat16']:.0e} in bfloat16",
         "statistical": "statistical: largest difference in standard errors / what chance explains"
-        f" (of all cases together it is a false alarm in 1 run of {1 / ALPHA:.0f})",
+        f" (of all cases together it is a false alarm in 1 run of {1 / GATE_ALPHA:.0f})",
         "law": f"law: {laws} hold{'s' if len(expected) == 1 else ''}, interval of the exponent p",
     }
     used = {outcome.gate for checked in done for outcome in checked.outcomes}
@@ -105,12 +108,12 @@ def changes(
         return [f"recorded {len(after)} rows, before {len(before)}"]
     lines = []
     for q in quantities:
-        most = float(relative(before[q], after[q], q in SIGNED).max())
+        most = float(relative_error(before[q], after[q], q in SIGNED).max())
         lines.append(f"{q}: changed by up to {most:.1e}" if most else f"{q}: as before")
     return lines
 
 
-def draw(done: Sequence[Checked], folder: Path, *, every: bool) -> list[Path]:
+def draw_cases(done: Sequence[Checked], folder: Path, *, every: bool) -> list[Path]:
     """NAME.png and .svg of each case that fails, or of every one; the PNGs' paths."""
     paths = []
     for checked in done:
@@ -155,7 +158,7 @@ def figure(checked: Checked) -> Figure:
     for ax in (left, right):
         if finding:
             ax.axvline(finding.sublayer, color="k", lw=0.9, ls=(0, (3, 2)))
-    lines = [f"{checked.case.name}: {WORDS[checked.passed]}"]
+    lines = [f"{checked.case.name}: {_PASS_OR_FAIL[checked.passed]}"]
     lines += [f"{o.gate}: {o.why}" for o in checked.outcomes if not o.passed]
     return finish(drawn, [left], lines)
 
@@ -184,9 +187,9 @@ def write_page(folder: Path, done: Sequence[Checked]) -> Path:
 
     rows, parts = [], []
     for checked in done:
-        name, word = esc(checked.case.name), WORDS[checked.passed]
+        name, word = esc(checked.case.name), _PASS_OR_FAIL[checked.passed]
         gates = "<br>".join(
-            f'<span class="{WORDS[o.passed]}">{esc(o.gate)} {esc(o.short)}</span>'
+            f'<span class="{_PASS_OR_FAIL[o.passed]}">{esc(o.gate)} {esc(o.short)}</span>'
             for o in checked.outcomes
         )
         rows.append(

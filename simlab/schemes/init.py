@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.placement import at
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
 GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm")
@@ -114,7 +114,7 @@ def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gau
     attention, mlp = (at(model, layer, kind) for kind in ("attention", "mlp"))
 
     def scale(role: str) -> float:
-        return (attention if role in ATTENTION else mlp).init_scale(role, model.depth)
+        return (attention if role in _ATTENTION_MATRICES else mlp).init_scale(role, model.depth)
 
     whole = {"embedding"} if init.rule in WHOLE_EMBEDDING else set()
     return {

@@ -59,7 +59,7 @@ class Weights(ABC):
         """One block with its weights on the device, in eval mode; no weight requires a gradient."""
         with torch.device("meta"):
             block = Block(self.model, layer, self.linear)
-        fill(block, self, f"blocks.{layer}.", device, dtype)
+        fill_parameters(block, self, f"blocks.{layer}.", device, dtype)
         return block.eval().requires_grad_(False)
 
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
@@ -77,7 +77,7 @@ class Weights(ABC):
         return [Columns(x, chunks)], ids[:, 1:].flatten()
 
 
-def fill(
+def fill_parameters(
     module: nn.Module, weights: Weights, prefix: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give every parameter of a module built on ``meta`` its numbers.
@@ -97,7 +97,7 @@ def materialise_model(
     """The whole model with its weights on the device."""
     with torch.device("meta"):
         transformer = Transformer(model)
-    fill(transformer, weights, "", device, dtype)
+    fill_parameters(transformer, weights, "", device, dtype)
     if model.tied:
         transformer.head.weight = transformer.embedding.weight
     return transformer.eval()

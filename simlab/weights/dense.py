@@ -4,7 +4,7 @@ So a model of depth 8 is the first 8 blocks of the one of depth 64, a streamed b
 resident one, and the order of work doesn't matter. Numbers are drawn in float32 and rounded to
 the dtype asked for: a bfloat16 model is the rounded float32 model.
 
-A matrix is drawn in pieces of whole rows, about PIECE numbers each, so that of the embedding only
+A matrix is drawn in pieces of whole rows, about DENSE_PIECE numbers each, so that of the embedding only
 pieces with a token in them are drawn. On the CPU a piece has its own stream of NumPy's SFC64,
 seeded through ``SeedSequence`` (torch's CPU generator keeps 32 bits of its seed, too few for
 millions of streams), and the pieces run on all threads. On CUDA they are drawn on the device by
@@ -28,10 +28,10 @@ from simlab.schemes.init import Constant, Gaussian, distribution
 from simlab.weights.base import Shape, Weights
 
 BY_ROWS = ("embedding.weight", "head.weight")  # matrices of which ``rows`` draws some rows
-PIECE = 1 << 16  # numbers per piece: 256 KiB of float32, which a core's cache holds
+DENSE_PIECE = 1 << 16  # numbers per piece: 256 KiB of float32, which a core's cache holds
 # Numbers per piece of a large embedding: a batch needs a few rows from many places, and every piece
 # with one of them is drawn whole. Measured at width 1024, 64 tokens: 14 ms, with pieces of 2^16 44 ms.
-FEW = 1 << 13
+EMBEDDING_PIECE = 1 << 13
 
 
 def entropy_of(*key: object) -> int:
@@ -71,7 +71,7 @@ def draw_on_cuda(out: Tensor, entropy: int, piece: int, law: Gaussian) -> None:
     out.clamp_(-cut, cut)
 
 
-def fill(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
+def fill_piece(out: Tensor, entropy: int, piece: int, law: Gaussian) -> Tensor:
     """Fill a float32 tensor, on the CPU or a CUDA device, and return it."""
     if out.device.type == "cuda":
         draw_on_cuda(out, entropy, piece, law)
@@ -107,9 +107,11 @@ class RandomWeights(Weights):
         def draw(piece: int) -> None:
             part = out[piece * per : (piece + 1) * per]
             if dtype is torch.float32:
-                fill(part, entropy, piece, law)
+                fill_piece(part, entropy, piece, law)
             else:
-                part.copy_(fill(torch.empty_like(part, dtype=torch.float32), entropy, piece, law))
+                part.copy_(
+                    fill_piece(torch.empty_like(part, dtype=torch.float32), entropy, piece, law)
+                )
 
         self._each(draw, range(math.ceil(shape[0] / per)), out.device)
         return out.to(device)
@@ -129,7 +131,7 @@ class RandomWeights(Weights):
         def draw(piece: int) -> None:
             rows = min(per, shape[0] - piece * per)
             part = torch.empty((rows, *shape[1:]), device=out.device)
-            fill(part, entropy, piece, law)
+            fill_piece(part, entropy, piece, law)
             here = (unique // per == piece).nonzero().flatten()
             wanted = (unique[here] - piece * per).to(out.device)
             out[here.to(out.device)] = part[wanted].to(dtype)
@@ -153,5 +155,5 @@ def _home(device: torch.device) -> torch.device:
 
 
 def _rows_per_piece(name: str, shape: Shape) -> int:
-    large_embedding = name == "embedding.weight" and math.prod(shape) > PIECE
-    return max(1, (FEW if large_embedding else PIECE) // math.prod(shape[1:]))
+    large_embedding = name == "embedding.weight" and math.prod(shape) > DENSE_PIECE
+    return max(1, (EMBEDDING_PIECE if large_embedding else DENSE_PIECE) // math.prod(shape[1:]))

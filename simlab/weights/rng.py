@@ -20,18 +20,18 @@ from torch import Tensor
 from simlab.weights.base import Shape
 from simlab.weights.dense import entropy_of
 
-PIECE = 1 << 16  # normals drawn from one generator, on one thread
+NORMALS_PIECE = 1 << 16  # normals drawn from one generator, on one thread
 
 
-def draw(out: Tensor, entropies: Sequence[int], piece: int) -> None:
-    """Fill a float32 tensor (S, n) with N(0, 1): row s from ``entropies[s]``, n ≤ PIECE.
+def draw_normals(out: Tensor, entropies: Sequence[int], piece: int) -> None:
+    """Fill a float32 tensor (S, n) with N(0, 1): row s from ``entropies[s]``, n ≤ NORMALS_PIECE.
 
     A shorter row has the first entries of a longer one.
     """
     for row, entropy in zip(out.numpy(), entropies, strict=True):
-        first, second = row[: PIECE // 2], row[PIECE // 2 :]
+        first, second = row[: NORMALS_PIECE // 2], row[NORMALS_PIECE // 2 :]
         count, rest = len(first), len(second)
-        words = (PIECE // 2 + count + 1) // 2  # of 64 bits; angles begin mid-piece
+        words = (NORMALS_PIECE // 2 + count + 1) // 2  # of 64 bits; angles begin mid-piece
         sequence = np.random.SeedSequence(entropy, spawn_key=(piece,))
         bits = np.random.SFC64(sequence).random_raw(words).view(np.int32)
         radius = (bits[:count] & 0x7FFFFFFF).astype(np.float32)
@@ -40,7 +40,7 @@ def draw(out: Tensor, entropies: Sequence[int], piece: int) -> None:
         np.log(radius, out=radius)
         radius *= -2.0
         np.sqrt(radius, out=radius)
-        angle = bits[PIECE // 2 :][:count].astype(np.float32)
+        angle = bits[NORMALS_PIECE // 2 :][:count].astype(np.float32)
         angle *= math.pi * 2.0**-31
         np.cos(angle, out=first)
         first *= radius
@@ -64,13 +64,13 @@ class Normals:
             return
         if key not in self.started or self.started[key][0].shape[1:] != torch.Size(shape):
             out, parts = self.parts(key, shape)
-            self.started[key] = out, [self.pool.submit(draw, *part) for part in parts]
+            self.started[key] = out, [self.pool.submit(draw_normals, *part) for part in parts]
 
     def parts(self, key: str, shape: Shape) -> tuple[Tensor, list[tuple[Tensor, list[int], int]]]:
         """An empty tensor (S, *shape), and the arguments of the ``draw`` calls that fill it."""
         out = torch.empty(len(self.seeds), *shape)
         entropies = [entropy_of(seed, "weightless", key) for seed in self.seeds]
-        pieces = out.flatten(1).split(PIECE, dim=1)
+        pieces = out.flatten(1).split(NORMALS_PIECE, dim=1)
         return out, [(piece, entropies, i) for i, piece in enumerate(pieces)]
 
     def __call__(self, key: str, shape: Shape, device: torch.device) -> Tensor:
@@ -83,5 +83,5 @@ class Normals:
         else:
             out, parts = self.parts(key, shape)
             for part in parts:
-                draw(*part)
+                draw_normals(*part)
         return out.to(device)

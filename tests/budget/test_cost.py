@@ -27,7 +27,7 @@ def test_numbers_are_those_that_are_drawn(monkeypatch):
         return draw
 
     monkeypatch.setattr(random, "draw_on_cpu", counting(random.draw_on_cpu))
-    monkeypatch.setattr(normals, "draw", counting(normals.draw))
+    monkeypatch.setattr(normals, "draw_normals", counting(normals.draw_normals))
     for engine in ("dense", "weightless"):
         config = tiny(f"engine={engine}", "width=96", "d_ff=160")
         drawn.clear()

@@ -24,7 +24,7 @@ from torch import nn
 from simlab import ConfigError, Layout, Sublayer, build_model, probe
 from simlab.experiment import prepare
 from simlab.measurement.layout import KNOWN, PERI, PRE, REORDERED
-from simlab.measurement.layout_probe import read_norm
+from simlab.measurement.layout_probe import identify_norm
 
 
 def own_by_hand(model, how, ids):
@@ -158,7 +158,7 @@ def test_norms_are_recognised_by_their_output():
         norm.weight.data.uniform_(0.5, 1.5)
     layer.bias.data.normal_()
     for norm, moment in ((layer, x.var(-1, correction=0)), (rms, x.pow(2).mean(-1))):
-        found = read_norm(norm, x, norm(x).detach(), 1e-7)
+        found = identify_norm(norm, x, norm(x).detach(), 1e-7)
         torch.testing.assert_close(found.moment(x), moment)
         assert torch.equal(found.gain, norm.weight)
-        assert read_norm(norm, x, norm(x).detach() * 1.01, 1e-7) is None  # something else
+        assert identify_norm(norm, x, norm(x).detach() * 1.01, 1e-7) is None  # something else

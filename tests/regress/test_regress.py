@@ -13,7 +13,7 @@ from conftest import in_process
 from simlab.config import ConfigError
 from simlab.regress import __main__ as regress
 from simlab.regress.cases import read_baseline, read_case, read_cases
-from simlab.regress.gates import KEYS, QUANTITIES
+from simlab.regress.gates import QUANTITIES, ROW_KEYS
 from simlab.schemes.placement import Reordered
 
 OWN = Path(__file__).parents[1] / "baselines"
@@ -93,7 +93,7 @@ def test_recorded_file(recorded, command):
     about = read_baseline(path, QUANTITIES).about
     assert (about["engine"], about["device"], about["dtype"]) == ("dense", "cpu", "float32")
     frame = pd.read_csv(path, comment="#")
-    assert list(frame) == [*KEYS, *QUANTITIES]
+    assert list(frame) == [*ROW_KEYS, *QUANTITIES]
     assert len(frame) == 10 * 7
     status, out, _ = command("--update", "small", "--reason", "to begin with")
     assert status == 0

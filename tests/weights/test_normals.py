@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from conftest import STANDARD_ERRORS
 
-from simlab.weights.rng import PIECE, draw
+from simlab.weights.rng import NORMALS_PIECE, draw_normals
 
-COUNT = 60 * PIECE  # 3.9 million
+COUNT = 60 * NORMALS_PIECE  # 3.9 million
 
 
 def sample(entropy=3):
     out = torch.empty(COUNT)
-    for i, part in enumerate(out.split(PIECE)):
-        draw(part[None], [entropy], i)
+    for i, part in enumerate(out.split(NORMALS_PIECE)):
+        draw_normals(part[None], [entropy], i)
     return out.double()
 
 
@@ -48,36 +48,38 @@ def test_the_distribution_function():
 
 def test_pairs_of_normals_are_independent():
     """The cosine's and the sine's z: products, products of squares; neighbours; other pieces."""
-    z = sample().view(-1, PIECE)
-    first, second = z[:, : PIECE // 2].flatten(), z[:, PIECE // 2 :].flatten()
+    z = sample().view(-1, NORMALS_PIECE)
+    first, second = z[:, : NORMALS_PIECE // 2].flatten(), z[:, NORMALS_PIECE // 2 :].flatten()
     assert abs((first * second).mean()) < STANDARD_ERRORS / math.sqrt(len(first))
     squares = (first.square() - 1) * (second.square() - 1)
     assert abs(squares.mean()) < STANDARD_ERRORS * 2 / math.sqrt(len(first))
     flat = z.flatten()
     assert abs((flat[1:] * flat[:-1]).mean()) < STANDARD_ERRORS / math.sqrt(COUNT)
-    assert abs((z[0] * z[1]).mean()) < STANDARD_ERRORS / math.sqrt(PIECE)
-    assert abs((sample(3)[:PIECE] * sample(4)[:PIECE]).mean()) < STANDARD_ERRORS / math.sqrt(PIECE)
+    assert abs((z[0] * z[1]).mean()) < STANDARD_ERRORS / math.sqrt(NORMALS_PIECE)
+    assert abs(
+        (sample(3)[:NORMALS_PIECE] * sample(4)[:NORMALS_PIECE]).mean()
+    ) < STANDARD_ERRORS / math.sqrt(NORMALS_PIECE)
 
 
 def test_lengths_and_repeats():
     """Any length up to a piece; the same (entropy, piece), the same numbers, from the first on."""
-    whole = torch.empty(PIECE)
-    draw(whole[None], [9], 4)
-    for count in (1, 2, 1001, PIECE // 2, PIECE // 2 + 1, PIECE):
+    whole = torch.empty(NORMALS_PIECE)
+    draw_normals(whole[None], [9], 4)
+    for count in (1, 2, 1001, NORMALS_PIECE // 2, NORMALS_PIECE // 2 + 1, NORMALS_PIECE):
         part = torch.full((count,), torch.nan)
-        draw(part[None], [9], 4)
+        draw_normals(part[None], [9], 4)
         assert torch.equal(part, whole[:count])
-    assert len(whole.unique()) > 0.99 * PIECE
+    assert len(whole.unique()) > 0.99 * NORMALS_PIECE
 
 
 def test_several_at_once():
     """Rows are what their seeds give alone, also in a part of a larger tensor."""
-    for count in (1001, PIECE // 2 + 8, PIECE):
-        out = torch.full((3, PIECE + 8), torch.nan)
-        draw(out[:, 8 : 8 + count], [9, 2, 5], 4)
+    for count in (1001, NORMALS_PIECE // 2 + 8, NORMALS_PIECE):
+        out = torch.full((3, NORMALS_PIECE + 8), torch.nan)
+        draw_normals(out[:, 8 : 8 + count], [9, 2, 5], 4)
         for row, entropy in zip(out[:, 8 : 8 + count], (9, 2, 5), strict=True):
             alone = torch.empty(1, count)
-            draw(alone, [entropy], 4)
+            draw_normals(alone, [entropy], 4)
             assert torch.equal(row, alone[0])
         assert out[:, :8].isnan().all()
         assert out[:, 8 + count :].isnan().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simlab.checkpoints.formats.hugging_face_rope import read_rope
+from simlab.checkpoints.formats.hugging_face_rope import read_transformers_rope
 from simlab.checkpoints.formats.opened import Opened
 from simlab.checkpoints.formats.shape import head_shape, layers
 from simlab.checkpoints.storage import StoredTensor
@@ -42,7 +42,7 @@ _NORMS_IN = {  # the second is "post attention" because it comes after: it is th
 KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
 
 
-DEPTH_KEY = "num_hidden_layers"
+_DEPTH_KEY = "num_hidden_layers"
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
         None if "num_key_value_heads" in values else its.kv_heads,
     )
-    depth = layers(fields, DEPTH_KEY, tensors)
+    depth = layers(fields, _DEPTH_KEY, tensors)
     window = fields.integer("sliding_window", default=4096) if kind == "olmo3" else None
     kinds = values.get("layer_types")
     if not window and isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
         raise ConfigError(f"{path}: layer_types: allowed for {kind}: full_attention")
-    theta, yarn, llama3 = read_rope(fields, its.theta)
+    theta, yarn, llama3 = read_transformers_rope(fields, its.theta)
     eps = fields.number("rms_norm_eps", 0.0, default=its.eps) if its.reads_eps else its.eps
     model = ModelConfig(
         name=path.parent.name,
@@ -159,7 +159,7 @@ def open_folder(folder: Path) -> Opened:
         for name, stored in found.items()
         if name not in ignored and not name.endswith(".rotary_emb.inv_freq")  # not learned
     }
-    return Opened("hugging_face", model, keys, held, path, DEPTH_KEY)
+    return Opened("hugging_face", model, keys, held, path, _DEPTH_KEY)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:

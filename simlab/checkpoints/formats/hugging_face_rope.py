@@ -8,7 +8,7 @@ from simlab.config.fields import REQUIRED, Fields
 ROPE_TYPES = ("default", "yarn", "llama3")
 
 
-def read_rope(
+def read_transformers_rope(
     fields: Fields, default_theta: float
 ) -> tuple[float, YarnConfig | None, Llama3RopeConfig | None]:
     """``rope_theta`` and ``rope_scaling`` before transformers 5, ``rope_parameters`` since.

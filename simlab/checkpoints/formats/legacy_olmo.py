@@ -11,7 +11,7 @@ from simlab.checkpoints.formats.opened import Opened
 from simlab.checkpoints.formats.shape import head_shape, layers
 from simlab.checkpoints.untrusted.files import fields_of
 from simlab.checkpoints.untrusted.safetensors import read_header
-from simlab.checkpoints.untrusted.torch_zip import read_tensors
+from simlab.checkpoints.untrusted.torch_zip import read_torch_file
 from simlab.checkpoints.untrusted.yaml import read_section
 from simlab.config import ConfigError, ModelConfig, NormConfig
 from simlab.config.fields import Fields
@@ -28,12 +28,12 @@ KEYS = {
     "blocks.{}.mlp.sublayer.gate_proj.weight": "transformer.blocks.{}.ff_proj.weight",
     "blocks.{}.mlp.sublayer.down_proj.weight": "transformer.blocks.{}.ff_out.weight",
 }
-QK_NORM = {
+_QK_NORM_KEYS = {
     "blocks.{}.attention.sublayer.q_norm.weight": "transformer.blocks.{}.q_norm.weight",
     "blocks.{}.attention.sublayer.k_norm.weight": "transformer.blocks.{}.k_norm.weight",
 }
-DEPTH_KEY = "n_layers"
-NORM_TYPES = {"rms": "rms", "default": "layer", "low_precision": "layer"}
+_DEPTH_KEY = "n_layers"
+_NORM_TYPES = {"rms": "rms", "default": "layer", "low_precision": "layer"}
 
 
 def _norm_keys(where: str) -> dict[str, str]:
@@ -91,7 +91,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     where = "norm_out" if fields.boolean("norm_after", False) else "norm_in"
     keys = KEYS | (_norm_keys(where) if affine else {})
     if qk_norm and fields.boolean("attention_layer_norm_with_affine", True):
-        keys |= QK_NORM
+        keys |= _QK_NORM_KEYS
     width, heads, kv_heads, head_dim = head_shape(
         fields, ("d_model", "n_heads", "n_kv_heads", "head_dim"), _kv_heads(fields, path)
     )
@@ -103,7 +103,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         rows = 50304  # the trainer's default; null is vocab_size
     model = ModelConfig(
         name=path.parent.name,
-        depth=layers(fields, DEPTH_KEY, tensors),
+        depth=layers(fields, _DEPTH_KEY, tensors),
         width=width,
         heads=heads,
         kv_heads=kv_heads,
@@ -112,7 +112,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         head_dim=head_dim,
         norm=NormConfig(
             "reordered" if where == "norm_out" else "pre",
-            type=NORM_TYPES[fields.choice("layer_norm_type", NORM_TYPES, "default")],
+            type=_NORM_TYPES[fields.choice("layer_norm_type", _NORM_TYPES, "default")],
             eps=fields.number("layer_norm_eps", 0.0, default=1e-5),
         ),
         qk_norm="full" if qk_norm else "none",
@@ -133,8 +133,8 @@ def open_folder(folder: Path) -> Opened:
     single, pickled = folder / "model.safetensors", folder / "model.pt"
     if not single.is_file() and not pickled.is_file():
         raise ConfigError(f"{folder}: holds neither {single.name} nor {pickled.name}")
-    tensors = read_header(single) if single.is_file() else read_tensors(pickled)
+    tensors = read_header(single) if single.is_file() else read_torch_file(pickled)
     model, keys = read_config(path, len(tensors))
     if model.tied:  # a tied head is the embedding, and not read
         tensors.pop(KEYS["head.weight"], None)
-    return Opened("legacy_olmo", model, keys, tensors, path, DEPTH_KEY)
+    return Opened("legacy_olmo", model, keys, tensors, path, _DEPTH_KEY)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simlab.checkpoints.formats.olmo_core_rope import Rope, read_rope
+from simlab.checkpoints.formats.olmo_core_rope import Rope, read_olmo_core_rope
 from simlab.checkpoints.formats.opened import Opened
 from simlab.checkpoints.formats.shape import head_shape, layers
 from simlab.checkpoints.untrusted import dcp
@@ -31,7 +31,7 @@ KEYS = {
     "blocks.{}.mlp.sublayer.up_proj.weight": "model.blocks.{}.feed_forward.w3.weight",
     "blocks.{}.mlp.sublayer.down_proj.weight": "model.blocks.{}.feed_forward.w2.weight",
 }
-QK_NORM = {
+_QK_NORM_KEYS = {
     "blocks.{}.attention.sublayer.q_norm.weight": "model.blocks.{}.attention.q_norm.weight",
     "blocks.{}.attention.sublayer.k_norm.weight": "model.blocks.{}.attention.k_norm.weight",
 }
@@ -46,7 +46,7 @@ def _norm_keys(end: str, attention: str, mlp: str) -> dict[str, str]:
 
 _IN = _norm_keys("norm_in", "attention_norm", "feed_forward_norm")
 # The block types, as simlab's placements, with their norms' keys.
-BLOCKS = {
+_BLOCK_TYPES = {
     "reordered_norm": ("reordered", _norm_keys("norm_out", "attention_norm", "feed_forward_norm")),
     "default": ("pre", _IN),
     "peri_norm": (
@@ -55,15 +55,15 @@ BLOCKS = {
     ),
 }
 # Implementations of one norm, which differ in how they round.
-NORM_TYPES = {
+_NORM_TYPES = {
     "rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "nemotron_rms": "rms",
     "default": "layer",
 }  # fmt: skip
-DEPTH_KEY, STATE = "n_layers", "model_and_optim"
+_DEPTH_KEY, STATE = "n_layers", "model_and_optim"
 IRRELEVANT = ("_CLASS_", "dtype", "init_device", "dropout")  # to what is computed, in float32
 
 
-def known(fields: Fields, keys: str) -> None:
+def refuse_unknown(fields: Fields, keys: str) -> None:
     """Refuse keys of a section that aren't read and aren't off. Raises ConfigError."""
     for key, value in fields.values.items():
         if key not in IRRELEVANT and key not in keys.split() and value not in (None, False):
@@ -76,16 +76,16 @@ def no_bias(fields: Fields) -> None:
         raise fields.fail("bias", True, "not supported; allowed: false")
 
 
-def read_norm(fields: Fields, key: str) -> tuple[str, float, bool]:
+def read_norm_section(fields: Fields, key: str) -> tuple[str, float, bool]:
     """A norm's type, eps and whether it has a gain. Raises ConfigError for a bias or another norm."""
     norm = fields.node(key, {})
     if not norm.values:
         raise ConfigError(f"{fields.prefix}{key}=null: a model without it is not supported")
-    known(norm, "name eps bias elementwise_affine full_precision")
+    refuse_unknown(norm, "name eps bias elementwise_affine full_precision")
     gain = norm.boolean("elementwise_affine", True)
     if gain:
         no_bias(norm)
-    kind = NORM_TYPES[norm.choice("name", NORM_TYPES, "default")]
+    kind = _NORM_TYPES[norm.choice("name", _NORM_TYPES, "default")]
     return kind, norm.number("eps", 0.0, default=1e-5), gain
 
 
@@ -109,7 +109,7 @@ def read_windows(attention: Fields, depth: int) -> list[int | None]:
     return [None if n == -1 else n for n in windows]
 
 
-def blocks(fields: Fields, depth: int) -> list[Fields]:
+def block_sections(fields: Fields, depth: int) -> list[Fields]:
     """Each layer's block: one for all, with overrides by layer, or named ones in a pattern."""
     block, overrides = fields.node("block", {}), fields.node("block_overrides", {})
     pattern = fields.take("block_pattern")
@@ -128,7 +128,7 @@ def blocks(fields: Fields, depth: int) -> list[Fields]:
 
 
 @dataclass(frozen=True)
-class Block:
+class ReadBlock:
     """What a block computes, as a model of such blocks; its key map, RoPE, and window by layer."""
 
     model: ModelConfig
@@ -137,18 +137,18 @@ class Block:
     windows: list[int | None]
 
 
-def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str) -> Block:
+def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str) -> ReadBlock:
     """One block's section; name: the model's. Raises ConfigError for what simlab doesn't compute."""
-    known(
+    refuse_unknown(
         block,
         "name sequence_mixer attention layer_norm feed_forward attention_residual_alpha "
         "feed_forward_residual_alpha",
     )  # fmt: skip
     block.must_be(attention_residual_alpha=1.0, feed_forward_residual_alpha=1.0)
-    placement, keys = BLOCKS[block.choice("name", BLOCKS, "default")]
+    placement, keys = _BLOCK_TYPES[block.choice("name", _BLOCK_TYPES, "default")]
     mixer = "attention" if block.values.get("attention") is not None else "sequence_mixer"
     attention = block.node(mixer, {})
-    known(
+    refuse_unknown(
         attention,
         "name type n_heads n_kv_heads head_dim bias rope qk_norm use_head_qk_norm sliding_window "
         "backend use_flash use_recompute_qkv_prep mxfp8_save_qkv_for_backward",
@@ -156,19 +156,19 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
     attention.choice("type", ("attention",), "attention")
     attention.choice("name", ("default",), "default")
     mlp = block.node("feed_forward", {})
-    known(mlp, "name hidden_size bias activation")
+    refuse_unknown(mlp, "name hidden_size bias activation")
     mlp.choice("name", ("default",), "default")
     mlp.choice("activation", ("silu",), "silu")
     for part in (attention, mlp, head):
         no_bias(part)
-    norm = read_norm(block, "layer_norm")
+    norm = read_norm_section(block, "layer_norm")
     qk_norm = "none"
     norms = {
         "layer_norm": norm,
-        "lm_head.layer_norm": read_norm(head, "layer_norm"),
+        "lm_head.layer_norm": read_norm_section(head, "layer_norm"),
     }
     if attention.values.get("qk_norm") is not None:
-        norms["qk_norm"] = read_norm(attention, "qk_norm")
+        norms["qk_norm"] = read_norm_section(attention, "qk_norm")
         qk_norm = "per_head" if attention.boolean("use_head_qk_norm", False) else "full"
     for which, other in norms.items():
         if other[:2] != norm[:2]:
@@ -177,7 +177,7 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
             )
     present = KEYS | (keys if norm[2] else {})
     if "qk_norm" in norms and norms["qk_norm"][2]:
-        present |= QK_NORM
+        present |= _QK_NORM_KEYS
     if not norms["lm_head.layer_norm"][2]:
         del present["norm.weight"]
     width, heads, kv_heads, head_dim = head_shape(
@@ -188,7 +188,7 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
         ),
         ("d_model", "n_heads", "n_kv_heads", "head_dim"),
     )
-    rope = read_rope(attention, head_dim)
+    rope = read_olmo_core_rope(attention, head_dim)
     one = ModelConfig(
         name=name,
         depth=depth,
@@ -203,7 +203,7 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
         rope_theta=rope.theta,
         tied=model.boolean("tie_word_embeddings", False),
     )
-    return Block(one, present, rope, read_windows(attention, depth))
+    return ReadBlock(one, present, rope, read_windows(attention, depth))
 
 
 def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
@@ -220,19 +220,19 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     model.choice("name", ("default",), "default")
     model.must_be(embedding_norm=None, embed_scale=1.0)
     head = model.node("lm_head", {})
-    known(head, "name layer_norm bias loss_implementation")
+    refuse_unknown(head, "name layer_norm bias loss_implementation")
     head.choice("name", ("default",), "default")
-    depth = layers(model, DEPTH_KEY, tensors)
-    read: dict[int, Block] = {}
+    depth = layers(model, _DEPTH_KEY, tensors)
+    read: dict[int, ReadBlock] = {}
     each = []
-    for block in blocks(model, depth):
+    for block in block_sections(model, depth):
         if id(block) not in read:
             read[id(block)] = read_block(block, model, head, depth, path.parent.name)
         each.append(read[id(block)])
     return _merged(each, path), each[0].keys
 
 
-def _merged(each: list[Block], path: Path) -> ModelConfig:
+def _merged(each: list[ReadBlock], path: Path) -> ModelConfig:
     """One model of all blocks, which may differ in their window and in what RoPE scaling needs it."""
     if any(block.model != each[0].model or block.keys != each[0].keys for block in each):
         raise ConfigError(f"{path}: block_overrides: blocks may differ in their RoPE scaling only")
@@ -276,8 +276,8 @@ def open_folder(folder: Path) -> Opened:
         raise ConfigError(
             f"{folder}: a distributed checkpoint without its config.json, here or above"
         )
-    tensors = dcp.read_tensors(state, without=("optim.",))
+    tensors = dcp.read_distributed_checkpoint(state, without=("optim.",))
     model, keys = read_config(config, len(tensors))
     if model.tied:  # a tied head is the embedding, and not read
         tensors.pop(KEYS["head.weight"], None)
-    return Opened("olmo_core", model, keys, tensors, config, DEPTH_KEY)
+    return Opened("olmo_core", model, keys, tensors, config, _DEPTH_KEY)

@@ -20,7 +20,7 @@ class Rope:
     llama3: Llama3RopeConfig | None = None
 
 
-def read_rope(attention: Fields, head_dim: int) -> Rope:
+def read_olmo_core_rope(attention: Fields, head_dim: int) -> Rope:
     """From an attention's section. Raises ConfigError for what simlab doesn't compute."""
     rope = attention.node("rope", {})
     if not rope.values:

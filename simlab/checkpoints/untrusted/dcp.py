@@ -17,13 +17,13 @@ from simlab.checkpoints.storage import Piece, StoredTensor
 from simlab.checkpoints.untrusted import pickle as pickles
 from simlab.checkpoints.untrusted.files import checked_name, plain_name
 from simlab.checkpoints.untrusted.pickle import PickledObject
-from simlab.checkpoints.untrusted.torch_zip import open_archive, tensor
+from simlab.checkpoints.untrusted.torch_zip import open_archive, stored_tensor
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
 METADATA = ".metadata"
 METADATA_LIMIT = 64 << 20  # bytes
-BUDGET = 8_000_000  # steps of its pickle; a chunk takes about 80, so some 100,000 chunks
+_PICKLE_STEPS = 8_000_000  # steps of its pickle; a chunk takes about 80, so some 100,000 chunks
 CHUNK_BUDGET = 10_000  # of a chunk's, which is one tensor's
 
 
@@ -76,11 +76,11 @@ def _chunk_locations(
 def _dtype(properties: object, what: str) -> torch.dtype:
     state = properties.state if isinstance(properties, PickledObject) else None
     label = state[0] if type(state) is tuple and state else None
-    if not isinstance(label, pickles.Label) or label.name not in pickles.DTYPES:
+    if not isinstance(label, pickles.Label) or label.name not in pickles.DTYPE_BY_NAME:
         raise ConfigError(f"{what}: its properties have no dtype")
-    dtype = pickles.DTYPES[label.name]
-    if dtype not in pickles.FLOATS:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOATS)
+    dtype = pickles.DTYPE_BY_NAME[label.name]
+    if dtype not in pickles.FLOAT_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOAT_DTYPES)
         raise ConfigError(f"{what} is {label.name}; allowed: {allowed}")
     return dtype
 
@@ -104,12 +104,12 @@ def _load(folder: Path) -> Any:
             raise ConfigError(f"{path}: no such file")
         if path.stat().st_size > METADATA_LIMIT:
             raise ConfigError(f"{path}: larger than {METADATA_LIMIT >> 20} MiB")
-        return pickles.load(path.read_bytes(), path, BUDGET)
+        return pickles.load(path.read_bytes(), path, _PICKLE_STEPS)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def read_tensors(folder: Path, without: tuple[str, ...]) -> dict[str, StoredTensor]:
+def read_distributed_checkpoint(folder: Path, without: tuple[str, ...]) -> dict[str, StoredTensor]:
     """The place of every tensor of the checkpoint whose name doesn't start with ``without``.
 
     Raises ConfigError, which names the tensor.
@@ -173,7 +173,7 @@ def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple
             for chunk in here:
                 what = f"{path}: tensor {brief(chunk.name)}"
                 archive = open_archive(file, path, chunk.offset, chunk.length, CHUNK_BUDGET)
-                has = tensor(archive, archive.value, chunk.name)
+                has = stored_tensor(archive, archive.value, chunk.name)
                 if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
                     raise ConfigError(
                         f"{what}: is {has.shape}, not the {chunk.shape} that {METADATA} says"

@@ -23,7 +23,7 @@ from simlab.config import ConfigError
 from simlab.config.fields import brief
 
 # What a malformed pickle makes the unpickler raise; ConfigError, a ValueError, is told apart.
-MALFORMED = (
+_MALFORMED = (
     pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, AttributeError, ValueError,
     OverflowError, struct.error,
 )  # fmt: skip
@@ -35,13 +35,16 @@ STORAGES: dict[str, torch.dtype] = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }  # fmt: skip
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
-DTYPES["float8_e4m3fn"], DTYPES["float8_e5m2"] = torch.float8_e4m3fn, torch.float8_e5m2
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
+DTYPE_BY_NAME["float8_e4m3fn"], DTYPE_BY_NAME["float8_e5m2"] = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = frozenset(
-    {("torch", name) for name in (*STORAGES, *DTYPES, "Size")}
+    {("torch", name) for name in (*STORAGES, *DTYPE_BY_NAME, "Size")}
     | {(_METADATA, name) for name in (
         "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata",
         "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
@@ -101,7 +104,7 @@ class EmptyOrderedDict(dict[Any, Any]):
     """An OrderedDict, empty at first; attributes that a pickle sets on it are dropped."""
 
 
-LABELS = {(module, name): Label(module, name) for module, name in ALLOWED}
+_LABELS = {(module, name): Label(module, name) for module, name in ALLOWED}
 
 
 def _is_size(value: object) -> bool:
@@ -122,7 +125,7 @@ class _Reader(pickle._Unpickler):
         )
 
     def find_class(self, module: str, name: str) -> Any:
-        known = LABELS.get((module, name))
+        known = _LABELS.get((module, name))
         if known is None:
             raise ConfigError(f"it names {brief(f'{module}.{name}')}, which is not allowed")
         return known
@@ -223,7 +226,7 @@ def load(data: bytes, path: Path, budget: int) -> Any:
         return _Reader(data, budget).load()
     except ConfigError as error:
         raise ConfigError(f"{path}: not a pickle that simlab reads: {error}") from None
-    except MALFORMED as error:
+    except _MALFORMED as error:
         kind = type(error).__name__
         raise ConfigError(f"{path}: not a readable pickle ({kind})") from error
 

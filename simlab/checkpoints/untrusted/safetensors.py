@@ -14,7 +14,7 @@ from simlab.checkpoints.untrusted.files import checked_name
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
-FLOATS = {
+_DTYPE_BY_CODE = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 
@@ -40,12 +40,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, about in header.items():
         checked_name(name, path)
-        if about["dtype"] not in FLOATS:
+        if about["dtype"] not in _DTYPE_BY_CODE:
             raise ConfigError(
-                f"{path}: tensor {name} is {about['dtype']}; allowed: {', '.join(FLOATS)}"
+                f"{path}: tensor {name} is {about['dtype']}; allowed: {', '.join(_DTYPE_BY_CODE)}"
             )
         offset = 8 + size + about["data_offsets"][0]
         tensors[name] = in_one_piece(
-            name, tuple(about["shape"]), FLOATS[about["dtype"]], path, offset
+            name, tuple(about["shape"]), _DTYPE_BY_CODE[about["dtype"]], path, offset
         )
     return tensors

@@ -22,10 +22,17 @@ from simlab.config import ConfigError
 from simlab.config.fields import brief
 
 # What zipfile raises for a malformed directory; NotImplementedError for a version it doesn't know.
-MALFORMED = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError)
+_MALFORMED = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    struct.error,
+    ValueError,
+    IndexError,
+    OSError,
+)
 DIRECTORY_LIMIT = 4 << 20  # bytes; some 40,000 records
 PICKLE_LIMIT = 4 << 20
-BUDGET = 500_000  # steps of an archive's pickle; a tensor takes about 50
+_PICKLE_STEPS = 500_000  # steps of an archive's pickle; a tensor takes about 50
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -78,7 +85,7 @@ class Archive:
 
 
 def open_archive(
-    file: IO[bytes], path: Path, start: int, length: int, budget: int = BUDGET
+    file: IO[bytes], path: Path, start: int, length: int, budget: int = _PICKLE_STEPS
 ) -> Archive:
     """Open the archive in ``length`` bytes of a file from ``start`` on. Raises ConfigError.
 
@@ -96,7 +103,7 @@ def open_archive(
         records = _records(part, infos)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except MALFORMED as error:
+    except _MALFORMED as error:
         raise ConfigError(f"{path}: not a readable zip ({type(error).__name__})") from error
     found = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(found) != 1:
@@ -145,7 +152,7 @@ def _records(part: FileSlice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[i
     return records
 
 
-def tensor(archive: Archive, value: object, name: str) -> StoredTensor:
+def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense."""
     what = f"{archive.path}: tensor {brief(name)}"
     if (
@@ -165,8 +172,8 @@ def tensor(archive: Archive, value: object, name: str) -> StoredTensor:
         or len(shape) != len(strides)
     ):
         raise ConfigError(f"{what}: not a tensor")
-    if storage.dtype not in pickles.FLOATS:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOATS)
+    if storage.dtype not in pickles.FLOAT_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOAT_DTYPES)
         raise ConfigError(f"{what} is {str(storage.dtype)[6:]}; allowed: {allowed}")
     if not pickles.is_contiguous(shape, strides):
         raise ConfigError(f"{what}: its strides are not contiguous")
@@ -184,7 +191,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def read_tensors(path: Path) -> dict[str, StoredTensor]:
+def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file that ``torch.save(state_dict, path)`` wrote. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
@@ -198,5 +205,5 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     found = {}
     for name, value in archive.value.items():
         checked_name(name, path)
-        found[name] = tensor(archive, value, name)
+        found[name] = stored_tensor(archive, value, name)
     return found

@@ -11,9 +11,9 @@ import yaml
 from simlab.checkpoints.untrusted.files import YAML_LIMIT, read_text
 from simlab.config import ConfigError
 
-INTEGER = re.compile(r"[-+]?\d{1,20}")
-NUMBER = re.compile(r"[-+]?(\d{1,20}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,4})?")
-WORDS: dict[str, bool | None] = {
+_INTEGER = re.compile(r"[-+]?\d{1,20}")
+_NUMBER = re.compile(r"[-+]?(\d{1,20}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,4})?")
+_CONSTANTS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
@@ -38,11 +38,11 @@ def _value(node: Any) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_value(value) for value in node.value]
     text = node.value
-    if text in WORDS:
-        return WORDS[text]
-    if INTEGER.fullmatch(text):
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
         return int(text)
-    if NUMBER.fullmatch(text):  # 1e-6 too, which YAML 1.1 takes for text
+    if _NUMBER.fullmatch(text):  # 1e-6 too, which YAML 1.1 takes for text
         return float(text)
     return text
 
