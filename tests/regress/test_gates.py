@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from conftest import GOLDEN
 
+from simlab.analysis.numbers import short
 from simlab.analysis.verdict import ROUNDING
 from simlab.experiment import run
 from simlab.regress.gates import (
@@ -124,7 +125,7 @@ def test_statistical_says_where_and_what(recorded, fresh, column, factor, to):
     assert (finding.sublayer, finding.block, finding.kind) == (4, 1, "mlp")
     assert (finding.quantity, finding.blame) == (column, to)
     assert finding.size > finding.limit > 3
-    assert f"standard errors (limit {finding.limit:.1f})" in outcome.why
+    assert f"standard errors (limit {short(finding.limit, 2)})" in outcome.why
 
 
 def test_statistical_sees_a_spread_about_zero(recorded, fresh):
