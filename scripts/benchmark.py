@@ -122,10 +122,10 @@ def bare(depth: int, tokens: int, d_ins: Sequence[int], d_outs: Sequence[int]) -
 def sizes(overrides: Sequence[str]) -> dict[str, object]:
     """What ``bare`` takes, for a config."""
     from simlab import compose
-    from simlab.budget.cost import groups
+    from simlab.budget.cost import matrix_groups
 
     config = compose(overrides)
-    blocks = groups(config.shape, gradients=False)
+    blocks = matrix_groups(config.shape, gradients=False)
     assert config.inputs.batch is not None
     assert config.inputs.length is not None
     return {
@@ -193,7 +193,7 @@ def crossover(overrides: Sequence[str]) -> None:
 
     from simlab import compose
     from simlab.budget.cost import choose
-    from simlab.experiment import ENGINES, prepare
+    from simlab.experiment import ENGINE_WEIGHTS, prepare
     from simlab.measurement.engine import measure_curves
 
     torch.set_grad_enabled(True)
@@ -204,7 +204,7 @@ def crossover(overrides: Sequence[str]) -> None:
             ready = prepare(config)
             seconds: dict[str, float] = {}
             for _ in range(2):
-                for name, engine in ENGINES.items():
+                for name, engine in ENGINE_WEIGHTS.items():
                     weights = engine(config.shape, config.init, 0)
 
                     def work(weights: object = weights) -> object:
@@ -231,7 +231,7 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
     import torch
 
     from simlab import compose
-    from simlab.experiment import ENGINES, prepare
+    from simlab.experiment import ENGINE_WEIGHTS, prepare
     from simlab.measurement.engine import measure_curves
 
     torch.set_num_threads(1)
@@ -240,7 +240,7 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
         small = ["depth=2", "inputs.length=16", "device=cpu", "init.std=0.05", "init.truncate=3"]
         ready = prepare(compose([*shape, *small, *overrides]))
         samples = []
-        for engine in ENGINES.values():
+        for engine in ENGINE_WEIGHTS.values():
             curves = []
             for seed in range(seeds):
                 weights = engine(ready.config.shape, ready.config.init, seed)

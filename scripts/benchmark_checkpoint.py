@@ -60,10 +60,10 @@ curve = [float(h.double().pow(2).mean()) for h in hidden]
 
 def products(folder: str, dtype: str) -> str:
     """Depth, tokens, dtype and the blocks' matrices as (d_in, d_out), as PRODUCTS takes them."""
-    from simlab.checkpoints.checkpoint import Checkpoint, shapes
+    from simlab.checkpoints.checkpoint import Checkpoint, parameter_shapes
 
     model = Checkpoint(folder).model
-    sizes = [s[::-1] for role, s in shapes(model).items() if role.endswith("_proj")]
+    sizes = [s[::-1] for role, s in parameter_shapes(model).items() if role.endswith("_proj")]
     return json.dumps([model.depth, 64, dtype, sizes])
 
 

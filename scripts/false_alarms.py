@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from simlab import compose
-from simlab.analysis.curve import curves
+from simlab.analysis.curve import curves_of
 from simlab.analysis.resampling import limit, permuted
 from simlab.analysis.verdict import ROUNDING, judge
 from simlab.experiment import run
@@ -69,7 +69,7 @@ def law_alarms(runs: int, depth: int) -> int:
     """Of so many groups of random inits that obey the law, how many fail its gate."""
     config = compose([*MODEL, f"depth={depth}", "init.std=0.1", f"seeds={POOL // 2}"])
     rows = 1 + 2 * depth
-    every = curves(run(config).curve, "random", gain=[1.0] * rows, normalises=["branch"] * rows)
+    every = curves_of(run(config).curve, "random", gain=[1.0] * rows, normalises=["branch"] * rows)
     generator, alarms = np.random.default_rng(2), 0
     for _ in range(runs):
         picked = generator.choice(every.count, LAW_GATE_SEEDS, replace=False)

@@ -34,7 +34,7 @@ class Around(Callback):
                 from simlab.report import estimates
                 from simlab.sweep.sweeper import estimated
 
-                estimates.show([estimated(None, ready, False)], 1)
+                estimates.show_estimates([estimated(None, ready, False)], 1)
                 raise SystemExit(0)
             HydraConfig.instance().set_config(config)  # the folder's name may be made of its keys
             job.STARTED.append(Path(config.hydra.run.dir).absolute())

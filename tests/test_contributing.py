@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny
 
 from simlab.budget.memory import needed
-from simlab.config import CONF_DIR, MLPS
+from simlab.config import CONF_DIR, MLP_NAMES
 from simlab.experiment import run
 from simlab.model import mlp
 from simlab.model.describe import describe
@@ -90,7 +90,7 @@ def test_the_mlp_of_the_recipe_runs(monkeypatch, engine):
     names = vars(mlp).copy()
     exec(block(text, "python"), names)
     monkeypatch.setitem(mlp.MLPS, "relu2", names["SquaredReLU"])
-    monkeypatch.setattr("simlab.config.validate.MLPS", (*MLPS, "relu2"))
+    monkeypatch.setattr("simlab.config.validate.MLP_NAMES", (*MLP_NAMES, "relu2"))
     asked = ["model.mlp=relu2", "model.bias=true", "gradients=true", "seeds=2"]
     config = tiny(*asked, f"engine={engine}")
     result = run(config)

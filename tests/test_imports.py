@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "simlab"
@@ -97,6 +98,30 @@ def test_simlab_never_imports_scripts_or_tests():
     for path in modules():
         used = {name.split(".")[0] for name in imports(path)}
         assert not used & {*beside, "scripts", "tests"}, path
+
+
+def public_names(path: Path) -> set[str]:
+    """The names that a module defines at its top level, without those that begin with _."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_stands_in_one_module():
+    """But for the commands' ``main``, and what each checkpoint format is asked for."""
+    homes = defaultdict(set)
+    for path in modules():
+        shared = {"main"}
+        if path.parent.name == "formats":
+            shared |= {"KEYS", "matches", "open_folder", "read_config"}
+        for name in public_names(path) - shared:
+            homes[name].add(str(path.relative_to(ROOT)))
+    assert not {name: sorted(paths) for name, paths in homes.items() if len(paths) > 1}
 
 
 def test_no_file_is_too_long():

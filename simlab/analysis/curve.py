@@ -36,7 +36,7 @@ class Curves:
         return Rows(self.kinds, first, self.eps_factor, self.gain, self.normalises)
 
 
-def curves(
+def curves_of(
     frame: pd.DataFrame, name: str, gain: Sequence[float], normalises: Sequence[str | None]
 ) -> Curves:
     """The curves called ``name`` in the frame, cut to the rows that every seed reached.

@@ -45,7 +45,7 @@ class Cost:
         return Cost(self.numbers + other.numbers, self.operations + other.operations)
 
 
-def groups(model: ModelConfig, gradients: bool) -> list[tuple[int, int, list[int]]]:
+def matrix_groups(model: ModelConfig, gradients: bool) -> list[tuple[int, int, list[int]]]:
     """How often, d_in and the d_outs of the matrices that share an input; with gradients the head's."""
     block = [(model.depth, d_in, d_outs) for d_in, d_outs in describe(model).groups]
     return [*block, (1, model.width, [model.vocab_size])] if gradients else block
@@ -71,7 +71,7 @@ def _weightless(n: int, d_in: int, d_out: int, gradients: bool) -> Cost:
 def costs(model: ModelConfig, tokens: int, gradients: bool) -> dict[str, Cost]:
     """One curve's cost by engine."""
     total = {"dense": Cost(0, 0), "weightless": Cost(0, 0)}
-    for times, d_in, d_outs in groups(model, gradients):
+    for times, d_in, d_outs in matrix_groups(model, gradients):
         for name, cost in (("dense", _dense), ("weightless", _weightless)):
             one = cost(tokens, d_in, sum(d_outs), gradients)
             total[name] += Cost(times * one.numbers, times * one.operations)
@@ -218,7 +218,7 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     return curve.seeds * one
 
 
-def curves(config: RunConfig, threads: int) -> list[Curve]:
+def curves_to_measure(config: RunConfig, threads: int) -> list[Curve]:
     """A run's curves, the checkpoint's first. Its engine must have been chosen, its inputs be known."""
     batch, length = config.inputs.batch or 1, config.inputs.length or 1
     device = config.device.partition(":")[0]

@@ -45,7 +45,7 @@ def on_cuda(device: str) -> int:
 
 def on_cpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int | None:
     """The lowest of the known limits. root: the folder of proc/ and sys/."""
-    found = [system(root), slurm(environment, resident(root)), *groups(root)]
+    found = [system(root), slurm(environment, resident(root)), *cgroup_memory(root)]
     known = [max(0, size) for size in found if size is not None]
     return min(known, default=None)
 
@@ -61,7 +61,7 @@ def system(root: Path) -> int | None:
         return None
 
 
-def groups(root: Path) -> Iterator[int]:
+def cgroup_memory(root: Path) -> Iterator[int]:
     """What is left in each control group that the process is in, from its own to the topmost."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from simlab.budget.cost import Curve, curves
+from simlab.budget.cost import Curve, curves_to_measure
 from simlab.budget.machine import MIB, available
 from simlab.budget.trace import trace
 from simlab.checkpoints import checkpoint, streamed
@@ -28,7 +28,7 @@ INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.expe
 ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients
 LIBRARIES = 40 * MIB  # thread pools, kernels' workspaces
 AUTOGRAD = 20 * MIB  # modules that torch imports for its first gradient
-STATISTICS = 3 * 8 + 4 * 4  # bytes per entry of the stream: copies in float64 and in float32
+_STATISTICS_BYTES = 3 * 8 + 4 * 4  # bytes per entry of the stream: copies in float64 and in float32
 # Heap fragmentation: two thirds of the memory outside large mmapped blocks, at most 400 MiB. It differs
 # from run to run by as much.
 FRAGMENTED, MOST_FRAGMENTED = 2 / 3, 400 * MIB
@@ -113,7 +113,7 @@ def _forward(curve: Curve) -> float:
     moments = [
         n * found.forward,
         n * found.attention + _attention_statistics(curve),
-        n * (found.step + STATISTICS * curve.model.width),
+        n * (found.step + _STATISTICS_BYTES * curve.model.width),
     ]
     for live, matrix in zip(found.matrices, describe(curve.model).matrices, strict=True):
         moments.append(n * live + _product(curve, matrix))
@@ -155,7 +155,7 @@ def _loss(curve: Curve) -> int:
 
 def needed(config: RunConfig, threads: int) -> int:
     """Peak bytes of a run: its curves are measured one after another."""
-    return max(peak(curve) for curve in curves(config, threads))
+    return max(peak(curve) for curve in curves_to_measure(config, threads))
 
 
 def refuse(config: RunConfig, threads: int, share: int = 1, beside: int = 0) -> None:

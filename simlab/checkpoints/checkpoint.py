@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats import open_folder
 from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
-from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool, row_runs
+from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool, row_runs
 from simlab.config import ConfigError, ModelConfig
 from simlab.model.describe import shapes as block_shapes
 from simlab.model.transformer import Block, dense_linear
@@ -29,7 +29,7 @@ from simlab.weights.base import Shape, Weights
 RUNS_AT_ONCE = 64  # runs of a large tensor's rows that are read before its pages are released
 
 
-def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its name, {} for the block; the head's also where it is tied."""
     ends = (model.vocab_size, model.width)
     whole = {"embedding.weight": ends, "head.weight": ends, "norm.weight": (model.width,)}
@@ -68,7 +68,7 @@ class Checkpoint(Weights):
 
     def _parts(self) -> Iterator[tuple[str, tuple[str, int, int]]]:
         """Our parameter names ({} for the block), each with the file's name and its rows there."""
-        by_name = shapes(self.model)
+        by_name = parameter_shapes(self.model)
         ends: dict[str, int] = {}
         for name, theirs in self.opened.keys.items():
             if self.model.tied and name == "head.weight":
@@ -79,7 +79,7 @@ class Checkpoint(Weights):
 
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The file's name and shape of every tensor of the architecture."""
-        by_name = shapes(self.model)
+        by_name = parameter_shapes(self.model)
         rows: dict[str, int] = {}
         rest: dict[str, tuple[int, ...]] = {}
         for name, (theirs, _, stop) in self.parts.items():
@@ -149,10 +149,12 @@ class Checkpoint(Weights):
         for theirs in dict.fromkeys(theirs for theirs, *_ in self.parts.values() if "{}" in theirs):
             self.files.prefetch(self.opened.tensors[theirs.format(layer)])
 
-    def matrix(self, name: str) -> Matrix:
+    def matrix(self, name: str) -> StreamedMatrix:
         """A weight that is streamed from its file."""
         stored, start, stop = self.stored(name)
-        return Matrix(name, self.files, stored, start, stop, self.threads, self.fingerprints)
+        return StreamedMatrix(
+            name, self.files, stored, start, stop, self.threads, self.fingerprints
+        )
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""

@@ -44,7 +44,7 @@ def row_runs(stored: StoredTensor, start: int, stop: int) -> list[tuple[int, int
 
 
 @dataclass(frozen=True)
-class Matrix:
+class StreamedMatrix:
     """The weight W (d_out × d_in) of the parameter ``name``: rows start … stop − 1 of a stored tensor.
 
     Its rows are added to ``fingerprints`` as they are read.
@@ -107,7 +107,7 @@ class _Product(torch.autograd.Function):
     """x Wᵀ, and back: gW. W itself asks for no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: StreamedMatrix) -> Tensor:
         ctx.matrix = matrix
         return matrix.times(x)
 
@@ -119,12 +119,12 @@ class _Product(torch.autograd.Function):
 class StreamedLinear(nn.Module):
     """A linear layer without bias, (…, d_in) to (…, d_out), whose weight ``bind`` sets."""
 
-    matrix: Matrix
+    matrix: StreamedMatrix
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
 
-    def bind(self, matrix: Matrix) -> None:
+    def bind(self, matrix: StreamedMatrix) -> None:
         """Set the weight."""
         self.matrix = matrix
 

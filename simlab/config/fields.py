@@ -14,7 +14,7 @@ from simlab.config.errors import ConfigError, nearest
 
 Default = TypeVar("Default")
 REQUIRED: Any = object()  # no default: the field must be there
-MOST = 10**9  # of an integer
+LARGEST_INTEGER = 10**9  # of an integer
 SHOWN = 60  # characters of a value in a line
 
 
@@ -93,7 +93,7 @@ class Fields:
         return float(value)
 
     def integer(
-        self, key: str, low: int = 1, high: int = MOST, *, default: Default = REQUIRED
+        self, key: str, low: int = 1, high: int = LARGEST_INTEGER, *, default: Default = REQUIRED
     ) -> int | Default:
         """An integer from low to high."""
         value = self.take(key, default)

@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
-MLPS = ("swiglu", "geglu", "gelu")  # what simlab.model.mlp.MLPS computes
+MLP_NAMES = ("swiglu", "geglu", "gelu")  # what simlab.model.mlp.MLPS computes
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from simlab.config import (
     DEMO_STEPS,
     DTYPES,
     ENGINES,
-    MLPS,
+    MLP_NAMES,
     NORM_TYPES,
     QK_NORMS,
     ConfigError,
@@ -148,7 +148,7 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         full_attention=full_layers(depth, every),
         tied=tied,
         # Configs written before these keys existed have neither.
-        mlp=node.choice("mlp", MLPS) if "mlp" in node.values else "swiglu",
+        mlp=node.choice("mlp", MLP_NAMES) if "mlp" in node.values else "swiglu",
         bias=node.boolean("bias") if "bias" in node.values else False,
     )
     node.done()

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
-from simlab.budget.cost import curves as costs_of
+from simlab.budget.cost import curves_to_measure as costs_of
 from simlab.experiment.prepare import Prepared
 from simlab.measurement.engine import Measured, measure_curves
 from simlab.weights.base import Weights
 from simlab.weights.dense import RandomWeights
 from simlab.weights.weightless import GaussianWeights
 
-Curves = list[tuple[str, int, Measured]]  # name, seed, rows
-ENGINES = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
+MeasuredCurves = list[tuple[str, int, Measured]]  # name, seed, rows
+ENGINE_WEIGHTS = {"dense": RandomWeights, "weightless": GaussianWeights}  # of random inits
 
 
-def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
+def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> MeasuredCurves:
     """Every curve of a run, the checkpoint's first. ``on_block`` is called after each block.
 
     Weightless seeds are measured several at a time, as one batch (``weights.weightless.together``).
@@ -30,7 +30,7 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
             weights, ready.tokens, ready.device, dtype, config.gradients, on_block
         )
 
-    found: Curves = []
+    found: MeasuredCurves = []
     if ready.checkpoint:
         found += [("checkpoint", config.seed, curve) for curve in measured(ready.checkpoint)]
     if config.seeds:
@@ -38,7 +38,7 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
         with threads(cost.computing):
             for start in range(0, len(config.seeds), cost.batch_seeds):
                 seeds = config.seeds[start : start + cost.batch_seeds]
-                weights = ENGINES[config.engine](
+                weights = ENGINE_WEIGHTS[config.engine](
                     config.shape, config.init, *seeds, drawing=cost.drawing
                 )
                 found += [

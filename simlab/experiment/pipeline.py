@@ -11,7 +11,7 @@ import pandas as pd
 from simlab.analysis.compare import with_outside
 from simlab.analysis.verdict import Verdict, judge
 from simlab.config import RunConfig
-from simlab.experiment.batches import Curves, measured_curves
+from simlab.experiment.batches import MeasuredCurves, measured_curves
 from simlab.experiment.prepare import Prepared, prepare
 from simlab.experiment.summary import summarise, weight_table
 from simlab.measurement.frame import to_frame
@@ -39,7 +39,7 @@ def run(config: RunConfig) -> RunResult:
 def measure(
     ready: Prepared,
     on_block: Callable[[], None] = lambda: None,
-    curves_of: Callable[..., Curves] = measured_curves,
+    curves_of: Callable[..., MeasuredCurves] = measured_curves,
 ) -> RunResult:
     """Measure every curve of a run and judge it.
 

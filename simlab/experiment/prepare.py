@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simlab.budget.cost import choose, seconds
-from simlab.budget.cost import curves as costs_of
+from simlab.budget.cost import curves_to_measure as costs_of
 from simlab.budget.memory import INTERPRETER, needed, refuse
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig

@@ -15,7 +15,7 @@ from simlab.analysis.compare import departure, sentences
 from simlab.analysis.exponents import exponents
 from simlab.analysis.resampling import Estimate, resample
 from simlab.analysis.verdict import Verdict
-from simlab.experiment.batches import Curves
+from simlab.experiment.batches import MeasuredCurves
 from simlab.experiment.prepare import Prepared
 from simlab.measurement.frame import Cuts
 from simlab.schemes.init import Gaussian, distribution
@@ -24,7 +24,7 @@ from simlab.store import config_hash
 
 def summarise(
     ready: Prepared,
-    measured: Curves,
+    measured: MeasuredCurves,
     frame: pd.DataFrame,
     cuts: Cuts,
     verdicts: dict[str, Verdict],
@@ -73,7 +73,7 @@ def plain_exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any
     }
 
 
-def losses(measured: Curves) -> dict[str, Any]:
+def losses(measured: MeasuredCurves) -> dict[str, Any]:
     """The next-token loss of each kind of curve, in nats: the seeds' mean with its interval."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for name, *_ in measured):

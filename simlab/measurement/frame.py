@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from simlab.analysis.compare import massive
-from simlab.analysis.curve import Curves, curves, with_laws
+from simlab.analysis.curve import Curves, curves_of, with_laws
 from simlab.measurement.engine import Measured
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
 
@@ -40,7 +40,7 @@ def to_frame(
     frame, lost = cut_gradients(frame, overflow)
     whole = {name: one for name, _, one in measured}
     by_curve = {
-        name: curves(frame, name, whole[name].gain, whole[name].normalises)
+        name: curves_of(frame, name, whole[name].gain, whole[name].normalises)
         for name in frame["curve"].unique()
     }
     return with_laws(frame, by_curve), by_curve, Cuts(overflow, lost)

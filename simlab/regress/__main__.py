@@ -135,7 +135,7 @@ def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checke
         with named(case):
             plans.append((case, recorded, prepare(to_check(case, config, share))))
     done = []
-    with progress.blocks(sum(ready.blocks for *_, ready in plans)) as on_block:
+    with progress.block_bar(sum(ready.blocks for *_, ready in plans)) as on_block:
         for case, recorded, ready in plans:
             start = time.perf_counter()
             result = measure(ready, on_block)
@@ -157,7 +157,7 @@ def record(case: Case, reason: str) -> Sequence[str]:
     to_check(case, config, GATE_ALPHA)
     with named(case):
         ready = prepare(config)
-    with progress.blocks(ready.blocks) as on_block:
+    with progress.block_bar(ready.blocks) as on_block:
         result = measure(ready, on_block)
     if result.summary["overflow"]:
         raise ConfigError(f"{case.name}: a curve overflows; only finite ones are recorded")
@@ -213,13 +213,13 @@ def main() -> None:
     tune_process()
     try:
         with in_one_line():
-            sys.exit(command(args))
+            sys.exit(execute(args))
     except KeyboardInterrupt:
         print("simlab: interrupted; nothing was recorded", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def command(args: argparse.Namespace) -> int:
+def execute(args: argparse.Namespace) -> int:
     """Do what was asked, and give the exit status. Raises ConfigError, OSError."""
     from simlab.regress import report as regressed
 

@@ -115,7 +115,7 @@ def show_sweep(
         console.print(str(path), soft_wrap=True, markup=False)
 
 
-def show(
+def show_result(
     frame: pd.DataFrame,
     verdicts: Mapping[str, Verdict],
     summary: Mapping[str, Any],

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from simlab.analysis.numbers import count, duration
 
-MOST = 40  # rows; of more jobs the first and the last
+_MOST_ROWS = 40  # rows; of more jobs the first and the last
 
 
 @dataclass(frozen=True)
-class Row:
+class JobEstimate:
     """A job: swept values, parameters of the model, peak bytes, seconds, whether its result is kept."""
 
     number: int
@@ -29,7 +29,7 @@ class Row:
     kept: bool
 
 
-def show(rows: Sequence[Row], at_once: int) -> None:
+def show_estimates(rows: Sequence[JobEstimate], at_once: int) -> None:
     """The table, for 80 columns, and all jobs together. at_once: how many run at a time."""
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -39,7 +39,7 @@ def show(rows: Sequence[Row], at_once: int) -> None:
         table.add_column(key, overflow="ellipsis", no_wrap=True)
     for head in ("parameters", "engine", "memory", "time"):
         table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
-    shown = rows if len(rows) <= MOST else [*rows[: MOST - 1], rows[-1]]
+    shown = rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]]
     for row in shown:
         if row is rows[-1] and len(shown) < len(rows):
             table.add_row("…")

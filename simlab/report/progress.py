@@ -19,11 +19,11 @@ from rich.progress import (
 )
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
-LOOK = 0.5  # seconds between two looks at what other processes have finished
+_LOOK_SECONDS = 0.5  # seconds between two looks at what other processes have finished
 
 
 @contextmanager
-def blocks(total: int) -> Iterator[Callable[[], None]]:
+def block_bar(total: int) -> Iterator[Callable[[], None]]:
     """A bar over a run's blocks on stderr, gone when done; yields what to call after each block."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -35,7 +35,7 @@ def blocks(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-class Sweep:
+class SweepBar:
     """A sweep's bar: how many jobs have ended, and by their blocks how far it is."""
 
     def __init__(self, jobs: int, total: int, bar: Progress | None) -> None:
@@ -64,7 +64,9 @@ class Sweep:
 
 
 @contextmanager
-def sweep(jobs: int, blocks: int, look: Callable[[], list[int]] | None = None) -> Iterator[Sweep]:
+def sweep(
+    jobs: int, blocks: int, look: Callable[[], list[int]] | None = None
+) -> Iterator[SweepBar]:
     """A bar over a sweep's jobs, gone when done.
 
     look: for jobs in other processes, the blocks of those that have ended; asked now and then.
@@ -74,23 +76,23 @@ def sweep(jobs: int, blocks: int, look: Callable[[], list[int]] | None = None) -
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with (
             Progress(*columns, console=console, transient=True) as bar,
-            _watched(Sweep(jobs, blocks, bar), look) as shown,
+            _watched(SweepBar(jobs, blocks, bar), look) as shown,
         ):
             yield shown
         return
-    with _watched(Sweep(jobs, blocks, None), look) as shown:
+    with _watched(SweepBar(jobs, blocks, None), look) as shown:
         yield shown
 
 
 @contextmanager
-def _watched(shown: Sweep, look: Callable[[], list[int]] | None) -> Iterator[Sweep]:
+def _watched(shown: SweepBar, look: Callable[[], list[int]] | None) -> Iterator[SweepBar]:
     if look is None:
         yield shown
         return
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(LOOK):
+        while not over.wait(_LOOK_SECONDS):
             ended = look()
             shown.reached(len(ended), sum(ended))
 

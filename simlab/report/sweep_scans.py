@@ -40,7 +40,7 @@ MEASURES = {
     "lambda_token_gradient": "λ of the gradient's mean norm",
     "lambda_paper_gradient": "λ of the gradient's mean vector",
 }
-STATISTICS = {  # column: title, scale
+_SHOWN_STATISTICS = {  # column: title, scale
     "norm": ("norm ‖x‖", "log"),
     "mean_abs": ("mean |x|", "log"),
     "max_abs": ("largest |x|", "log"),
@@ -216,7 +216,7 @@ def statistics_figure(frame: pd.DataFrame, axes: Sequence[Axis], title: str) -> 
     made = plan([axis for axis in axes if axis is not width], coloured=False, most=STEPS)
     frame = made.shown(frame)
     cells = [cell for cell in made.cells if len(matching(frame, cell))]
-    shown = {name: words for name, words in STATISTICS.items()
+    shown = {name: words for name, words in _SHOWN_STATISTICS.items()
              if name in frame and frame[name].notna().any()}  # fmt: skip
     if not shown or frame["block"].isna().all():
         return None

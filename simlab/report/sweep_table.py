@@ -17,8 +17,8 @@ from simlab.config import printable
 from simlab.report.facets import SEEDS, is_number, key_text, shorten, value_text
 
 WIDTH = 80
-MOST = 40  # rows; beyond, some of them
-LEAST = 5  # columns of a swept key, below which it is left out
+_MOST_ROWS = 40  # rows; beyond, some of them
+_LEAST_COLUMNS = 5  # columns of a swept key, below which it is left out
 LEFT = ("curve", "growth")
 LONGEST = 400  # characters of an error
 
@@ -29,7 +29,7 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
     Beyond MOST rows, every n-th; the caption says so.
     """
     notes, rows = [], jobs
-    if len(jobs) > MOST:
+    if len(jobs) > _MOST_ROWS:
         fastest = [len(values) for values in swept.values()][-1:]  # but for the curves of a job
         inner = [*fastest, jobs["curve"].nunique()]
         rows = jobs.iloc[:: _stride(len(jobs), inner)]
@@ -68,7 +68,7 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
 
 def _stride(count: int, inner: Sequence[int]) -> int:
     """Every which row is shown: prime to what changes fastest, so that all of its values occur."""
-    stride = math.ceil(count / MOST)
+    stride = math.ceil(count / _MOST_ROWS)
     while math.gcd(stride, math.prod(inner)) > 1:
         stride += 1
     return stride
@@ -138,7 +138,7 @@ def _widths(given: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
     widths = {key: _wide(_head(key, given), cells) for key, cells in given.items()}
     while widths and sum(widths.values()) + len(widths) > room:
         widest = max(widths, key=lambda key: widths[key])
-        if widths[widest] > LEAST:
+        if widths[widest] > _LEAST_COLUMNS:
             widths[widest] -= 1
         else:
             widths.popitem()

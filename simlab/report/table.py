@@ -16,7 +16,7 @@ from simlab.analysis.resampling import Estimate
 
 DIGITS = 4
 DEEP = 24  # sublayers; beyond, a row per block
-MOST = 34  # rows; beyond, every n-th block
+_MOST_ROWS = 34  # rows; beyond, every n-th block
 
 
 def growth_table(frame: pd.DataFrame, name: str) -> Table:
@@ -51,7 +51,7 @@ def growth_table(frame: pd.DataFrame, name: str) -> Table:
     return table
 
 
-LAMBDAS = {
+_LAMBDAS = {
     "lambda_paper": "λ of the mean vector (paper)",
     "lambda_token": "λ of the tokens' mean norm",
     "lambda_paper_gradient": "λ of the gradient's mean vector",
@@ -69,7 +69,7 @@ def lambda_table(values: Mapping[str, Any]) -> Table:
     shown = [law for law in LAWS.values() if f"lambda_token_{law.name}" in values]
     for head in ("measured", *(law.head for law in shown)):
         table.add_column(head, justify="right")
-    for key, label in LAMBDAS.items():
+    for key, label in _LAMBDAS.items():
         if values.get(key):  # none with a single block, or without gradients
             laws = [values.get(f"{key}_{law.name}") for law in shown]  # of lambda_token alone
             cells = (short(value, DIGITS) for value in laws)
@@ -128,7 +128,7 @@ def _shown(steps: pd.DataFrame) -> pd.DataFrame:
         return steps
     ends = steps.groupby("block").tail(1)
     ends = steps[(steps["kind"] == "embedding") | steps.index.isin(ends.index)]
-    every = math.ceil(len(ends) / MOST)
+    every = math.ceil(len(ends) / _MOST_ROWS)
     keep = (ends["block"].fillna(-1) + 1) % every == 0
     keep.iloc[-1] = True
     return ends[keep]

@@ -31,7 +31,7 @@ def lock_folder() -> Path:
     return folder
 
 
-def take(names: list[str], folder: Path) -> tuple[int, IO[str]]:
+def take_gpu(names: list[str], folder: Path) -> tuple[int, IO[str]]:
     """The first of these GPUs that no other job has, waiting for one; and its lock, to be closed."""
     told = False
     while True:
@@ -64,6 +64,6 @@ def own_gpu(device: str) -> Iterator[None]:
         yield
         return
     names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
-    index, lock = take(names, lock_folder())
+    index, lock = take_gpu(names, lock_folder())
     with lock, torch.cuda.device(index):
         yield

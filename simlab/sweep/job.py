@@ -27,7 +27,7 @@ from simlab.sweep.gpu_lock import own_gpu
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from simlab.experiment import Curves, Prepared, RunResult
+    from simlab.experiment import MeasuredCurves, Prepared, RunResult
 
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
@@ -89,7 +89,7 @@ def task(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
-        run(read(config), folder)
+        run_job(read(config), folder)
         return
     keep = read_keep(config)
     if keep.dry_run:  # of another sweeper
@@ -99,7 +99,7 @@ def task(config: DictConfig) -> None:
     sweep_job(read(config), folder, keep)
 
 
-def run(config: RunConfig, folder: Path) -> None:
+def run_job(config: RunConfig, folder: Path) -> None:
     """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError."""
     from simlab import experiment
     from simlab.report import console, progress
@@ -108,10 +108,10 @@ def run(config: RunConfig, folder: Path) -> None:
     with own_gpu(config.device):
         ready = experiment.prepare(config)
         console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
-        with progress.blocks(ready.blocks) as advance:
+        with progress.block_bar(ready.blocks) as advance:
             result = experiment.measure(ready, advance)
         files = write(result, folder)
-    console.show(result.curve, result.verdicts, result.summary, files)
+    console.show_result(result.curve, result.verdicts, result.summary, files)
 
 
 def write(result: RunResult, folder: Path) -> list[Path]:
@@ -163,7 +163,7 @@ def key_of(ready: Prepared) -> str:
     return result_key(ready.config, seen)
 
 
-def kept(key: str, ready: Prepared, results: Results) -> Path | None:
+def find_result(key: str, ready: Prepared, results: Results) -> Path | None:
     """Where the result of this key is, if it was computed before. ready: the run that asks."""
     weights = ready.checkpoint.identity if ready.checkpoint else None
     return results.find(key, (lambda: weights()["weight_hash"]) if weights else None)
@@ -175,7 +175,7 @@ def sweep_job(
     keep: KeepConfig,
     on_block: Callable[[], None] = lambda: None,
     tokens_of: Callable[..., Tensor] | None = None,
-    curves_of: Callable[..., Curves] | None = None,
+    curves_of: Callable[..., MeasuredCurves] | None = None,
 ) -> None:
     """One job of a sweep: its result in its folder, and how it ended in RECORD.
 
@@ -194,7 +194,7 @@ def sweep_job(
             with own_gpu(config.device):
                 ready = experiment.prepare(config, tokens_of or make_tokens)
                 key = key_of(ready)  # before its files are read, which may change meanwhile
-                found = kept(key, ready, results) if keep.resume else None
+                found = find_result(key, ready, results) if keep.resume else None
                 if found is None:
                     result = experiment.measure(
                         ready, on_block, curves_of or experiment.measured_curves
@@ -207,7 +207,7 @@ def sweep_job(
         write_json(folder / RECORD, record, durable=False)
 
 
-def take(kept: Path, folder: Path) -> None:
+def use_result(kept: Path, folder: Path) -> None:
     """Make a kept result a job's."""
     link(kept, folder)
     write_json(folder / RECORD, {"status": "done"}, durable=False)

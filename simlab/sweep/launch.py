@@ -24,8 +24,8 @@ from simlab.config import ConfigError
 from simlab.sweep import job
 from simlab.sweep.plan import Job
 
-LOOK = 0.2  # seconds between two looks at a job
-ASK = 3.0  # seconds between two questions to SLURM
+_JOB_LOOK_SECONDS = 0.2  # seconds between two looks at a job
+_SLURM_LOOK_SECONDS = 3.0  # seconds between two questions to SLURM
 LATE = 5.0  # seconds that a record may take to be seen on a shared disk
 
 
@@ -125,15 +125,15 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
             submitted += auto.map_array(launcher, *zip(*arguments, strict=True))
             queue = Queue(submitted)
             while not all(p.ended or queue.gone(t) for p, t in zip(places, submitted, strict=True)):
-                time.sleep(LOOK)
+                time.sleep(_JOB_LOOK_SECONDS)
         else:
             for each in arguments:  # there is no queue: all would start at once
                 while sum(not t.done() for t in submitted) >= at_once(launcher):
-                    time.sleep(LOOK)
+                    time.sleep(_JOB_LOOK_SECONDS)
                 with stderr_in(Path(start["folder"]).parent):
                     submitted.append(auto.submit(launcher, *each))
             while not all(task.done() for task in submitted):
-                time.sleep(LOOK)
+                time.sleep(_JOB_LOOK_SECONDS)
     except BaseException:
         for task in submitted:
             task.cancel(check=False)
@@ -168,7 +168,7 @@ class Queue:
 
     def gone(self, task: Any) -> bool:
         """Whether the job is surely no longer in the queue; SLURM is asked every few seconds."""
-        if time.monotonic() - self.asked > ASK:
+        if time.monotonic() - self.asked > _SLURM_LOOK_SECONDS:
             self.has = self._ask()
             self.asked = time.monotonic()
         return self.has is not None and str(task.job_id) not in self.has
@@ -186,10 +186,10 @@ class Queue:
 
 def _appears(place: Place) -> bool:
     """Whether a job's record comes after all: a shared disk may show a new file late."""
-    for _ in range(int(LATE / LOOK)):
+    for _ in range(int(LATE / _JOB_LOOK_SECONDS)):
         if place.ended:
             return True
-        time.sleep(LOOK)
+        time.sleep(_JOB_LOOK_SECONDS)
     return False
 
 

@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep: its jobs, and the keys that it goes over, as the columns of its tables name them."""
 
     jobs: tuple[Job, ...]
@@ -82,9 +82,9 @@ class Composer:
         return config
 
 
-def plan(
+def plan_sweep(
     loader: ConfigLoaderImpl, name: str, hydra_overrides: Sequence[str], overrides: Sequence[str]
-) -> Plan:
+) -> SweepPlan:
     """Every job of a sweep, as Hydra's basic sweeper numbers them: the last key varies fastest.
 
     name: of the primary config. overrides: with the swept values in them; of a key that is given
@@ -116,7 +116,7 @@ def plan(
         jobs.append(Job(number, tuple(chosen), values, named, read(composed)))
     names = [column(key) for key in axes]
     swept = {column: tuple(dict.fromkeys(job.values[column] for job in jobs)) for column in names}
-    return Plan(tuple(jobs), swept)
+    return SweepPlan(tuple(jobs), swept)
 
 
 def column(key: str) -> str:

@@ -41,10 +41,10 @@ class Entry:
     @property
     def summary(self) -> dict[str, Any]:
         """Its summary.json."""
-        return read_json(self.folder / SUMMARY)
+        return _read_object(self.folder / SUMMARY)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -55,11 +55,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
+def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
     """A sweep's jobs, and the swept columns with their values. Raises ConfigError."""
     if not (folder / PLAN).is_file():
         raise ConfigError(f"{folder}: no sweep's folder, it has no {PLAN}")
-    described = read_json(folder / PLAN)
+    described = _read_object(folder / PLAN)
     found = []
     try:
         swept = {str(key): list(values) for key, values in described["swept"].items()}
@@ -84,7 +84,7 @@ def entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
 
 def _status(folder: Path) -> tuple[str, str]:
     if (folder / RECORD).is_file():
-        record = read_json(folder / RECORD)
+        record = _read_object(folder / RECORD)
         if record.get("status") == "failed":
             return "failed", str(record.get("error", ""))
     return ("done", "") if (folder / SUMMARY).is_file() else ("unfinished", "")
@@ -171,10 +171,10 @@ def report(folder: Path) -> bool:
     from simlab.report import console, style
     from simlab.report import sweep_figures as swept
 
-    jobs, keys = entries(folder)
+    jobs, keys = read_entries(folder)
     done = [each for each in jobs if each.status == "done"]
     failed = [each for each in jobs if each.status == "failed"]
-    heading = title(jobs, keys)
+    heading = _title(jobs, keys)
     table, files = pd.DataFrame(), []
     if done:
         frame = curves(done)
@@ -198,7 +198,7 @@ def report(folder: Path) -> bool:
     return len(done) == len(jobs)
 
 
-def title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
+def _title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
     """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm_placement pre, post``."""
     from simlab.report.facets import shorten, value_text
 

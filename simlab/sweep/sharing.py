@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import torch
 
-from simlab.budget.cost import curves as costs_of
+from simlab.budget.cost import curves_to_measure as costs_of
 from simlab.config import RunConfig
-from simlab.experiment import Curves, Prepared, measured_curves
+from simlab.experiment import MeasuredCurves, Prepared, measured_curves
 from simlab.weights.prefix import begins
 
 
-def groups(configs: Sequence[RunConfig]) -> list[list[int]]:
+def sharing_groups(configs: Sequence[RunConfig]) -> list[list[int]]:
     """The jobs' numbers in groups that differ in depth alone, the deepest job of each group first."""
     found: dict[RunConfig, list[int]] = {}
     for number, config in enumerate(configs):
@@ -44,9 +44,11 @@ class SharedCurves:
     """
 
     def __init__(self) -> None:
-        self.measured: list[tuple[Prepared, Curves]] = []
+        self.measured: list[tuple[Prepared, MeasuredCurves]] = []
 
-    def __call__(self, ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Curves:
+    def __call__(
+        self, ready: Prepared, on_block: Callable[[], None] = lambda: None
+    ) -> MeasuredCurves:
         """The job's curves: the first rows of a deeper job's, or measured."""
         for deep, curves in self.measured:
             if is_prefix(ready, deep):

@@ -29,7 +29,7 @@ from simlab.report import estimates, progress
 from simlab.sweep import job
 from simlab.sweep import launch as cluster
 from simlab.sweep.launch import Place
-from simlab.sweep.plan import Job, Plan, column, plan
+from simlab.sweep.plan import Job, SweepPlan, column, plan_sweep
 
 if TYPE_CHECKING:
     from simlab.experiment import Prepared
@@ -62,7 +62,7 @@ class Sweep:
         plain: Any = OmegaConf.to_container(hydra, resolve=False)
         params = [f"{key}={value}" for key, value in (plain["sweeper"]["params"] or {}).items()]
         given, task = plain["overrides"]["hydra"], plain["overrides"]["task"]
-        planned = plan(self.loader, hydra.job.config_name, given, [*params, *task])
+        planned = plan_sweep(self.loader, hydra.job.config_name, given, [*params, *task])
         from simlab.inputs import make_tokens
 
         self.tokens_of = functools.lru_cache(4)(make_tokens)  # jobs often have the same
@@ -73,7 +73,7 @@ class Sweep:
             if self.keep.dry_run:
                 rows.append(estimated(place.job, ready, place.kept is not None))
         if self.keep.dry_run:
-            estimates.show(rows, cluster.at_once(self.launcher))
+            estimates.show_estimates(rows, cluster.at_once(self.launcher))
             return
         if len({place.subdir for place in places}) < len(places):
             raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
@@ -98,7 +98,7 @@ class Sweep:
             )
             raise SystemExit(130) from None
 
-    def lay_out(self, planned: Plan, places: Sequence[Place], folder: Path) -> None:
+    def lay_out(self, planned: SweepPlan, places: Sequence[Place], folder: Path) -> None:
         """Write the sweep's plan and the kept results into its folder; an earlier sweep's go."""
         folder.mkdir(parents=True, exist_ok=True)
         forget(folder)
@@ -111,9 +111,9 @@ class Sweep:
         for place in places:
             if place.kept:
                 write_hydra(place)
-                job.take(place.kept, place.folder)
+                job.use_result(place.kept, place.folder)
 
-    def look(self, planned: Plan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
+    def look(self, planned: SweepPlan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
         import torch
 
@@ -131,7 +131,9 @@ class Sweep:
             devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
             for device in devices:
                 ready = prepare(each.config, self.tokens_of, device)
-                kept = job.kept(job.key_of(ready), ready, results) if self.keep.resume else None
+                kept = (
+                    job.find_result(job.key_of(ready), ready, results) if self.keep.resume else None
+                )
                 if kept:
                     break
             if local and not kept:
@@ -169,7 +171,7 @@ class Sweep:
             return
         blocks = sum(place.blocks for place in places)
         if self.in_process:
-            from simlab.sweep.sharing import SharedCurves, groups
+            from simlab.sweep.sharing import SharedCurves, sharing_groups
 
             # The report's imports take a quarter of a second, which a second core has now.
             threading.Thread(
@@ -177,7 +179,7 @@ class Sweep:
             ).start()
             ended = done = 0
             with progress.sweep(len(places), blocks) as bar:
-                for group in groups([place.job.config for place in places]):
+                for group in sharing_groups([place.job.config for place in places]):
                     curves_of = SharedCurves()
                     for place in map(places.__getitem__, group):
                         write_hydra(place)
@@ -234,7 +236,7 @@ def write_hydra(place: Place) -> None:
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def description(planned: Plan, places: Sequence[Place]) -> dict[str, Any]:
+def description(planned: SweepPlan, places: Sequence[Place]) -> dict[str, Any]:
     """What sweep.json says: what was swept, and every job that there is to be."""
     return {
         "swept": {key: list(values) for key, values in planned.swept.items()},
@@ -283,9 +285,9 @@ def described(folder: Path, before: Mapping[Path, int]) -> dict[str, Any]:
     return {"swept": swept, "jobs": jobs}
 
 
-def estimated(each: Job | None, ready: Prepared, kept: bool) -> estimates.Row:
+def estimated(each: Job | None, ready: Prepared, kept: bool) -> estimates.JobEstimate:
     """A job's row of a dry run's table; each: None for a single run."""
     memory, seconds = ready.estimate
     number, values = (each.number, each.values) if each else (0, {})
     engine = " + ".join(dict.fromkeys(ready.engines.values()))
-    return estimates.Row(number, values, ready.parameters, engine, memory, seconds, kept)
+    return estimates.JobEstimate(number, values, ready.parameters, engine, memory, seconds, kept)

@@ -9,7 +9,7 @@ import pytest
 from conftest import simlab, tiny
 
 from simlab.budget import memory
-from simlab.budget.cost import Curve, curves, seconds
+from simlab.budget.cost import Curve, curves_to_measure, seconds
 from simlab.budget.machine import Rates
 from simlab.budget.memory import fitting, needed, peak, refuse
 from simlab.config import ConfigError
@@ -44,7 +44,9 @@ def test_fragmentation_allows_for_what_malloc_keeps():
 
 
 def curve(*overrides: str) -> Curve:
-    (found,) = curves(compose(["model=olmo2_1b", "seeds=1", "device=cpu", *overrides]), 2)
+    (found,) = curves_to_measure(
+        compose(["model=olmo2_1b", "seeds=1", "device=cpu", *overrides]), 2
+    )
     return found
 
 
@@ -124,11 +126,11 @@ def test_time_grows_with_what_is_asked():
 def test_a_run_has_its_checkpoints_and_its_inits_curves(checkpoint):
     given = ["source=checkpoint", f"source.path={checkpoint}", "seeds=3", "inputs.length=9"]
     config = prepare(compose([*given, "device=cpu", "engine=weightless"])).config
-    assert [(c.stored, c.engine, c.seeds) for c in curves(config, 2)] == [
+    assert [(c.stored, c.engine, c.seeds) for c in curves_to_measure(config, 2)] == [
         (True, "dense", 1), (False, "weightless", 3),
     ]  # fmt: skip
     alone = dataclasses.replace(config, seeds=(), engine="dense")
-    assert [c.stored for c in curves(alone, 2)] == [True]
+    assert [c.stored for c in curves_to_measure(alone, 2)] == [True]
 
 
 @pytest.mark.parametrize("model", PRESETS)

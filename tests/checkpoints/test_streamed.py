@@ -12,7 +12,7 @@ from simlab.checkpoints import streamed
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.fingerprint import Fingerprints, moments_of
 from simlab.checkpoints.storage import MappedFiles, Piece, StoredTensor, check_pieces, in_one_piece
-from simlab.checkpoints.streamed import Matrix, StreamedLinear, pool
+from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool
 from simlab.config import ConfigError
 from simlab.measurement.engine import measure_curves
 from simlab.weights.base import Weights
@@ -32,7 +32,7 @@ def random(*shape, seed=0):
 
 
 def matrix(stored, start, stop):
-    return Matrix("w", MappedFiles(), stored, start, stop, pool(), Fingerprints(True))
+    return StreamedMatrix("w", MappedFiles(), stored, start, stop, pool(), Fingerprints(True))
 
 
 @pytest.fixture

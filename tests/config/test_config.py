@@ -78,7 +78,7 @@ def test_every_choice_composes_and_names_what_exists():
         assert compose([f"norm={norm}"]).shape.norm.placement == norm
     for init in RULES:
         assert compose([f"init={init}"]).init.rule == init
-    assert tuple(MLPS) == config.MLPS
+    assert tuple(MLPS) == config.MLP_NAMES
     for mlp in MLPS:
         assert compose([f"model.mlp={mlp}"]).shape.mlp == mlp
     for inputs in ("random", "zipf"):

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from simlab.config import CONF_DIR
 from simlab.config.validate import compose, options
 from simlab.schemes.placement import PLACEMENTS
-from simlab.sweep.plan import plan
+from simlab.sweep.plan import plan_sweep
 
 TINY = ["width=32", "heads=2", "kv_heads=2", "d_ff=64"]
 # What each is about: its swept columns, how many jobs, and overrides that make it small.
@@ -45,7 +45,7 @@ def planned(name):
         assert config.hydra.mode == RunMode.MULTIRUN  # no -m is needed
         loader = GlobalHydra.instance().config_loader()
         params = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
-        return plan(loader, "config", [], [*params, f"+experiment={name}"])
+        return plan_sweep(loader, "config", [], [*params, f"+experiment={name}"])
 
 
 def test_every_experiment_is_tested():

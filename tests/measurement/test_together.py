@@ -7,7 +7,7 @@ from conftest import placed, tiny
 
 from simlab.budget import cost
 from simlab.config.validate import compose
-from simlab.experiment import ENGINES, measure, prepare, run
+from simlab.experiment import ENGINE_WEIGHTS, measure, prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.schemes.placement import PLACEMENTS
 from simlab.weights.weightless import GaussianWeights, factor, gram, together
@@ -113,7 +113,7 @@ def test_a_run_in_groups(monkeypatch, gradients):
             groups.append(args[2:])
             super().__init__(*args, **options)
 
-    monkeypatch.setitem(ENGINES, "weightless", Recorded)
+    monkeypatch.setitem(ENGINE_WEIGHTS, "weightless", Recorded)
     for size in (1, 2, 5):
         groups.clear()
         monkeypatch.setattr(cost, "together", lambda *_, size=size: size)

@@ -185,11 +185,11 @@ def test_the_law_fails_where_no_norm_holds_it(overrides, to):
 
 def test_the_law_blames_the_add(measured):
     """Rows in which the stream grows by what no branch has."""
-    from simlab.analysis.curve import curves
+    from simlab.analysis.curve import curves_of
     from simlab.analysis.verdict import judge
 
     got = from_sublayer(measured.curve.copy(), 3, "mean_square", lambda v: v + 0.5)
-    of_curve = curves(got, "random", gain=[1.0] * len(got), normalises=["branch"] * len(got))
+    of_curve = curves_of(got, "random", gain=[1.0] * len(got), normalises=["branch"] * len(got))
     verdict = judge(of_curve, DTYPE)
     outcome = law(got, verdict, 1.0, DTYPE)
     assert (outcome.finding.sublayer, outcome.finding.blame) == (3, "residual add")

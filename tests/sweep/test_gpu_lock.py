@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from simlab.sweep.gpu_lock import own_gpu, take
+from simlab.sweep.gpu_lock import own_gpu, take_gpu
 
 
 def hold(folder, names, queue, seconds):
-    index, lock = take(names, folder)
+    index, lock = take_gpu(names, folder)
     start = time.monotonic()
     time.sleep(seconds)
     queue.put((index, start, time.monotonic()))
@@ -42,7 +42,7 @@ def test_a_killed_process_leaves_its_gpu(tmp_path):
         time.sleep(0.05)
     process.kill()
     process.join()
-    index, lock = take(["GPU-a"], tmp_path)
+    index, lock = take_gpu(["GPU-a"], tmp_path)
     lock.close()
     assert index == 0
 

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from simlab.config import CONF_DIR, ConfigError
-from simlab.sweep.plan import plan
+from simlab.sweep.plan import plan_sweep
 
 SMALL = [*SHAPE, *INPUTS, "device=cpu", "seeds=1"]
 
@@ -37,7 +37,7 @@ SWEEPS = [
 @pytest.mark.parametrize("sweep", SWEEPS, ids=" ".join)
 def test_composed_as_hydra_does(loader, sweep):
     overrides = [*SMALL, *sweep]
-    planned = plan(loader, "config", [], overrides)
+    planned = plan_sweep(loader, "config", [], overrides)
     parser = OverridesParser.create(config_loader=loader)
     ((*theirs,),) = BasicSweeper.split_arguments(parser.parse_overrides(overrides), None)
     assert [list(job.overrides) for job in planned.jobs] == theirs
@@ -47,7 +47,7 @@ def test_composed_as_hydra_does(loader, sweep):
 
 
 def test_numbers_and_columns(loader):
-    planned = plan(
+    planned = plan_sweep(
         loader, "config", [], [*SMALL, "depth=1,2", "norm=pre,post", "norm.eps=1e-6,0.1"]
     )
     assert dict(planned.swept) == {
@@ -67,6 +67,6 @@ def test_mistakes_in_any_job_come_before_the_first(loader):
         ("seed=range(1000000)", "at most 10000"),
     ):
         with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
-            plan(loader, "config", [], [*SMALL, override])
+            plan_sweep(loader, "config", [], [*SMALL, override])
     with pytest.raises(HydraException):  # only swin_renorm has the key
-        plan(loader, "config", [], [*SMALL, "norm=swin_renorm,pre", "norm.every=2"])
+        plan_sweep(loader, "config", [], [*SMALL, "norm=swin_renorm,pre", "norm.every=2"])

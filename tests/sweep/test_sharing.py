@@ -12,7 +12,7 @@ from simlab.experiment import measured_curves, prepare
 from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
 from simlab.sweep import sharing
-from simlab.sweep.sharing import SharedCurves, groups, is_prefix
+from simlab.sweep.sharing import SharedCurves, is_prefix, sharing_groups
 
 DEPTH_FREE = {"normal", "mitchell", "llama_depth", "fan_in"}  # of the rules
 STEPS = {"layerscale": (2, 19)}  # its alpha is another beyond 18 blocks
@@ -140,7 +140,7 @@ def test_groups_differ_in_depth_alone_and_the_deepest_comes_first():
     configs = [tiny(f"depth={d}", f"init.std={std}", f"seed={s}") for d, std, s in options]
     configs += [tiny("norm=pre"), tiny("model.window=4", "model.full_every=2", "depth=5")]
     configs += [tiny("norm=pre", "depth=9"), tiny("model.window=4", "model.full_every=2")]
-    found = groups(configs)
+    found = sharing_groups(configs)
     assert sorted(n for group in found for n in group) == list(range(len(configs)))
     assert [[configs[n].shape.depth for n in group] for group in found] == [
         *[[5, 3, 2]] * 4, [9, 3], [5, 3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simlab.config import ConfigError, divides
-from simlab.config.fields import MOST, Fields
+from simlab.config.fields import LARGEST_INTEGER, Fields
 
 
 def layers(fields: Fields, key: str, tensors: int) -> int:
@@ -34,6 +34,8 @@ def head_shape(
     head_dim = fields.integer(names[3], default=width // heads or 1)
     if head_dim % 2:
         raise fields.fail(names[3], head_dim, "must be even, RoPE turns pairs")
-    if heads * head_dim > MOST:
-        raise fields.fail(names[1], heads, f"with {names[3]}={head_dim} together at most {MOST}")
+    if heads * head_dim > LARGEST_INTEGER:
+        raise fields.fail(
+            names[1], heads, f"with {names[3]}={head_dim} together at most {LARGEST_INTEGER}"
+        )
     return width, heads, kv_heads, head_dim
