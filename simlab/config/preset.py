@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from simlab.config.schema import CONF_DIR, ModelConfig
 
@@ -18,10 +18,16 @@ def changed(model: ModelConfig) -> dict[str, Any]:
     paths = {path.stem: path for path in (CONF_DIR / "model").glob("*.yaml")}
     if model.name not in paths:
         return {}
-    preset = yaml.safe_load(paths[model.name].read_text(encoding="utf-8"))
-    given = {**preset, **preset["model"]}
+    preset = OmegaConf.load(paths[model.name])
+    plain: Any = OmegaConf.to_container(preset)
+    for key, value in plain.items():  # kv_heads: ${heads} is to follow the run's heads
+        if isinstance(value, int):
+            preset[key] = getattr(model, key)
+    followed: Any = OmegaConf.to_container(preset, resolve=True)
+    given = {k: v if isinstance(v, int) else followed[k] for k, v in plain.items()}
+    given |= given["model"]
     if given["head_dim"] is None:
         given["head_dim"] = model.width // model.heads
     own = {key: getattr(model, key) for key in given if hasattr(model, key)}
-    plain = {key: asdict(v) if is_dataclass(v) else v for key, v in own.items()}  # type: ignore[arg-type]
-    return {key: own[key] for key in own if plain[key] != given[key]}
+    values = {key: asdict(v) if is_dataclass(v) else v for key, v in own.items()}  # type: ignore[arg-type]
+    return {key: own[key] for key in own if values[key] != given[key]}

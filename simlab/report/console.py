@@ -34,14 +34,19 @@ def title(config: RunConfig) -> str:
     shape = f"{model.name}: depth {model.depth}, width {model.width}"
     other = {} if config.source.stored else changed(model)
     if other:
-        values = ((key, "" if is_dataclass(value) else f" {value}") for key, value in other.items())
-        shape = f"{model.name} with {', '.join(key + value for key, value in values)}"
+        said = [k if is_dataclass(v) else f"{k} {_as_typed(v)}" for k, v in other.items()]
+        shape = f"{model.name} with {', '.join(said)}"
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
     every = f" every {model.norm.every}" if model.norm.every else ""
     drawn = "random init" if config.source.stored else "init"
     return f"{shape}, norm {model.norm.placement}{every}, {drawn} {rule}"
+
+
+def _as_typed(value: object) -> object:
+    """A value as the command line takes it: ``true``, ``null``."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
 
 
 def announce(

@@ -40,6 +40,9 @@ def test_title_says_what_differs_from_the_preset():
         wide = compose([f"model={name}", "width=8192", "model.head_dim=64", "vocab_size=50"]).shape
         assert changed(wide) == {"width": 8192, "head_dim": 64, "vocab_size": 50}
     assert changed(dataclasses.replace(wide, name="custom")) == {}
+    many = compose(["model=small", "heads=16", "model.bias=true"]).shape  # kv_heads follow heads
+    assert changed(many) == {"heads": 16, "bias": True}
+    assert title(compose(["model=small", "model.bias=true"])).startswith("small with bias true, ")
 
 
 @pytest.mark.parametrize("depth", [1, 4, 30, 200])
