@@ -41,7 +41,7 @@ class Reducer:
 
     @torch.no_grad()
     def add(self, step: Step) -> None:
-        """Take in one batch's step: numbers of each statistic per token, on its device."""
+        """Add one batch: compute every statistic per token and keep the numbers on the device."""
         for reduce, statistics in self.alike.items():
             values = [s.of(step).unflatten(0, (self.curves, -1)) for _, s in statistics]
             if reduce == "vector":
@@ -50,7 +50,7 @@ class Reducer:
         self.tokens += step.after.shape[:2].numel() // self.curves
 
     def result(self) -> Tensor:
-        """A curve's number per statistic, in their order, on the device: (S, entries)."""
+        """One number per curve and statistic, (S, entries), in the statistics' order, on the device."""
         found = []
         for reduce, values in self.values.items():
             if reduce == "vector":
@@ -63,9 +63,9 @@ class Reducer:
 
 
 class StepResult(NamedTuple):
-    """A step's kind, its statistics (S, entries), and what the laws may know of its last norm.
+    """A step's kind, its statistics (S, entries), and the facts about its last norm that laws use.
 
-    normalises: what that norm acts on, as in ``Scheme``. gain: its gain at init.
+    normalises: ``branch``, ``stream`` or None, as in ``Scheme``. gain: the norm's gain at init.
     """
 
     kind: str
@@ -75,11 +75,14 @@ class StepResult(NamedTuple):
 
 
 class BlockProbe(ABC):
-    """Statistics of the residual steps of a block, from hooks that live in its ``with`` block.
+    """Measures a block's residual steps with hooks that exist only inside its ``with`` block.
 
-    kinds: of the steps, in the order they happen. curves: S, whose sequences lie one curve's after
-    another's in x (S·B, T, D). normalises: what each step's last norm acts on. gain: the gain of the
-    steps that are sublayers.
+    Args:
+        block: The block whose forward calls are measured.
+        kinds: The steps' kinds, in the order in which they happen.
+        normalises: For each step, ``branch``, ``stream`` or None: the input of its last norm.
+        gain: The gain at init of the sublayers' norms.
+        curves: S, the number of curves in a batch (S·B, T, D); a curve's sequences are adjacent.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class BlockProbe(ABC):
 
     @abstractmethod
     def listen(self) -> None:
-        """Register hooks that take every step to its reducer; their handles go to ``handles``."""
+        """Register hooks that add every step to its reducer; append their handles to ``handles``."""
 
     def results(self) -> list[StepResult]:
         """Every step of the block, in the order they happened."""

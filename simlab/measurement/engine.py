@@ -1,9 +1,9 @@
 """Moves the token batch through the blocks, one block's weights at a time, and back again.
 
-A block is materialised when its turn comes, every batch of sequences passes through it, and it goes:
-memory is one block and the residual stream, whatever the depth. For the backward the stream before
-every block is kept, and each block is materialised and run again, last first. Statistics stay on
-the device until the run's end.
+A block's weights are made, every batch of sequences passes through the block, and the weights are
+freed: memory holds one block and the residual stream, whatever the depth. With gradients the engine
+keeps the stream before every block, then makes and runs the blocks again from the last to the first.
+Statistics stay on the device until the run ends.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from simlab.weights.base import Weights
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row of the curve was measured, and one number per STATISTICS entry.
+    """One row of a curve: the step it describes, and its statistics.
 
-    normalises, gain: of the step's last norm, as in ``StepResult``. gradient: one number per
-    GRADIENT_STATISTICS entry, where it was asked for. While curves are measured together, each is
-    (S, entries); in what ``measure_curves`` gives, (entries,).
+    values: one number per STATISTICS entry. gradient: one per GRADIENT_STATISTICS entry; None for a
+    run without gradients. Both have shape (S, entries) while S curves are measured together, and
+    (entries,) in the rows that ``measure_curves`` returns. normalises, gain: of the step's last norm,
+    as in ``StepResult``.
     """
 
     sublayer: int
@@ -40,7 +41,7 @@ class Row:
     gradient: Tensor | None = None
 
     def of(self, curve: int) -> Row:
-        """The row of one of the curves."""
+        """The row of curve number ``curve`` (0 … S − 1)."""
         gradient = None if self.gradient is None else self.gradient[curve]
         return replace(self, values=self.values[curve], gradient=gradient)
 
@@ -63,7 +64,7 @@ class Measured:
         return [row.gain for row in self.rows]
 
     def first(self, depth: int) -> Measured:
-        """Its rows as far as this many blocks go; the loss is the whole model's."""
+        """The rows of the first ``depth`` blocks, with the whole model's loss."""
         rows = [row for row in self.rows if row.block is None or row.block < depth]
         return replace(self, rows=rows)
 
@@ -102,12 +103,16 @@ def measure_curves(
     gradients: bool = False,
     on_block: Callable[[], None] = lambda: None,
 ) -> list[Measured]:
-    """The residual stream's statistics after the embedding and after every step of every block.
+    """Measure the residual stream after the embedding and after every step of every block.
 
-    One curve for each of the weights' S, which pass as one batch (S·B, T, D): a curve's sequences
-    lie together. ids: (B, T) token ids.
-    gradients: also the statistics of the loss's gradient with respect to that stream. ``on_block`` is
-    called after each curve's block, forward and backward.
+    Args:
+        weights: The weights of S models. Their sequences pass as one batch (S·B, T, D), in which
+            the sequences of a model are adjacent.
+        ids: Token ids (B, T).
+        gradients: Also measure the loss's gradient with respect to the stream.
+        on_block: Called once per curve and block, forward and again backward.
+
+    Returns S curves, in the order of the weights' models.
     """
 
     def passed() -> None:
@@ -131,7 +136,7 @@ def forward(
     keep: bool,
     on_block: Callable[[], None],
 ) -> tuple[list[Row], list[list[Tensor]]]:
-    """The rows, and the streams in batches of sequences: before every block (``keep``), after all."""
+    """The rows, and the streams in batches of sequences: before every block if ``keep``, and last."""
     model, curves = weights.model, weights.curves
     embedded = weights.embedded(ids, device, dtype)
     streams = list(embedded.split(weights.tokens_at_once // ids.shape[-1] or 1))
@@ -157,11 +162,11 @@ def forward(
 def backward(
     weights: Weights, ids: Tensor, streams: list[list[Tensor]], on_block: Callable[[], None]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The losses (S,), and for every row the statistics of its gradient, embedding first.
+    """The losses (S,), and the gradient's statistics for every row, embedding first.
 
-    streams: as ``forward`` keeps them; they are used up. A curve's gradient travels as that of the
-    summed loss, times a power of two that brings its largest entry near 1: float16 would lose small
-    ones.
+    streams: as ``forward`` returns them; the list is emptied. The gradient of the summed loss is
+    multiplied by a power of two that brings its largest entry near 1, since float16 would lose small
+    entries; ``scale`` takes that out again.
     """
     last, curves = streams.pop(), weights.curves
     loss, top = next_token(weights, torch.cat(last), ids)
@@ -189,9 +194,9 @@ def backward(
 def _back_through(
     block: Block, streams: list[Tensor], gradients: list[Tensor], scale: Tensor
 ) -> list[Reducer]:
-    """Run a block again and take the gradients through it, in place; a reducer for every step.
+    """Run a block again and replace ``gradients`` by those before the block; a reducer per step.
 
-    The block and what autograd keeps of it end with this call.
+    The block and the tensors that autograd saved are freed when this call returns.
     """
     reducers = [Reducer(GRADIENT_STATISTICS, len(scale)) for _ in block.steps()]
     for i, stream in enumerate(streams):

@@ -1,4 +1,4 @@
-"""From what the engine measured to the tidy rows of curve.csv."""
+"""Turns measured curves into the tidy rows of curve.csv."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
 class Cuts:
     """Where curves were cut, a mapping for each cut as summary.json has it.
 
-    overflow: the first row that isn't finite; the curve ends before it. gradients: the sublayer from
-    which on, down to the input, the gradients aren't finite and are left empty.
+    overflow: the first row that isn't finite; the curve ends before it. gradients: the last sublayer
+    with a gradient that isn't finite; the gradients from there down to the input are left empty.
     """
 
     overflow: list[dict[str, Any]]

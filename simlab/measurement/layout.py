@@ -1,6 +1,6 @@
-"""Where a model's residual stream is seen: which submodules of its decoder layers make a step.
+"""Layouts: which submodules of a decoder layer make up its residual steps.
 
-A table for the decoder layers of transformers, and the two records with which a user names others.
+A table of Hugging Face transformers' decoder layers, and two records to describe other models.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from simlab.config import ConfigError, nearest
 class Sublayer:
     """One residual step of a block, stream + branch, by the names of the block's submodules.
 
-    kind: the row's name, such as ``attention`` or ``mlp``. raw: whose output is the sublayer's own,
-    before any norm. branch: whose output is added, where that isn't ``raw``. Of either, several are
-    added up (parallel attention and MLP). sum: whose input is the stream after the add; by default
-    the block's own output is. norm: the norm that acts last, for ``eps_factor`` and the gains; it is
-    ``branch`` where branches are normed, and ``sum`` where the stream is (post-norm), which then
-    goes on from that norm's output.
+    Args:
+        kind: The row's name, such as ``attention`` or ``mlp``.
+        raw: The submodule whose output is the sublayer's output before any norm. Outputs of several
+            are added up (parallel attention and MLP).
+        branch: The submodule whose output is added to the stream; by default ``raw``.
+        sum: The submodule whose input is the stream after the add; by default the stream is the
+            block's own output.
+        norm: The norm that acts last, for ``eps_factor`` and the gains. It is the same as ``branch``
+            if the branch is normed, and as ``sum`` if the stream is (post-norm); the stream is then
+            that norm's output.
     """
 
     kind: str
@@ -54,7 +58,7 @@ class Sublayer:
 class Layout:
     """A model's blocks, by the dotted path of their ModuleList, and the residual steps of each.
 
-    Raises ConfigError where a step but the last doesn't say where its sum is seen.
+    Raises ConfigError for a step without ``sum`` that isn't the last.
     """
 
     blocks: str
@@ -144,7 +148,7 @@ def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def unknown_layout(model: nn.Module) -> ConfigError:
-    """What to say of a model none of whose ModuleLists holds known decoder layers."""
+    """The error for a model whose decoder layers are of no known class."""
     lists = {
         path: module
         for path, module in model.named_modules()

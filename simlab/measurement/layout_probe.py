@@ -1,4 +1,4 @@
-"""Listens to a block of somebody else's, whose residual steps a layout names, and checks them."""
+"""Measures any PyTorch decoder layer whose residual steps a layout names, and checks the layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = ("eps", "variance_epsilon", "epsilon")  # what norms call it
 
 
 def wide_copy(x: Tensor) -> Tensor:
-    """A wide copy, which stays as it is when the model goes on in place."""
+    """A copy in float64, safe from the model's later in-place operations."""
     return wide(x.detach().clone())
 
 
@@ -38,7 +38,7 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm's eps, its gain (D,), and what it divides by, squared, without eps: (…, D) to (…)."""
+    """A norm: its eps, its gain (D,), and the function (…, D) → (…) of the moment it divides by."""
 
     eps: float
     gain: Tensor
@@ -46,10 +46,9 @@ class Norm:
 
 
 def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Norm | None:
-    """The norm that made y of x (B, T, D; wide), or None where it is none of those that are tried.
+    """Find out which norm maps x to y (B, T, D; wide); None if no candidate does, to some roundings.
 
-    RMSNorm or LayerNorm, with the weight as gain or 1 + weight (Gemma): whichever gives y, within
-    some roundings.
+    The candidates are RMSNorm and LayerNorm, each with gain weight or 1 + weight (Gemma).
     """
     eps = next((found for name in EPS if (found := getattr(norm, name, None)) is not None), None)
     if not isinstance(eps, float):
@@ -69,9 +68,9 @@ def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Nor
 
 
 def attention_weights(out: Any) -> dict[str, Tensor] | None:
-    """Statistics (B, T) of the weights (B, H, T, T) that an attention returns second, if it does.
+    """Statistics (B, T) of the weights (B, H, T, T), if they are an attention's second output.
 
-    As ``statistics.attention_statistics``; the logits aren't shown.
+    As in ``statistics.attention_statistics``, but ``max_logit`` is NaN: the logits aren't returned.
     """
     if not isinstance(out, (tuple, list)) or len(out) < 2 or not isinstance(out[1], Tensor):
         return None
@@ -87,9 +86,9 @@ def attention_weights(out: Any) -> dict[str, Tensor] | None:
 class LayoutProbe(BlockProbe):
     """``with LayoutProbe(block, name, sublayers): block(x)``, then ``results()``.
 
-    On the first batch every step is checked: stream + branch is the stream after, within rounding.
-    Raises ConfigError for a submodule that isn't there, and from within the block for a step that
-    isn't so.
+    The first batch checks every step: stream + branch must equal the stream after it, to rounding.
+    Raises ConfigError for a missing submodule, and during the forward call for a step that fails the
+    check.
     """
 
     def __init__(self, block: nn.Module, name: str, sublayers: tuple[Sublayer, ...]) -> None:
@@ -151,7 +150,7 @@ class LayoutProbe(BlockProbe):
 
     @torch.no_grad()
     def _finish(self, i: int, total: Tensor, after: Tensor) -> None:
-        """Take step i to its reducer. total: stream + branch (B, T, D); after: the stream then."""
+        """Add step i to its reducer. total: stream + branch (B, T, D); after: the stream after it."""
         sublayer, skip = self.sublayers[i], self.stream
         if missing := [path for path in outputs(sublayer) if path not in self.outputs]:
             raise self._wrong(
@@ -189,7 +188,7 @@ class LayoutProbe(BlockProbe):
     def _check(
         self, sublayer: Sublayer, terms: list[Tensor], total: Tensor, rounding: float
     ) -> None:
-        """Stream and branches add up to what is named as their sum, and outputs have its shape."""
+        """Check that stream and branches add up to the named sum, and that outputs have its shape."""
         for path in outputs(sublayer):
             if self.outputs[path].shape != total.shape:
                 shape = tuple(self.outputs[path].shape)
@@ -223,7 +222,7 @@ class LayoutProbe(BlockProbe):
         after: Tensor,
         rounding: float,
     ) -> Norm | None:
-        """The sublayer's norm, read from what it got and gave."""
+        """The sublayer's norm, identified from its input and output."""
         if sublayer.norm is None:
             return None
         module = self.modules[sublayer.norm]
@@ -234,11 +233,11 @@ class LayoutProbe(BlockProbe):
 
 
 def add_up(terms: list[Tensor]) -> Tensor:
-    """Their sum."""
+    """The sum of the terms."""
     return reduce(torch.add, terms)
 
 
 def outputs(sublayer: Sublayer) -> list[str]:
-    """The submodules whose outputs are needed before the sum is seen."""
+    """The submodules whose outputs must have been recorded before the sum."""
     norm = () if sublayer.norm is None or sublayer.normalises == "stream" else (sublayer.norm,)
     return list(dict.fromkeys((*sublayer.raws, *sublayer.branches, *norm)))

@@ -1,7 +1,7 @@
 """Next-token cross-entropy through the final norm and the head, and its gradient.
 
-The head passes by some columns at a time, twice: first for log Σ exp of the logits, then for their
-gradient. Neither it nor the logits are ever whole.
+The head is read twice, some columns at a time: first for log Σ exp of the logits, then for the
+gradient. Memory never holds the whole head or all logits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from simlab.weights.weightless import gram
 
 
 def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each curve's loss (S,), nats per predicted token, and the gradient of its sum over them.
+    """Each curve's loss (S,) in nats per predicted token, and the gradient of the losses' sum.
 
     x (S·B, T, D): the residual stream after the last block, all of the batch. ids (B, T), T ≥ 2.
     A loss is the mean over the B·(T − 1) tokens that have a predecessor, as in transformers; the
@@ -67,6 +67,6 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
 
 
 def _in(chunk: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens have their target in a chunk that starts at column 0, and where, as (N, 1)."""
+    """A mask (N,) of the tokens whose target column is in the chunk, and the column (N, 1), else 0."""
     here = (column >= 0) & (column < chunk.shape[2])
     return here, torch.where(here, column, 0)[:, None]

@@ -45,8 +45,8 @@ def probe(
     put back. Your own calls run in the mode the model is in. They are batches of one curve, of
     sequences of one length and without padding. No output and no gradient changes.
 
-    layout: where the residual stream is, for a model that ``layout.KNOWN`` lacks.
-    curve, seed: what the rows' columns of these names say. Raises ConfigError.
+    layout: describes the residual stream of a model that ``layout.KNOWN`` lacks.
+    curve, seed: values of the rows' columns of these names. Raises ConfigError.
     """
     found = ModelProbe(model, layout, curve, seed)
     if batch is not None:
@@ -57,10 +57,10 @@ def probe(
 
 
 class ModelProbe:
-    """What ``probe`` gives: a context manager in which forward calls are measured, and their rows.
+    """The result of ``probe``: a context manager that measures forward calls, and their rows.
 
-    While the model runs, and no longer, its blocks are listened to: what gradient checkpointing runs
-    again in a backward is not counted twice.
+    The blocks' hooks exist only during a forward call of the model, so a block that gradient
+    checkpointing runs again in the backward is not counted twice.
     """
 
     def __init__(self, model: nn.Module, layout: Layout | None, curve: str, seed: int) -> None:
@@ -172,12 +172,12 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
 
 
 def is_known(block: nn.Module) -> bool:
-    """Whether the block is simlab's own, or a decoder layer of a known class."""
+    """True for simlab's own block and for a decoder layer of a known class."""
     return isinstance(block, Block) or known_sublayers(block) is not None
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model is called with. Raises ConfigError."""
+    """The positional and keyword arguments of the model's forward call. Raises ConfigError."""
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, tuple):
@@ -191,7 +191,7 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ConfigError where an attention_mask (B, T) hides tokens: they would be counted."""
+    """Raise ConfigError if an attention_mask (B, T) hides tokens, which the statistics would count."""
     given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():

@@ -1,8 +1,8 @@
-"""What is measured at each step of the residual stream: small named functions of one step.
+"""The statistics of a step of the residual stream: small named functions of one ``Step``.
 
-Each takes a ``Step`` of float64 tensors (float32 where the device has no float64) and gives one
-number per token; the probe reduces over tokens with the statistic's ``reduce``. What several of
-them need is computed once, by the step.
+Each function returns one number per token, computed in float64 (float32 on devices without it); the
+probe then reduces over tokens as the statistic's ``reduce`` says. ``Step`` caches the intermediate
+tensors that several statistics use.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from simlab.model.attention import HEADS_AT_ONCE
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64: squares of any float32 fit, and sums keep their digits. MPS has float32 only."""
+    """x in float64, where squares of any float32 fit and sums keep their digits; on MPS in float32."""
     return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """⟨x, y⟩ over the last dimension.
 
-    On a CPU by NumPy, which makes no tensor of products: measured, half of torch's time. And its sum
-    is the same to the last bit whatever lies beside the vectors.
+    On a CPU NumPy computes it without a tensor of products, in half of torch's time (measured), and
+    with sums that don't depend on the batch, to the last bit.
     """
     if x.device.type != "cpu":
         return vecdot(x, y)
@@ -40,10 +40,10 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 class Step:
     """One step of the residual stream, as the probe saw it. Tensors (B, T, D), D = d_model, any dtype.
 
-    ``after`` is the stream after the step; where something was added, ``skip`` and ``branch`` are
-    what the add got and ``raw`` the sublayer's output before any norm. ``moment`` (B, T) is the
-    mean square (LayerNorm: variance) that the step's last norm divides by, ``eps`` its eps, and
-    ``gain`` (D,) its gain. ``attention`` holds what ``attention_statistics`` gives, each (B, T).
+    ``after`` is the stream after the step. For a residual add, ``skip`` and ``branch`` are its two
+    inputs and ``raw`` is the sublayer's output before any norm. ``moment`` (B, T) is the mean square
+    (LayerNorm: variance) by which the step's last norm divides, ``eps`` its eps, and ``gain`` (D,)
+    its gain. ``attention`` is the dict of ``attention_statistics``, each entry (B, T).
     """
 
     after: Tensor
@@ -62,12 +62,12 @@ class Step:
 
     @cached_property
     def wide_skip(self) -> Tensor | None:
-        """What the branch was added to (B, T, D), wide."""
+        """The stream to which the branch was added (B, T, D), wide."""
         return None if self.skip is None else wide(self.skip)
 
     @cached_property
     def wide_branch(self) -> Tensor | None:
-        """What was added (B, T, D), wide."""
+        """The branch, after all norms (B, T, D), wide."""
         return None if self.branch is None else wide(self.branch)
 
     @property
@@ -92,7 +92,7 @@ class Step:
 
     @cached_property
     def narrow(self) -> Tensor:
-        """x (B, T, D) in float32, which is what the stream has at most: half of float64's time."""
+        """x (B, T, D) in float32: exact, as no stream is wider, and half of float64's time."""
         return self.after.float()
 
     @cached_property
@@ -112,7 +112,7 @@ class Step:
 
     @cached_property
     def nan(self) -> Tensor:
-        """NaN (B, T), for what this step hasn't."""
+        """NaN (B, T), for statistics that this step lacks."""
         return torch.full_like(self.norm, torch.nan)
 
     @cached_property
@@ -124,7 +124,7 @@ class Step:
 
     @cached_property
     def cross(self) -> Tensor:
-        """⟨x, b⟩ (B, T), x being what b is added to; NaN where nothing is added."""
+        """⟨x, b⟩ (B, T), with x the stream before the add; NaN where nothing is added."""
         if self.wide_skip is None or self.wide_branch is None:
             return self.nan
         return dot(self.wide_skip, self.wide_branch)
@@ -261,7 +261,7 @@ GRADIENT_STATISTICS: dict[str, Statistic] = {
 
 @torch.no_grad()
 def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """What the weights a = softmax(QKᵀ/√C) of an attention are like, per token (B, T), in float32.
+    """Statistics of the attention weights a = softmax(QKᵀ/√C), per token (B, T), in float32.
 
     q, k (B, H, T, C), after QK-norm and RoPE; mask (T, T), True where a query may look, or None for
     causal. entropy: −Σ a ln a of each query, the mean over heads, in nats (ln of the tokens in sight

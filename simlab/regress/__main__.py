@@ -1,7 +1,7 @@
 """``python -m simlab.regress``: do growth curves still look as recorded? Exit status 0, 1 or 2.
 
-A case is a file NAME.yaml beside its recorded curves NAME.csv (``baseline``), and what holds it are
-gates (``growth.gates``). Only ``--update NAME --reason "…"`` records.
+A case is a file NAME.yaml beside its recorded curves NAME.csv (``regress.cases``); its gates
+(``regress.gates``) compare a new run with these. Only ``--update NAME --reason "…"`` records.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FIGURES_FOLDER = Path("outputs/regress")  # of cases that fail, where --html na
 
 @contextmanager
 def named(case: Case) -> Iterator[None]:
-    """Mistakes with the case's name before them."""
+    """Put the case's name before the message of a mistake."""
     try:
         yield
     except MISTAKES as error:
@@ -81,7 +81,7 @@ def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
 def judge_case(
     case: Case, recorded: Baseline, result: RunResult, about: Mapping[str, str], alpha: float
 ) -> list[Outcome]:
-    """What each gate of a case says of a new run."""
+    """The outcome of each gate of a case for a new run."""
     old, new, dtype = recorded.frame, result.curve, result.config.dtype
     model = result.config.shape
     outcomes = []
@@ -106,7 +106,7 @@ def judge_case(
 
 
 def about_run(ready: Prepared) -> dict[str, str]:
-    """What has to be the same for the same numbers."""
+    """The settings that must be equal for equal numbers."""
     return {
         "engine": ready.config.engine,
         "device": ready.config.device.split(":")[0],
@@ -172,7 +172,7 @@ def record(case: Case, reason: str) -> Sequence[str]:
 
 
 def choose_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The cases of these names, all where there are none. Raises ConfigError."""
+    """The cases of these names, or all cases if no name is given. Raises ConfigError."""
     known = {case.name: case for case in cases}
     for name in names:
         if name not in known:

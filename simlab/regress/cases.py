@@ -33,7 +33,7 @@ _RECORDED_DIGITS = 7  # of a recorded number: float32 has no more
 
 @dataclass(frozen=True)
 class Case:
-    """What is recorded, and which gates hold it."""
+    """A case: the run that it records, and the gates that compare it."""
 
     name: str
     folder: Path
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Recorded curves, and what is said of them: reason, overrides, engine, device, dtype, versions."""
+    """Recorded curves, and facts about them: reason, overrides, engine, device, dtype, versions."""
 
     frame: pd.DataFrame
     about: Mapping[str, str]
@@ -73,7 +73,7 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate lets it pass."""
+        """True if every gate passes."""
         return all(outcome.passed for outcome in self.outcomes)
 
 

@@ -45,9 +45,9 @@ _TOKEN_SPREAD = ("mean_square_median", "mean_square_p05", "mean_square_p95", "me
 class Finding:
     """Where new curves first leave the recorded ones.
 
-    size is in standard errors (statistical, law) or relative (exact), and limit what it may be.
-    blame: attention, mlp, norm, embedding, residual add, loss, or structure: other steps than recorded.
-    against: the column that ``expected`` was taken from where that is no recorded one, but a law's.
+    size: the difference, in standard errors (statistical, law) or relative (exact); limit: the largest
+    size that passes. blame: attention, mlp, norm, embedding, residual add, loss, or structure (the
+    steps differ from the recorded ones). against: a law's column, if ``expected`` is that law's value.
     """
 
     sublayer: int
@@ -71,7 +71,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a gate says: ``short`` is its figure (``3.1/6.0``), ``why`` a sentence where it fails."""
+    """A gate's result: ``short`` is its figure (``3.1/6.0``), ``why`` the sentence of a failure."""
 
     gate: str
     passed: bool
@@ -81,7 +81,7 @@ class Outcome:
 
 
 def failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
-    """A gate that fails, with its sentence. size: how far it is off, in words."""
+    """The outcome of a failed gate, with its sentence. size: the difference in words."""
     f = finding
     why = (
         f"first at {f.where}: {f.quantity} is {f.got:.6g}, not {f.expected:.6g}, {size};"
@@ -91,7 +91,7 @@ def failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
 
 
 def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome | None:
-    """A failed gate where the curves' steps aren't the recorded ones, else None."""
+    """The outcome of a failed gate if the curves' steps differ from the recorded ones, else None."""
     want = _steps(expected)
     for (name, seed), rows in got.groupby(["curve", "seed"], sort=False):
         steps = list(rows[STEP].itertuples(index=False, name=None))
@@ -176,16 +176,17 @@ def exact(
 
 
 def first_row_off(rows: np.ndarray, names: Sequence[str]) -> int:
-    """The row where what is off begins: the first, or the last where only gradients are off.
+    """The row where a difference begins: the first, or the last if only gradients differ.
 
-    rows: of each number that is off; names: their quantities. Gradients come from the loss.
+    rows, names: the row and the quantity of every number that differs. Gradients flow back from the
+    loss, so theirs begin at the last row.
     """
     forward = [int(r) for r, n in zip(rows, names, strict=True) if not n.startswith("gradient")]
     return min(forward) if forward else int(max(rows))
 
 
 def relative_error(old: pd.Series, new: pd.Series, signed: bool) -> Array:
-    """How far each number (R,) is off, relative; 0 where both are missing, inf where one is."""
+    """The relative difference of each number (R,); 0 where both are missing, inf where one is."""
     a, b = old.to_numpy(np.float64), new.to_numpy(np.float64)
     size = np.sqrt(np.nanmean(a**2)) if signed and not np.isnan(a).all() else np.abs(a)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -213,13 +214,16 @@ def finding_at(
 
 
 def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: str) -> str:
-    """The component behind the first row that is off.
+    """The component to blame for the first row that differs.
 
-    expected: the recorded mean curve; got: the new one's row; beyond: its quantities that are off.
-    A re-norm's row is the norm's, the embedding's the embedding's; the stream's last one is the loss's
-    where only gradients are off. Of a sublayer's row: where branches were normed and the new one isn't
-    g²·m/(m + eps), or a gain is another, it's the norm. Where another stream has come of the same
-    branch, the residual add. Else the sublayer itself.
+    expected: the recorded mean curve; got: the new curve's row; beyond: its quantities that differ.
+
+    - A re-norm's row: the norm. The embedding's row: the embedding.
+    - The last row, if only gradients differ: the loss.
+    - A sublayer's row, if branches are normed and the new one isn't g²·m/(m + eps), or if a gain
+      differs: the norm.
+    - A sublayer's row, if the stream differs and the branch doesn't: the residual add.
+    - Any other: the sublayer itself.
     """
     kind, off = str(got["kind"]), set(beyond)
     if kind in ("renorm", "embedding"):
@@ -239,7 +243,7 @@ def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: 
 
 
 def _normed(expected: pd.DataFrame) -> bool:
-    """Whether recorded branches were normed: of one size nearly everywhere, unlike the raw ones."""
+    """True if recorded branches were normed: their size is nearly constant, unlike the raw ones'."""
     if "branch_mean_square" not in expected:
         return False
     b = expected["branch_mean_square"].dropna()
@@ -250,7 +254,7 @@ def _normed(expected: pd.DataFrame) -> bool:
 
 
 def _off_norm(got: pd.Series, dtype: str) -> bool | None:
-    """Whether a branch isn't what a norm of one gain for all entries leaves of it; None: can't tell."""
+    """True if a branch isn't the output of a norm with one gain for all entries; None if unknown."""
     names = ("branch_mean_square", "eps_factor", "gain_mean_square", "gain_max_abs")
     b, c, square, largest = (float(got.get(name, math.nan)) for name in names)
     if not abs(largest**2 - square) <= 1e-6 * square or not c > 0:

@@ -82,14 +82,14 @@ def _broken(frame: pd.DataFrame, law: Law, figure: str, gain: float, dtype: str)
 
 
 def passes(verdict: Verdict) -> bool:
-    """Whether neither an expected law's p-value nor the exponent p speaks against it at GATE_ALPHA."""
+    """True if no expected law's p-value and not the exponent p reject the law at GATE_ALPHA."""
     p_values = [verdict.laws[law.name].p_value for law in LAWS.values() if law.expected]
     growing = linear(stretched(verdict.growth.exponent, verdict.seeds))
     return growing and all(p is not None and p >= GATE_ALPHA for p in p_values)
 
 
 def stretched(p: Estimate, seeds: int) -> Estimate:
-    """A 95 % interval made one of 1 − GATE_ALPHA, by the ratio of Student's t."""
+    """A 95 % interval widened to confidence 1 − GATE_ALPHA, by the ratio of Student's t."""
     if p.low is None or p.high is None:
         return p
     ratio = t_quantile(1 - GATE_ALPHA / 2, seeds - 1) / t_quantile(0.975, seeds - 1)

@@ -50,7 +50,7 @@ def growth_regression(request: pytest.FixtureRequest, tmp_path: Path) -> GrowthR
 
 
 class GrowthRegression:
-    """What the fixture gives. A curve's file is FOLDER/NAME.csv; ``basename`` is another NAME."""
+    """The fixture's value. A curve's file is FOLDER/NAME.csv; ``basename`` replaces NAME."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class GrowthRegression:
     def _message(
         self, case: Any, outcome: Outcome, expected: pd.DataFrame, got: pd.DataFrame
     ) -> str:
-        """What is wrong, and where the figure and the new curve are."""
+        """The failure's message, with the paths of the figure and of the new curve."""
         from simlab.regress.cases import Checked, write_baseline
         from simlab.regress.report import draw_cases
 
@@ -166,7 +166,7 @@ class GrowthRegression:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """A mistake fails the test in one line."""
+    """Turn a ConfigError into a test failure of one line."""
     from simlab.config import ConfigError
 
     message = None
@@ -179,7 +179,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _refuse_few(rows: pd.DataFrame, which: str) -> None:
-    """Raise ConfigError where there are too few curves for the statistical gate, or two kinds."""
+    """Raise ConfigError if the statistical gate needs more seeds, or if curves are of two kinds."""
     from simlab.analysis.resampling import enough
     from simlab.config import ConfigError
     from simlab.regress.gates import GATE_ALPHA

@@ -1,4 +1,4 @@
-"""What ``simlab.regress`` shows: a line per case, expected against got, a page, JUnit XML."""
+"""The output of ``simlab.regress``: a line per case, figures, a page, JUnit XML."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def show_list(cases: Sequence[tuple[Case, Mapping[str, str]]]) -> None:
 
 
 def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
-    """How many pass, what the figures in the lines are, and where the files are."""
+    """The closing lines: the count of passed cases, a legend of the figures, and the files' paths."""
     failed = [checked.case.name for checked in done if not checked.passed]
     count = f"{len(done)} case{'s' if len(done) != 1 else ''}"
     took = duration(sum(checked.seconds for checked in done))
@@ -101,7 +101,7 @@ def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
 def changes(
     before: pd.DataFrame | None, after: pd.DataFrame, quantities: Sequence[str]
 ) -> list[str]:
-    """What recording anew changed: the largest relative change of each quantity."""
+    """The changes made by recording anew: the largest relative change of each quantity."""
     if before is None:
         return [f"recorded {len(after)} rows of {len(quantities)} quantities"]
     if len(before) != len(after):
@@ -124,7 +124,7 @@ def draw_cases(done: Sequence[Checked], folder: Path, *, every: bool) -> list[Pa
 
 
 def figure(checked: Checked) -> Figure:
-    """Expected against got: the quantity that left first, and how far it is off at every sublayer."""
+    """Expected and new curves of the quantity that differs first, and their difference by sublayer."""
     findings = [o.finding for o in checked.outcomes if o.finding is not None]
     finding = next((f for f in findings if f.quantity in checked.got), None)
     name = finding.quantity if finding else checked.case.quantities[0]

@@ -21,7 +21,7 @@ class Columns:
     """Some of the logits of S curves' N tokens, as ``coordinates @ c`` for every c of ``chunks()``.
 
     coordinates: (S, N, r), a function of the head's input that autograd knows. c: (S, r, columns),
-    the same every time. tap: what the logits' gradient's Gram matrix goes to (see weights.weightless).
+    the same every time. tap: receives the Gram matrix of the logits' gradient (see weights.weightless).
     """
 
     coordinates: Tensor
@@ -63,7 +63,7 @@ class Weights(ABC):
         return block.eval().requires_grad_(False)
 
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
-        """The head's logits for x in parts, and which of their columns are the next tokens.
+        """The head's logits for x, in parts of columns, and the columns of the next tokens.
 
         x (S, B·(T − 1), D): the final norm's output at every position but a sequence's last.
         ids: (B, T). The parts' columns together are the vocabulary, in any order.

@@ -1,4 +1,4 @@
-"""Weightless simulation: what a random linear layer does to one batch, without its weights.
+"""Weightless simulation: a random linear layer's output for one batch, without its weights.
 
 A matrix W (d_out × d_in) with i.i.d. N(0, σ²) entries meets the N tokens X (N × d_in) of a batch.
 Given X, the columns of Y = XWᵀ are independent N(0, σ²XXᵀ). With XXᵀ = LLᵀ (Cholesky), Y has the
@@ -67,7 +67,7 @@ def widest(model: ModelConfig, gradients: bool) -> int:
 
 
 def together(model: ModelConfig, tokens: int, gradients: bool, seeds: int) -> int:
-    """How many of a run's ``seeds`` are measured as one batch, in batches of about the same size.
+    """The number of seeds measured as one batch, such that batches are of about the same size.
 
     tokens: of one seed.
     """
@@ -77,7 +77,7 @@ def together(model: ModelConfig, tokens: int, gradients: bool, seeds: int) -> in
 
 
 def _home(device: torch.device) -> torch.device:
-    """Where factorisations for a device are made: they need float64, which MPS hasn't."""
+    """The device that factorises for a device: float64 is needed, and MPS has none."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -174,7 +174,7 @@ class _Product(torch.autograd.Function):
 
 
 class Inputs:
-    """The factorisation of the last input met: layers with the same input share it."""
+    """Holds the factorisation of the last input, which layers with the same input share."""
 
     def __init__(self, normals: Normals) -> None:
         self.normals = normals
@@ -182,11 +182,11 @@ class Inputs:
         self.found: tuple[Tensor, Tensor | None]
 
     def tokens(self, x: Tensor) -> int:
-        """N: how many tokens of each curve x (…, d) holds."""
+        """N: the tokens of each curve in x (…, d)."""
         return x.shape[:-1].numel() // len(self.normals.seeds)
 
     def start(self, x: Tensor, name: str) -> None:
-        """Begin to draw what the backward from x will ask for, if there is to be one."""
+        """Start drawing the normals that the backward through x needs, if x requires a gradient."""
         tokens, d = self.tokens(x), x.shape[-1]
         if x.requires_grad and self.x is not x and tokens < d:
             self.normals.start(f"{name}/backward", (tokens, d))
@@ -213,7 +213,7 @@ class Turn:
     d_out: int
 
     def z(self, tokens: int) -> Shape:
-        """The shape of a seed's Z for so many tokens."""
+        """The shape of a seed's Z for a batch of ``tokens`` tokens."""
         return min(tokens, self.d_in), self.d_out
 
 
@@ -258,9 +258,9 @@ class GaussianLinear(nn.Module):
 class GaussianWeights(RandomWeights):
     """Random inits whose matrices are never drawn; their gains and embeddings are as in dense ones.
 
-    Several seeds are measured as one batch: their sequences pass through the blocks together, and a
-    curve's numbers are those that it would have alone, to float32's rounding.
-    Everything is drawn on the CPU, so that every device gives the same curve, to rounding.
+    Several seeds are measured as one batch: their sequences pass through the blocks together, and
+    each curve agrees with the one measured alone to float32's rounding. All numbers are drawn on the
+    CPU, so every device gives the same curve, to rounding.
     """
 
     def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int, drawing: int = 0) -> None:
@@ -296,7 +296,7 @@ class GaussianWeights(RandomWeights):
         return block
 
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
-        """As in Weights. A tied head's rows that the tokens have shown are known, the rest fresh."""
+        """As in Weights. A tied head reuses the batch's embeddings and draws the other rows."""
         count, parts = self.model.vocab_size, []
         targets = ids[:, 1:].flatten()
         if self.model.tied:
