@@ -119,7 +119,7 @@ class Results:
         return folder
 
     def _replace(self, aside: Path, folder: Path) -> None:
-        """Rename ``aside`` to ``folder``; what was there goes. Another process may do the same."""
+        """Rename ``aside`` to ``folder``, replacing what was there. Another process may do the same."""
         for _ in range(100):
             try:
                 aside.rename(folder)
@@ -134,7 +134,7 @@ class Results:
         raise OSError(f"{folder}: can't be replaced")
 
     def clean(self) -> None:
-        """Remove what killed processes have left."""
+        """Remove files that killed processes left behind."""
         for path in self.root.glob(f"{PARTIAL}*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > STALE:
@@ -223,7 +223,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """What ``write_csv`` wrote, every float as it was; an empty column is one of NaN."""
+    """Read a file of ``write_csv``; floats are read exactly, and an empty column is NaN."""
     import pyarrow
     import pyarrow.csv
 

@@ -76,5 +76,5 @@ class Around(Callback):
 
 
 def is_ours(config: DictConfig) -> bool:
-    """Whether simlab's own sweeper runs the jobs, which writes the sweep's plan itself."""
+    """True if simlab's own sweeper runs the jobs, which writes the sweep's plan itself."""
     return str(config.hydra.sweeper._target_).endswith(".SimlabSweeper")

@@ -120,7 +120,7 @@ def split(rows: pd.DataFrame) -> Split | None:
 
 
 def massive(frame: pd.DataFrame) -> pd.Series:
-    """Whether a step has massive activations: max|x| > 100 and at least 1000 times the median |x|."""
+    """True if a step has massive activations: max|x| > 100 and at least 1000 times the median |x|."""
     high = frame["max_abs"] > MASSIVE
     return (high & (frame["max_abs"] >= TIMES_MEDIAN * frame["median_abs"])).astype(int)
 
@@ -143,7 +143,7 @@ def _where(found: Departure, whole: bool) -> str:
 
 
 def sentences(found: Departure | None, frame: pd.DataFrame) -> list[str]:
-    """What there is to say of a checkpoint beside random inits, a sentence each."""
+    """Sentences that compare a checkpoint with random inits."""
     lines = []
     rows = frame[frame["curve"] == "checkpoint"]
     seeds = frame.loc[frame["curve"] == "random", "seed"].nunique()

@@ -31,7 +31,7 @@ class Curves:
 
     @property
     def rows(self) -> Rows:
-        """What the laws may know of these curves."""
+        """The facts about these curves that laws use."""
         first = self.mean_square[:, 0]
         return Rows(self.kinds, first, self.eps_factor, self.gain, self.normalises)
 

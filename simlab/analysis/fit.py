@@ -102,7 +102,7 @@ def rate(v: Array, kinds: Sequence[str]) -> Array:
 
 
 def shape(v: Array, kinds: Sequence[str]) -> str:
-    """Which family describes a curve (R,): the one whose residuals of ln v are smaller.
+    """The family that describes a curve (R,): the one with the smaller residuals of ln v.
 
     Both are fitted to relative errors, so that early rows count as much as late ones: a curve that
     starts late (eps) and then grows linearly is a power law, not an exponential.

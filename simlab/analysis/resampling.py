@@ -142,12 +142,12 @@ def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> 
 
 
 def deals_for(alpha: float) -> int:
-    """How many random deals tell what one in 1/alpha is: 20 maxima lie beyond the limit."""
+    """The number of random deals that put 20 maxima beyond the limit at this alpha."""
     return min(PERMUTATIONS, math.ceil(20 / alpha))
 
 
 def enough(first: int, second: int, alpha: float) -> bool:
-    """Whether two groups of these sizes can be dealt in enough ways for a false-alarm rate of alpha.
+    """True if two groups of these sizes can be dealt in enough ways for a false-alarm rate of alpha.
 
     Of two groups of one size every deal has a mirror image with the same statistic.
     """

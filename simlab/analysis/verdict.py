@@ -68,7 +68,7 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
 
 
 def linear(p: Estimate) -> bool:
-    """Whether the exponent's interval has 1 in it, to two hundredths.
+    """True if the exponent's interval has 1 in it, to two hundredths.
 
     That is what a linear curve's p is seen to vary by with its first sublayers.
     """

@@ -1,4 +1,4 @@
-"""What a curve costs in each engine: how ``engine=auto`` chooses, and an estimate of the time.
+"""The cost of a curve in each engine: ``engine=auto`` chooses by it, and it estimates the time.
 
 A matrix of a block (d_out × d_in) meets N tokens. Operations, with multiply-adds counted as two:
 
@@ -93,7 +93,7 @@ def choose(model: ModelConfig, tokens: int, gradients: bool, device: str) -> tup
 
 
 def drawing_threads(model: ModelConfig, tokens: int, gradients: bool, threads: int) -> int:
-    """How many of ``threads`` draw a weightless run's normals while the others multiply.
+    """The number of ``threads`` that draw a weightless run's normals while the others multiply.
 
     In proportion to the work, and at least one multiplies. With one thread it is 0: that thread does
     both. Measured on 2 cores for olmo2_32b at 64 tokens: 2.2 s with one thread for each, 3.4 s when
@@ -125,7 +125,7 @@ class Curve:
 
     @property
     def weightless(self) -> bool:
-        """Whether its matrices are never drawn."""
+        """True if its matrices are never drawn."""
         return self.engine == "weightless" and not self.stored
 
     @property

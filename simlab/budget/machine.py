@@ -62,7 +62,7 @@ def system(root: Path) -> int | None:
 
 
 def cgroup_memory(root: Path) -> Iterator[int]:
-    """What is left in each control group that the process is in, from its own to the topmost."""
+    """The memory left in each control group of the process, from its own to the topmost, in bytes."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -97,7 +97,7 @@ def slurm(environment: Mapping[str, str], used: int) -> int | None:
 
 
 def resident(root: Path = Path("/")) -> int:
-    """What the process has in memory; 0 where it isn't known."""
+    """The process's resident memory in bytes; 0 if unknown."""
     pages = _text(root / "proc/self/statm").split()
     return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
 

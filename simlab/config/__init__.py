@@ -1,4 +1,4 @@
-"""What a run is: its fields, their checks, and the one line that a mistake gets."""
+"""The config of a run: its fields, their checks, and one-line errors."""
 
 from simlab.config.errors import ConfigError, divides, nearest, printable
 from simlab.config.schema import (

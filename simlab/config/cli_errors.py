@@ -1,4 +1,4 @@
-"""What a user can get wrong, in one line on stderr, and exit status 2."""
+"""Shows a user's mistakes as one line on stderr, with exit status 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Let a mistake end the process with one line. overrides: what the user gave Hydra."""
+    """Let a mistake end the process with one line. overrides: the user's Hydra overrides."""
     try:
         yield
     except MISTAKES as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A user's mistake, in one line: what, which value, what is allowed."""
+    """A user's mistake, in one line: the key, its value, and the allowed values."""
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run's shape changes of the preset in conf/model/ that it is named after."""
+"""The differences between a run's shape and the preset in conf/model/ that it is named after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses. ``config.validate.read`` makes them from a Hydra config."""
+"""The config of a run as frozen dataclasses; ``config.validate.read`` makes it from Hydra's."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class SourceConfig:
 
     @property
     def stored(self) -> bool:
-        """Whether there is a checkpoint."""
+        """True if there is a checkpoint."""
         return self.kind != "random"
 
     @property

@@ -74,7 +74,7 @@ MOST_BLOCKS, MOST_TOKENS, MOST_SEEDS = 10**6, 10**8, 10**6
 
 @functools.cache
 def _keys_of(group: str, name: str) -> list[str]:
-    """The keys that a file in conf/ sets: what that placement, rule or input understands."""
+    """The keys that a file in conf/ sets: those that its placement, rule or input uses."""
     loaded = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
     return [str(key) for key in loaded]
 
@@ -252,7 +252,7 @@ def _keep(top: Fields) -> KeepConfig:
 
 
 def read_keep(config: DictConfig) -> KeepConfig:
-    """Check what a config says of results. Raises ConfigError."""
+    """Check the config's keys about results. Raises ConfigError."""
     return _keep(Fields({key: config.get(key) for key in ("results", "resume", "dry_run")}))
 
 

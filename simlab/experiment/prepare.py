@@ -47,7 +47,7 @@ class Prepared:
 
     @property
     def unit(self) -> str:
-        """What the token ids are: of random ids tokens, of text bytes where there's no tokenizer."""
+        """The unit of the token ids: ``tokens``, or ``bytes`` for text without a tokenizer."""
         tokenizer = self.checkpoint.tokenizer if self.checkpoint else None
         return "bytes" if self.config.inputs.kind == "text" and tokenizer is None else "tokens"
 

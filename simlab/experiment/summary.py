@@ -1,4 +1,4 @@
-"""What summary.json and weights.csv say of a run."""
+"""The contents of a run's summary.json and weights.csv."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def summarise(
     cuts: Cuts,
     verdicts: dict[str, Verdict],
 ) -> dict[str, Any]:
-    """What was run, on what, and what came out. frame: as ``to_frame`` gives it."""
+    """The content of summary.json: config, environment and results. frame: from ``to_frame``."""
     config, depth = ready.config, ready.config.shape.depth
     found: dict[str, Any] = {
         "config": asdict(config),

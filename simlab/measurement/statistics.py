@@ -1,8 +1,8 @@
 """The statistics of a step of the residual stream: small named functions of one ``Step``.
 
-Each function returns one number per token, computed in float64 (float32 on devices without it); the
-probe then reduces over tokens as the statistic's ``reduce`` says. ``Step`` caches the intermediate
-tensors that several statistics use.
+Each function returns one number per token; the probe takes these numbers to float64 (float32 on
+devices without it) and reduces over tokens as the statistic's ``reduce`` says. ``Step`` caches the
+intermediate tensors that several statistics use.
 """
 
 from __future__ import annotations

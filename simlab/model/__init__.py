@@ -1,1 +1,1 @@
-"""What is computed: norms, attention, MLP, residual steps, the transformer."""
+"""The model: norms, attention, MLP, residual steps, the transformer."""

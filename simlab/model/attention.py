@@ -48,7 +48,7 @@ def inverse_frequencies(
         return angles, 1.0
 
     def pair_turning(times: float) -> float:
-        """The (real-valued) pair index that turns so many times within the original length."""
+        """The (real-valued) index of the pair that turns ``times`` times within the original length."""
         return (
             head_dim
             * math.log(yarn.original_length / (times * 2 * math.pi))
@@ -72,7 +72,7 @@ def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 class Attend(nn.Module):
-    """softmax(QKᵀ/√C)·V. It exists so that hooks can see what attention gets."""
+    """softmax(QKᵀ/√C)·V, as a module of its own so that hooks can read attention's inputs."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, T, C) each to the same; mask (T, T), True where a query may look; None: causal."""

@@ -1,4 +1,4 @@
-"""What a block is made of, read off a block that is built without weights and run on one token.
+"""A block's matrices and activations, read off a block without weights that runs on one token.
 
 Cost, memory, the weightless engine and checkpoints ask here which matrices there are. So a new MLP or
 another attention is written once, in ``simlab.model``.
@@ -94,7 +94,7 @@ def shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def first_block(model: ModelConfig) -> ModelConfig:
-    """A model's first block, without what doesn't change its shapes: what descriptions are kept by."""
+    """A model's first block, without keys that don't change its shapes: a description's cache key."""
     return replace(model, name="", depth=1, vocab_size=1, window=None, full_attention=())
 
 

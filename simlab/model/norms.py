@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
     @staticmethod
     def moment(x: Tensor) -> Tensor:
-        """What the norm divides by, squared, without eps: (…, dim) to (…)."""
+        """The square of the norm's divisor, without eps: (…, dim) to (…)."""
         return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
 
 

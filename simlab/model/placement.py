@@ -38,7 +38,7 @@ class ResidualStep(nn.Module):
 
     @property
     def normalises(self) -> str | None:
-        """What the last norm acts on: ``branch``, ``stream`` or None."""
+        """The input of the last norm: ``branch``, ``stream`` or None."""
         return self.scheme.normalises
 
     @property

@@ -22,7 +22,7 @@ def dense_linear(d_in: int, d_out: int, bias: bool = False) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each in its residual step, then a re-norm where there is one."""
+    """Attention, then MLP, each in its residual step, then a re-norm if the placement has one."""
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense_linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the user sees in the terminal: a header, a progress bar, a table, the verdict, the files."""
+"""The terminal's output: a header, a progress bar, a table, the verdict, the files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _as_typed(value: object) -> object:
 def announce(
     config: RunConfig, parameters: int, unit: str, engines: Mapping[str, str], reason: str
 ) -> None:
-    """The header: what is about to be measured, on what. unit: of the ids, tokens or bytes.
+    """The header: the model, inputs and device of a run. unit: of the ids, tokens or bytes.
 
     engines: of each kind of curve; reason: why the random inits' is what it is.
     """
@@ -91,7 +91,7 @@ def show_sweep(
     unfinished: int,
     files: Sequence[Path],
 ) -> None:
-    """A sweep's tables, what failed, and where the files are, the first figure last.
+    """A sweep's tables, its failed jobs, and the files' paths, the first figure last.
 
     table: a row per job × curve. summaries: by job. same: jobs by the weight hash that they share.
     """
@@ -148,7 +148,7 @@ def show_result(
 
 
 def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
-    """The verdict sentences, named where there are several, the loss, and what overflowed."""
+    """The verdict sentences, with the curve's name if there are several, the loss, and any overflow."""
     several = len(verdicts) > 1
     lines = [
         f"{NAMES[name].capitalize()}: {v.sentence}" if several else v.sentence

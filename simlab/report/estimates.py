@@ -1,4 +1,4 @@
-"""What a dry run shows: every job's size, engine, memory and time, by estimate."""
+"""The table of a dry run: every job's size, engine, and estimated memory and time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_ROWS = 40  # rows; of more jobs the first and the last
 
 @dataclass(frozen=True)
 class JobEstimate:
-    """A job: swept values, parameters of the model, peak bytes, seconds, whether its result is kept."""
+    """A job: swept values, parameters of the model, peak bytes, seconds, and if a result is stored."""
 
     number: int
     values: Mapping[str, Any]

@@ -94,7 +94,7 @@ def _mean_vector(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def _lambda_limits(ax: Axes, measured: pd.Series, every: pd.Series) -> None:
-    """What was measured fills the axis; a law may widen it threefold."""
+    """Fit the axis to the measured curves; a law may widen it threefold."""
     values = measured.replace([np.inf, -np.inf], np.nan).dropna()
     if values.empty:
         return

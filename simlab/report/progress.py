@@ -54,7 +54,7 @@ class SweepBar:
             self.bar.advance(self.task)
 
     def reached(self, ended: int, blocks: int) -> None:
-        """So many jobs have ended; blocks: theirs, where not every one was told."""
+        """Show that ``ended`` jobs have ended, which together have ``blocks`` blocks."""
         self.ended, self.done = ended, max(self.done, blocks)
         if self.bar and self.task is not None:
             self.bar.update(self.task, description=self._text(), completed=self.done)

@@ -1,4 +1,4 @@
-"""What the figures share: colours, a curve with its seeds' band, the frame around, and saving."""
+"""Shared parts of the figures: colours, a curve with its seeds' band, the frame, and saving."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _MOST_ROWS = 34  # rows; beyond, every n-th block
 
 
 def growth_table(frame: pd.DataFrame, name: str) -> Table:
-    """Mean square after each sublayer (each block, when deep), beside what the laws say."""
+    """Mean square after each sublayer (each block of a deep model), beside the laws' predictions."""
     frame = frame[frame["curve"] == name].copy()
     gradients = "gradient_rms" in frame
     if not gradients:

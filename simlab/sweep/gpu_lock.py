@@ -1,4 +1,4 @@
-"""A GPU of one's own for each of several jobs on a machine, by locks that end with their process."""
+"""Gives each of several jobs on a machine its own GPU, by file locks that end with the process."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """What Hydra calls: a single run, or in whatever process a launcher has started a sweep's job."""
+    """The function that Hydra calls: for a single run, or for a sweep's job in a launcher's process."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
@@ -164,7 +164,7 @@ def key_of(ready: Prepared) -> str:
 
 
 def find_result(key: str, ready: Prepared, results: Results) -> Path | None:
-    """Where the result of this key is, if it was computed before. ready: the run that asks."""
+    """The folder of an earlier result with this key, or None. ready: the run that needs it."""
     weights = ready.checkpoint.identity if ready.checkpoint else None
     return results.find(key, (lambda: weights()["weight_hash"]) if weights else None)
 
@@ -208,7 +208,7 @@ def sweep_job(
 
 
 def use_result(kept: Path, folder: Path) -> None:
-    """Make a kept result a job's."""
+    """Link a stored result into a job's folder, and record the job as done."""
     link(kept, folder)
     write_json(folder / RECORD, {"status": "done"}, durable=False)
 

@@ -31,7 +31,7 @@ LATE = 5.0  # seconds that a record may take to be seen on a shared disk
 
 @dataclass(frozen=True)
 class Place:
-    """A job of a sweep: where it writes, the blocks that it passes through, and its kept result.
+    """A job of a sweep: its folder, its number of blocks to compute, and its stored result if any.
 
     subdir: of the sweep's folder, in which ``folder`` is.
     """
@@ -44,7 +44,7 @@ class Place:
 
     @property
     def ended(self) -> bool:
-        """Whether the job has left its record."""
+        """True if the job has left its record."""
         return (self.folder / job.RECORD).exists()
 
 
@@ -54,7 +54,7 @@ def executor(launcher: Launcher) -> str:
 
 
 def is_local(launcher: Launcher) -> bool:
-    """Whether a launcher's jobs run on this machine."""
+    """True if a launcher's jobs run on this machine."""
     return executor(launcher) == "local" or type(launcher).__name__ in (
         "JoblibLauncher", "BasicLauncher",
     )  # fmt: skip
@@ -99,7 +99,7 @@ def launch(launcher: Launcher, places: Sequence[Place]) -> None:
 
 
 def submit(launcher: Any, places: Sequence[Place]) -> None:
-    """What ``hydra-submitit-launcher`` does, but that it also sees to jobs that die, and to Ctrl-C."""
+    """Launches as ``hydra-submitit-launcher`` does, and also handles jobs that die, and Ctrl-C."""
     import submitit
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
@@ -167,7 +167,7 @@ class Queue:
         self.has: set[str] | None = None  # not known
 
     def gone(self, task: Any) -> bool:
-        """Whether the job is surely no longer in the queue; SLURM is asked every few seconds."""
+        """True if the job is surely no longer in the queue; SLURM is asked every few seconds."""
         if time.monotonic() - self.asked > _SLURM_LOOK_SECONDS:
             self.has = self._ask()
             self.asked = time.monotonic()
@@ -185,7 +185,7 @@ class Queue:
 
 
 def _appears(place: Place) -> bool:
-    """Whether a job's record comes after all: a shared disk may show a new file late."""
+    """True if a job's record appears within LATE seconds: a shared disk may show a new file late."""
     for _ in range(int(LATE / _JOB_LOOK_SECONDS)):
         if place.ended:
             return True

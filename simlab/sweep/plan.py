@@ -28,7 +28,7 @@ MOST_JOBS = 10_000
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: its place in it, its overrides, and what they compose to."""
+    """One job of a sweep: its number, its overrides, and the config that they compose to."""
 
     number: int
     overrides: tuple[str, ...]
@@ -61,7 +61,7 @@ class Composer:
         return self.parsed[text]
 
     def is_group(self, override: Override) -> bool:
-        """Whether an override picks a file in conf/, rather than setting a value."""
+        """True if an override picks a file in conf/, rather than setting a value."""
         exists = self.loader.repository.group_exists(override.key_or_group)
         return bool(exists) and not isinstance(override.value(), dict)
 

@@ -60,7 +60,7 @@ class SharedCurves:
 
 
 def is_prefix(shallow: Prepared, deep: Prepared) -> bool:
-    """Whether the curves of ``shallow`` are, to the last bit, the first rows of those of ``deep``.
+    """True if the curves of ``shallow`` are, to the last bit, the first rows of those of ``deep``.
 
     True for random inits that differ in depth alone and begin with the same layers, measured on as many
     threads. Gradients come from a model's end, so they are never shared.

@@ -1,4 +1,4 @@
-"""A sweep: every job is checked before any starts, and only those without a kept result run."""
+"""A sweep: all jobs are checked before the first starts; jobs with a stored result don't run again."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Sweep:
         )
 
     def run(self) -> None:
-        """Check, launch what is missing, leave a record of every job. Raises ConfigError, OSError."""
+        """Check all jobs and launch those without a stored result. Raises ConfigError, OSError."""
         hydra = self.config.hydra
         # As they are, not resolved: an override may name another key's value.
         plain: Any = OmegaConf.to_container(hydra, resolve=False)
@@ -99,7 +99,7 @@ class Sweep:
             raise SystemExit(130) from None
 
     def lay_out(self, planned: SweepPlan, places: Sequence[Place], folder: Path) -> None:
-        """Write the sweep's plan and the kept results into its folder; an earlier sweep's go."""
+        """Write the sweep's plan and stored results into its folder; remove an earlier sweep's."""
         folder.mkdir(parents=True, exist_ok=True)
         forget(folder)
         for place in places:
@@ -144,7 +144,7 @@ class Sweep:
 
     @functools.cached_property
     def in_process(self) -> bool:
-        """Whether the jobs run here, and nothing asks for more of Hydra than a composed config."""
+        """True if the jobs run in this process and need nothing from Hydra but a composed config."""
         hydra = self.config.hydra
         return bool(
             type(self.launcher) is BasicLauncher
@@ -206,7 +206,7 @@ class Sweep:
 
 
 def forget(folder: Path) -> None:
-    """Remove an earlier sweep's plan and report from its folder: they are not this one's."""
+    """Remove an earlier sweep's plan and report from the folder."""
     for pattern in (job.PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
         for path in folder.glob(pattern):
             path.unlink()
@@ -237,7 +237,7 @@ def write_hydra(place: Place) -> None:
 
 
 def description(planned: SweepPlan, places: Sequence[Place]) -> dict[str, Any]:
-    """What sweep.json says: what was swept, and every job that there is to be."""
+    """The content of sweep.json: the swept keys with their values, and every planned job."""
     return {
         "swept": {key: list(values) for key, values in planned.swept.items()},
         "jobs": [

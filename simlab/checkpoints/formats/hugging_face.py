@@ -47,7 +47,7 @@ _DEPTH_KEY = "num_hidden_layers"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model type computes, and transformers' defaults for what its config leaves out.
+    """A model type: its architecture, and transformers' defaults for keys that its config omits.
 
     eps: None where the file's ``rms_norm_eps`` isn't read. fixed: keys that may have one value only.
     """

@@ -129,7 +129,7 @@ def block_sections(fields: Fields, depth: int) -> list[Fields]:
 
 @dataclass(frozen=True)
 class ReadBlock:
-    """What a block computes, as a model of such blocks; its key map, RoPE, and window by layer."""
+    """A block's architecture (as a model of such blocks), key map, RoPE, and window by layer."""
 
     model: ModelConfig
     keys: dict[str, str]

@@ -45,7 +45,7 @@ def fields_of(values: dict[str, Any], path: Path) -> Fields:
 
 
 def plain_name(name: object, ending: str) -> bool:
-    """Whether a stranger's file name is one in its own folder, and can be shown and opened."""
+    """True if a stranger's file name is one in its own folder, and can be shown and opened."""
     if not isinstance(name, str) or not (name.isascii() and name.isprintable() and len(name) < 200):
         return False
     return name.endswith(ending) and not {"/", "\\"} & set(name) and name != ending
