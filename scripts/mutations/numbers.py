@@ -24,7 +24,7 @@ FORWARD = inspect.unwrap(engine.forward)  # under torch.no_grad
 STD = vars(Gaussian)["std"].fget
 LAW = "Gaussian(sigma * scale(role, model.depth),"
 SEEDED = "entropy = entropy_of(self.seed, name)"
-Z = "normals(self.turn.name,"
+Z = "normals(self.shape.name,"
 BACK = "(known - down @ seen) @ q + product(down, fresh)"
 
 INIT = (
@@ -151,7 +151,7 @@ WEIGHTLESS = (
         edit(
             GaussianLinear.forward,
             "times(coordinates, self.std)",
-            "times(coordinates, 1.0 if 'up_proj' in self.turn.name else self.std)",
+            "times(coordinates, 1.0 if 'up_proj' in self.shape.name else self.std)",
         ),
         "weightless",
     ),

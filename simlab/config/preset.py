@@ -24,7 +24,7 @@ def changed(model: ModelConfig) -> dict[str, Any]:
         if isinstance(value, int):
             preset[key] = getattr(model, key)
     followed: Any = OmegaConf.to_container(preset, resolve=True)
-    given = {k: v if isinstance(v, int) else followed[k] for k, v in plain.items()}
+    given: dict[str, Any] = {k: v if isinstance(v, int) else followed[k] for k, v in plain.items()}
     given |= given["model"]
     if given["head_dim"] is None:
         given["head_dim"] = model.width // model.heads

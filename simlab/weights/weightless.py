@@ -205,8 +205,8 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A layer that a batch will pass."""
+class LinearShape:
+    """A linear layer: the name of its weight, and its dimensions."""
 
     name: str
     d_in: int
@@ -233,21 +233,23 @@ class GaussianLinear(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
-    def bind(self, name: str, std: float, inputs: Inputs, later: Sequence[Turn] = ()) -> None:
-        """name: the parameter that it stands for. later: whose turn is next, to draw ahead."""
-        self.turn, self.std, self.inputs = Turn(name, self.d_in, self.d_out), std, inputs
+    def bind(
+        self, name: str, std: float, inputs: Inputs, later: Sequence[LinearShape] = ()
+    ) -> None:
+        """name: of the weight. later: the next layers, whose normals are drawn ahead."""
+        self.shape, self.std, self.inputs = LinearShape(name, self.d_in, self.d_out), std, inputs
         self.later = list(later)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) to (…, d_out), in x's dtype; computed in float32."""
         normals, tokens = self.inputs.normals, self.inputs.tokens(x)
-        normals.start(self.turn.name, self.turn.z(tokens))
-        self.inputs.start(x, self.turn.name)
-        for turn in self.later:
-            if tokens < turn.d_in:  # else Z is a whole matrix, of which a block's are enough
-                normals.start(turn.name, turn.z(tokens))
-        coordinates, tap = self.inputs.coordinates(x, self.turn.name)
-        z = normals(self.turn.name, self.turn.z(tokens), x.device)
+        normals.start(self.shape.name, self.shape.z(tokens))
+        self.inputs.start(x, self.shape.name)
+        for following in self.later:
+            if tokens < following.d_in:  # else Z is a whole matrix, of which a block's are enough
+                normals.start(following.name, following.z(tokens))
+        coordinates, tap = self.inputs.coordinates(x, self.shape.name)
+        z = normals(self.shape.name, self.shape.z(tokens), x.device)
         scaled = coordinates * self.std
         y = scaled @ z if tap is None else _Product.apply(scaled, tap * self.std**2, z)
         if self.bias is not None:
@@ -283,15 +285,15 @@ class GaussianWeights(RandomWeights):
         linears = {n: m for n, m in block.named_modules() if isinstance(m, GaussianLinear)}
         follows = layer + (1 if layer > self.last else -1)  # forward, or back again
         self.last = layer
-        turns = [
-            Turn(f"blocks.{i}.{inner}.weight", linear.d_in, linear.d_out)
+        layers = [
+            LinearShape(f"blocks.{i}.{inner}.weight", linear.d_in, linear.d_out)
             for i in (layer, follows)
             if 0 <= i < self.model.depth
             for inner, linear in linears.items()
         ]
         for i, linear in enumerate(linears.values()):
             linear.bind(
-                turns[i].name, self.std(turns[i].name), inputs, turns[i + 1 : i + 1 + AHEAD]
+                layers[i].name, self.std(layers[i].name), inputs, layers[i + 1 : i + 1 + AHEAD]
             )
         return block
 
