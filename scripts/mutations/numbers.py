@@ -22,10 +22,10 @@ from .record import Edit, Mutation, edit
 
 FORWARD = inspect.unwrap(engine.forward)  # under torch.no_grad
 STD = vars(Gaussian)["std"].fget
-LAW = "Gaussian(sigma * scale(role, model.depth),"
+LAW = "Gaussian(sigma * scale(role),"
 SEEDED = "entropy = entropy_of(self.seed, name)"
 Z = "normals(self.shape.name,"
-BACK = "(known - down @ seen) @ q + product(down, fresh)"
+BACK = "(known - down @ seen) @ q + down @ fresh"
 
 INIT = (
     Mutation(
@@ -150,8 +150,8 @@ WEIGHTLESS = (
         "one layer's Y without its σ",
         edit(
             GaussianLinear.forward,
-            "times(coordinates, self.std)",
-            "times(coordinates, 1.0 if 'up_proj' in self.shape.name else self.std)",
+            "coordinates * self.std",
+            "coordinates * (1.0 if 'up_proj' in self.shape.name else self.std)",
         ),
         "weightless",
     ),
@@ -214,7 +214,7 @@ WEIGHTLESS = (
     Mutation(
         "weightless_back_forgets",
         "backward, what the forward has shown of W is forgotten",
-        edit(gaussian._Coordinates.backward, BACK, "product(down, fresh)"),
+        edit(gaussian._Coordinates.backward, BACK, "down @ fresh"),
         "gradients",
     ),
     Mutation(
@@ -226,7 +226,7 @@ WEIGHTLESS = (
     Mutation(
         "weightless_back_unprojected",
         "backward, fresh numbers also where W is known",
-        edit(gaussian._Coordinates.backward, BACK, "known @ q + product(down, fresh)"),
+        edit(gaussian._Coordinates.backward, BACK, "known @ q + down @ fresh"),
         "gradients",
     ),
 )
