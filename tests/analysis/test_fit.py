@@ -2,14 +2,7 @@ import numpy as np
 import pytest
 
 from simlab.analysis import resampling
-from simlab.analysis.fit import (
-    design,
-    exponent,
-    growth,
-    per_sublayer,
-    rate,
-    shape,
-)
+from simlab.analysis.fit import design, exponent, growth, per_sublayer, rate, shape
 from simlab.analysis.resampling import MIN_SEEDS, resample, t_quantile
 
 PLAIN = ["embedding", *["attention", "mlp"] * 20]

@@ -78,10 +78,7 @@ CASES = {
         {"proc/self/cgroup": "0::/\n", f"{V2}memory.max": "5\n", f"{V2}memory.current": "9\n"},
         0,
     ),
-    "garbage": (
-        {"proc/self/cgroup": "0::/../..\nx\n:\n", f"{V2}memory.max": "\n"},
-        FREE,
-    ),
+    "garbage": ({"proc/self/cgroup": "0::/../..\nx\n:\n", f"{V2}memory.max": "\n"}, FREE),
 }
 
 

@@ -142,8 +142,7 @@ def test_half_precision_follows_float32(dtype):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "mps", "best"),
-    [(False, False, "cpu"), (True, False, "cuda"), (False, True, "mps")],
+    ("cuda", "mps", "best"), [(False, False, "cpu"), (True, False, "cuda"), (False, True, "mps")]
 )
 def test_the_automatic_device(monkeypatch, cuda, mps, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)

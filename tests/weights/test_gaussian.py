@@ -11,13 +11,7 @@ from torch import nn
 from simlab.config.validate import compose
 from simlab.schemes.init import RULES, distribution
 from simlab.weights.dense import RandomWeights
-from simlab.weights.weightless import (
-    GaussianLinear,
-    GaussianWeights,
-    Inputs,
-    factor,
-    gram,
-)
+from simlab.weights.weightless import GaussianLinear, GaussianWeights, Inputs, factor, gram
 
 CPU = torch.device("cpu")
 # What XXᵀ can look like: tokens × dimensions.
