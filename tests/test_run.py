@@ -66,16 +66,6 @@ def test_same_seed_same_bytes(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
-def test_multirun(tmp_path):
-    done = simlab("-m", *SMALL, "seeds=1", "depth=1,2", "init.std=0.01,0.02", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    runs = sorted(only_run(tmp_path).glob("*/summary.json"))
-    shapes = [json.loads(path.read_text())["config"] for path in runs]
-    assert [(c["model"]["depth"], c["init"]["std"]) for c in shapes] == [
-        (1, 0.01), (1, 0.02), (2, 0.01), (2, 0.02),
-    ]  # fmt: skip
-
-
 MISTAKES = {
     "depth=-1": "depth=-1: allowed: an integer, at least 1",
     "depth=abc": "depth=abc: not an integer; allowed: an integer, at least 1",

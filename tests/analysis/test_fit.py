@@ -142,16 +142,6 @@ def test_interval_of_a_mean_is_students():
     assert 0.95 < np.mean(width) < 1.02
 
 
-def test_rows_are_not_resampled_as_if_independent():
-    """Negative control: an interval from the rows' scatter about the fit would be far too narrow."""
-    v = random_walks(np.random.default_rng(1), 8, 1)[0]
-    e = resample(v, lambda w: per_sublayer(w, PLAIN))
-    k, y = np.arange(1, 41), v.mean(0)[1:]
-    slope, offset = np.polyfit(k, y, 1)
-    naive = (y - slope * k - offset).std(ddof=2) / np.sqrt(((k - k.mean()) ** 2).sum())
-    assert (e.high - e.low) / 2 > 2 * 1.96 * naive
-
-
 def test_too_few_seeds_get_no_interval():
     v = random_walks(np.random.default_rng(1), MIN_SEEDS - 1, 1)[0]
     g = growth(v, PLAIN)

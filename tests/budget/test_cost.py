@@ -7,7 +7,6 @@ import pytest
 from conftest import tiny
 
 from simlab.budget.cost import choose, costs, drawing_threads
-from simlab.config import ConfigError
 from simlab.config.validate import compose
 from simlab.experiment import prepare, run
 from simlab.weights.rng import Normals
@@ -95,11 +94,6 @@ def test_threads_are_shared_in_proportion():
     assert threads(2048, 2) == 2
     assert threads(64, 1) == 1
     assert 1 < threads(64, 16) < 16
-
-
-def test_gradients_is_a_truth_value():
-    with pytest.raises(ConfigError, match="gradients=3: allowed: true, false"):
-        tiny("gradients=3")
 
 
 def test_normals_are_not_drawn_twice(monkeypatch):

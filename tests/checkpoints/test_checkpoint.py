@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from simlab import compose
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.checkpoints.formats.hugging_face import KEYS
 from simlab.checkpoints.hub import HTTPError, locate
 from simlab.config import ConfigError
 from simlab.experiment import prepare
@@ -135,10 +134,6 @@ def test_a_missing_shard_and_a_lying_index(tmp_path):
     index.write_text(json.dumps(values))
     (tmp_path / "m" / values["weight_map"][LAYER]).unlink()
     refused(tmp_path / "m", values["weight_map"][LAYER])
-
-
-def test_key_map_is_one_to_one():
-    assert len(set(KEYS.values())) == len(KEYS)
 
 
 def test_shapes_match_the_model(checkpoint):

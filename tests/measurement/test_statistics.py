@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, STANDARD_ERRORS, tiny, write_olmo
+from conftest import PARITY, STANDARD_ERRORS, write_olmo
 
-from simlab import build_model
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.experiment import prepare, run
 from simlab.measurement.block_probe import Reducer
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import REDUCE, STATISTICS, Step, attention_statistics, dot
@@ -143,31 +141,6 @@ def test_the_largest_logit(monkeypatch):
     assert torch.equal(whole["first"][:, 0], torch.ones(2))
     alike = attention_statistics(torch.zeros_like(q), k, None)
     torch.testing.assert_close(alike["entropy"][0], torch.arange(1, 10).float().log())
-
-
-def test_attention_entropy_at_init():
-    """With QK-norm logits are N(0, 1): of many tokens in sight, ln n − ½ is the weights' entropy.
-
-    For weights e^z/Σe^z the entropy is ln Σe^z − Σz e^z/Σe^z → ln n + ½ − 1.
-    """
-    config = tiny("depth=1", "width=256", "heads=2", "kv_heads=2", "inputs.batch=1",
-                  "inputs.length=512", "init.std=0.3", "vocab_size=4000")  # fmt: skip
-    frame = run(config).curve
-    n = np.arange(1, 513)
-    found = frame["attention_entropy"].iloc[1]
-    assert found == pytest.approx(np.log(n).mean() - 0.5, abs=0.06)  # few tokens in sight early on
-
-
-def test_probed_model_is_unchanged():
-    """The attention's own hook changes nothing either."""
-    config = tiny("inputs.batch=2")
-    model, ids = build_model(config), prepare(config).tokens
-    with torch.no_grad():
-        x = model.embedding(ids)
-        for block in model.blocks:
-            x = block(x)
-    last = run(config).curve["norm"].iloc[-1]
-    assert last == x.double().norm(dim=-1).mean().item()
 
 
 def test_dot_does_not_warn_of_overflow():

@@ -9,7 +9,7 @@ from torch import nn
 
 from simlab import build_model
 from simlab.model.mlp import MLPS, gelu_tanh
-from simlab.model.transformer import Block, dense_linear, parameter_count
+from simlab.model.transformer import dense_linear, parameter_count
 
 # Of each MLP: transformers' config and module, and theirs to our names.
 GATED = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
@@ -113,10 +113,3 @@ def test_biases_are_those_of_transformers():
 def test_parameter_count_is_the_models(mlp, bias):
     run = tiny(f"model.mlp={mlp}", f"model.bias={bias}", "norm=swin_renorm", "norm.every=2")
     assert parameter_count(run.shape) == sum(p.numel() for p in build_model(run).parameters())
-
-
-def test_a_plain_mlp_has_no_gate():
-    with torch.device("meta"):
-        names = [name for name, _ in Block(tiny("model.mlp=gelu").shape, 0).named_parameters()]
-    assert not any("gate" in name for name in names)
-    assert sum("mlp.sublayer" in name for name in names) == 2

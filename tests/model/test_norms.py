@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import PARITY
 
-from simlab.model.norms import NORMS, LayerNorm, RMSNorm
+from simlab.model.norms import NORMS
 
 
 def rms(x, g, eps):
@@ -24,15 +24,6 @@ def test_formula(kind, formula, scale):
     torch.testing.assert_close(
         norm(x).double(), formula(x.double(), norm.weight.double(), 1e-3), **PARITY
     )
-
-
-@pytest.mark.parametrize("norm", [RMSNorm(64, 0.02), LayerNorm(64, 0.02)])
-def test_moment_gives_the_output_mean_square(norm):
-    """With gain 1 the output's mean square (variance, for LayerNorm) is m / (m + eps)."""
-    torch.manual_seed(0)
-    x = 0.1 * torch.randn(50, 64).double()
-    m = norm.moment(x)
-    torch.testing.assert_close(norm(x.float()).pow(2).mean(-1).double(), m / (m + 0.02), **PARITY)
 
 
 @pytest.mark.parametrize(("kind", "formula"), [("rms", rms), ("layer", layer)])
