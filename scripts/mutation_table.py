@@ -73,10 +73,12 @@ def quantities(frame: pd.DataFrame) -> list[str]:
     return [str(name) for name in frame if name not in NOT_STATISTICS and frame[name].notna().any()]
 
 
-def outcomes(setting: str, first: int, mutation: Mutation | None = None) -> dict[str, Outcome]:
+def outcomes(
+    setting: str, first: int, mutation: Mutation | None = None, seeds: int = SEEDS
+) -> dict[str, Outcome]:
     """What the gates say of a model with this mistake, its seeds counted from ``first``."""
     recorded = right(setting)
-    found = result(setting, [0, *range(first, first + SEEDS)], mutation)
+    found = result(setting, [0, *range(first, first + seeds)], mutation)
     names, frame = quantities(recorded.curve), found.curve
     again = recorded.curve[recorded.curve["seed"] == 0]
     said = {
@@ -88,9 +90,9 @@ def outcomes(setting: str, first: int, mutation: Mutation | None = None) -> dict
     return said
 
 
-def judged(mutation: Mutation) -> dict[str, Outcome]:
+def judged(mutation: Mutation, seeds: int = SEEDS) -> dict[str, Outcome]:
     """What the gates say of a mutation of the catalogue."""
-    return outcomes(mutation.setting, 100, mutation)
+    return outcomes(mutation.setting, 100, mutation, seeds)
 
 
 @cache

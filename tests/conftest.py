@@ -29,7 +29,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from simlab.config import RunConfig
+from simlab.config import ConfigError, RunConfig
 from simlab.config.validate import compose
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
@@ -163,6 +163,18 @@ def checkpoint(tmp_path: Path) -> Path:
     """A single-file OLMo-2 checkpoint folder."""
     write_olmo(tmp_path / "olmo")
     return tmp_path / "olmo"
+
+
+def refused(folder: Path, *parts: str) -> None:
+    """Asserts that opening this checkpoint raises ConfigError, whose one line has these parts."""
+    from simlab.checkpoints.checkpoint import Checkpoint
+
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
 
 
 def edit_json(path: Path, **changes) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import edit_json, write_olmo
+from conftest import edit_json, refused, write_olmo
 from safetensors.torch import load_file, save_file
 
 from simlab import compose
@@ -15,15 +15,6 @@ from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.hub import HTTPError, locate
 from simlab.config import ConfigError
 from simlab.experiment import prepare
-
-
-def refused(folder, *parts):
-    with pytest.raises(ConfigError) as caught:
-        Checkpoint(str(folder))
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 def rewrite(folder, change):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import write_olmo
+from conftest import refused, write_olmo
 from safetensors.torch import save_file
 from test_architectures import IDS, assert_same, pre_norm_states
 from test_checkpoint_parity import sublayer_states
@@ -15,7 +15,6 @@ from test_olmo_core import write_grid
 from simlab import compose
 from simlab.checkpoints import streamed
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.config import ConfigError
 from simlab.experiment import run
 
 OLMO2 = {
@@ -128,8 +127,7 @@ def test_parameters_and_a_shared_storage_in_a_pickle(tmp_path, olmo2):
     assert_same(tmp_path / "m", *sublayer_states(olmo2, IDS))
     tensors["transformer.ff_out.weight"] = tensors["transformer.wte.weight"]
     write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
-    with pytest.raises(ConfigError, match="overlap"):
-        Checkpoint(str(tmp_path / "m"))
+    refused(tmp_path / "m", "overlap")
     write_legacy(tmp_path / "m", tensors, OLMO2 | {"weight_tying": True}, "pt")
     Checkpoint(str(tmp_path / "m"))  # with tying the head is not read
 
@@ -167,20 +165,11 @@ def test_one_hash_in_three_formats(tmp_path, olmo2, monkeypatch, run_bytes):
     (tmp_path / "core").mkdir()
     write_grid(tmp_path / "core", tensors, 20)
     norm = {"name": "rms", "eps": 3e-4, "bias": False}
-    attention = {
-        "n_heads": 6,
-        "n_kv_heads": 2,
-        "bias": False,
-        "rope": {"theta": 900},
-        "qk_norm": norm,
-    }
+    heads = {"n_heads": 6, "n_kv_heads": 2, "bias": False}
+    attention = {**heads, "rope": {"theta": 900}, "qk_norm": norm}
     mlp = {"hidden_size": 80, "bias": False}
-    block = {
-        "attention": attention,
-        "layer_norm": norm,
-        "feed_forward": mlp,
-        "name": "reordered_norm",
-    }
+    block = {"attention": attention, "layer_norm": norm, "feed_forward": mlp}
+    block["name"] = "reordered_norm"
     head = {"layer_norm": norm, "bias": False}
     model = {"d_model": 48, "vocab_size": 61, "n_layers": 5, "block": block, "lm_head": head}
     (tmp_path / "core" / "config.json").write_text(json.dumps({"model": model}))
@@ -214,19 +203,13 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "value", "allowed"), REFUSED)
 def test_unsupported_configs_are_refused(tmp_path, olmo2, changes, value, allowed):
     write_legacy(tmp_path / "m", fused(olmo2), OLMO2 | changes, "pt")
-    with pytest.raises(ConfigError) as caught:
-        Checkpoint(str(tmp_path / "m"))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert value in message, message
-    assert allowed in message, message
+    refused(tmp_path / "m", value, allowed)
 
 
 def test_format_before_torch_1_6_is_refused(tmp_path, olmo2):
     write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
     torch.save(fused(olmo2), tmp_path / "m" / "model.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ConfigError, match=r"from before version 1\.6"):
-        Checkpoint(str(tmp_path / "m"))
+    refused(tmp_path / "m", "from before version 1.6")
 
 
 def test_yaml_numbers_in_exponent_notation(tmp_path, olmo2):

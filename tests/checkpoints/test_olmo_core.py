@@ -1,5 +1,6 @@
 """Checkpoints written by ai2-olmo-core and by torch, every sublayer's state, and the logits."""
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json
-from safetensors.torch import load_file
+from conftest import edit_json, refused
+from safetensors.torch import load_file, save_file
 from test_architectures import assert_same
 from write_olmo_core import CASES, IDS, configs
 
@@ -44,31 +45,26 @@ def test_the_bare_folder(olmo2, tmp_path, written):
     assert_states(olmo2 / "model_and_optim", written / "olmo2")  # config.json is above
     bare = tmp_path / "elsewhere" / "bare"
     shutil.copytree(olmo2 / "model_and_optim", bare)
-    with pytest.raises(ConfigError, match=r"without its config\.json"):
-        Checkpoint(str(bare))
+    refused(bare, "without its config.json")
     shutil.copy(olmo2 / "config.json", bare)
     assert_states(bare, written / "olmo2")
 
 
 def model_config(folder):
-    import json
-
     return json.loads((folder / "config.json").read_text())["model"]
 
 
-def test_older_spellings_of_the_config(olmo2, written):
-    """``block.attention`` before ``block.sequence_mixer``, and the model's section alone."""
-    model = model_config(olmo2)
+def test_other_spellings_of_the_config(olmo2, written):
+    """``block.attention`` before ``block.sequence_mixer``; the model's section alone; a pattern."""
+    before = model_config(olmo2)
+    model = before | {"block": before["block"].copy()}
     model["block"]["attention"] = model["block"].pop("sequence_mixer")
     edit_json(olmo2 / "config.json", model=model)
     assert_states(olmo2, written / "olmo2")
     edit_json(olmo2 / "config.json", **model)
     assert_states(olmo2, written / "olmo2")
-
-
-def test_named_blocks_in_a_pattern(olmo2, written):
-    model = model_config(olmo2)
-    model |= {"block": {"a": model["block"], "b": model["block"]}, "block_pattern": ["a", "b", "a"]}
+    block = before["block"]
+    model = before | {"block": {"a": block, "b": block}, "block_pattern": ["a", "b", "a"]}
     edit_json(olmo2 / "config.json", model=model)
     assert_states(olmo2, written / "olmo2")
 
@@ -113,11 +109,7 @@ def test_unsupported_configs_are_refused(olmo2, key, value, part):
     model = model_config(olmo2)
     put(model, key, value)
     edit_json(olmo2 / "config.json", model=model)
-    with pytest.raises(ConfigError) as caught:
-        Checkpoint(str(olmo2))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert part in message, message
+    refused(olmo2, part)
 
 
 RANK = """
@@ -142,16 +134,16 @@ os._exit(0)  # gloo's threads may outlive the group and abort
 """
 
 
+def tensors_of(folder):
+    opened = Checkpoint(str(folder))
+    stored = opened.opened.tensors.items()
+    return {name: opened.files.rows(t, 0, t.shape[0]).clone() for name, t in stored}
+
+
 @pytest.mark.slow
 def test_shards_of_two_processes(olmo2, tmp_path, written):
     """Written by torch.distributed.checkpoint itself, rows or columns of each tensor in two files."""
-    from safetensors.torch import save_file
-
-    opened = Checkpoint(str(olmo2))
-    plain = {
-        name.removeprefix("model."): opened.files.rows(stored, 0, stored.shape[0]).clone()
-        for name, stored in opened.opened.tensors.items()
-    }
+    plain = {name.removeprefix("model."): tensor for name, tensor in tensors_of(olmo2).items()}
     save_file(plain, tmp_path / "plain.safetensors")
     shutil.rmtree(olmo2 / "model_and_optim")
     command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path / "store")]
@@ -188,10 +180,7 @@ def write_grid(folder, tensors, cut):
 
 
 def test_a_grid_of_chunks(olmo2, written):
-    opened = Checkpoint(str(olmo2))
-    tensors = {
-        n: opened.files.rows(t, 0, t.shape[0]).clone() for n, t in opened.opened.tensors.items()
-    }
+    tensors = tensors_of(olmo2)
     shutil.rmtree(olmo2 / "model_and_optim")
     (olmo2 / "model_and_optim").mkdir()
     write_grid(olmo2 / "model_and_optim", tensors, 7)
@@ -200,22 +189,17 @@ def test_a_grid_of_chunks(olmo2, written):
 
 
 def test_compressed_chunks_are_refused(olmo2):
-    state = olmo2 / "model_and_optim"
     from torch.distributed.checkpoint import metadata as md
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     value = torch.zeros(3)
-    described = md.TensorStorageMetadata(
-        md.TensorProperties.create_from_tensor(value),
-        value.size(),
-        [md.ChunkStorageMetadata(torch.Size([0]), value.size())],
-    )
+    chunks = [md.ChunkStorageMetadata(torch.Size([0]), value.size())]
+    properties = md.TensorProperties.create_from_tensor(value)
+    described = {"model.x": md.TensorStorageMetadata(properties, value.size(), chunks)}
     stored = {md.MetadataIndex("model.x", [0]): _StorageInfo("__0_0.distcp", 0, 9, ["zstd"])}
-    (state / ".metadata").write_bytes(
-        pickle.dumps(md.Metadata({"model.x": described}, None, stored))
-    )
-    with pytest.raises(ConfigError, match="transform_descriptors"):
-        Checkpoint(str(olmo2))
+    metadata = pickle.dumps(md.Metadata(described, None, stored))
+    (olmo2 / "model_and_optim" / ".metadata").write_bytes(metadata)
+    refused(olmo2, "transform_descriptors")
 
 
 def test_overlapping_chunks_are_refused(olmo2, monkeypatch):
@@ -226,8 +210,7 @@ def test_overlapping_chunks_are_refused(olmo2, monkeypatch):
     metadata.storage_data[second] = metadata.storage_data[first]
     path.write_bytes(pickle.dumps(metadata))
     monkeypatch.setattr(distributed, "open_archive", lambda *_: pytest.fail("one was read"))
-    with pytest.raises(ConfigError, match="overlaps another"):
-        Checkpoint(str(olmo2))
+    refused(olmo2, "overlaps another")
 
 
 @pytest.mark.parametrize("opcode", [b"N", b"]", b"}\x94", b"(", b"K\x01", b")"])

@@ -1,8 +1,8 @@
 """Plausible mistakes (scripts/mutations): each is caught by a gate of simlab.regress, or by parity.
 
-Those that change the law of the curves by the statistical gate: 32 curves of other seeds against 32
-right ones, all statistics at all steps. What a record says of itself, ``shifts`` or not, is held
-against that too.
+Those that change the law of the curves by the statistical gate: curves of other seeds against 32
+right ones, all statistics at all steps. 12 show most mistakes, 32 the others. What a record says of
+itself, ``shifts`` or not, is held against that too.
 """
 
 import pytest
@@ -15,15 +15,22 @@ from simlab.model.placement import ResidualAdd
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
+FEW = 12  # 11 are the least that the law's gate takes
+
+
 def named(mutation):
     return mutation.name
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=named)
 def test_every_mistake_is_caught(mutation):
-    said = judged(mutation)
-    assert said["statistical"].passed != mutation.shifts, said
-    if not mutation.shifts:
+    if mutation.shifts:
+        if judged(mutation, FEW)["statistical"].passed:
+            said = judged(mutation)
+            assert not said["statistical"].passed, said
+    else:
+        said = judged(mutation)
+        assert said["statistical"].passed, said
         assert parity(mutation)
         assert "law" not in said or said["law"].passed, said
 

@@ -4,7 +4,7 @@ import functools
 import io
 import itertools
 import math
-import time
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -19,6 +19,7 @@ from simlab.report.style import save
 from simlab.report.sweep_figures import figures, prepared
 from simlab.report.sweep_scans import law_lambdas
 from simlab.report.sweep_table import failed_table, jobs_table
+from simlab.sweep import report
 from simlab.sweep.plan import TAKEN
 
 matplotlib.use("Agg")
@@ -34,48 +35,20 @@ def sweep(base, **axes):
     """
     keys = [key.replace("__", ".") for key in axes]
     named = [TAKEN.get(key, key) for key in keys]
-    frames, rows = [], []
+    frames, jobs = [], []
     for job, values in enumerate(itertools.product(*axes.values())):
-        began = time.perf_counter()
         overrides = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
         result = run(compose([*base, *overrides]))
-        of_job = {"job": job} | dict(zip(named, values, strict=True))
+        of_job = dict(zip(named, values, strict=True))
+        jobs.append(SimpleNamespace(number=job, values=of_job, summary=result.summary))
         frame = result.curve.copy()
-        for key, value in reversed(of_job.items()):
+        for key, value in reversed([("job", job), *of_job.items()]):
             frame.insert(0, key, value)
         frames.append(frame)
-        for name in result.verdicts:
-            rows.append(of_job | row_of(result, name, time.perf_counter() - began))
-    swept = {
-        name: list(values)
-        for name, values in zip(named, axes.values(), strict=True)
-        if len(values) > 1
-    }
-    return pd.concat(frames, ignore_index=True), pd.DataFrame(rows), swept
-
-
-def row_of(result, name, seconds):
-    shape, summary = result.config.shape, result.summary
-    verdict = summary["verdict"][name]
-    of = result.curve[result.curve["curve"] == name]
-    found = {"curve": name, "depth": shape.depth, "width": shape.width}
-    found["mean_square"] = of.groupby("seed")["mean_square"].last().mean()
-    found["per_sublayer"] = verdict["per_sublayer"]["value"]
-    found |= {name: verdict[name]["value"] for name in ("exponent", "rate")}
-    found["shape"] = verdict["shape"]
-    for key, value in summary["lambda"][name].items():
-        if key.removesuffix("_gradient") in ("lambda_paper", "lambda_token"):
-            for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-                number = value and value[part]
-                found[key + suffix] = math.nan if number is None else number
-    if "loss" in summary:
-        found["loss"] = summary["loss"][name]["value"]
-    laws = summary["theories"][name]
-    found |= {law: fit["status"] for law, fit in laws.items()}
-    found |= {f"{law}_error": fit["log_error"] for law, fit in laws.items()}
-    found["sentence"] = verdict["sentence"]
-    found["overflow"] = sum(row["curve"] == name for row in summary["overflow"])
-    return found | {"seconds": seconds}
+    of_axes = zip(named, axes.values(), strict=True)
+    swept = {name: list(values) for name, values in of_axes if len(values) > 1}
+    curves = pd.concat(frames, ignore_index=True)
+    return curves, report.rows(jobs, curves), swept
 
 
 @functools.cache

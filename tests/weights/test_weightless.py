@@ -28,7 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SEEDS = 240
 TOGETHER = 24  # weightless seeds that are measured as one batch
 IDS = torch.tensor([[3, 3, 7, 1, 3, 9, 2, 4, 6, 3, 1, 7], [3, 3, 7, 1, 5, 0, 0, 2, 4, 9, 3, 8]])
-PLACEMENTS = ["reordered", "pre", "peri", "swin_renorm", "lns", "deepnorm"]
+# Sublayers' inputs normed and not, branches normed and not, and norms of the stream: the steps are
+# shared code, and test_gaussian compares every placement's stds.
+PLACEMENTS = ["reordered", "pre", "swin_renorm"]
 ALPHA = 1e-3  # of a false alarm anywhere in one case; with seeds fixed, it rings always or never
 
 
@@ -124,18 +126,15 @@ def backward(wrong):
 
 @pytest.mark.parametrize("norm", PLACEMENTS)
 def test_weightless_is_dense_in_distribution(norm):
-    """And a σ that is 2 % off is seen; under one placement, so are backwards without conditioning."""
-    mistakes = [two_percent_off]
-    if norm == "reordered":
-        mistakes += [backward(fresh_alone), backward(known_alone)]
-    right, *wrong = agrees(norm, 64, wrong=mistakes)
+    """Under one placement a σ that is 2 % off is seen, and so are backwards without conditioning."""
+    mistakes = [two_percent_off, backward(fresh_alone), backward(known_alone)]
+    right, *wrong = agrees(norm, 64, wrong=mistakes if norm == "reordered" else ())
     assert right
     assert not any(wrong), wrong
 
 
-@pytest.mark.parametrize("width", [16, 32])
-def test_other_widths(width):
-    assert all(agrees("reordered", width))
+def test_more_tokens_than_dimensions():
+    assert all(agrees("reordered", 16))
 
 
 @pytest.mark.parametrize(
