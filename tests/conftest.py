@@ -114,26 +114,19 @@ def in_process(*args: str, cwd: Path, command: str = "run") -> subprocess.Comple
     return subprocess.CompletedProcess(list(args), status, out.getvalue(), err.getvalue())
 
 
+CHECKPOINT = {
+    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 5,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 3e-4,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    "attn_implementation": "eager",
+}  # fmt: skip
+
+
 def write_olmo(folder: Path, kind: str = "Olmo2", shards: str = "5GB", **changes):
     """A random checkpoint written by transformers, with nothing at its default; and the model."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(
-        **{
-            "vocab_size": 61,
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 3e-4,
-            "pad_token_id": None,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "attn_implementation": "eager",
-            **changes,
-        }
-    )
+    config = getattr(transformers, f"{kind}Config")(**CHECKPOINT | changes)
     torch.manual_seed(1)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():  # gains away from 1, weights large enough for attention to matter

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import tiny
+from conftest import placed, tiny
 
 from simlab.analysis.compare import departure, massive, outside, sentences, split, with_outside
 from simlab.analysis.resampling import t_quantile
@@ -45,10 +45,8 @@ def test_one_more_random_init_is_rarely_outside():
     away = [outside(curves[0], curves[1:]) for curves in (drawn(rng, 9) for _ in range(2000))]
     rate = np.mean(away)
     assert rate < 0.01 + 4 * np.sqrt(0.01 / 2000)
-    assert (
-        np.mean([outside(curves[0], curves[1:]) for curves in (drawn(rng, 3) for _ in range(500))])
-        < 0.02
-    )
+    few = [outside(curves[0], curves[1:]) for curves in (drawn(rng, 3) for _ in range(500))]
+    assert np.mean(few) < 0.02
 
 
 def test_band_is_the_prediction_interval_of_a_further_init():
@@ -122,8 +120,7 @@ def test_the_two_terms_make_up_the_growth(norm):
 
 @pytest.mark.parametrize("norm", ["post", "deepnorm", "residual_scale", "swin_renorm"])
 def test_no_terms_where_the_stream_is_changed_between_adds(norm):
-    every = ["norm.every=2"] if norm == "swin_renorm" else []
-    assert split(run(tiny(f"norm={norm}", "init.std=0.1", *every)).curve) is None
+    assert split(run(tiny(*placed(norm), "init.std=0.1")).curve) is None
 
 
 def test_massive_needs_both_conditions():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny
+from conftest import placed, tiny
 
 from simlab import build_model
 from simlab.analysis.exponents import exponents, per_block
@@ -32,8 +32,7 @@ def by_hand(config):
 
 @pytest.mark.parametrize("norm", ["reordered", "swin_renorm", "pre"])
 def test_against_the_whole_model(norm):
-    every = ["norm.every=2"] if norm == "swin_renorm" else []
-    config = tiny("depth=4", f"norm={norm}", "gradients=true", "init.std=0.1", *every)
+    config = tiny("depth=4", *placed(norm), "gradients=true", "init.std=0.1")
     values, truth = run(config).summary["lambda"]["random"], by_hand(config)
     for suffix in ("", "_gradient"):
         for name in ("paper", "token"):
@@ -42,12 +41,9 @@ def test_against_the_whole_model(norm):
             assert found == pytest.approx(math.log(last / first) / 4, rel=1e-4, abs=1e-6)
         norms = np.log(truth[f"token{suffix}"])
         pairwise, first = np.diff(norms) / 4, (norms[1:] - norms[0]) / 4
-        np.testing.assert_allclose(
-            values[f"lambda_pairwise{suffix}"], pairwise, rtol=1e-3, atol=1e-6
-        )
-        np.testing.assert_allclose(
-            values[f"lambda_from_first{suffix}"], first, rtol=1e-3, atol=1e-6
-        )
+        for name, truth_of in (("pairwise", pairwise), ("from_first", first)):
+            found = values[f"lambda_{name}{suffix}"]
+            np.testing.assert_allclose(found, truth_of, rtol=1e-3, atol=1e-6)
 
 
 def test_the_answer_to_the_question():

@@ -51,14 +51,11 @@ def test_additive_curves_are_called_additive():
     assert verdict.growth.per_sublayer.low < 1 < verdict.growth.per_sublayer.high
 
 
-@pytest.mark.parametrize(
-    ("p", "said"),
-    [
-        (0.5, "more slowly than linearly (p = 0."),
-        (1.0, "linearly (p = "),
-        (1.5, "faster than linearly (p = 1."),
-    ],
-)
+EXPONENTS = {0.5: "more slowly than linearly (p = 0.", 1: "linearly (p = ",
+             1.5: "faster than linearly (p = 1."}  # fmt: skip
+
+
+@pytest.mark.parametrize(("p", "said"), EXPONENTS.items())
 def test_sentence_names_the_exponent(p, said):
     noise = 0.01 * np.random.default_rng(0).standard_normal((8, 17))
     v = 1e-3 + np.arange(17) ** p * np.exp(noise)
@@ -109,35 +106,23 @@ def test_short_and_empty_curves():
     assert verdict.sentence == "The curve can't be fitted."
 
 
-@pytest.mark.parametrize(
-    ("log_error", "said"),
-    [
-        (1e-6, "less than 0.01 %"),
-        (np.log(1.008), "0.8 %"),
-        (np.log(1.5), "50 %"),
-        (np.log(5.2), "a factor of 5.2"),
-        (np.log(150), "a factor of 150"),
-        (35 * np.log(10), "10^35"),
-        (np.inf, "any factor"),
-    ],
-)
-def test_off_by(log_error, said):
-    assert off_by(log_error) == said
+def test_off_by():
+    factors = {1.008: "0.8 %", 1.5: "50 %", 5.2: "a factor of 5.2", 150: "a factor of 150"}
+    factors |= {1 + 1e-6: "less than 0.01 %", 1e35: "10^35", np.inf: "any factor"}
+    for factor, said in factors.items():
+        assert off_by(np.log(factor)) == said
 
 
-@pytest.mark.parametrize(
-    ("estimate", "said"),
-    [
+def test_plus_minus():
+    for estimate, said in (
         (Estimate(1.0, 0.99, 1.01), "1.00 ± 0.01"),
         (Estimate(1.0023, 1.0021, 1.0025), "1.0023 ± 0.0002"),
         (Estimate(1.08e-6, 1.05e-6, 1.11e-6), "(1.08 ± 0.03)·10^-6"),
         (Estimate(12345.0, 11845.0, 12845.0), "(1.23 ± 0.05)·10^4"),
         (Estimate(0.5), "0.5"),
         (Estimate(6786.76, 4677.0, 8896.0), "6787 ± 2110"),
-    ],
-)
-def test_plus_minus(estimate, said):
-    assert plus_minus(estimate) == said
+    ):
+        assert plus_minus(estimate) == said
 
 
 def test_a_law_beyond_float64_is_rejected_quietly():

@@ -31,47 +31,31 @@ CASES = {
         FREE,
     ),
     "v2, its own limit": (
-        {
-            "proc/self/cgroup": "0::/a/b\n",
-            f"{V2}a/b/memory.max": "4000\n",
-            f"{V2}a/b/memory.current": "1500\n",
-            f"{V2}a/b/memory.stat": "anon 900\ninactive_file 600\nactive_file 10\n",
-        },
+        {"proc/self/cgroup": "0::/a/b\n", f"{V2}a/b/memory.max": "4000\n",
+         f"{V2}a/b/memory.current": "1500\n",
+         f"{V2}a/b/memory.stat": "anon 900\ninactive_file 600\nactive_file 10\n"},
         4000 - 1500 + 600,
     ),
     "v2, a limit above": (
-        {
-            "proc/self/cgroup": "0::/a/b\n",
-            f"{V2}a/b/memory.max": "4000\n",
-            f"{V2}a/b/memory.current": "0\n",
-            f"{V2}a/memory.max": "3000\n",
-            f"{V2}a/memory.current": "2900\n",
-        },
+        {"proc/self/cgroup": "0::/a/b\n", f"{V2}a/b/memory.max": "4000\n",
+         f"{V2}a/b/memory.current": "0\n", f"{V2}a/memory.max": "3000\n",
+         f"{V2}a/memory.current": "2900\n"},
         100,
     ),
     "v2, in a container: its path isn't there": (
-        {
-            "proc/self/cgroup": "0::/docker/abc\n",
-            f"{V2}memory.max": "4000\n",
-            f"{V2}memory.current": "1000\n",
-        },
+        {"proc/self/cgroup": "0::/docker/abc\n", f"{V2}memory.max": "4000\n",
+         f"{V2}memory.current": "1000\n"},
         3000,
     ),
     "v1": (
-        {
-            "proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/jobs/one\n0::/\n",
-            f"{V1}limit_in_bytes": "5000\n",
-            f"{V1}usage_in_bytes": "4500\n",
-            f"{V1}stat": "inactive_file 1\ntotal_inactive_file 7\n",
-        },
+        {"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/jobs/one\n0::/\n",
+         f"{V1}limit_in_bytes": "5000\n", f"{V1}usage_in_bytes": "4500\n",
+         f"{V1}stat": "inactive_file 1\ntotal_inactive_file 7\n"},
         507,
     ),
     "v1, no limit": (
-        {
-            "proc/self/cgroup": "4:memory:/jobs/one\n",
-            f"{V1}limit_in_bytes": "9223372036854771712\n",
-            f"{V1}usage_in_bytes": "4500\n",
-        },
+        {"proc/self/cgroup": "4:memory:/jobs/one\n", f"{V1}usage_in_bytes": "4500\n",
+         f"{V1}limit_in_bytes": "9223372036854771712\n"},
         FREE,
     ),
     "more used than allowed": (
@@ -79,7 +63,7 @@ CASES = {
         0,
     ),
     "garbage": ({"proc/self/cgroup": "0::/../..\nx\n:\n", f"{V2}memory.max": "\n"}, FREE),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,11 +96,8 @@ def test_without_linux(tmp_path, monkeypatch):
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(resources, "on_cpu", lambda: 900)
-    assert [available("cpu"), available(torch.device("cpu"), 4), available("mps")] == [
-        900,
-        225,
-        900,
-    ]
+    found = available("cpu"), available(torch.device("cpu"), 4), available("mps")
+    assert found == (900, 225, 900)
     monkeypatch.setattr(resources, "on_cpu", lambda: None)
     assert available("cpu", 4) is None
     cuda = SimpleNamespace(

@@ -52,14 +52,9 @@ def curve(*overrides: str) -> Curve:
 def test_it_grows_with_what_is_asked():
     base = ["engine=dense", "inputs.batch=4", "inputs.length=512"]
     small = peak(curve(*base))
-    for more in (
-        "inputs.batch=8",
-        "inputs.length=4096",
-        "gradients=true",
-        "width=4096",
-        "d_ff=16384",
-    ):
-        assert peak(curve(*base, more)) > small, more
+    more = "inputs.batch=8", "inputs.length=4096", "gradients=true", "width=4096", "d_ff=16384"
+    for asked in more:
+        assert peak(curve(*base, asked)) > small, asked
     assert peak(curve(*base, "dtype=bfloat16")) < small
     assert peak(curve(*base, "depth=1000")) < 1.1 * small  # one block at a time: only rows are more
     deep = [peak(curve(*base, "gradients=true", f"depth={n}")) for n in (100, 200)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import PARITY
+from conftest import CHECKPOINT, PARITY
 from torch import nn
 
 from simlab import ConfigError, Sublayer, probe
@@ -11,12 +11,7 @@ from simlab import ConfigError, Sublayer, probe
 IDS = torch.randint(1, 61, (3, 11), generator=torch.Generator().manual_seed(0))
 KINDS = ["Olmo2", "Olmo3", "Llama", "Qwen3", "Gemma2", "Gemma3"]
 SAME = ["Olmo", "Mistral", "Qwen2", "Gemma"]  # which share their entries in the table
-SHAPE = {
-    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-    "attn_implementation": "eager",
-}  # fmt: skip
+SHAPE = CHECKPOINT | {"num_hidden_layers": 3, "head_dim": 8}
 
 
 def perturbed(model):
@@ -34,8 +29,7 @@ def perturbed(model):
 def theirs(kind, head="ForCausalLM", **changes):
     """A tiny model of transformers, its norms' eps large enough to be seen."""
     config = {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config")
-    eps = {} if kind == "Olmo" else {"rms_norm_eps": 0.03}
-    config = getattr(transformers, config)(**SHAPE, **eps, **changes)
+    config = getattr(transformers, config)(**SHAPE | {"rms_norm_eps": 0.03} | changes)
     return perturbed(getattr(transformers, kind + head)(config))
 
 
@@ -55,12 +49,8 @@ def values(row):
         "max_abs": x.abs().max(),
     }
     if "skip" in row:
-        a, b, raw, norm = (
-            row["skip"].double(),
-            row["branch"].double(),
-            row["raw"].double(),
-            row["norm"],
-        )
+        a, b, raw = (row[name].double() for name in ("skip", "branch", "raw"))
+        norm = row["norm"]
         found |= {
             "branch_mean_square": b.pow(2).mean(),
             "branch_raw_mean_square": raw.pow(2).mean(),
@@ -90,14 +80,8 @@ def assert_same(frame, expected, columns):
     for column in columns:
         a, b = (torch.tensor(f[column].to_numpy(float)) for f in (frame, expected))
         atol = PARITY["atol"] * max(1.0, b.abs().nan_to_num().max().item())
-        torch.testing.assert_close(
-            a,
-            b,
-            rtol=PARITY["rtol"],
-            atol=atol,
-            equal_nan=True,
-            msg=lambda m, c=column: f"{c}: {m}",
-        )
+        close = {"rtol": PARITY["rtol"], "atol": atol, "equal_nan": True}
+        torch.testing.assert_close(a, b, **close, msg=lambda m, c=column: f"{c}: {m}")
 
 
 def refused(model, batch=IDS, **options):

@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import PARITY, tiny
+from conftest import PARITY, placed, tiny
 from probed import hooks, values
 
 from simlab import build_model
-from simlab.experiment import run
+from simlab.experiment import prepare, run
 from simlab.measurement.block_probe import Probe
 from simlab.measurement.statistics import STATISTICS
 from simlab.model.placement import ResidualStep
@@ -68,11 +68,8 @@ def by_hand(config, ids):
     "placement", ["reordered", "swin_renorm", "post", "deepnorm", "residual_scale"]
 )
 def test_curve_against_plain_hooks(placement):
-    every = ["norm.every=2"] if placement == "swin_renorm" else []
-    config = tiny(f"norm={placement}", "init.std=0.1", "inputs.batch=5", *every)
+    config = tiny(*placed(placement), "init.std=0.1", "inputs.batch=5")
     frame = run(config).curve
-    from simlab.experiment import prepare
-
     expected = by_hand(config, prepare(config).tokens)
     assert frame["kind"].tolist() == expected["kind"].tolist()
     for column in expected.columns.drop("kind"):
@@ -107,13 +104,7 @@ def test_eps_factor(norm_type):
 def test_every_statistic_is_a_column():
     columns = set(run(tiny()).curve.columns)
     assert set(STATISTICS) - {"non_finite"} <= columns
+    assert set(STATISTICS) - {"non_finite"} <= columns
     assert {
-        "curve",
-        "seed",
-        "sublayer",
-        "block",
-        "kind",
-        "variance",
-        "law_additive",
-        "law_sqrt2",
+        *["curve", "seed", "sublayer", "block", "kind", "variance", "law_additive", "law_sqrt2"]
     } <= columns

@@ -7,6 +7,7 @@ from conftest import placed, tiny, write_olmo
 
 from simlab import build_model
 from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.config import ConfigError
 from simlab.experiment import prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import GRADIENT_STATISTICS
@@ -96,18 +97,8 @@ def test_checkpoint_gradients_match_transformers(tmp_path, changes):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows_float32(engine, dtype):
     """Within 5 %, though the gradient's entries are about 1e-6: it travels scaled."""
-    full, half = (
-        run(
-            tiny(
-                "gradients=true",
-                f"engine={engine}",
-                f"dtype={d}",
-                "init.std=0.3",
-                "inputs.batch=40",
-            )
-        ).curve
-        for d in ("float32", dtype)
-    )
+    options = ["gradients=true", f"engine={engine}", "init.std=0.3", "inputs.batch=40"]
+    full, half = (run(tiny(*options, f"dtype={d}")).curve for d in ("float32", dtype))
     np.testing.assert_allclose(half["gradient_rms"], full["gradient_rms"], rtol=0.05)
 
 
@@ -131,8 +122,6 @@ def test_gradient_overflow_is_reported():
 
 
 def test_gradients_need_a_next_token():
-    from simlab.config import ConfigError
-
     with pytest.raises(ConfigError, match=r"inputs.length must be at least 2"):
         prepare(tiny("gradients=true", "inputs.length=1"))
 

@@ -89,17 +89,8 @@ def test_how_many_go_together():
         return together(shape, tokens, gradients, seeds)
 
     assert [size(width, 64) for width in (256, 1024, 4096)] == [24, 6, 1]
-    assert [size(width, 512) for width in (256, 1024, 4096)] == [3, 1, 1]
     assert size(256, 64, gradients=True) == 6
-    assert [size(1024, 64, seeds=seeds) for seeds in (0, 1, 5, 6, 7, 8, 13)] == [
-        1,
-        1,
-        5,
-        6,
-        4,
-        4,
-        5,
-    ]
+    assert [size(1024, 64, seeds=seeds) for seeds in (0, 1, 6, 7, 13)] == [1, 1, 6, 4, 5]
     assert together(compose(["model=olmo2_32b"]).shape, 64, False, 8) == 1
 
 

@@ -50,11 +50,8 @@ def test_threads_do_not_matter():
         drawn = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            drawn.append(
-                weights("width=768", "heads=6").tensor(
-                    "head.weight", (997, 768), CPU, torch.float32
-                )
-            )
+            of = weights("width=768", "heads=6")
+            drawn.append(of.tensor("head.weight", (997, 768), CPU, torch.float32))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*drawn)
