@@ -102,9 +102,5 @@ def test_eps_factor(norm_type):
 
 
 def test_every_statistic_is_a_column():
-    columns = set(run(tiny()).curve.columns)
-    assert set(STATISTICS) - {"non_finite"} <= columns
-    assert set(STATISTICS) - {"non_finite"} <= columns
-    assert {
-        *["curve", "seed", "sublayer", "block", "kind", "variance", "law_additive", "law_sqrt2"]
-    } <= columns
+    columns = set(run(tiny()).curve.columns) | {"non_finite"}
+    assert columns > {*STATISTICS, "curve", "seed", "sublayer", "block", "kind", "law_additive"}
