@@ -96,36 +96,33 @@ def mutate_text(path, rng):
 
 
 def mutate_bytes(path, rng):
-    """Flipped bytes, numbers overwritten, cuts, insertions; often where headers are."""
+    """Flipped bits, numbers overwritten, cuts, insertions; often where headers are."""
     data = bytearray(path.read_bytes())
-    if not data:
-        return
-    where = rng.choice(["head", "tail", "any", "any"])
-    low, high = {"head": (0, 3000), "tail": (len(data) - 6000, len(data))}.get(
-        where, (0, len(data))
-    )
-    low, high = max(low, 0), min(high, len(data))
+    start = rng.choice([0, max(len(data) - 6000, 0), rng.randrange(len(data) + 1)])
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
-        at, kind = rng.randrange(low, high), rng.randrange(7)
-        if kind < 3:
-            data[at % len(data)] ^= 1 << rng.randrange(8)
-        elif kind == 3:
-            data[at % len(data)] = rng.randrange(256)
-        elif kind == 4:
-            number = rng.choice(
-                [0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
-            )
-            width = rng.choice([2, 4, 8])
-            data[at : at + width] = (number & ((1 << 8 * width) - 1)).to_bytes(width, "little")
-        elif kind == 5:
-            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
-        else:
-            del data[at : at + rng.choice([1, 2, 8, 1000, len(data)])]
         if not data:
             break
-        high = min(high, len(data)) or 1
-        low = min(low, high - 1)
+        at, kind = min(start + rng.randrange(3000), len(data) - 1), rng.randrange(6)
+        if kind < 3:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 3:
+            number, width = (
+                rng.choice([0, 1, 2**31 - 1, 2**40, 2**63 - 1, -1]),
+                rng.choice([2, 4, 8]),
+            )
+            data[at : at + width] = (number % 256**width).to_bytes(width, "little")
+        elif kind == 4:
+            data[at:at] = rng.randbytes(rng.randrange(1, 9))
+        else:
+            del data[at : at + rng.choice([1, 2, 8, 1000, len(data)])]
     path.write_bytes(data)
+
+
+LIES = {  # of a safetensors header about a tensor
+    "dtype": ["F32", "F16", "I64", "BOOL", "F8_E4M3", "X", 3, None],
+    "shape": [[], [0], [1 << 62, 4], [-1], [1] * 60, [16, 48], "x"],
+    "data_offsets": [[0, 0], [5, 1], [0, 1 << 62], [-8, 0], [0], "x", [0.5, 2]],
+}
 
 
 def mutate_safetensors(path, rng):
@@ -134,29 +131,19 @@ def mutate_safetensors(path, rng):
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     name = rng.choice([n for n in header if n != "__metadata__"])
-    about, kind = header[name], rng.randrange(8)
-    if kind == 0:
-        about["dtype"] = rng.choice(["F32", "F16", "I64", "BOOL", "F8_E4M3", "X", 3, None])
-    elif kind == 1:
-        about["shape"] = rng.choice(
-            [[], [0], [1 << 62, 4], [-1], [1] * 60, about["shape"][::-1], "x"]
-        )
-    elif kind == 2:
-        about["data_offsets"] = rng.choice(
-            [[0, 0], [5, 1], [0, 1 << 62], [-8, 0], [0], "x", [0.5, 2]]
-        )
-    elif kind == 3:
-        header[rng.choice(["x", "../x", "\x1b[0m", "", "a" * 3000, name + ".bias"])] = header.pop(
-            name
-        )
-    elif kind == 4:
-        header[name + "2"] = dict(about)
+    what = rng.choice([*LIES, "name", "copy", "any", "any", "any"])
+    if what in LIES:
+        header[name][what] = rng.choice(LIES[what])
+    elif what == "name":
+        new = rng.choice(["x", "../x", "\x1b[0m", "", "a" * 3000, name + ".bias"])
+        header[new] = header.pop(name)
+    elif what == "copy":
+        header[name + "2"] = dict(header[name])
     else:
         mutate_object(header, rng)
     text = json.dumps(header).encode()
-    path.write_bytes(
-        struct.pack("<Q", len(text) + rng.choice([0, 0, 0, 1, -1])) + text + data[8 + size :]
-    )
+    length = struct.pack("<Q", len(text) + rng.choice([0, 0, 0, 1, -1]))
+    path.write_bytes(length + text + data[8 + size :])
 
 
 def rezip(data, change):
@@ -170,34 +157,35 @@ def rezip(data, change):
     return out.getvalue()
 
 
+OPCODES = b"().0NRbcdeghijlopqrstu]}\x80\x81\x85\x86\x87\x93\x94\x95QKMJX\x8c"
+NAMES = [
+    (b"FloatStorage", b"LongStorage\n"), (b"_rebuild_tensor_v2", b"_rebuild_tensor_v3"),
+    (b"__0_0.distcp", b"../0_.distcp"), (b"__0_0.distcp", b"/etc/.distcp"),
+    (b"__0_1.distcp", b"__0_0.distcp"), (b"float32", b"float64"), (b"Size", b"load"),
+    (b"transformer", b"transformex"), (b"model.", b"modeX."), (b"storage", b"storagX"),
+]  # fmt: skip
+
+
 def mutate_pickle(data, rng, marker):
     """A byte, an opcode or a name of a pickle; or another pickle altogether."""
     if rng.random() < 0.3:
         return rng.choice(list(evil(marker).values()))
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 5])):
+        if not data:
+            break
         at, kind = rng.randrange(len(data)), rng.randrange(5)
         if kind == 0:
-            data[at] = rng.choice(
-                b"().0NRbcdeghijlopqrstu]}\x80\x81\x85\x86\x87\x93\x94\x95QKMJX\x8c"
-            )
+            data[at] = rng.choice(OPCODES)
         elif kind == 1:
             data[at] ^= 1 << rng.randrange(8)
         elif kind == 2:
-            old, new = rng.choice([
-                (b"FloatStorage", b"LongStorage\n"), (b"_rebuild_tensor_v2", b"_rebuild_tensor_v3"),
-                (b"__0_0.distcp", b"../0_.distcp"), (b"__0_0.distcp", b"/etc/.distcp"),
-                (b"__0_1.distcp", b"__0_0.distcp"), (b"float32", b"float64"), (b"Size", b"load"),
-                (b"transformer", b"transformex"), (b"model.", b"modeX."), (b"storage", b"storagX"),
-            ])  # fmt: skip
-            data = bytearray(bytes(data).replace(old, new, rng.choice([1, -1])))
+            data = data.replace(*rng.choice(NAMES), rng.choice([1, -1]))
         elif kind == 3:
             number = rng.choice([0, 1, 255, 0x7FFFFFFF, 0xFFFFFFFF]).to_bytes(4, "little")
             data[at : at + 4] = b"J" + number[: rng.choice([3, 4])]
         else:
             del data[at : at + rng.choice([1, 3, 200])]
-        if not data:
-            break
     return bytes(data)
 
 
@@ -238,31 +226,23 @@ def mutate_distcp(path, state, rng, marker):
 def mutate_files(folder, rng):
     """A file missing, renamed, doubled, empty, a folder, a link or a pipe."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path = rng.choice(files)
-    kind = rng.randrange(9)
-    if kind == 0:
-        path.unlink()
-    elif kind == 1:
-        path.rename(path.with_name("other" + path.suffix))
-    elif kind == 2:
-        name = rng.choice(["model.safetensors", "model.pt", "config.json", "config.yaml"])
-        path.with_name(name).write_bytes(path.read_bytes())
-    elif kind == 3:
-        path.write_bytes(b"")
+    path, kind = rng.choice(files), rng.randrange(9)
+    whole, other = path.read_bytes(), rng.choice(files).read_bytes()
+    if kind < 4:
+        path.write_bytes([b"", other, whole * 2, whole[:-1]][kind])
     elif kind == 4:
-        path.unlink()
-        path.mkdir()
-    elif kind == 5:
-        path.unlink()
-        path.symlink_to(rng.choice([path.name, "/nowhere", ".", "/dev/null"]))
-    elif kind == 6:
-        path.unlink()
-        os.mkfifo(path)
-    elif kind == 7:
-        other = rng.choice(files)
-        path.write_bytes(other.read_bytes())
+        name = rng.choice(["model.safetensors", "model.pt", "config.json", "config.yaml"])
+        path.with_name(name).write_bytes(whole)
     else:
-        path.write_bytes(path.read_bytes() * 2)
+        path.unlink()
+        if kind == 5:
+            path.mkdir()
+        elif kind == 6:
+            path.symlink_to(rng.choice([path.name, "/nowhere", ".", "/dev/null"]))
+        elif kind == 7:
+            os.mkfifo(path)
+        else:
+            path.with_name("other" + path.suffix).write_bytes(whole)
 
 
 def mutate(folder, rng, marker):
@@ -339,12 +319,8 @@ def put_pickle(folder, data):
 
 
 def main():
-    kind, original, work, count = (
-        sys.argv[1],
-        Path(sys.argv[2]),
-        Path(sys.argv[3]),
-        int(sys.argv[4]),
-    )
+    kind, *folders, count = sys.argv[1:]
+    (original, work), count = map(Path, folders), int(count)
     torch.set_num_threads(1)
     marker = work / "marker"
     failures, opened = [], 0

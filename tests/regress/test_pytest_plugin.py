@@ -4,6 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+# An inner session takes what it imported out of sys.modules: what is large stands here.
+import simlab.experiment
+import simlab.measurement.model_probe
+import simlab.regress.gates
+import simlab.report.style  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("default")  # of the inner sessions' plugins
 
@@ -25,7 +32,7 @@ def suite(pytester, example, monkeypatch):
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
-        result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *args)
+        result = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", *args)
         return result.parseoutcomes(), result.stdout.str()
 
     return run
@@ -104,7 +111,7 @@ def test_basename(growth_regression):
     growth_regression.check(model().bfloat16(), IDS, basename="other")
 """
     )
-    result = pytester.runpytest_subprocess("-q")
+    result = pytester.runpytest_inprocess("-q")
     result.assert_outcomes(passed=3, failed=3)
     folder = pytester.path / "test_own"
     names = sorted(path.name for path in folder.iterdir())
@@ -112,7 +119,7 @@ def test_basename(growth_regression):
     assert "# dtype: bfloat16" in (folder / "other.csv").read_text()
     header = (folder / "test_named_0_.csv").read_text().splitlines()[2]
     assert header == "curve,seed,sublayer,block,kind,norm,kurtosis"
-    pytester.runpytest_subprocess("-q").assert_outcomes(passed=6)
+    pytester.runpytest_inprocess("-q").assert_outcomes(passed=6)
 
 
 def test_records_that_do_not_match(pytester):
@@ -151,7 +158,7 @@ def test_elsewhere(growth_regression):
 """
     )
     for _ in range(3):
-        result = pytester.runpytest_subprocess("-q")
+        result = pytester.runpytest_inprocess("-q")
     result.assert_outcomes(passed=5, failed=3)
     said = result.stdout.str()
     assert said.count("is the curve of another check: give this one a basename") >= 2
@@ -159,7 +166,7 @@ def test_elsewhere(growth_regression):
     assert not (pytester.path / "evil.csv").exists()
     text = path.read_text().replace("2, torch.float32", "1, torch.bfloat16")
     path.write_text(text)
-    said = pytester.runpytest_subprocess("-q").stdout.str()
+    said = pytester.runpytest_inprocess("-q").stdout.str()
     assert "model of seed 1 is recorded and wasn't measured" in said
     assert "was recorded with float32" in said
 

@@ -1,10 +1,13 @@
 """Several jobs on a machine with several GPUs: each has its own."""
 
+import contextlib
 import itertools
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from simlab.sweep.gpu_lock import own_gpu, take_gpu
 
@@ -48,8 +51,6 @@ def test_a_killed_process_leaves_its_gpu(tmp_path):
 
 
 def test_one_gpu_needs_no_lock(monkeypatch, tmp_path):
-    import torch
-
     monkeypatch.setattr(
         "simlab.sweep.gpu_lock.lock_folder", lambda: pytest.fail("asked for a lock")
     )
@@ -60,28 +61,20 @@ def test_one_gpu_needs_no_lock(monkeypatch, tmp_path):
 
 
 def test_of_several_the_free_one_becomes_torchs(monkeypatch, tmp_path):
-    import torch
-
     chosen = []
 
-    class Current:
-        def __init__(self, index):
-            self.index = index
+    @contextlib.contextmanager
+    def current(index):
+        chosen.append(index)
+        yield
 
-        def __enter__(self):
-            chosen.append(self.index)
-
-        def __exit__(self, *_):
-            pass
-
-    class Properties:
-        def __init__(self, index):
-            self.uuid = f"GPU-{index}"
+    def properties(index):
+        return SimpleNamespace(uuid=f"GPU-{index}")
 
     monkeypatch.setattr("simlab.sweep.gpu_lock.lock_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "device", current)
     with own_gpu("auto"), own_gpu("cuda"):
         pass
     with own_gpu("cuda:2"):  # asked for by number: that one it is
