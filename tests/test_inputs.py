@@ -89,14 +89,8 @@ def test_the_checkpoints_own_tokenizer(tmp_path, tokenizer):
     config = ["source=checkpoint", f"source.path={tmp_path / 'm'}", "seeds=0", "inputs=text"]
     ready = prepare(compose([*config, "inputs.prompt='The capital of France is'"]))
     own = Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
-    assert (
-        own.decode(ready.tokens[0].tolist()).replace(" ", "").replace("Ġ", "")
-        == "ThecapitalofFranceis"
-    )
-    assert (
-        ready.tokens[0].tolist()
-        == own.encode("The capital of France is", add_special_tokens=False).ids
-    )
+    expected = own.encode("The capital of France is", add_special_tokens=False).ids
+    assert ready.tokens[0].tolist() == expected
     assert (ready.config.inputs.batch, ready.config.inputs.length) == tuple(ready.tokens.shape)
 
 

@@ -72,10 +72,10 @@ def test_weight_hashes_stay(step):
     assert Checkpoint(str(folder(step))).identity() == {"weight_hash": WEIGHT_HASHES[step]}
 
 
-@pytest.mark.parametrize("step", DEMO_STEPS)
-def test_transformers_computes_the_same(step):
+def test_transformers_computes_the_same():
     import transformers
 
+    step = "final"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder(step), dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -135,19 +135,6 @@ def test_demo_run(tmp_path):
     assert frame.groupby("curve")["seed"].nunique().to_dict() == {"checkpoint": 1, "random": 2}
     last = frame[frame["sublayer"] == 48].groupby("curve")["mean_square"].mean()
     assert last["checkpoint"] < last["random"] / 2  # measured on 256 bytes: 13.2 against 45.7
-
-
-@pytest.mark.slow
-def test_the_trajectory(tmp_path):
-    done = in_process(
-        "-m", "source=demo", "source.step=0,100,1000,final", "seeds=0", "inputs.length=32",
-        "device=cpu", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    runs = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/*/summary.json")]
-    assert {run["config"]["source"]["step"] for run in runs} == set(DEMO_STEPS)
-    assert len({run["weight_hash"] for run in runs}) == 4
-    assert "have the same" not in done.stdout
 
 
 def test_sweep_table_of_checkpoints(capsys):

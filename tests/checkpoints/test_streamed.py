@@ -15,7 +15,6 @@ from simlab.checkpoints.storage import MappedFiles, Piece, StoredTensor, check_p
 from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool
 from simlab.config import ConfigError
 from simlab.measurement.engine import measure_curves
-from simlab.weights.base import Weights
 
 CPU = torch.device("cpu")
 
@@ -160,21 +159,6 @@ def test_checkpoint_table(tmp_path):
         assert row["kurtosis"] == pytest.approx(kurtosis.item(), rel=1e-5)
         assert row["std"] == pytest.approx(w.std(correction=0).item(), rel=1e-5, abs=1e-6)
         assert (row["min"], row["max"]) == (w.min().item(), w.max().item())
-
-
-def test_streamed_matches_materialised(tmp_path, monkeypatch):
-    """The engine's curve with streamed products, and with nn.Linear holding the same weights."""
-    write_olmo(tmp_path / "m")
-    ids = torch.randint(61, (3, 23), generator=torch.Generator().manual_seed(0))
-    (streamed_rows,) = measure_curves(
-        Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True
-    )
-    monkeypatch.setattr(Checkpoint, "block", Weights.block)
-    monkeypatch.setattr(Checkpoint, "linear", Weights.linear)
-    (dense_rows,) = measure_curves(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32, True)
-    for a, b in zip(streamed_rows.rows, dense_rows.rows, strict=True):
-        torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5, equal_nan=True)
-        torch.testing.assert_close(a.gradient, b.gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_only_needed_rows_are_read(tmp_path):

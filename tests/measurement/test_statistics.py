@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, STANDARD_ERRORS, write_olmo
+from conftest import PARITY, write_olmo
 
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.measurement.block_probe import Reducer
@@ -56,11 +56,6 @@ def test_kurtosis():
     x = stream()
     by_hand = x.pow(4).mean(-1) / x.pow(2).mean(-1).pow(2)
     assert value("kurtosis", Step(after=x)) == pytest.approx(by_hand.mean().item(), rel=SINGLE)
-    gaussian = torch.randn(4, 50, 4000, generator=torch.Generator().manual_seed(1)).double()
-    # An entry's kurtosis estimate from d draws has std √(24/d); 200 tokens.
-    assert value("kurtosis", Step(after=gaussian)) == pytest.approx(
-        3, abs=STANDARD_ERRORS * (24 / 8e5) ** 0.5
-    )
     spike = torch.zeros(1, 3, 40, dtype=torch.float64)
     spike[..., 7] = -2.0
     assert value("kurtosis", Step(after=spike)) == pytest.approx(40)

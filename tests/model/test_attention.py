@@ -79,25 +79,3 @@ def test_yarn_against_transformers(factor):
     assert ours[1] == pytest.approx(scale, rel=1e-12)
     preset = compose(["model=olmo3_7b"]).shape
     assert preset.yarn == YarnConfig(8.0, 8192, 32.0, 1.0, None)
-
-
-def test_per_head_qk_norm_against_qwen3():
-    """Qwen 3's attention norms each head by itself."""
-    from transformers import Qwen3Config
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
-
-    config = Qwen3Config(
-        hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-        rms_norm_eps=1e-3, attention_bias=False, attn_implementation="eager",
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    theirs = Qwen3Attention(config, 0).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.2)
-    ours = attention("model.qk_norm=per_head", "norm.eps=1e-3")
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 9, 48)
-    angles = Qwen3RotaryEmbedding(config)(x, torch.arange(9)[None])
-    mask = torch.full((9, 9), -torch.inf).triu(1)[None, None]
-    torch.testing.assert_close(ours(x), theirs(x, angles, mask)[0], **PARITY)

@@ -244,14 +244,11 @@ def save_all(figures_, folder):
 @pytest.mark.parametrize(
     "axes",
     [
-        {"width": range(1, 31)},
         {"source.path": [f"/some/where/far/off/in/a/folder/step{i}" for i in range(20)]},
-        {"model": [f"model_{i}" for i in range(14)], "width": [1, 2, 4]},
         {"width": range(1, 15), "init.std": [0.1 * i for i in range(1, 16)]},
         {"norm_placement": list("abcdefghijk"), "init.std": [1, 2, 3, 4], "width": [8, 16, 32, 64]},
         {"norm.eps": [1e-6, 1e-5, 1e-4], "init": list("abcd"), "width": [1, 2, 3], "qk": list("xyz"),
          "inputs.length": [4, 8]},
-        {"init.truncate": [None, 3.0], "gradients": [True, False]},
         {"a": list("abcdefghijklmnopqrstuvwxyzäöü"), "b": list("abcdefg")},
     ],
     ids=lambda axes: " × ".join(f"{key} {len(values)}" for key, values in axes.items()),
