@@ -96,7 +96,7 @@ def test_checkpoint_gradients_match_transformers(tmp_path, changes):
 @pytest.mark.parametrize("engine", ["dense", "weightless"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows_float32(engine, dtype):
-    """The stream within 2 %; its gradient within 5 %, though entries are about 1e-6: it travels scaled."""
+    """The stream within 2 %, its gradient within 5: entries are about 1e-6, it travels scaled."""
     options = ["gradients=true", f"engine={engine}", "init.std=0.3", "inputs.batch=40"]
     full, half = (run(tiny(*options, f"dtype={d}")).curve for d in ("float32", dtype))
     np.testing.assert_allclose(half["gradient_rms"], full["gradient_rms"], rtol=0.05)
