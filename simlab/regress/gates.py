@@ -329,18 +329,13 @@ def stack(
         row_of.append(rows)
         names.extend([quantity] * len(rows))
 
-    names_of = list(quantities)
-    a_SRQ, b_SRQ = (
-        np.stack(
-            [
-                rows[names_of].to_numpy(np.float64)
-                for _, rows in frame.groupby(["curve", "seed"], sort=False)
-            ]
-        )
-        for frame in (expected, got)
-    )
+    grouped = [frame.groupby(["curve", "seed"], sort=False) for frame in (expected, got)]
+    measured_SRQ = [
+        np.stack([rows[list(quantities)].to_numpy(np.float64) for _, rows in seeds])
+        for seeds in grouped
+    ]
     for i, q in enumerate(quantities):
-        a, b = a_SRQ[..., i].copy(), b_SRQ[..., i].copy()
+        a, b = (every[..., i].copy() for every in measured_SRQ)
         a[np.isinf(a)], b[np.isinf(b)] = np.nan, np.nan
         signed = q in SIGNED or (a <= 0).any() or (b <= 0).any()
         if signed and not np.isnan(a).all():
