@@ -291,7 +291,7 @@ def test_a_full_disk_loses_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_what_else_of_hydra_is_asked_for(whole, tmp_path, monkeypatch):
+def test_what_else_of_hydra_is_asked_for(whole, tmp_path):
     """Callbacks, folders by name, another working directory: Hydra launches, with the same result."""
     (tmp_path / "told.py").write_text(
         "from hydra.experimental.callback import Callback\n"
@@ -301,12 +301,12 @@ def test_what_else_of_hydra_is_asked_for(whole, tmp_path, monkeypatch):
         "            open('told', 'a').write(name + '\\n')\n"
         "        return object.__getattribute__(self, name)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    done = in_process(
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = simlab(
         "-m", *SMALL, "depth=1,2", "init.std=0.02", "norm=pre", "hydra.sweep.dir=sweep",
         "+hydra.callbacks.told._target_=told.Told",
         "hydra.sweep.subdir='depth-${depth}/${hydra.job.override_dirname}'",
-        cwd=tmp_path,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = (tmp_path / "told").read_text().split()
@@ -315,20 +315,22 @@ def test_what_else_of_hydra_is_asked_for(whole, tmp_path, monkeypatch):
         (curve,) = (tmp_path / "sweep" / f"depth-{depth}").glob("*/curve.csv")
         assert curve.read_bytes() == (whole / str(job) / "curve.csv").read_bytes()
     assert pd.read_parquet(tmp_path / "sweep/sweep.parquet")["depth"].unique().tolist() == [1, 2]
-    again = in_process(
+    again = simlab(
         "-m", *SMALL, "depth=1,2", "init.std=0.02", "norm=pre", "hydra.job.chdir=true",
         "hydra.sweep.dir=moved", cwd=tmp_path,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert len(list((tmp_path / "outputs" / "results").iterdir())) == 2
-    named = in_process(
+    named = simlab(
         "-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=job-${hydra.job.num}", "hydra.sweep.dir=named",
         cwd=tmp_path,
     )  # fmt: skip
     assert named.returncode == 0, named.stderr
-    folders = sorted(path.parent.name for path in tmp_path.glob("named/*/summary.json"))
-    assert folders == ["job-0", "job-1"]
-    same = in_process("-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=one", cwd=tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("named/*/summary.json")} == {
+        "job-0",
+        "job-1",
+    }
+    same = simlab("-m", *SMALL, "depth=1,2", "hydra.sweep.subdir=one", cwd=tmp_path)
     assert (same.returncode, len(same.stderr.splitlines())) == (2, 1)
     assert "gives several jobs the same folder" in same.stderr
 
