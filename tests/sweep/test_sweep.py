@@ -1,6 +1,7 @@
 """Sweeps as a user runs them: one report, resumed after anything, the same bytes in every launcher."""
 
 import json
+import os
 import random
 import resource
 import shutil
