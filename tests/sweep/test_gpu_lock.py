@@ -7,7 +7,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from simlab.sweep.gpu_lock import own_gpu, take_gpu
 
@@ -51,6 +50,8 @@ def test_a_killed_process_leaves_its_gpu(tmp_path):
 
 
 def test_one_gpu_needs_no_lock(monkeypatch, tmp_path):
+    import torch  # not above: the processes that are started import this file
+
     monkeypatch.setattr(
         "simlab.sweep.gpu_lock.lock_folder", lambda: pytest.fail("asked for a lock")
     )
@@ -61,6 +62,8 @@ def test_one_gpu_needs_no_lock(monkeypatch, tmp_path):
 
 
 def test_of_several_the_free_one_becomes_torchs(monkeypatch, tmp_path):
+    import torch  # not above: the processes that are started import this file
+
     chosen = []
 
     @contextlib.contextmanager
