@@ -431,8 +431,8 @@ def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):
 
 @pytest.mark.parametrize("lengths", [["inputs.length=4096"], ["-m", "inputs.length=64,4096"]])
 def test_what_is_too_large_is_refused_before_anything_starts(tmp_path, lengths):
-    sizes = ["engine=dense", "inputs.batch=4096", *lengths, "gradients=true"]
-    done = in_process("model=olmo2_7b", "device=cpu", *sizes, cwd=tmp_path)
+    sizes = [*lengths, "engine=dense", "inputs.batch=4096", "gradients=true"]
+    done = in_process(*sizes, "model=olmo2_7b", "device=cpu", cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "needs about" in done.stderr
     assert "would fit" in done.stderr
