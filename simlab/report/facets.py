@@ -1,32 +1,28 @@
-"""Which swept key becomes colour, which panels: the layout of a sweep's figures, and its key."""
+"""Which swept key becomes colour, columns and rows of a sweep's figures, and what is left out."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 
-from simlab.report.style import finish
+from simlab.report.style import COLOURS, LABELS
 
-COLOURS_TOLD_APART = 6  # of categories; beyond, each gets its panel
-LEGEND = 8  # entries for values; beyond, a colour bar, or some of the names
-LONG = 18  # characters of an entry
-GRID = 24  # panels
-COLUMNS, ROWS = 4, 6
+SHADES, TOLD_APART = 8, 6  # colours, of numbers and of categories
+COLUMNS, ROWS, PANELS = 4, 6, 24  # of panels; those of a single key wrap
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
-GREY = "#9a9a9a"  # what the coloured curves are held against
 SEEDS = ("first_seed", "seeds")  # what bands are made of
+PART = "part"  # column of what isn't swept and still has its panels: which λ, which statistic
+GREY = "#9a9a9a"  # what the coloured curves are held against
 
 
 def value_text(value: Any) -> str:
@@ -37,27 +33,19 @@ def value_text(value: Any) -> str:
         return str(bool(value)).lower()
     if isinstance(value, int | np.integer):
         return str(int(value))
-    number = _number(value)
-    if number is None:
+    if not is_number(value):
         return str(value)
+    number = float(value)
     # 1e15: beyond, an integral float may not be the integer that it prints
     return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.12g}"
 
 
-def _number(value: Any) -> float | None:
-    """The finite number that a value is or spells; not of a boolean."""
-    if isinstance(value, bool | np.bool_) or value is None:
-        return None
+def is_number(value: Any) -> bool:
+    """Whether a value is, or its text spells, a finite number."""
     try:
-        number = float(value)
+        return math.isfinite(float(value))
     except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def is_number(text: str) -> bool:
-    """Whether a value's text spells a finite number."""
-    return _number(text) is not None
+        return False
 
 
 def shorten(text: str, most: int) -> str:
@@ -72,270 +60,151 @@ def key_text(key: str) -> str:
     return "norm" if key == "norm_placement" else key
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A swept key with the values' texts; numbers, ascending, where all of them are."""
-
-    key: str
-    values: tuple[str, ...]
-    numbers: tuple[float, ...] | None
-
-    @property
-    def positions(self) -> tuple[float, ...]:
-        """Where the values lie on an x axis: at their numbers, else side by side."""
-        return self.numbers or tuple(range(len(self.values)))
-
-    @property
-    def geometric(self) -> bool:
-        """Whether a log axis spaces the values more evenly than a linear one."""
-        x = self.numbers
-        if x is None or min(x) <= 0 or len(x) < 2:
-            return False
-        if len(x) == 2:
-            return x[1] > 4 * x[0]
-        steps, ratios = np.diff(x), np.diff(np.log(x))
-        return bool(ratios.std() / ratios.mean() < steps.std() / steps.mean())
-
-    def label(self, value: str, most: int = 24) -> str:
-        """``key=value``, as on the command line."""
-        return f"{key_text(self.key)}={shorten(value, most)}"
-
-    def thinned(self, most: int) -> Axis:
-        """At most ``most`` values, evenly spaced, the first and the last among them."""
-        return self.only(evenly(len(self.values), most))
-
-    def only(self, which: Sequence[int]) -> Axis:
-        """Some of the values, by their places."""
-        numbers = None if self.numbers is None else tuple(self.numbers[i] for i in which)
-        return replace(self, values=tuple(self.values[i] for i in which), numbers=numbers)
+def label(key: str, value: str) -> str:
+    """``key=value``, as on the command line."""
+    return value if key == PART else f"{key_text(key)}={shorten(value, 24)}"
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of the places 0 … count − 1, the first and the last among them."""
-    return [int(i) for i in np.linspace(0, count - 1, min(count, most)).round()]
+def labelled(
+    frame: pd.DataFrame, swept: Mapping[str, Sequence[Any]]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The frame with swept values as categories of texts, and the keys with several, without seeds.
+
+    Numbers ascend, others are in the order given.
+    """
+    texts: dict[str, pd.Categorical] = {}
+    for key in (key for key in swept if key in frame and key not in SEEDS):
+        codes, values = pd.factorize(frame[key], use_na_sentinel=False)
+        found = [value_text(value) for value in values]
+        order = [v for v in dict.fromkeys(map(value_text, swept[key])) if v in found]
+        order += sorted(set(found) - set(order))
+        if all(map(is_number, order)):
+            order.sort(key=float)
+        texts[key] = pd.Categorical(np.array(found, object)[codes], order)
+    return frame.assign(**texts), [k for k, v in texts.items() if len(v.categories) > 1]
 
 
-def axes_of(frame: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> list[Axis]:
-    """The swept keys that still have two values in a frame of texts (``labelled``), without seeds."""
-    axes = []
-    for key, given in swept.items():
-        if key in SEEDS or key not in frame:
-            continue
-        found = set(frame[key])
-        values = [value for value in dict.fromkeys(map(value_text, given)) if value in found]
-        values += sorted(found - set(values))
-        if len(values) < 2:
-            continue
-        numbers = [_number(value) for value in values]
-        if None in numbers:
-            axes.append(Axis(key, tuple(values), None))
-        else:
-            pairs = sorted((number, value) for number, value in zip(numbers, values, strict=True)
-                           if number is not None)  # fmt: skip
-            axes.append(Axis(key, tuple(v for _, v in pairs), tuple(x for x, _ in pairs)))
-    return axes
+def values_of(column: pd.Series) -> list[str]:
+    """A category's values that occur, in order."""
+    return list(column.cat.remove_unused_categories().cat.categories)
 
 
-def labelled(frame: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """The frame with its swept columns as texts."""
-    keys = [key for key in swept if key in frame and key not in SEEDS]
-    return frame.assign(**{key: _texts(frame[key]) for key in keys})
-
-
-def _texts(column: pd.Series) -> np.ndarray:
-    codes, values = pd.factorize(column, use_na_sentinel=False)
-    return np.array([value_text(value) for value in values], object)[codes]
+def numbers(column: pd.Series) -> list[float] | None:
+    """A category's values as numbers; None where one isn't."""
+    values = values_of(column)
+    return [float(v) for v in values] if all(map(is_number, values)) else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which swept key is colour, which are panels, and which are fixed at one value.
+    """The rows that a figure shows, and the keys of its colours, columns and rows.
 
-    panels: at most two keys, columns then rows; a single one's panels wrap. notes: what isn't shown.
+    ``frame`` has a column ``ink``: a colour's name in ``palette``. Beside a checkpoint, random
+    inits are grey; where the init is coloured, checkpoints are. notes: what the figure leaves out.
     """
 
-    colour: Axis | None
-    panels: tuple[Axis, ...] = ()
-    fixed: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def cells(self) -> list[dict[str, str]]:
-        """Each panel's key → value, row by row."""
-        axes = self.panels[::-1]
-        keys = [axis.key for axis in axes]
-        every = itertools.product(*(axis.values for axis in axes))
-        return [dict(zip(keys, values, strict=True)) for values in every]
-
-    @property
-    def columns(self) -> int:
-        """How many panels stand side by side."""
-        side = len(self.panels[0].values) if self.panels else 1
-        if side <= COLUMNS:
-            return side
-        return 3 if side in (5, 6, 9) else COLUMNS
-
-    def title(self, cell: Mapping[str, str], inches: float) -> str:
-        """A panel's title, in lines that fit its width."""
-        lines: list[str] = []
-        for axis in self.panels:
-            label = axis.label(cell[axis.key])
-            if lines and len(lines[-1]) + len(label) < 11 * inches:
-                lines[-1] += f", {label}"
-            else:
-                lines.append(label)
-        return "\n".join(lines)
-
-    def shown(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The rows that the fixed keys leave."""
-        return matching(frame, dict(self.fixed))
+    frame: pd.DataFrame
+    colour: str | None
+    column: str | None
+    row: str | None
+    palette: Mapping[str, str]
+    notes: Sequence[str]
 
 
-def matching(frame: pd.DataFrame, cell: Mapping[str, str]) -> pd.DataFrame:
-    """The rows of a panel."""
-    for key, value in cell.items():
-        frame = frame[frame[key] == value]
-    return frame
+def plan(frame: pd.DataFrame, keys: Sequence[str], coloured: bool = True, panels: int = 2) -> Plan:
+    """Lay out swept keys as colour, columns and rows; further keys keep their first value.
 
-
-def plan(axes: Sequence[Axis], coloured: bool = True, most: int = GRID) -> Plan:
-    """Lay out up to three swept keys as colour, columns and rows; further keys keep one value.
-
-    Colour is a checkpoint's steps, else the numeric key with most values. Categories come before
-    numbers as panels. Where the panels would be more than ``most``, some values of a key are shown.
-    The plan's notes say what is left out.
+    Colour is a checkpoint's steps, else the numeric key with most values, else the category with
+    fewest. Categories come before numbers as panels. Of too many values evenly spaced ones are shown.
     """
-    colour = _colour(axes) if coloured else None
-    rest = [axis for axis in axes if axis is not colour]
-    rest.sort(key=lambda axis: (axis.numbers is not None, len(axis.values)))
-    panels, fixed = rest[:2], rest[2:]
-    notes = [f"{a.label(a.values[0])} alone, of its {len(a.values)} values" for a in fixed]
-    panels.sort(key=lambda axis: len(axis.values) > COLUMNS)
-    room = [most]
-    if len(panels) == 2:
-        columns = min(COLUMNS, len(panels[0].values))
-        room = [columns, min(ROWS, most // columns)]
-    shown = [axis.thinned(count) for axis, count in zip(panels, room, strict=False)]
-    for axis, some in zip(panels, shown, strict=True):
-        if len(some.values) < len(axis.values):
-            count = f"{len(some.values)} of the {len(axis.values)}"
-            notes.append(f"{count} values of {key_text(axis.key)}")
-    return Plan(
-        colour,
-        tuple(shown),
-        tuple((axis.key, axis.values[0]) for axis in fixed),
-        (f"Shown: {'; '.join(notes)}.",) if notes else (),
-    )
+    count = {key: frame[key].nunique() for key in keys if frame[key].nunique() > 1}
+    number = [key for key in count if numbers(frame[key])]
+    choice = [key for key in count if key in SOURCE]
+    choice += sorted(number, key=lambda key: (-count[key], key != "depth"))
+    choice += sorted((k for k in count if count[k] <= TOLD_APART), key=lambda key: count[key])
+    colour = choice[0] if choice and coloured else None
+    rest = sorted((key for key in count if key != colour), key=lambda k: (k in number, count[k]))
+    shown = sorted(rest[:panels], key=lambda key: count[key] > COLUMNS)
+    most = dict.fromkeys(rest, 1) | dict.fromkeys(shown, PANELS)
+    most |= dict(zip(shown, (COLUMNS, ROWS), strict=True)) if len(shown) == 2 else {}
+    notes = []
+    for key, room in (most | ({colour: SHADES} if colour else {})).items():
+        values = values_of(frame[key])
+        some = [values[int(i)] for i in np.linspace(0, len(values) - 1, room).round()]
+        if len(values) > room:
+            frame = frame[frame[key].isin(some)]
+            alone = f"{label(key, some[0])} alone, of its {len(values)} values"
+            several = f"{room} of the {len(values)} values of {key_text(key)}"
+            notes.append(alone if room == 1 else several)
+    frame = frame.assign(**{key: frame[key].cat.remove_unused_categories() for key in count})
+    ink = names = frame["curve"].map(LABELS)
+    palette = {LABELS[name]: shade for name, shade in COLOURS.items()}
+    if colour:
+        values = values_of(frame[colour])
+        scale = "viridis" if colour in (*number, *ORDERED) else "deep"
+        shades = sns.color_palette(scale, len(values)).as_hex()
+        palette = dict(zip(values, shades, strict=True)) | dict.fromkeys(palette, GREY)
+        main = "random" if colour.startswith("init") else "checkpoint"
+        beside = frame.groupby("job")["curve"].transform("nunique") > 1
+        ink = frame[colour].astype(object).mask(beside & (frame["curve"] != main), names)
+    said = [f"Shown: {'; '.join(notes)}."] if notes else []
+    column, row = [*shown, None, None][:2]
+    return Plan(frame.assign(ink=ink), colour, column, row, palette, said)
 
 
-def _colour(axes: Sequence[Axis]) -> Axis | None:
-    for axis in axes:
-        if axis.key in SOURCE:
-            return axis
-    numeric = [axis for axis in axes if axis.numbers]
-    if numeric:
-        return max(numeric, key=lambda axis: (len(axis.values), axis.key == "depth"))
-    fewest = min(axes, key=lambda axis: len(axis.values), default=None)
-    return fewest if fewest and len(fewest.values) <= COLOURS_TOLD_APART else None
+def name_colours(ax: Axes, made: Plan, marker: str | None = None) -> None:
+    """The legend's entries for the plan's colours, and for the curves in grey."""
+    for ink, colour in made.palette.items():
+        if ink in set(made.frame["ink"]):
+            name = ink if ink in LABELS.values() else label(str(made.colour), ink)
+            ax.plot([], [], color=colour, lw=2, marker=marker, ms=4.5, label=name)
 
 
-SEQUENCE = LinearSegmentedColormap.from_list(  # viridis without its yellow, too pale on white
-    "sequence", sns.color_palette("viridis", 256)[:226]
-)
-
-
-def _scale(axis: Axis) -> Normalize:
-    """Of a colour bar: a numeric axis from end to end."""
-    numbers = axis.positions
-    kind = LogNorm if axis.geometric else Normalize
-    return kind(min(numbers), max(numbers))
-
-
-def _on_a_bar(axis: Axis) -> bool:
-    return axis.numbers is not None and len(axis.values) > LEGEND
-
-
-def colours(axis: Axis | None) -> dict[str, str]:
-    """A colour per value: a sequence for numbers, checkpoints' steps and many, else distinct ones."""
-    if axis is None:
-        return {}
-    values, count = axis.values, len(axis.values)
-    if _on_a_bar(axis):
-        scale = _scale(axis)
-        shades = [float(scale(x)) for x in axis.positions]
-    elif axis.numbers or axis.key in ORDERED or count > LEGEND:
-        shades = [i / (count - 1) for i in range(count)]
-    else:
-        return dict(zip(values, sns.color_palette("deep", LEGEND).as_hex(), strict=False))
-    return {v: to_hex(SEQUENCE(shade)) for v, shade in zip(values, shades, strict=True)}
+def name_band(ax: Axes, seeds: pd.Series) -> None:
+    """The legend's entry for the bands over so many seeds; none where curves have one seed."""
+    counts = sorted({count for count in seeds if count > 1})
+    if counts:
+        count = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+        name = f"{count} seeds: mean, min to max"
+        ax.fill_between([], [], [], color=".5", alpha=0.35, lw=0, label=name)
 
 
 def grid(
-    count: int,
-    columns: int,
-    size: tuple[float, float],
-    below: str,
+    frame: pd.DataFrame,
+    column: str | None,
+    row: str | None,
+    labels: tuple[str, str],
     *,
-    blocks: int = 1,
-    alike: bool = True,
-) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels in each of its blocks; a block starts a row.
+    size: tuple[float, float] | None = None,
+    alike: bool | str = True,
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel per value of ``column`` × ``row``: each with its title and its rows.
 
-    size: of a panel, in inches. below: what the x axes are. alike: panels of a row have one y axis.
-    """  # fmt: skip
-    rows = math.ceil(count / columns)
+    labels: of the x and y axes. size: of a panel, in inches. alike: which panels share a y axis.
+    """
+    columns, rows = (frame[key].nunique() if key else 1 for key in (column, row))
+    panels, wrap = columns * rows, None
+    if column and not row and alike != "col":
+        side = 3 if panels in (3, 5, 6, 9) else COLUMNS
+        columns = wrap = min(panels, side if alike else 2)
+    wide, high = size or ((7.5, 4.4) if panels == 1 else (4.4, 3.6) if panels <= 4 else (3.3, 2.6))
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        wide = max(columns * size[0], 8.5)  # room for the legend
-        figure = Figure(figsize=(wide, blocks * rows * size[1] + 1.2), layout="constrained")
-        every = figure.subplots(blocks * rows, columns, squeeze=False)
-    panels = []
-    for (row, column), ax in np.ndenumerate(every):
-        place = row % rows * columns + column
-        if place >= count:
-            ax.remove()
-            continue
-        panels.append(ax)
-        last = row >= rows * (blocks - 1) and place + columns >= count
-        ax.set_xlabel(below if last else "")
-        ax.tick_params(which="both", labelbottom=last, labelleft=not alike or column == 0)
-    return figure, panels
-
-
-def entries(ax: Axes, colour: Axis | None) -> None:
-    """The colours in the legend, of many some; none where a bar shows them."""
-    if colour is None or _on_a_bar(colour):
-        return
-    named = colours(colour)
-    for value in (colour.values[i] for i in evenly(len(colour.values), LEGEND)):
-        label = shorten(value, LONG) if _long(colour) else colour.label(value)
-        ax.plot([], [], color=named[value], lw=2.5, label=label)
-
-
-def _long(axis: Axis) -> bool:
-    """Whether a legend with ``key=value`` would be too wide."""
-    return any(len(axis.label(value, 1000)) > LONG for value in axis.values)
-
-
-def finished(
-    figure: Figure, axes: Sequence[Axes], colour: Axis | None, lines: Sequence[str]
-) -> Figure:
-    """A bar for the colours where they are many numbers, then the frame; the first panel's legend."""
-    if colour is not None and _on_a_bar(colour):
-        bar = figure.colorbar(
-            ScalarMappable(_scale(colour), SEQUENCE), ax=list(axes), label=key_text(colour.key),
-            aspect=30, pad=0.01, shrink=min(1, 6 / figure.get_figheight()),
+        made = sns.FacetGrid(
+            frame, col=column, row=row, height=high, aspect=wide / high, sharey=alike,
+            col_wrap=wrap, despine=False,
         )  # fmt: skip
-        bar.outline.set_visible(False)
-    elif colour is not None:
-        if _long(colour):
-            lines = [*lines, f"Coloured by {key_text(colour.key)}."]
-        if len(colour.values) > LEGEND:
-            lines = [*lines, f"Of {len(colour.values)} colours the legend names {LEGEND}."]
-    return finish(figure, axes[:1], lines)
-
-
-def hero(part: pd.DataFrame, colour: Axis | None) -> str:
-    """The curve that the colours are of: the checkpoint's, but where what is swept is the init."""
-    if (part["curve"] == "checkpoint").any() and not (colour and colour.key.startswith("init")):
-        return "checkpoint"
-    return "random" if (part["curve"] == "random").any() else "checkpoint"
+    plt.close(made.figure)  # pyplot needs it no longer
+    made.figure.set_layout_engine("constrained")
+    made.figure.set_size_inches(max(columns * wide, 8.5), math.ceil(panels / columns) * high + 1.2)
+    for i, ax in enumerate(made.axes.flat):
+        last, first = i + columns >= panels, i % columns == 0
+        ax.set(xlabel=labels[0] if last else "", ylabel=labels[1] if first else "", title="")
+        ax.tick_params(which="both", labelbottom=last, labelleft=first or alike in (False, "col"))
+    names = [key for key in (row, column) if key]
+    for value, ax in made.axes_dict.items():
+        values = value if len(names) == 2 else (value,)
+        lines = "\n".join(label(*item) for item in zip(names, values, strict=True))
+        ax.set_title(lines, fontsize=10, color=".35")
+    return made.figure, [
+        (made.facet_axis(i, j, False), part) for (i, j, _), part in made.facet_data()
+    ]

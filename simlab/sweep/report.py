@@ -139,6 +139,8 @@ def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
         }
         for key in LAMBDAS:
             row |= _interval(key, summary["lambda"][name].get(key))
+        for key in (f"lambda_token_{law}" for law in summary["theories"][name]):
+            row[key] = _number(summary["lambda"][name].get(key))
         row |= {
             "loss": _number(loss["value"]) if loss else np.nan,
             **_laws(summary["theories"][name]),
@@ -168,9 +170,12 @@ def _interval(name: str, estimate: Mapping[str, float | None] | None) -> dict[st
 
 def report(folder: Path) -> bool:
     """Write and show a sweep's report. Whether every job succeeded. Raises ConfigError, OSError."""
+    import matplotlib
+
     from simlab.report import console, style
     from simlab.report import sweep_figures as swept
 
+    matplotlib.use("agg")  # seaborn's grids are pyplot's figures: these need no window
     jobs, keys = read_entries(folder)
     done = [each for each in jobs if each.status == "done"]
     failed = [each for each in jobs if each.status == "failed"]

@@ -1,7 +1,6 @@
-"""Which figures a sweep gets, that nothing swept is averaged unsaid, and tables of 80 columns."""
+"""Figures of a sweep: which there are, the numbers in them, and what titles say is left out."""
 
 import functools
-import io
 import itertools
 import math
 from types import SimpleNamespace
@@ -10,71 +9,52 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from simlab.config.validate import compose
 from simlab.experiment import run
-from simlab.report.facets import GREY, axes_of, plan, shorten, value_text
+from simlab.report.facets import GREY, labelled, plan, shorten, value_text
 from simlab.report.style import save
-from simlab.report.sweep_figures import figures, prepared
-from simlab.report.sweep_scans import law_lambdas
-from simlab.report.sweep_table import failed_table, jobs_table
+from simlab.report.sweep_figures import figures
 from simlab.sweep import report
 from simlab.sweep.plan import TAKEN
 
 matplotlib.use("Agg")
 
 SHAPE = ["model=small", "width=64", "heads=4", "kv_heads=4", "d_ff=128", "vocab_size=512"]
-BASE = [*SHAPE, "inputs.length=32", "device=cpu", "seeds=3"]
+BASE = [*SHAPE, "inputs.length=16", "device=cpu", "seeds=3"]
 
 
-def sweep(base, **axes):
-    """A sweep's two frames and its axes, as ``python -m simlab.run -m`` gives them.
+@functools.cache
+def sweep(*base, **axes):
+    """A sweep's two frames and its keys with their values, as its report has them.
 
-    axes: override's key with __ for a dot: its values.
+    axes: an override's key with __ for a dot: its values.
     """
-    keys = [key.replace("__", ".") for key in axes]
-    named = [TAKEN.get(key, key) for key in keys]
+    names = [key.replace("__", ".") for key in axes]
+    keys = [TAKEN.get(name, name) for name in names]
     frames, jobs = [], []
     for job, values in enumerate(itertools.product(*axes.values())):
-        overrides = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+        overrides = [f"{key}={value}" for key, value in zip(names, values, strict=True)]
         result = run(compose([*base, *overrides]))
-        of_job = dict(zip(named, values, strict=True))
+        of_job = dict(zip(keys, values, strict=True))
         jobs.append(SimpleNamespace(number=job, values=of_job, summary=result.summary))
-        frame = result.curve.copy()
-        for key, value in reversed([("job", job), *of_job.items()]):
-            frame.insert(0, key, value)
-        frames.append(frame)
-    of_axes = zip(named, axes.values(), strict=True)
-    swept = {name: list(values) for name, values in of_axes if len(values) > 1}
+        frames.append(result.curve.assign(**({"job": job} | of_job)))
     curves = pd.concat(frames, ignore_index=True)
+    swept = {key: list(values) for key, values in zip(keys, axes.values(), strict=True)}
     return curves, report.rows(jobs, curves), swept
 
 
-@functools.cache
-def example():
-    """Three keys, the README's: depth × init.std × norm."""
-    return sweep(
-        BASE, depth=(2, 4, 8), init__std=(0.01, 0.02), norm=("reordered", "pre", "swin_renorm")
-    )
+def three_keys():
+    return sweep(*BASE, depth=(2, 4), init__std=(0.01, 0.02), norm=("pre", "swin_renorm"))
 
 
-@functools.cache
-def of_depth():
-    return sweep(BASE, depth=(2, 4, 8))
+def widths():
+    return sweep(*BASE, "depth=2", "gradients=true", width=(32, 64), init=("normal", "fan_in"))
 
 
-@functools.cache
-def of_width():
-    return sweep(
-        [*BASE, "depth=3", "gradients=true"], width=(16, 32, 64), init=("normal", "fan_in")
-    )
-
-
-@functools.cache
-def of_demo():
+def steps():
     base = ["source=demo", "device=cpu", "seeds=2", "source.weights=false", "inputs.length=16"]
-    return sweep(base, source__step=("0", "100", "final"))
+    return sweep(*base, source__step=("0", "final"))
 
 
 def drawn(frames):
@@ -82,287 +62,220 @@ def drawn(frames):
     return figures(curves, jobs, swept, "t")
 
 
-def heights(ax):
-    return [np.asarray(line.get_ydata(), float) for line in ax.lines]
-
-
-def has(ax, values):
-    """Whether a line of the panel has just these heights."""
-    values = np.asarray(values, float)
-    return any(
-        len(y) == len(values) and np.array_equal(y, values, equal_nan=True) for y in heights(ax)
-    )
+def has(ax, values, colour=None):
+    """Whether a line of the panel has just these heights, and this colour where one is given."""
+    lines = [line for line in ax.lines if colour in (None, line.get_color())]
+    heights = [np.asarray(line.get_ydata(), float) for line in lines]
+    return any(len(y) == len(values) and np.allclose(y, values, rtol=1e-12) for y in heights)
 
 
 def titled(figure):
-    return {ax.get_title().replace("\n", ", "): ax for ax in figure.axes}
+    """The panels by their titles' lines."""
+    return {frozenset(ax.get_title().split("\n")): ax for ax in figure.axes}
 
 
 def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def lines_of(table):
-    console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(table)
-    return [line.rstrip() for line in console.export_text().splitlines()]
+def test_what_was_swept_decides_which_figures_there_are():
+    scans = {"lambda_depth", "lambda_init.std"}
+    assert set(drawn(three_keys())) == {"growth", "heatmap"} | scans
+    assert set(drawn(widths())) == {"growth", "gradients", "statistics", "lambda"}
+    assert set(drawn(steps())) == {"growth", "lambda"}
+    assert set(drawn(sweep(*BASE, norm=("pre", "post")))) == {"growth"}
+    assert set(drawn(sweep(*BASE, "depth=2", seed=(0,)))) == {"growth"}
 
 
-def test_which_figures():
-    assert set(drawn(example())) == {"growth", "heatmap", "lambda_depth", "lambda_init.std"}
-    assert set(drawn(of_depth())) == {"growth", "lambda"}
-    assert set(drawn(of_width())) == {"growth", "gradients", "statistics", "lambda"}
-    assert set(drawn(of_demo())) == {"growth", "lambda"}
-    assert set(drawn(sweep(BASE, norm=("pre", "post")))) == {"growth"}
-    assert set(drawn(sweep([*BASE, "depth=2"], seed=(0,)))) == {"growth"}
-
-
-def test_every_swept_key_is_a_colour_or_a_panel():
-    """Each line is the mean over one job's seeds, and every job has its line."""
-    curves, jobs, swept = example()
-    panels = titled(drawn((curves, jobs, swept))["growth"])
-    assert len(panels) == 6
-    assert {"depth=2", "depth=4", "depth=8"} <= set(legend(drawn((curves, jobs, swept))["growth"]))
+def test_every_job_has_its_line_the_mean_over_its_seeds():
+    curves, jobs, swept = three_keys()
+    figure = drawn((curves, jobs, swept))["growth"]
+    panels = titled(figure)
+    assert len(panels) == 4
+    assert legend(figure)[:2] == ["depth=2", "depth=4"]
+    assert "3 seeds: mean, min to max" in legend(figure)
     for _, rows in curves.groupby("job"):
-        first = rows.iloc[0]
-        ax = panels[f"norm={first['norm_placement']}, init.std={first['init.std']}"]
-        step = rows.groupby("seed").cumcount()
-        assert has(ax, rows["mean_square"].groupby(step).mean())
+        norm, std = rows.iloc[0][["norm_placement", "init.std"]]
+        ax = panels[frozenset([f"norm={norm}", f"init.std={std}"])]
+        seeds = rows.groupby(rows.groupby("seed").cumcount())["mean_square"]
+        assert has(ax, seeds.mean())
+        bands = [band.get_paths()[0].vertices[:, 1] for band in ax.collections if band.get_paths()]
+        assert any(math.isclose(band.max(), seeds.max().max()) for band in bands)
 
 
-def test_the_exponents_are_the_jobs():
-    curves, jobs, swept = example()
-    panels = titled(drawn((curves, jobs, swept))["lambda_depth"])
-    for norm, words in itertools.product(
-        swept["norm_placement"], ("λ of the tokens' mean norm", "λ of the mean vector (paper)")
-    ):
-        name = "lambda_token" if "tokens" in words else "lambda_paper"
-        for _, rows in jobs[jobs["norm_placement"] == norm].groupby("init.std"):
-            assert has(panels[f"{words}, norm={norm}"], rows.sort_values("depth")[name])
-
-
-def test_the_laws_exponent_is_the_runs():
-    result = run(compose([*BASE, "depth=4"]))
-    curves, jobs, swept = of_depth()
-    law = law_lambdas(prepared(curves, jobs, swept)).set_index("job")["law_additive"]
-    found = result.summary["lambda"]["random"]["lambda_token_additive"]
-    assert math.isclose(law[jobs.loc[jobs["depth"] == 4, "job"].item()], found, rel_tol=1e-12)
-
-
-def test_the_heat_map_is_the_jobs_mean_squares():
-    curves, jobs, swept = example()
-    panels = titled(drawn((curves, jobs, swept))["heatmap"])
-    for norm in swept["norm_placement"]:
-        table = jobs[jobs["norm_placement"] == norm].pivot(
-            index="init.std", columns="depth", values="mean_square"
-        )
-        (mesh,) = (c for c in panels[f"norm={norm}"].collections if hasattr(c, "get_coordinates"))
-        assert np.array_equal(np.asarray(mesh.get_array()), table.to_numpy())
+def test_a_renorm_is_half_a_step_to_the_right_and_a_law_has_a_gap_there():
+    curves, jobs, swept = sweep(*BASE, "norm=swin_renorm", depth=(2, 6))
+    (ax,) = drawn((curves, jobs, swept))["growth"].axes
+    mean = (
+        curves[curves["depth"] == 6].groupby(["sublayer", "kind"], sort=False)["mean_square"].mean()
+    )
+    (line,) = [
+        li for li in ax.lines if len(li.get_xdata()) == len(mean) and li.get_linestyle() == "-"
+    ]
+    assert np.allclose(line.get_ydata(), mean)
+    assert 12.35 in line.get_xdata()
+    assert sum(np.isnan(np.asarray(law.get_ydata(), float)).sum() == 1 for law in ax.lines) == 2
 
 
 def test_laws_that_coincide_are_drawn_once():
-    (ax,) = drawn(of_depth())["growth"].axes
-    styles = [line.get_linestyle() for line in ax.lines if len(line.get_xdata())]
-    curves = 3 + 3  # lines, and dots at their ends
-    assert len(styles) == curves + 2
-    deepest = of_depth()[0].query("depth == 8").groupby("sublayer")["law_additive"].mean()
-    assert has(ax, deepest)
+    curves, jobs, swept = sweep(*BASE, depth=(2, 4))
+    (ax,) = drawn((curves, jobs, swept))["growth"].axes
+    assert has(ax, curves.query("depth == 4").groupby("sublayer")["law_additive"].mean())
+    assert len([line for line in ax.lines if len(line.get_xdata())]) == 2 + 2
+
+
+def test_exponents_and_their_laws_are_the_jobs():
+    curves, jobs, swept = three_keys()
+    panels = titled(drawn((curves, jobs, swept))["lambda_depth"])
+    words = {"lambda_token": "λ of the tokens' mean norm",
+             "lambda_token_additive": "λ of the tokens' mean norm",
+             "lambda_paper": "λ of the mean vector (paper)"}  # fmt: skip
+    for (norm, _), rows in jobs.groupby(["norm_placement", "init.std"]):
+        for name, title in words.items():
+            ax = panels[frozenset([title, f"norm={norm}"])]
+            assert has(ax, rows.sort_values("depth")[name])
+    ends = curves[curves["job"] == 0].groupby(["seed", "block"]).tail(1)
+    law = np.log(ends.groupby("seed")["law_additive"].agg(["first", "last"])).diff(axis=1)["last"]
+    assert math.isclose(jobs["lambda_token_additive"][0], law.mean() / 2 / 2, rel_tol=1e-9)
+
+
+def test_the_heat_map_is_the_jobs_mean_squares():
+    _, jobs, swept = three_keys()
+    panels = titled(drawn(three_keys())["heatmap"])
+    for norm in swept["norm_placement"]:
+        of = jobs[jobs["norm_placement"] == norm]
+        table = of.pivot(index="init.std", columns="depth", values="mean_square").iloc[::-1]
+        (mesh,) = panels[frozenset([f"norm={norm}"])].collections
+        assert np.array_equal(np.asarray(mesh.get_array()), table.to_numpy())
+
+
+def test_statistics_are_those_after_a_block():
+    curves, *_ = widths()
+    panels = titled(drawn(widths())["statistics"])
+    for init in ("normal", "fan_in"):
+        ends = curves[(curves["init"] == init) & (curves["block"] == 1)]
+        ends = ends.groupby(["width", "seed"])["norm"].last().groupby("width").mean()
+        assert has(panels[frozenset(["norm ‖x‖", f"init={init}"])], ends)
 
 
 def test_a_swept_seed_is_a_band():
-    curves, jobs, swept = sweep([*SHAPE, "inputs.length=8", "device=cpu", "depth=3", "seeds=1"],
-                                seed=(0, 1, 2, 3))  # fmt: skip
-    assert swept == {"first_seed": [0, 1, 2, 3]}
+    base = [*SHAPE, "inputs.length=8", "device=cpu"]
+    curves, jobs, swept = sweep(*base, "depth=2", "seeds=1", seed=(0, 1, 2, 3))
     figure = drawn((curves, jobs, swept))["growth"]
     assert has(figure.axes[0], curves.groupby("sublayer")["mean_square"].mean())
     assert "4 seeds: mean, min to max" in legend(figure)
-    # Of a swept count each seed is drawn once.
-    more = sweep([*SHAPE, "inputs.length=8", "device=cpu", "depth=3"], seeds=(2, 4))
+    # Of a swept count each seed is drawn once; exponents of several jobs are their mean.
+    more = sweep(*base, "depth=2", seeds=(2, 4))
     four = more[0].query("job == 1").groupby("sublayer")["mean_square"].mean()
     assert has(drawn(more)["growth"].axes[0], four)
-    # Exponents of jobs that differ in their seed alone: their mean.
-    both = sweep([*BASE, "seeds=1"], depth=(2, 3), seed=(0, 1))
-    (token, _) = drawn(both)["lambda"].axes
-    assert has(token, both[1].groupby("depth")["lambda_token"].mean())
+    both = sweep(*base, "seeds=1", depth=(2, 3), seed=(0, 1))
+    assert has(drawn(both)["lambda"].axes[0], both[1].groupby("depth")["lambda_token"].mean())
 
 
 def test_checkpoints_are_coloured_and_random_inits_grey():
-    curves, *_ = of_demo()
-    figure = drawn(of_demo())["growth"]
+    curves, *_ = steps()
+    figure = drawn(steps())["growth"]
     (ax,) = figure.axes
-    assert legend(figure)[:4] == [
-        "source.step=0", "source.step=100", "source.step=final", "random init",
-    ]  # fmt: skip
-    for _, rows in curves[curves["curve"] == "checkpoint"].groupby("job"):
-        assert has(ax, rows["mean_square"])
-    grey = [line for line in ax.lines if line.get_color() == GREY and len(line.get_xdata())]
-    assert len(grey) == 1  # the random inits are the same beside each
+    assert legend(figure)[:3] == ["source.step=0", "source.step=final", "random init"]
+    for (_, name), rows in curves.groupby(["job", "curve"]):
+        mean = rows.groupby("sublayer")["mean_square"].mean()
+        assert has(ax, mean)
+        assert has(ax, mean, GREY) == (name == "random")
 
 
-def test_many_categories_have_a_panel_each():
-    norms = ("reordered", "pre", "post", "peri", "lns", "none", "rezero")
-    figure = drawn(sweep([*BASE, "depth=2"], norm=norms))["growth"]
-    assert list(titled(figure)) == [f"norm={norm}" for norm in norms]
-
-
-def test_overflow_ends_with_a_cross(tmp_path):
-    frames = sweep([*BASE, "dtype=float16", "norm=none", "depth=8"], init__std=(0.02, 0.2, 500))
-    curves, jobs, _ = frames
+def test_a_curve_that_overflows_ends_with_a_cross(tmp_path):
+    base = [*BASE, "dtype=float16", "norm=none", "depth=8"]
+    curves, jobs, swept = sweep(*base, init__std=(0.02, 0.2, 500))
     assert (jobs["overflow"] > 0).sum() == 2
-    figure = drawn(frames)["growth"]
-    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
-    shown = {point for line in crosses for point in zip(*line.get_data(), strict=True)}
-    cut = curves[curves["job"] > 0].groupby(["job", "seed"]).tail(1)
-    assert shown == set(zip(cut["sublayer"], cut["mean_square"], strict=True))
-    assert "a seed's curve ends: overflow" in legend(figure)
-    save_all(drawn(frames), tmp_path)
-    assert max(map(len, lines_of(jobs_table(jobs, frames[2])))) <= 80
+    made = drawn((curves, jobs, swept))
+    crosses = [
+        line.get_xdata()[0] for line in made["growth"].axes[0].lines if line.get_marker() == "x"
+    ]
+    ends = curves.groupby(["job", "seed"])["sublayer"].max().groupby("job").min()
+    assert sorted(crosses) == sorted(ends[jobs["job"][jobs["overflow"] > 0]])
+    assert "a seed's curve ends: overflow" in legend(made["growth"])
+    for name, figure in made.items():
+        save(figure, tmp_path, name)
 
 
-def made_up(**axes):
-    """Frames of a sweep that nobody ran: two seeds' lines of depth 2."""
-    base_curves, base_jobs, _ = of_depth()
-    base_curves = base_curves[base_curves["depth"] == 2].drop(columns=["job", "depth"])
-    base_jobs = base_jobs[base_jobs["depth"] == 2].drop(columns="job")
-    keys, frames, rows = [key.replace("__", ".") for key in axes], [], []
-    for job, values in enumerate(itertools.product(*axes.values())):
-        of_job = {"job": job} | dict(zip(keys, values, strict=True))
-        frames.append(base_curves.assign(**of_job, mean_square=base_curves["mean_square"] + job))
-        rows.append(base_jobs.assign(**of_job))
-    return (
-        pd.concat(frames, ignore_index=True),
-        pd.concat(rows, ignore_index=True),
-        {key: list(values) for key, values in zip(keys, axes.values(), strict=True)},
-    )
-
-
-def save_all(figures_, folder):
-    for name, figure in figures_.items():
-        save(figure, folder, name)
+def test_odd_frames_do_not_crash(tmp_path):
+    none = pd.DataFrame()
+    assert figures(none, none, {"depth": [1, 2]}, "t") == {}
+    curves, jobs, swept = widths()
+    measured = [c for c in curves.select_dtypes("float") if c not in swept]
+    found = [c for c in jobs.select_dtypes("float") if c not in swept]
+    nothing = jobs.assign(**dict.fromkeys(found, np.nan))
+    for value in (np.nan, np.inf):
+        assert figures(curves.assign(**dict.fromkeys(measured, value)), nothing, swept, "t") == {}
+    of_curves = {"growth", "gradients", "statistics"}
+    assert set(figures(curves, nothing, swept, "t")) == of_curves
+    assert set(figures(curves, none, swept, "t")) == of_curves
+    assert set(figures(none, jobs, swept, "t")) == {"lambda"}
+    holes = curves.assign(mean_square=curves["mean_square"].where(curves["width"] == 64))
+    for name, figure in figures(holes, jobs.iloc[:1], swept, "t").items():
+        save(figure, tmp_path, name)
 
 
 @pytest.mark.parametrize(
-    "axes",
+    ("axes", "said"),
     [
-        {"source.path": [f"/some/where/far/off/in/a/folder/step{i}" for i in range(20)]},
-        {"width": range(1, 15), "init.std": [0.1 * i for i in range(1, 16)]},
-        {"norm_placement": list("abcdefghijk"), "init.std": [1, 2, 3, 4], "width": [8, 16, 32, 64]},
-        {"norm.eps": [1e-6, 1e-5, 1e-4], "init": list("abcd"), "width": [1, 2, 3], "qk": list("xyz"),
-         "inputs.length": [4, 8]},
-        {"a": list("abcdefghijklmnopqrstuvwxyzäöü"), "b": list("abcdefg")},
+        ({"width": range(1, 31)}, ["8 of the 30 values of width"]),
+        ({"source.path": [f"/a/folder/far/off/step{i}" for i in range(20)]}, ["8 of the 20"]),
+        ({"model": [f"model_{i}" for i in range(14)], "width": [1, 2, 4]}, []),
+        ({"norm_placement": [*"abcdefghijk"], "init.std": [1, 2, 3], "width": [8, 16, 32, 64]},
+         ["6 of the 11 values of norm"]),
+        ({"norm.eps": [1e-6, 1e-5], "init": [*"abcd"], "width": [1, 2, 3], "qk": [*"xyz"]},
+         ["norm.eps=1e-06 alone, of its 2 values"]),
+        ({"init.truncate": [None, 3.0], "gradients": [True, False]}, []),
+        ({"a": [*"abcdefghijklmnopqrstuvwxyzäöü"]}, ["24 of the 29 values of a"]),
     ],
-    ids=lambda axes: " × ".join(f"{key} {len(values)}" for key, values in axes.items()),
+    ids=lambda x: " × ".join(x) if isinstance(x, dict) else "",
 )  # fmt: skip
-def test_many_values_and_many_keys(tmp_path, axes):
-    """Nothing crashes, legends stay short, and each line is one job's mean or named as left out."""
-    curves, jobs, swept = made_up(**axes)
-    figure = drawn((curves, jobs, swept))["growth"]
+def test_a_title_says_what_is_left_out(tmp_path, axes, said):
+    """Each line is one job's mean, and every job has one, or the title says which values are shown."""
+    one = sweep(*BASE, depth=(2, 4))[0].query("depth == 2").drop(columns=["job", "depth"])
+    jobs = enumerate(itertools.product(*axes.values()))
+    swept = [{"job": job} | dict(zip(axes, values, strict=True)) for job, values in jobs]
+    frames = [one.assign(mean_square=one["mean_square"] + of["job"], **of) for of in swept]
+    curves = pd.concat(frames, ignore_index=True)
+    figure = figures(curves, pd.DataFrame(), axes, "t")["growth"]
     save(figure, tmp_path, "growth")
-    panels = [ax for ax in figure.axes if ax.get_title() or len(figure.axes) <= 2]
-    assert len(panels) <= 24
+    title = " ".join(figure.get_suptitle().split())
+    assert ("Shown: " in title) == bool(said)
+    assert all(words in title for words in said)
+    assert len(figure.axes) <= 24
     assert len(legend(figure)) <= 12
-    means = {
-        tuple(rows.groupby("sublayer")["mean_square"].mean()) for _, rows in curves.groupby("job")
-    }
-    seen = [
-        tuple(y) for ax in panels for y, line in zip(heights(ax), ax.lines, strict=True)
-        if line.get_linestyle() == "-" and len(y) == 5 and line.get_color() != ".84"
-    ]  # fmt: skip
-    assert set(seen) <= means
-    assert len(set(seen)) == len(means) or "Shown: " in figure.get_suptitle()
-    lines = lines_of(jobs_table(jobs, swept))
-    assert max(map(len, lines)) <= 80
-    assert len(lines) <= 43
+    means = {tuple(f.groupby("sublayer")["mean_square"].mean().round(6)) for f in frames}
+    seen = {tuple(np.round(np.asarray(line.get_ydata(), float), 6)) for ax in figure.axes
+            for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata())}  # fmt: skip
+    assert seen <= means
+    assert said or seen == means
 
 
-def test_what_is_left_out_is_said():
-    axes = axes_of(made_up(a=list("abc"), b=[1, 2, 3], c=[1, 2], d=[4, 5])[0].astype(str),
-                   {"a": list("abc"), "b": [1, 2, 3], "c": [1, 2], "d": [4, 5]})  # fmt: skip
-    whole, less = plan(axes), plan(axes, most=4)
-    assert (whole.colour.key, [axis.key for axis in whole.panels]) == ("b", ["a", "c"])
-    assert whole.fixed == (("d", "4"),)
-    assert whole.notes == ("Shown: d=4 alone, of its 2 values.",)
-    assert (len(whole.cells), whole.columns) == (6, 3)
-    assert len(less.cells) <= 4
-    shown = {axis.key for axis in less.panels} | {key for key, _ in less.fixed} | {less.colour.key}
-    assert shown == set("abcd")
-    assert less.notes[0].startswith("Shown: ")
+def test_colour_is_the_number_with_most_values_and_panels_are_categories_first():
+    swept = {"a": [*"abc"], "b": [1, 2, 3], "c": [1, 2], "d": [4, 5]}
+    rows = [dict(zip(swept, v, strict=True)) for v in itertools.product(*swept.values())]
+    frame, keys = labelled(pd.DataFrame(rows).assign(curve="random", job=range(len(rows))), swept)
+    made = plan(frame, keys)
+    assert (made.colour, made.column, made.row) == ("b", "a", "c")
+    assert made.notes == ["Shown: d=4 alone, of its 2 values."]
+    assert set(made.frame["d"]) == {"4"}
 
 
-def test_nothing_to_draw(tmp_path):
-    none = pd.DataFrame()
-    assert figures(none, none, {}, "t") == {}
-    assert lines_of(jobs_table(none, {}))
-    assert figures(none, none, {"depth": [1, 2]}, "t") == {}
-    curves, jobs, swept = of_width()
-    numbers = [name for name in curves.select_dtypes("float").columns if name != "init.std"]
-    empty = curves.assign(**dict.fromkeys(numbers, np.nan))
-    measured = jobs.select_dtypes("float").columns
-    nothing = jobs.assign(**dict.fromkeys(measured, np.nan))
-    assert figures(empty, nothing, swept, "t") == {}
-    assert max(map(len, lines_of(jobs_table(nothing, swept)))) <= 80
-    assert set(figures(curves, nothing, swept, "t")) == {"growth", "gradients", "statistics"}
-    assert set(figures(curves, none, swept, "t")) == {"growth", "gradients", "statistics"}
-    assert set(figures(none, jobs, swept, "t")) == {"lambda"}
-    save_all(figures(curves.iloc[:1], jobs.iloc[:1], swept, "t"), tmp_path)
-
-
-def test_the_same_twice(tmp_path):
+def test_the_same_frames_give_the_same_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        save_all(drawn(of_width()), tmp_path / name)
+        for figure, made in drawn(widths()).items():
+            save(made, tmp_path / name, figure)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(files) == 8
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_the_frames_as_their_files_have_them(tmp_path):
-    """From CSV, where whole numbers may be floats and texts numbers, the figures are the same."""
-    curves, jobs, swept = of_demo()
-    curves.to_csv(tmp_path / "sweep.csv", index=False)
-    jobs.to_csv(tmp_path / "jobs.csv", index=False)
-    read = (pd.read_csv(tmp_path / "sweep.csv"), pd.read_csv(tmp_path / "jobs.csv"), swept)
-    for ours, theirs in zip(
-        drawn(of_demo())["growth"].axes, drawn(read)["growth"].axes, strict=True
-    ):
-        assert len(ours.lines) == len(theirs.lines)
-
-
-def test_jobs_table():
-    _, jobs, swept = example()
-    lines = lines_of(jobs_table(jobs, swept))
-    assert lines[0].split()[:4] == ["job", "depth", "std", "norm"]
-    assert len(lines) == 1 + len(jobs)
-    assert max(map(len, lines)) <= 80
-    assert lines[1].split()[:4] == ["0", "2", "0.01", "reordered"]
-
-
-def test_a_long_jobs_table_says_what_it_leaves_out():
-    _, jobs, swept = made_up(width=[1, 2, 3, 4], init__std=range(1, 13), norm_placement=["a", "b"])
-    lines = lines_of(jobs_table(jobs, swept))
-    assert lines[-1] == "64 of 96 rows are left out; jobs.csv has them all."
-    assert {line.split()[3] for line in lines[1:-1]} == {"a", "b"}
-    assert len(lines) == 34
-
-
-def test_texts():
+def test_texts_of_values_are_those_of_the_command_line():
     assert [value_text(v) for v in (1, 1.0, "1", 1e-6, "1e-6", None, math.nan, True, "final")] == [
         "1", "1", "1", "1e-06", "1e-06", "null", "null", "true", "final",
     ]  # fmt: skip
     assert shorten("/a/long/path/to/step1000", 10) == "…/step1000"
     assert shorten("residual_scale", 9) == "residual…"
-
-
-def test_failed_table():
-    error = "line one\n[red]two[/red]\x1b[31m " + "long " * 200
-    failed = [
-        {"job": 3, "overrides": ["depth=8", "seeds=[0,1]"], "error": error},
-        {"job": 12, "overrides": "source.path=" + "/folder" * 30, "error": None},
-    ]
-    lines = lines_of(failed_table(failed))
-    assert max(map(len, lines)) <= 80
-    assert len(lines) < 25
-    assert "seeds=[0,1]" in lines[1]
-    assert "[red]two[/red]" in " ".join(lines)
-    assert "\x1b" not in " ".join(lines)

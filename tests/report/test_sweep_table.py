@@ -1,0 +1,81 @@
+"""A sweep's tables fit 80 columns and say which rows they leave out."""
+
+import io
+import itertools
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from simlab.report.sweep_table import failed_table, jobs_table
+
+
+def lines_of(table):
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(table)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def made_up(**axes):
+    """A row per job of a sweep that nobody ran; axes: key with __ for a dot: its values."""
+    keys = [key.replace("__", ".") for key in axes]
+    measured = {
+        "curve": "random", "mean_square": 1.5, "per_sublayer": 1.02, "shape": "power",
+        "exponent": 1.0, "rate": np.nan, "lambda_token": 0.3, "additive": "holds",
+        "additive_error": 0.02, "overflow": 0,
+    }  # fmt: skip
+    rows = [
+        {"job": job} | dict(zip(keys, values, strict=True)) | measured
+        for job, values in enumerate(itertools.product(*axes.values()))
+    ]
+    return pd.DataFrame(rows), {key: list(v) for key, v in zip(keys, axes.values(), strict=True)}
+
+
+def test_a_row_per_job_with_its_swept_values():
+    jobs, swept = made_up(
+        depth=(2, 4, 8), init__std=(0.01, 0.02), norm_placement=("reordered", "pre")
+    )
+    lines = lines_of(jobs_table(jobs, swept))
+    assert lines[0].split()[:4] == ["job", "depth", "std", "norm"]
+    assert len(lines) == 1 + len(jobs)
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split()[:4] == ["0", "2", "0.01", "reordered"]
+    assert "p = 1.00" in lines[1]
+
+
+def test_a_long_table_says_what_it_leaves_out():
+    jobs, swept = made_up(width=[1, 2, 3, 4], init__std=range(1, 13), norm_placement=["a", "b"])
+    lines = lines_of(jobs_table(jobs, swept))
+    assert lines[-1] == "64 of 96 rows are left out; jobs.csv has them all."
+    assert {line.split()[3] for line in lines[1:-1]} == {"a", "b"}
+    assert len(lines) == 34
+
+
+def test_long_names_many_keys_overflow_and_nothing_measured_fit_80_columns():
+    assert lines_of(jobs_table(pd.DataFrame(), {}))
+    paths, keys = made_up(
+        source__path=[f"/some/where/far/off/in/a/folder/step{i}" for i in range(20)]
+    )
+    assert max(map(len, lines_of(jobs_table(paths, keys)))) <= 80
+    many, keys = made_up(**{f"a_long_key_{i}": [1, 2] for i in range(5)})
+    many["overflow"] = 1
+    lines = lines_of(jobs_table(many, keys))
+    assert max(map(len, lines)) <= 80
+    assert "×" in lines[1]
+    assert "No room for" in " ".join(lines)
+    nothing = many.assign(**dict.fromkeys(many.select_dtypes("float"), np.nan))
+    assert max(map(len, lines_of(jobs_table(nothing, keys)))) <= 80
+
+
+def test_failed_jobs_and_their_errors():
+    error = "line one\n[red]two[/red]\x1b[31m " + "long " * 200
+    failed = [
+        {"job": 3, "overrides": ["depth=8", "seeds=[0,1]"], "error": error},
+        {"job": 12, "overrides": "source.path=" + "/folder" * 30, "error": None},
+    ]
+    lines = lines_of(failed_table(failed))
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 25
+    assert "seeds=[0,1]" in lines[1]
+    assert "[red]two[/red]" in " ".join(lines)
+    assert "\x1b" not in " ".join(lines)
