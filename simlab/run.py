@@ -6,6 +6,9 @@ import io
 import os
 import signal
 import sys
+from typing import NoReturn
+
+from simlab.config.errors import INTERRUPTS
 
 
 def main() -> None:
@@ -15,16 +18,30 @@ def main() -> None:
 
         print(f"simlab {__version__}")
         return
+    INTERRUPTS.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and cleans up
+    signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without √ gets a question mark
     try:
         command(sys.argv[1:])
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not INTERRUPTS:
+            raise
         print("simlab: interrupted; nothing of the unfinished run was kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def interrupt(number: int, _: object) -> NoReturn:
+    """Ctrl-C: note it, and raise KeyboardInterrupt.
+
+    A package that is being imported may swallow the exception and fail later; the note then tells that
+    failure from a mistake.
+    """
+    INTERRUPTS.append(number)
+    raise KeyboardInterrupt
 
 
 def command(args: list[str]) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import stdtrit
 
 from simlab.theory.laws import Array
 
@@ -38,6 +37,8 @@ class Estimate:
 
 def t_quantile(q: float, df: int) -> float:
     """The quantile q of Student's t with ``df`` degrees of freedom."""
+    from scipy.special import stdtrit  # late: only intervals wait for it
+
     return float(stdtrit(df, q))
 
 

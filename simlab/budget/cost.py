@@ -179,7 +179,7 @@ STEP_PASSES = 12  # of the stream's statistics, a residual step
 ATTENTION_PASSES = 5  # of the attention matrices' statistics
 LOGIT_PASSES = 6
 CALLS = 3000  # Rates.call of a group of sequences in a block, with its statistics
-# Rates.number: of a dense weight, cut at ±3σ and written; of a weightless normal (weights.normals).
+# Rates.number: of a dense weight, cut at ±3σ and written; of a weightless normal (weights.rng).
 WEIGHT, NORMAL = 1.4, 0.35
 
 

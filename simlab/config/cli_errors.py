@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from simlab.config import CONF_DIR, ConfigError, nearest, printable
+from simlab.config.errors import INTERRUPTS
 from simlab.config.validate import known_keys
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
@@ -45,6 +46,8 @@ def or_exit() -> Iterator[None]:
         with in_one_line():
             yield
     except Exception:  # Hydra would make a warning of it, and run the sweep its own way
+        if INTERRUPTS:  # some packages turn Ctrl-C while they are imported into errors of their own
+            raise KeyboardInterrupt from None
         traceback.print_exc()
         raise SystemExit(1) from None
 

@@ -39,7 +39,8 @@ def title(config: RunConfig) -> str:
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
-    every = f" every {model.norm.every}" if model.norm.every else ""
+    own = {"every": model.norm.every, "fraction": model.norm.fraction}
+    every = "".join(f" {key} {value:g}" for key, value in own.items() if value is not None)
     drawn = "random init" if config.source.stored else "init"
     return f"{shape}, norm {model.norm.placement}{every}, {drawn} {rule}"
 

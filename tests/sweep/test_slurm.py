@@ -36,10 +36,13 @@ def usable() -> bool:
     return any(state in nodes() for state in ("idle", "mixed", "allocated"))
 
 
-pytestmark = pytest.mark.skipif(
-    not usable(),
-    reason=f"needs a SLURM with a node that is up ({nodes()}); scripts/slurm_one_node.sh starts one",
-)
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        not usable(),
+        reason=f"needs a SLURM node that is up ({nodes()}); scripts/slurm_one_node.sh starts one",
+    ),
+]
 
 
 def queued() -> list[str]:
