@@ -88,7 +88,8 @@ def in_process(*args: str, cwd: Path, command: str = "run") -> subprocess.Comple
     """
     main = importlib.import_module(COMMANDS[command]).main
     out, err = io.StringIO(), io.StringIO()
-    terminate, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
         with (
@@ -103,10 +104,10 @@ def in_process(*args: str, cwd: Path, command: str = "run") -> subprocess.Comple
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
-        signal.signal(signal.SIGTERM, terminate)
-        for handler in root.handlers:
-            if handler not in handlers:
-                handler.close()
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        for added in set(root.handlers) - set(handlers):
+            added.close()
         root.handlers[:] = handlers
         root.setLevel(level)
         GlobalHydra.instance().clear()
