@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint"}
+# The fields of NormConfig that every placement has; the others are a placement's own.
+COMMON_NORM_KEYS = ("placement", "type", "eps", "gain")
 
 
 def title(config: RunConfig) -> str:
@@ -39,10 +41,10 @@ def title(config: RunConfig) -> str:
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
-    own = {"every": model.norm.every, "fraction": model.norm.fraction}
-    every = "".join(f" {key} {value:g}" for key, value in own.items() if value is not None)
+    own = {k: v for k, v in asdict(model.norm).items() if k not in COMMON_NORM_KEYS}
+    constants = "".join(f" {key} {value:g}" for key, value in own.items() if value is not None)
     drawn = "random init" if config.source.stored else "init"
-    return f"{shape}, norm {model.norm.placement}{every}, {drawn} {rule}"
+    return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"
 
 
 def _as_typed(value: object) -> object:
