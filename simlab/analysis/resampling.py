@@ -19,7 +19,7 @@ from simlab.theory.laws import Array
 
 MIN_SEEDS = 8  # the sign-flip test reaches p = 2/2^8 < 0.01, not with fewer
 RESAMPLES = 4000  # of the bootstrap
-FLIPS = 4096  # sign flips: all 2^S of up to 12 curves, so many random ones of more
+FLIPS = 4096  # sign flips: all 2^S where that is no more, else this number at random
 PERMUTATIONS = 1 << 16
 TIE = 1e-9  # relative: statistics no further apart are equal but for rounding
 CONSTANT = 1e-6  # in units of a column's spread: less is what cancels in float64, not an error

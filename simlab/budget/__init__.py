@@ -1,1 +1,1 @@
-"""What a run costs, in time and memory, and what the machine has."""
+"""A run's time and memory, and the machine's."""

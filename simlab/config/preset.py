@@ -29,5 +29,6 @@ def changed(model: ModelConfig) -> dict[str, Any]:
     if given["head_dim"] is None:
         given["head_dim"] = model.width // model.heads
     own = {key: getattr(model, key) for key in given if hasattr(model, key)}
+    # is_dataclass is also true of classes, which mypy then holds against asdict; these are instances.
     values = {key: asdict(v) if is_dataclass(v) else v for key, v in own.items()}  # type: ignore[arg-type]
     return {key: own[key] for key in own if values[key] != given[key]}

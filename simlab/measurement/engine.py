@@ -55,7 +55,7 @@ class Measured:
 
     @property
     def normalises(self) -> list[str | None]:
-        """What each row's last norm acts on."""
+        """Each row's norm target: ``branch``, ``stream`` or None."""
         return [row.normalises for row in self.rows]
 
     @property

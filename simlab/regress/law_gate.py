@@ -99,7 +99,7 @@ def stretched(p: Estimate, seeds: int) -> Estimate:
 
 
 def _law_blame(rows: pd.DataFrame, gain: float, dtype: str) -> str:
-    """Which part of Δv = ‖b‖²/d + 2⟨x, b⟩/d isn't what the law says, g²c and 0 in the mean.
+    """Name the part of Δv = ‖b‖²/d + 2⟨x, b⟩/d that departs from the law (means g²c and 0).
 
     rows: one step's, a row per seed.
     """

@@ -1,4 +1,4 @@
-"""Which swept key becomes colour, columns and rows of a sweep's figures, and what is left out."""
+"""Assigns swept keys to colour, columns and rows of a sweep's figures, and notes the rest."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def name_colours(ax: Axes, made: Plan, marker: str | None = None) -> None:
 
 
 def name_band(ax: Axes, seeds: pd.Series) -> None:
-    """The legend's entry for the bands over so many seeds; none where curves have one seed."""
+    """The legend's entry for the bands, with the count of seeds; none where curves have one seed."""
     counts = sorted({count for count in seeds if count > 1})
     if counts:
         count = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))

@@ -18,7 +18,7 @@ from simlab.config import ModelConfig
 
 
 class Vector(Protocol):
-    """What a formula asks of a residual stream itself: that a number can scale it."""
+    """A residual stream as formulas use it: a number can scale it."""
 
     def __rmul__(self, scale: float, /) -> Self: ...
     def __truediv__(self, scale: float, /) -> Self: ...
