@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,16 +110,19 @@ class Bench:
 
     def curve(self, config: RunConfig, weights: Weights, ids: torch.Tensor) -> Numbers:
         """Measure a curve; a first one, of the same weights, has started the libraries."""
+        from simlab.budget.memory import needed
         from simlab.measurement.engine import measure_curves
         from simlab.model.transformer import Block
 
+        inputs = replace(config.inputs, batch=len(ids), length=ids.shape[-1])
+        asked = replace(config, device=self.device.type, inputs=inputs)
         model, dtype = weights.model, getattr(self.torch, config.dtype)
 
         def work() -> None:
             curves = measure_curves(weights, ids, self.device, dtype, config.gradients)
             assert curves[0].rows[-1].values[0].isfinite(), "the curve overflowed"
 
-        weights.model = replace_depth(model, 1)
+        weights.model = replace(model, depth=1)
         work()
         weights.model = model
         seconds = self.seconds(work)
@@ -131,16 +135,10 @@ class Bench:
         done = products * 2 * ids.numel() * entries / 1e12
         return {
             "seconds": seconds, "peak_gib": peak, "parameters": entries,
+            "estimated_gib": needed(asked, self.torch.get_num_threads()) / 2**30,
             "tokens": ids.numel(), "ceiling_tflops": ceiling, "product_tflops": done / seconds,
             "of_ceiling": done / seconds / ceiling,
         }  # fmt: skip
-
-
-def replace_depth(model: Any, depth: int) -> Any:
-    """The same model with another number of blocks."""
-    import dataclasses
-
-    return dataclasses.replace(model, depth=depth)
 
 
 def dense(bench: Bench, *overrides: str) -> Numbers:
@@ -164,7 +162,8 @@ def weightless(bench: Bench) -> Numbers:
     weights = GaussianWeights(config.shape, config.init, 0)
     ids = bench.ids(config.shape.vocab_size, 1, 64)
     found = bench.curve(config, weights, ids)
-    return {key: found[key] for key in ("seconds", "peak_gib", "tokens", "ceiling_tflops")}
+    keys = ("seconds", "peak_gib", "estimated_gib", "tokens", "ceiling_tflops")
+    return {key: found[key] for key in keys}
 
 
 def checkpoint(bench: Bench) -> Numbers:
@@ -231,7 +230,8 @@ PARTS: dict[str, Callable[[Bench], Numbers]] = {
     "probe": probe,
 }
 COLUMNS = {  # of the table: heading, key, format
-    "seconds": ("seconds", ".2f"), "peak GiB": ("peak_gib", ".2f"), "tokens": ("tokens", "d"),
+    "seconds": ("seconds", ".2f"), "peak GiB": ("peak_gib", ".2f"),
+    "estimated": ("estimated_gib", ".2f"), "tokens": ("tokens", "d"),
     "TFLOP/s of products": ("product_tflops", ".1f"), "ceiling TFLOP/s": ("ceiling_tflops", ".1f"),
     "drawn GB/s": ("drawn_gb_per_s", ".1f"), "read GB/s": ("read_gb_per_s", ".2f"),
     "without probe, s": ("bare_s", ".3f"),
@@ -241,8 +241,9 @@ COLUMNS = {  # of the table: heading, key, format
 def part(name: str, command: Sequence[str], limit: float) -> Numbers:
     """Run a part's process for at most ``limit`` seconds: its status, its numbers, its last words."""
     start = time.perf_counter()
+    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # as simlab's own commands set it
     }
     try:

@@ -25,7 +25,7 @@ from simlab.budget.trace import trace
 from simlab.config import ModelConfig, RunConfig
 from simlab.model.describe import describe
 from simlab.weights.base import Weights
-from simlab.weights.dense import EMBEDDING_PIECE
+from simlab.weights.dense import rows_per_piece
 from simlab.weights.weightless import together
 
 # What one random number costs in float32 operations: of a dense weight, of a weightless normal. CPU:
@@ -196,7 +196,8 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     counted = costs(model, n, curve.gradients)["weightless" if curve.weightless else "dense"]
     d, queries = model.width, model.heads * model.head_dim
     there, back = 1, 2 * curve.gradients  # the backward runs every block again
-    rows = max(1, EMBEDDING_PIECE // d)  # of the embedding, drawn for one token's sake
+    # Of the embedding, drawn for one token's sake.
+    rows = rows_per_piece("embedding.weight", (model.vocab_size, d), curve.device)
     numbers = WEIGHT * min(n * rows, model.vocab_size) * d
     written = trace(model, curve.dtype, curve.gradients).written
     entries = model.depth * n * (d * 2 * STEP_PASSES + written) * (there + back)

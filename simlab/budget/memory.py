@@ -69,8 +69,10 @@ def _weights(curve: Curve) -> int:
         head = curve.gradients * curve.model.vocab_size * curve.model.width
         pages = max(matrix.d_in * matrix.d_out for matrix in matrices) + head
         return 4 * pages + 3 * STREAMED * curve.threads
-    # Pieces are drawn in float32, with their masks: 1 MiB for each thread.
-    return curve.size * describe(curve.model).entries + MIB * curve.threads
+    # Pieces are drawn in float32: on a CPU 1 MiB with its masks for each thread, elsewhere a matrix.
+    whole = 4 * max(matrix.d_in * matrix.d_out for matrix in matrices) if curve.size == 2 else 0
+    drawn = MIB * curve.threads if curve.device == "cpu" else whole
+    return curve.size * describe(curve.model).entries + drawn
 
 
 def _attention_statistics(curve: Curve) -> int:
