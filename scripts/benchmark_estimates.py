@@ -34,7 +34,7 @@ if sys.argv[1] == "alone":
 ready = experiment.prepare(compose(sys.argv[2:]))
 clock = time.process_time if sys.argv[1] == "alone" else time.perf_counter
 rates = calibrate(ready.config.dtype, clock=clock)
-curves = cost.curves(ready.config, torch.get_num_threads())
+curves = cost.curves_to_measure(ready.config, torch.get_num_threads())
 start = clock()
 experiment.measure(ready)
 took = clock() - start

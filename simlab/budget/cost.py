@@ -194,18 +194,16 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     model, n = curve.model, curve.tokens
     rates = rates or calibrate(curve.dtype, curve.device)
     counted = costs(model, n, curve.gradients)["weightless" if curve.weightless else "dense"]
-    d, queries = model.width, model.heads * model.head_dim
+    d, traced = model.width, trace(model, curve.dtype, curve.gradients)
     there, back = 1, 2 * curve.gradients  # the backward runs every block again
     # Of the embedding, drawn for one token's sake.
     rows = rows_per_piece("embedding.weight", (model.vocab_size, d), curve.device)
     numbers = WEIGHT * min(n * rows, model.vocab_size) * d
-    written = trace(model, curve.dtype, curve.gradients).written
-    entries = model.depth * n * (d * 2 * STEP_PASSES + written) * (there + back)
+    entries = model.depth * n * (d * 2 * STEP_PASSES + traced.written) * (there + back)
     entries += model.depth * n * curve.length * model.heads * ATTENTION_PASSES
     entries += n * model.vocab_size * LOGIT_PASSES * curve.gradients
-    operations = (
-        model.depth * n * curve.length * queries * (4 + 3 * back)
-    )  # the causal half of each
+    # Half of attention's pairs are causal. The statistics multiply once more, a backward three times.
+    attention = model.depth * n * curve.length * traced.pair / 2 * (2 + 1.5 * back)
     if curve.stored:
         # Widened and hashed.
         entries += 2 * model.depth * describe(model).entries * (there + back)
@@ -214,7 +212,7 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
         numbers += counted.numbers * (NORMAL if curve.weightless else WEIGHT)
     passes = -(-curve.batch // curve.together) * model.depth * (there + back)
     one = counted.operations * (rates.wide if curve.weightless else rates.product)
-    one += operations * rates.product + numbers * rates.number
+    one += attention * rates.product + numbers * rates.number
     one += entries * rates.entry + passes * CALLS * rates.call / curve.batch_seeds
     return curve.seeds * one
 

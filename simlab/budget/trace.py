@@ -1,8 +1,8 @@
-"""How much memory a block's activations take, and how many numbers it writes, read off a run of it.
+"""The memory and the operations that a block's activations take, read off a run of the block.
 
-The block is run on a few tokens, with zeros for what its matrices would give, and a dispatch mode
-sees every operation. What that takes is in proportion to the tokens; what the engines' products and the
-statistics take besides is ``memory``'s to add. A new shape takes a few milliseconds.
+The block runs on a few tokens, its matrices give zeros, and a dispatch mode sees every operation. The
+results are per token; ``memory`` adds the products' workspace and the statistics. A new shape takes a
+few milliseconds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Attend
@@ -24,21 +26,20 @@ from simlab.model.describe import PaperLinear, first_block, paper_block
 from simlab.model.placement import ResidualStep
 from simlab.model.transformer import Block
 
-TOKENS = (
-    8  # the more, the less of a token's share is what doesn't depend on them: a gain in float32
-)
+TOKENS = 8  # so that a token's share of a norm's float32 gain, which no token adds to, is small
 
 
-class Live(TorchDispatchMode):
-    """Counts, in its ``with`` block, the bytes of the tensors that were made in it and still live.
+class Counter(TorchDispatchMode):
+    """Counts, in its ``with`` block, the bytes of the new tensors that still live, and operations.
 
-    now: their sum; peak: the largest it was. written: the entries of all tensors that were made. A view
-    of a tensor isn't made, and what is written in place isn't counted.
+    now: the bytes at present. peak: their largest number. written: the entries of all new tensors; a
+    view is no new tensor, and writes in place aren't counted. operations: of matrix products, with
+    multiply-adds counted as two, by torch's own formulas (those of FlopCounterMode).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.written = 0
+        self.now = self.peak = self.written = self.operations = 0
         self.sizes: dict[int, int] = {}
 
     @classmethod
@@ -50,33 +51,37 @@ class Live(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.operations += formula(*args, **(kwargs or {}), out_val=out)
         given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
         for tensor in tree_leaves(out):
             if torch.is_tensor(tensor) and id(tensor.untyped_storage()) not in given:
-                self._made(tensor)
+                self._add(tensor)
         return out
 
-    def _made(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         self.sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         self.written += tensor.numel()
-        weakref.finalize(storage, self._gone, key)
+        weakref.finalize(storage, self._remove, key)
 
-    def _gone(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Of a block, per token: bytes beside the block's input, and numbers that operations write.
+    """What one token takes in a block: bytes beside the block's input, entries and operations.
 
-    forward: the most at a time. matrices: what lives when each gets its input, in the order of their
-    use. attention: when it has its output. step: when a residual step ends, with what a probe holds.
-    backward: the most at a time with gradients: what autograd keeps, then the backward; 0 where there
-    are none. written: by the forward, beside the matrices' products.
+    forward: peak bytes. matrices: bytes when each matrix gets its input, in the order of their use.
+    attention: bytes when attention returns. step: bytes at the end of a residual step, with the tensors
+    that a probe holds. backward: peak bytes with gradients, those that autograd keeps included; 0 in a
+    run without gradients. written: entries that the forward writes, without the matrices' products.
+    pair: operations of attention's products for one query and one key, forward.
     """
 
     forward: float
@@ -85,10 +90,11 @@ class Trace:
     step: float
     backward: float
     written: float
+    pair: float
 
 
 def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
-    """A block's, the same in every layer."""
+    """The trace of a block, the same in every layer."""
     return _trace(first_block(model), getattr(torch, dtype), gradients)
 
 
@@ -99,10 +105,10 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
     backward = _backward(block, x.clone()) if gradients else 0
     moments: dict[str, list[int]] = {"matrix": [], "attention": [], "step": []}
     held: list[Any] = []  # as the probe holds a step's tensors until its end
-    with torch.no_grad(), Live() as live:
+    with torch.no_grad(), Counter() as count:
 
         def note(kind: str) -> Callable[..., None]:
-            return lambda *args: moments[kind].append(live.now)
+            return lambda *args: moments[kind].append(count.now)
 
         def hold(module: nn.Module, args: Any, out: Tensor) -> None:
             held.append((args, out))
@@ -121,21 +127,30 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
             held.clear()
     products = sum(m.weight.shape[0] for m in block.modules() if isinstance(m, PaperLinear))
     return Trace(
-        forward=live.peak / TOKENS,
+        forward=count.peak / TOKENS,
         matrices=tuple(size / TOKENS for size in moments["matrix"]),
         attention=max(moments["attention"], default=0) / TOKENS,
         step=max(moments["step"]) / TOKENS,
         backward=backward / TOKENS,
-        written=live.written / TOKENS - products,
+        written=count.written / TOKENS - products,
+        pair=_operations(block, one) / TOKENS**2,
     )
+
+
+@torch.no_grad()
+def _operations(block: Block, one: Tensor) -> int:
+    """Operations of attention on one sequence: its products as plain ones, which torch can count."""
+    with sdpa_kernel(SDPBackend.MATH), Counter() as count:
+        block(one.repeat(1, TOKENS, 1))
+    return count.operations
 
 
 @torch.enable_grad()
 def _backward(block: Block, x: Tensor) -> int:
     """The most bytes at a time while the gradient goes through a block, as the engine takes it."""
     passed, gradient = [x.requires_grad_()], torch.zeros_like(x)
-    with Live() as live:
+    with Counter() as count:
         for _, step in block.steps():
             passed.append(step(passed[-1]))
         torch.autograd.grad(passed[-1], passed[:-1], gradient)
-    return live.peak
+    return count.peak

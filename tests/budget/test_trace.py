@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from simlab.budget.trace import Live, trace
+from simlab.budget.trace import Counter, trace
+from simlab.model.describe import describe
 from simlab.model.transformer import Block
 from simlab.schemes.placement import PLACEMENTS
 
@@ -14,43 +17,56 @@ BATCH = 64
 
 
 def test_live_bytes():
-    with Live() as live:
+    with Counter() as count:
         x = torch.ones(10)
         y = x + 1
-        assert live.now == 80
+        assert count.now == 80
         view = y[:5]
-        assert live.now == 80
+        assert count.now == 80
         del x
-        assert live.now == 40
+        assert count.now == 40
         del y
-        assert live.now == 40  # the view holds it
+        assert count.now == 40  # the view holds it
         del view
-        assert live.now == 0
-    assert (live.peak, live.written) == (80, 20)
+        assert count.now == 0
+    assert (count.peak, count.written) == (80, 20)
 
 
 @pytest.mark.parametrize("overrides", SETTINGS, ids=" ".join)
-def test_many_tokens_take_as_many_times_one_tokens_bytes(overrides):
+def test_bytes_of_many_tokens(overrides):
     """Sequences of one token, so that the table of RoPE's angles, which all share, is as small."""
     config = tiny(*overrides)
     dtype = getattr(torch, config.dtype)
     block = Block(config.shape, 0).to(dtype).requires_grad_(False)
     x = torch.ones(BATCH, 1, config.shape.width, dtype=dtype)
-    found = trace(config.shape, config.dtype, True)
-    with torch.no_grad(), Live() as live:
+    traced = trace(config.shape, config.dtype, True)
+    with torch.no_grad(), Counter() as count:
         block(x)
     # A probe holds a step's tensors longer than the block alone does: the trace has both.
-    assert live.peak == pytest.approx(BATCH * found.forward, rel=0.1)
-    assert live.peak <= BATCH * found.forward
+    assert count.peak == pytest.approx(BATCH * traced.forward, rel=0.1)
+    assert count.peak <= BATCH * traced.forward
     passed = [x.requires_grad_()]
-    with Live() as live:
+    with Counter() as count:
         for _, step in block.steps():
             passed.append(step(passed[-1]))
         torch.autograd.grad(passed[-1], passed[:-1], torch.ones_like(x))
-    assert live.peak == pytest.approx(BATCH * found.backward, rel=0.1)
+    assert count.peak == pytest.approx(BATCH * traced.backward, rel=0.1)
 
 
-def test_a_plain_mlp_takes_less():
+@pytest.mark.parametrize("overrides", [[], ["model.head_dim=10"], ["kv_heads=6"]], ids=" ".join)
+def test_attention_operations(overrides):
+    """QKᵀ and the weights times V: two operations for each of a head's entries; as torch counts."""
+    shape = tiny(*overrides).shape
+    pair = trace(shape, "float32", False).pair
+    assert pair == 4 * shape.heads * shape.head_dim
+    block, x = Block(shape, 0).requires_grad_(False), torch.ones(1, 5, shape.width)
+    linear = 2 * 5 * describe(shape).entries
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as torchs:
+        block(x)
+    assert torchs.get_total_flops() == linear + 25 * pair
+
+
+def test_plain_mlp_takes_less():
     shapes = (tiny(f"model.mlp={mlp}", "d_ff=800").shape for mlp in ("geglu", "gelu"))
     gated, plain = (trace(shape, "float32", True) for shape in shapes)
     assert gated.forward - plain.forward == 4 * 800  # an activation
