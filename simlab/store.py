@@ -210,11 +210,11 @@ def same_weights(jobs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
     Some branches of published checkpoints hold the same bytes.
     """
-    found: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for job, summary in jobs.items():
         if "weight_hash" in summary:
-            found.setdefault(summary["weight_hash"], []).append(job)
-    return {weights: jobs for weights, jobs in found.items() if len(jobs) > 1}
+            folders.setdefault(summary["weight_hash"], []).append(job)
+    return {weights: jobs for weights, jobs in folders.items() if len(jobs) > 1}
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -232,8 +232,8 @@ def read_csv(path: Path) -> pd.DataFrame:
         pyarrow.field(f.name, pyarrow.float64() if pyarrow.types.is_null(f.type) else f.type)
         for f in table.schema
     ]
-    found: pd.DataFrame = table.cast(pyarrow.schema(fields)).to_pandas()
-    return found
+    frame: pd.DataFrame = table.cast(pyarrow.schema(fields)).to_pandas()
+    return frame
 
 
 def write_text(path: Path, text: str) -> None:

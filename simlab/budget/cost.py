@@ -221,16 +221,16 @@ def curves_to_measure(config: RunConfig, threads: int) -> list[Curve]:
     """A run's curves, the checkpoint's first. Its engine must have been chosen, its inputs be known."""
     batch, length = config.inputs.batch or 1, config.inputs.length or 1
     device = config.device.partition(":")[0]
-    found = []
+    curves = []
     for engine, stored, seeds in (
         ("dense", True, int(config.source.stored)),
         (config.engine, False, len(config.seeds)),
     ):
         if seeds:
-            found.append(
+            curves.append(
                 Curve(
                     config.shape, batch, length, config.gradients, engine, config.dtype,
                     device, threads, stored, seeds,
                 )
             )  # fmt: skip
-    return found
+    return curves

@@ -45,9 +45,9 @@ def on_cuda(device: str) -> int:
 
 def on_cpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int | None:
     """The lowest of the known limits. root: the folder of proc/ and sys/."""
-    found = [system(root), slurm(environment, resident(root)), *cgroup_memory(root)]
-    known = [max(0, size) for size in found if size is not None]
-    return min(known, default=None)
+    limits = [system(root), slurm(environment, resident(root)), *cgroup_memory(root)]
+    sizes = [max(0, size) for size in limits if size is not None]
+    return min(sizes, default=None)
 
 
 def system(root: Path) -> int | None:
@@ -124,11 +124,11 @@ def _entry(path: Path, name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds on this machine for one of each.
+    """Seconds that this machine takes for one operation of each kind.
 
-    product: a float operation in a matrix product, in the run's dtype. wide: in float32. number: a
-    normal, drawn on all threads. entry: of a large float32 tensor, made from another. call: of torch,
-    for next to nothing.
+    product: one operation of a matrix product in the run's dtype. wide: the same in float32. number:
+    drawing one normal, on all threads. entry: reading and writing one entry of a large float32 tensor.
+    call: one call of torch on a tensor of 64 entries.
     """
 
     product: float

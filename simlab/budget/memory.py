@@ -111,18 +111,18 @@ def _product(curve: Curve, matrix: Matrix) -> int:
 
 def _forward(curve: Curve) -> float:
     """A block, the streams, and the largest moment of the tokens that pass together."""
-    n, found = curve.together * curve.length, trace(curve.model, curve.dtype, curve.gradients)
+    n, traced = curve.together * curve.length, trace(curve.model, curve.dtype, curve.gradients)
     moments = [
-        n * found.forward,
-        n * found.attention + _attention_statistics(curve),
-        n * (found.step + _STATISTICS_BYTES * curve.model.width),
+        n * traced.forward,
+        n * traced.attention + _attention_statistics(curve),
+        n * (traced.step + _STATISTICS_BYTES * curve.model.width),
     ]
-    for live, matrix in zip(found.matrices, describe(curve.model).matrices, strict=True):
+    for live, matrix in zip(traced.matrices, describe(curve.model).matrices, strict=True):
         moments.append(n * live + _product(curve, matrix))
-    kept = (
+    streams = (
         curve.model.depth if curve.gradients else 1
     )  # the backward needs the stream before every block
-    return _weights(curve) + _normals(curve) + max(moments) + (kept + 1) * curve.stream
+    return _weights(curve) + _normals(curve) + max(moments) + (streams + 1) * curve.stream
 
 
 def _backward(curve: Curve) -> float:
@@ -182,8 +182,8 @@ def fitting(config: RunConfig, threads: int, free: int) -> list[tuple[str, RunCo
     fewer = _fewer(config, threads, free)
     whole = [(text, changed) for text, changed in single if needed(changed, threads) <= free]
     at = len([text for text, _ in whole if not text.startswith("gradients")])
-    found = [*whole[:at], *fewer, *whole[at:]]
-    return found or [
+    changes = [*whole[:at], *fewer, *whole[at:]]
+    return changes or [
         (f"{text} {few}", least)
         for text, changed in single
         for few, least in _fewer(changed, threads, free)
@@ -221,8 +221,10 @@ def _powers(below: int) -> list[int]:
 
 
 def _asked(config: RunConfig) -> str:
-    named = f"source={config.source.kind}" if config.source.stored else f"model={config.shape.name}"
-    words = [named, f"engine={config.engine}"]
+    source = (
+        f"source={config.source.kind}" if config.source.stored else f"model={config.shape.name}"
+    )
+    words = [source, f"engine={config.engine}"]
     words += [f"inputs.batch={config.inputs.batch}", f"inputs.length={config.inputs.length}"]
     words += ["gradients=true"] if config.gradients else []
     return " ".join(words + ([f"dtype={config.dtype}"] if config.dtype != "float32" else []))

@@ -54,9 +54,9 @@ class Counter(TorchDispatchMode):
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
             self.operations += formula(*args, **(kwargs or {}), out_val=out)
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        old = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
         for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor) and id(tensor.untyped_storage()) not in given:
+            if torch.is_tensor(tensor) and id(tensor.untyped_storage()) not in old:
                 self._add(tensor)
         return out
 

@@ -66,13 +66,13 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'error'}: {error.strerror}"
     if match := re.match(r"Could not override '(?P<key>[^']+)'", str(error)):
-        key, known = match["key"], known_keys()
-        given = next((arg for arg in overrides if arg.lstrip("+~").startswith(key)), key)
+        key, keys = match["key"], known_keys()
+        override = next((arg for arg in overrides if arg.lstrip("+~").startswith(key)), key)
         if (CONF_DIR / key).is_dir():
-            return f"{given}: did you mean +{given}?"
-        if known.get(key):
-            return f"{given}: only with {', '.join(known[key])}"
-        return f"{given}: no such key{nearest(key, known) or '; see --help'}"
+            return f"{override}: did you mean +{override}?"
+        if keys.get(key):
+            return f"{override}: only with {', '.join(keys[key])}"
+        return f"{override}: no such key{nearest(key, keys) or '; see --help'}"
     if match := re.match(r"Error parsing override '(?P<override>[^']*)'", str(error)):
         return f"{match['override']}: not of the form key=value"
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

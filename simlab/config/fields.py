@@ -19,7 +19,7 @@ SHOWN = 60  # characters of a value in a line
 
 
 class _Brief(reprlib.Repr):
-    """repr, for as long as it takes."""
+    """repr that stays short, and quick, for any value."""
 
     def repr_int(self, value: int, level: int) -> str:
         return "a huge integer" if abs(value) >= 10**SHOWN else repr(value)
@@ -49,24 +49,24 @@ def as_typed(value: object) -> str:
 class Fields:
     """Takes the fields of one mapping by name and checks each.
 
-    prefix: what a line says before the field's name: the nodes it is in (``norm.``), or its file.
-    shown: how a line writes a value. Every method raises ConfigError for a value that isn't allowed;
-    its ``default`` is what a missing or null field stands for, without one such a field is a mistake.
+    prefix: text before the field's name in an error: its nodes (``norm.``) or its file. shown: the
+    function that writes a value in an error. Every method raises ConfigError for a value that isn't
+    allowed. A missing or null field takes the method's ``default``; without one it is an error.
     """
 
     def __init__(
         self, values: Mapping[str, Any], prefix: str = "", shown: Callable[[object], str] = as_typed
     ) -> None:
         self.values, self.prefix, self.shown = dict(values), prefix, shown
-        self.known: list[str] = []
+        self.taken: list[str] = []
 
     def fail(self, key: str, value: object, why: str) -> ConfigError:
         """The error to raise: ``key=value: why``."""
         return ConfigError(f"{self.prefix}{key}={self.shown(value)}: {why}")
 
     def take(self, key: str, default: Any = REQUIRED) -> Any:
-        """The field's value, unchecked: None where it isn't there. It is then known."""
-        self.known.append(key)
+        """The field's value, unchecked; None if it is missing. ``done`` then allows its name."""
+        self.taken.append(key)
         value = self.values.get(key)
         return default if value is None and default is not REQUIRED else value
 
@@ -153,9 +153,9 @@ class Fields:
                 )
 
     def must_be(self, **wanted: object) -> None:
-        """Refuse a field that is there with another value than null and the one wanted.
+        """Refuse a field with another value than null and the one given here.
 
-        The value wanted is the one that leaves what simlab computes as it is.
+        That value is the one for which simlab computes the model as its authors do.
         """
         for key, allowed in wanted.items():
             value = self.values.get(key)
@@ -168,7 +168,7 @@ class Fields:
     def done(self) -> None:
         """Refuse the fields that nobody has taken."""
         for key, value in self.values.items():
-            if key not in self.known:
-                hint = nearest(key, self.known)
-                allowed = ", ".join(sorted(self.known))
+            if key not in self.taken:
+                hint = nearest(key, self.taken)
+                allowed = ", ".join(sorted(self.taken))
                 raise self.fail(key, value, f"no such key; allowed: {allowed}{hint}")

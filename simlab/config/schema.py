@@ -18,15 +18,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
-MLP_NAMES = ("swiglu", "geglu", "gelu")  # what simlab.model.mlp.MLPS computes
+MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS
 
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Where the norms sit (``placement``), which they are (``type``), and a placement's constants.
+    """Where the norms sit (``placement``), RMS or LayerNorm (``type``), and a placement's constants.
 
-    ``every`` (blocks between re-norms), ``alpha`` (branch scale) and ``fraction`` (of the blocks, that
-    are post-norm) exist for the placements whose file in conf/norm names them.
+    every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
+    are post-norm. Each is None for a placement whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -61,7 +61,7 @@ class Llama3RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: everything that decides what is computed, given weights and tokens."""
+    """The architecture: with the weights and the tokens it decides every number of a forward pass."""
 
     name: str
     depth: int
@@ -101,7 +101,7 @@ class SourceConfig:
     """Where the measured weights come from: ``random``, ``checkpoint`` with its path, or ``demo``.
 
     The latter two are stored: a checkpoint is measured, beside random inits of its shape.
-    weights: whether a table of every tensor's statistics is made.
+    weights: True to write a table with every tensor's statistics.
     """
 
     kind: str
@@ -125,7 +125,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class InputsConfig:
-    """The token batch: ``batch`` sequences of ``length`` tokens, or (text, None) what is there."""
+    """The token batch: ``batch`` sequences of ``length`` tokens; None for text: as long as the text."""
 
     kind: str
     batch: int | None
@@ -160,8 +160,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class KeepConfig:
-    """What becomes of results: where a sweep keeps them by their hash, and whether it takes what is
-    there (``resume``); ``dry_run`` says what a run would take, and runs nothing.
+    """How a run keeps and reuses results.
+
+    results: folder in which a sweep keeps each result under its hash. resume: reuse results that are
+    kept there. dry_run: print the time and memory that the run would take, and run nothing.
     """
 
     results: str = "outputs/results"

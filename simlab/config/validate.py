@@ -49,7 +49,7 @@ def known_keys() -> dict[str, list[str]]:
 
     Keys that are always there have no choices; a group's name is a key too.
     """
-    found: dict[str, list[str]] = {}
+    choices: dict[str, list[str]] = {}
     files = [CONF_DIR / "config.yaml"]
     files += [CONF_DIR / group / f"{name}.yaml" for group in GROUPS for name in options(group)]
     for path in files:
@@ -59,13 +59,13 @@ def known_keys() -> dict[str, list[str]]:
         group = "" if top else path.parent.name
         choice = [] if top or path.stem == "from_checkpoint" else [f"{group}={path.stem}"]
         whole = "# @package _global_" in path.read_text(encoding="utf-8").splitlines()
-        found.setdefault(group or "seeds", [])
+        choices.setdefault(group or "seeds", [])
         for key, value in loaded.items():
             prefix = "" if top or whole else f"{group}."
             inner = [f"{key!s}.{k!s}" for k in value] if isinstance(value, dict) else None
             for name in inner or [f"{prefix}{key!s}"]:
-                found.setdefault(name, []).extend(choice)
-    return {k: v for k, v in found.items() if k != "defaults" and not k.startswith("hydra.")}
+                choices.setdefault(name, []).extend(choice)
+    return {k: v for k, v in choices.items() if k != "defaults" and not k.startswith("hydra.")}
 
 
 # Far beyond use, and small enough that checking them costs nothing.

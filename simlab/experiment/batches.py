@@ -30,9 +30,9 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
             weights, ready.tokens, ready.device, dtype, config.gradients, on_block
         )
 
-    found: MeasuredCurves = []
+    curves: MeasuredCurves = []
     if ready.checkpoint:
-        found += [("checkpoint", config.seed, curve) for curve in measured(ready.checkpoint)]
+        curves += [("checkpoint", config.seed, curve) for curve in measured(ready.checkpoint)]
     if config.seeds:
         cost = costs_of(config, torch.get_num_threads())[-1]
         with threads(cost.computing):
@@ -41,11 +41,11 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
                 weights = ENGINE_WEIGHTS[config.engine](
                     config.shape, config.init, *seeds, drawing=cost.drawing
                 )
-                found += [
+                curves += [
                     ("random", seed, curve)
                     for seed, curve in zip(seeds, measured(weights), strict=True)
                 ]
-    return found
+    return curves
 
 
 @contextmanager

@@ -74,8 +74,8 @@ class Prepared:
     @property
     def engines(self) -> dict[str, str]:
         """The engine of each kind of curve: a checkpoint has its weights, so it is always dense."""
-        found = {"checkpoint": "dense"} if self.checkpoint else {}
-        return found | ({"random": self.config.engine} if self.config.seeds else {})
+        engines = {"checkpoint": "dense"} if self.checkpoint else {}
+        return engines | ({"random": self.config.engine} if self.config.seeds else {})
 
 
 def open_checkpoint(source: SourceConfig) -> Checkpoint:
@@ -94,10 +94,10 @@ def prepare(
 ) -> Prepared:
     """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError.
 
-    tokens_of: as ``make_tokens``, which it may remember. device: where it will run, which then isn't
-    looked at, nor whether it has the memory.
+    tokens_of: replaces ``make_tokens``, with the same arguments; a sweep passes one that caches.
+    device: where the run will be; this machine's devices and free memory are then not checked.
     """
-    known = device is not None
+    available = device is not None
     device = device or resolve_device(config.device)
     checkpoint = None
     if config.source.stored:
@@ -119,7 +119,7 @@ def prepare(
         other = "weightless" if engine == "dense" else "dense"
         reason = f"auto: by estimate {size}× cheaper than {other}"
     config = dataclasses.replace(config, inputs=inputs, device=str(device), engine=engine)
-    if not known:
+    if not available:
         refuse(config, torch.get_num_threads())
     return Prepared(config, tokens, checkpoint, device, reason)
 

@@ -31,7 +31,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json: config, environment and results. frame: from ``to_frame``."""
     config, depth = ready.config, ready.config.shape.depth
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "config": asdict(config),
         "config_hash": config_hash(config),
         "engine": config.engine if config.seeds else "dense",
@@ -58,11 +58,11 @@ def summarise(
     }
     if ready.checkpoint:
         left = departure(frame)
-        found["departure"] = asdict(left) if left else None
-        found["comparison"] = sentences(left, frame)
+        summary["departure"] = asdict(left) if left else None
+        summary["comparison"] = sentences(left, frame)
     if config.gradients:
-        found |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
-    return found
+        summary |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
+    return summary
 
 
 def plain_exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
@@ -75,11 +75,11 @@ def plain_exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any
 
 def losses(measured: MeasuredCurves) -> dict[str, Any]:
     """The next-token loss of each kind of curve, in nats: the seeds' mean with its interval."""
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for name in dict.fromkeys(name for name, *_ in measured):
         values = [float(m.loss) for kind, _, m in measured if kind == name and m.loss is not None]
-        found[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
-    return found
+        intervals[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
+    return intervals
 
 
 @functools.cache

@@ -51,14 +51,14 @@ class Reducer:
 
     def result(self) -> Tensor:
         """One number per curve and statistic, (S, entries), in the statistics' order, on the device."""
-        found = []
+        reduced = []
         for reduce, values in self.values.items():
             if reduce == "vector":
-                found.append(vector_norm(torch.stack(values).sum(0) / self.tokens, dim=-1))
+                reduced.append(vector_norm(torch.stack(values).sum(0) / self.tokens, dim=-1))
             else:
-                found.append(REDUCE[reduce](torch.cat(values, 2)))
+                reduced.append(REDUCE[reduce](torch.cat(values, 2)))
         order = [i for statistics in self.alike.values() for i, _ in statistics]
-        by_place = dict(zip(order, torch.cat(found).unbind(), strict=True))
+        by_place = dict(zip(order, torch.cat(reduced).unbind(), strict=True))
         return torch.stack([by_place[i] for i in range(len(order))], -1)
 
 
@@ -125,7 +125,7 @@ class Probe(BlockProbe):
         kinds, self.steps = zip(*block.steps(), strict=True)
         normalises = [step.normalises for step in self.steps]
         super().__init__(block, kinds, normalises, block.attention.options.gain, curves)
-        self.seen: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
         self.attention: dict[str, Tensor] | None = None
 
@@ -136,7 +136,7 @@ class Probe(BlockProbe):
 
     def _listen(self, step: ResidualStep | Renorm, reducer: Reducer) -> None:
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            self.seen["raw"] = out
+            self.tensors["raw"] = out
 
         def on_attend(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             self.attention = attention_statistics(args[0], args[1], args[3])
@@ -145,13 +145,13 @@ class Probe(BlockProbe):
             skip, branch = args
             if self.last is not None and skip is self.last[0]:
                 skip = self.last[1]
-            self.seen |= {"skip": skip, "branch": branch, "sum": out}
+            self.tensors |= {"skip": skip, "branch": branch, "sum": out}
 
         def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            found = observe(step, args[0], out, self.seen, self.attention)
-            reducer.add(found)
-            self.last = None if step is self.steps[-1] else (out, found.wide)
-            self.seen, self.attention = {}, None
+            observed = observe(step, args[0], out, self.tensors, self.attention)
+            reducer.add(observed)
+            self.last = None if step is self.steps[-1] else (out, observed.wide)
+            self.tensors, self.attention = {}, None
 
         if isinstance(step, ResidualStep):
             self.handles.append(step.sublayer.register_forward_hook(on_sublayer))
@@ -165,7 +165,7 @@ def observe(
     step: ResidualStep | Renorm,
     before: Tensor,
     after: Tensor,
-    seen: dict[str, Tensor],
+    tensors: dict[str, Tensor],
     attention: dict[str, Tensor] | None = None,
 ) -> Step:
     """A residual step's tensors. ``eps_factor`` is about the norm that acts last.
@@ -177,7 +177,7 @@ def observe(
         norm = step.norm_out
         moment = norm.moment(wide(before))
         return Step(after=after, moment=moment, eps=norm.eps, gain=wide(norm.weight))
-    raw, total = wide(seen["raw"]), seen["sum"]
+    raw, total = wide(tensors["raw"]), tensors["sum"]
     if step.normalises is None:
         moment, eps = RMSNorm.moment(raw), step.options.eps
     else:
@@ -187,8 +187,8 @@ def observe(
     norms = list(step.norms.values())
     return Step(
         after=after,
-        skip=seen["skip"],
-        branch=seen["branch"],
+        skip=tensors["skip"],
+        branch=tensors["branch"],
         raw=raw,
         moment=moment,
         eps=eps,

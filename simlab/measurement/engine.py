@@ -145,10 +145,10 @@ def forward(
     for stream in streams:
         embedding.add(Step(after=stream))
     blocks: list[list[StepResult]] = []
-    kept: list[list[Tensor]] = []
+    before: list[list[Tensor]] = []
     for layer in range(model.depth):
         if keep:
-            kept.append(list(streams))
+            before.append(list(streams))
         block = weights.block(layer, device, dtype)
         with Probe(block, curves) as probe:
             for i, stream in enumerate(streams):
@@ -156,7 +156,7 @@ def forward(
         blocks.append(probe.results())
         del block, probe  # before the next one is made: one block's weights at a time
         on_block()
-    return rows_of(embedding.result(), blocks), [*kept, streams]
+    return rows_of(embedding.result(), blocks), [*before, streams]
 
 
 def backward(
@@ -204,9 +204,9 @@ def _back_through(
         for _, step in block.steps():
             passed.append(step(passed[-1]))
         *before, out = passed
-        found = torch.autograd.grad(out, before, gradients[i])
-        gradients[i] = found[0]
-        for reducer, x, gradient in zip(reducers, before, found, strict=True):
+        gradients_before = torch.autograd.grad(out, before, gradients[i])
+        gradients[i] = gradients_before[0]
+        for reducer, x, gradient in zip(reducers, before, gradients_before, strict=True):
             reducer.add(_gradient_step(x, gradient, scale))
     return reducers
 

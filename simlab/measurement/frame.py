@@ -74,13 +74,13 @@ def cut(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """End each curve before its first non-finite value, and say where that was."""
     keys = ["curve", "seed"]
     bad = frame["non_finite"] > 0
-    seen = bad.groupby([frame[key] for key in keys], sort=False).cummax()
+    overflowed = bad.groupby([frame[key] for key in keys], sort=False).cummax()
     first = frame[bad].groupby(keys, sort=False).head(1)[[*keys, "sublayer", "block", "kind"]]
     overflow = [
         {str(key): None if pd.isna(value) else value for key, value in row.items()}
         for row in first.to_dict("records")
     ]
-    return frame[~seen].drop(columns="non_finite").reset_index(drop=True), overflow
+    return frame[~overflowed].drop(columns="non_finite").reset_index(drop=True), overflow
 
 
 def cut_gradients(

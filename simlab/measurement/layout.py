@@ -139,12 +139,12 @@ def submodule(parent: nn.Module, path: str, where: str) -> nn.Module:
 
 def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
     """The blocks of the ModuleList (or Sequential) at a path. Raises ConfigError."""
-    found = submodule(model, path, type(model).__name__)
-    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or not len(found):
+    blocks = submodule(model, path, type(model).__name__)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
         raise ConfigError(
-            f"probe: blocks={path} is a {type(found).__name__}: a ModuleList of blocks is needed"
+            f"probe: blocks={path} is a {type(blocks).__name__}: a ModuleList of blocks is needed"
         )
-    return list(found)
+    return list(blocks)
 
 
 def unknown_layout(model: nn.Module) -> ConfigError:

@@ -26,14 +26,14 @@ def wide_copy(x: Tensor) -> Tensor:
 
 def first_output(out: Any) -> Tensor:
     """A module's output, or the first of several."""
-    found: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-    return found
+    tensor: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return tensor
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A module's first argument, by position or by name."""
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
+    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Nor
 
     The candidates are RMSNorm and LayerNorm, each with gain weight or 1 + weight (Gemma).
     """
-    eps = next((found for name in EPS if (found := getattr(norm, name, None)) is not None), None)
+    eps = next((value for name in EPS if (value := getattr(norm, name, None)) is not None), None)
     if not isinstance(eps, float):
         return None
     x, y = x[:1], y[:1]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     gains = [x.new_ones(x.shape[-1])] if weight is None else [wide(weight), 1 + wide(weight)]
     shift = 0.0 if bias is None else wide(bias)
-    found = []
+    matches = []
     for moment, mean in ((RMSNorm.moment, 0.0), (LayerNorm.moment, x.mean(-1, keepdim=True))):
         unit = (x - mean) / (moment(x) + eps).sqrt()[..., None]
         for gain in gains:
             error = (unit * gain + shift - y).abs().amax().item()
-            found.append((error, Norm(eps, gain, moment)))
-    error, best = min(found, key=lambda pair: pair[0])
+            matches.append((error, Norm(eps, gain, moment)))
+    error, best = min(matches, key=lambda pair: pair[0])
     return best if error <= 8 * rounding * y.abs().amax().item() else None
 
 
@@ -97,8 +97,8 @@ class LayoutProbe(BlockProbe):
         super().__init__(block, kinds, [sublayer.normalises for sublayer in sublayers], gain=1.0)
         self.name, self.sublayers = name, sublayers
         where = f"{name} ({type(block).__name__})"
-        named = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
-        self.modules = {path: submodule(block, path, where) for path in sorted(named)}
+        paths = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
+        self.modules = {path: submodule(block, path, where) for path in sorted(paths)}
         self.norms: dict[int, Norm | None] = {}
         self.stream: Tensor | None = None  # before the next step, wide
         self.outputs: dict[str, Tensor] = {}  # wide
@@ -118,15 +118,15 @@ class LayoutProbe(BlockProbe):
             else:
                 self._after(at, partial(self._on_end, i))
 
-    def _before(self, module: nn.Module, seen: Callable[[Tensor], None]) -> None:
+    def _before(self, module: nn.Module, call: Callable[[Tensor], None]) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen(first_argument(args, kwargs))
+            call(first_argument(args, kwargs))
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _after(self, module: nn.Module, seen: Callable[[Tensor, Any], None]) -> None:
+    def _after(self, module: nn.Module, call: Callable[[Tensor, Any], None]) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            seen(first_argument(args, kwargs), out)
+            call(first_argument(args, kwargs), out)
 
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
@@ -178,7 +178,7 @@ class LayoutProbe(BlockProbe):
             moment=moment,
             eps=norm.eps if norm else 0.0,
             gain=norm.gain if norm else None,
-            attention=next((found for found in weights if found), None),
+            attention=next((weight for weight in weights if weight), None),
         )
         self.reducers[i].add(step)
         self.stream = None if sublayer is self.sublayers[-1] else after  # a block's is not kept

@@ -45,7 +45,7 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
         gradients: list[Tensor] = []
         start = 0
         for part in parts:
-            known = torch.zeros(part.coordinates.shape, device=x.device)
+            gradient = torch.zeros(part.coordinates.shape, device=x.device)
             square = None if part.tap is None else torch.zeros_like(part.tap).contiguous()
             for chunk in part.chunks():
                 here, column = _in(chunk, targets - start)
@@ -53,12 +53,12 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
                 g = (logits - log_sum[..., None]).exp_()
                 known_ones = (-here[:, None].to(g)).expand(len(g), -1, -1)
                 g.scatter_add_(2, column.expand(len(g), -1, -1), known_ones)
-                known.baddbmm_(g, chunk.mT.float())
+                gradient.baddbmm_(g, chunk.mT.float())
                 if square is not None:
                     square += gram(g)
                 start += chunk.shape[2]
             outputs.append(part.coordinates)
-            gradients.append(known.to(part.coordinates.dtype))
+            gradients.append(gradient.to(part.coordinates.dtype))
             if part.tap is not None and square is not None:
                 outputs.append(part.tap)
                 gradients.append(square)

@@ -36,9 +36,9 @@ def probe(
 
         rows = simlab.probe(model, ids).rows()
 
-        with simlab.probe(model) as found:      # or any forward calls of your own
+        with simlab.probe(model) as result:      # or any forward calls of your own
             model(ids)
-        rows = found.rows()
+        rows = result.rows()
 
     batch: token ids, or a mapping (``model(**batch)``), or a tuple (``model(*batch)``), which is
     passed through the model at once, without gradients and in eval mode; every submodule's mode is
@@ -48,12 +48,12 @@ def probe(
     layout: describes the residual stream of a model that ``layout.KNOWN`` lacks.
     curve, seed: values of the rows' columns of these names. Raises ConfigError.
     """
-    found = ModelProbe(model, layout, curve, seed)
+    result = ModelProbe(model, layout, curve, seed)
     if batch is not None:
         args, kwargs = arguments(batch)
-        with evaluated(model), torch.no_grad(), found:
+        with evaluated(model), torch.no_grad(), result:
             model(*args, **kwargs)
-    return found
+    return result
 
 
 class ModelProbe:
@@ -87,8 +87,8 @@ class ModelProbe:
         refuse_padding(model, args, kwargs)
         embedded = self.probes[0].block.register_forward_pre_hook(self._embedded, with_kwargs=True)
         self.inner.callback(embedded.remove)
-        for found in self.probes:
-            self.inner.enter_context(found)
+        for probe in self.probes:
+            self.inner.enter_context(probe)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         self.inner.close()
@@ -121,16 +121,16 @@ class ModelProbe:
                 " itself within the with block, or give a batch"
             )
         tokens = self.embedding.tokens
-        for i, found in enumerate(self.probes):
-            for kind, reducer in zip(found.kinds, found.reducers, strict=True):
+        for i, probe in enumerate(self.probes):
+            for kind, reducer in zip(probe.kinds, probe.reducers, strict=True):
                 if reducer.tokens != tokens:
                     raise ConfigError(
                         f"probe: {kind} of block {i} saw {reducer.tokens} of {tokens} tokens: a"
                         " forward call failed or went around it, or the layout isn't this model's"
                     )
         blocks = [
-            [step._replace(values=step.values[0].cpu()) for step in found.results()]
-            for found in self.probes
+            [step._replace(values=step.values[0].cpu()) for step in probe.results()]
+            for probe in self.probes
         ]
         measured = Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
         frame, _, cuts = to_frame([(self.curve, self.seed, measured)], tokens * self.size[1])
@@ -160,15 +160,15 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
         path, blocks = lists.popitem()
     if len(set(blocks)) < len(blocks):
         raise ConfigError(f"probe: {path} holds a block more than once: can't tell its calls apart")
-    found: list[BlockProbe] = []
+    probes: list[BlockProbe] = []
     for i, block in enumerate(blocks):
         if layout is None and isinstance(block, Block):
-            found.append(Probe(block))
+            probes.append(Probe(block))
         else:
             sublayers = layout.sublayers if layout else known_sublayers(block)
             assert sublayers is not None  # is_known
-            found.append(LayoutProbe(block, f"{path}.{i}", sublayers))
-    return found
+            probes.append(LayoutProbe(block, f"{path}.{i}", sublayers))
+    return probes
 
 
 def is_known(block: nn.Module) -> bool:
@@ -192,8 +192,8 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise ConfigError if an attention_mask (B, T) hides tokens, which the statistics would count."""
-    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    mask = given.get("attention_mask")
+    inputs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
         raise ConfigError(
             f"probe: attention_mask hides {int((mask == 0).sum())} of {mask.numel()} tokens, which"

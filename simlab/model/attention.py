@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from simlab.config import Llama3RopeConfig, ModelConfig, YarnConfig
 from simlab.model.norms import NORMS
 
-HEADS_AT_ONCE = 1 << 24  # entries of attention matrices that statistics of them hold at a time
-Linear = Callable[[int, int, bool], nn.Module]  # d_in, d_out, whether there is a bias
+HEADS_AT_ONCE = 1 << 24  # entries of attention matrices that the statistics hold at a time
+Linear = Callable[[int, int, bool], nn.Module]  # arguments: d_in, d_out, bias
 
 
 def inverse_frequencies(
@@ -42,8 +42,8 @@ def inverse_frequencies(
     if llama3 is not None:
         turns = llama3.original_length * angles / (2 * math.pi)
         low, high = llama3.low_freq_factor, llama3.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return angles * kept + angles / llama3.factor * (1 - kept), 1.0
+        faster = ((turns - low) / (high - low)).clamp(0, 1)
+        return angles * faster + angles / llama3.factor * (1 - faster), 1.0
     if yarn is None:
         return angles, 1.0
 
@@ -59,8 +59,8 @@ def inverse_frequencies(
     last = min(math.ceil(pair_turning(yarn.beta_slow)), head_dim - 1)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
-    given = yarn.attention_factor
-    factor = 0.1 * math.log(yarn.factor) + 1.0 if given is None else given
+    stated = yarn.attention_factor
+    factor = 0.1 * math.log(yarn.factor) + 1.0 if stated is None else stated
     return angles / yarn.factor * slowed + angles * (1 - slowed), factor
 
 

@@ -77,10 +77,10 @@ class Description:
     @property
     def groups(self) -> list[tuple[int, list[int]]]:
         """d_in, and the d_outs, of the matrices that share an input, in the order of their use."""
-        found: dict[int, tuple[int, list[int]]] = {}
+        inputs_outputs: dict[int, tuple[int, list[int]]] = {}
         for matrix in self.matrices:
-            found.setdefault(matrix.group, (matrix.d_in, []))[1].append(matrix.d_out)
-        return list(found.values())
+            inputs_outputs.setdefault(matrix.group, (matrix.d_in, []))[1].append(matrix.d_out)
+        return list(inputs_outputs.values())
 
 
 def describe(model: ModelConfig) -> Description:

@@ -138,8 +138,8 @@ class RandomWeights(Weights):
             part = torch.empty((rows, *shape[1:]), device=out.device)
             fill_piece(part, entropy, piece, law)
             here = (unique // per == piece).nonzero().flatten()
-            wanted = (unique[here] - piece * per).to(out.device)
-            out[here.to(out.device)] = part[wanted].to(dtype)
+            chosen = (unique[here] - piece * per).to(out.device)
+            out[here.to(out.device)] = part[chosen].to(dtype)
 
         self._each(draw, (unique // per).unique().tolist(), out.device)
         return out.to(device)[where.to(device)]

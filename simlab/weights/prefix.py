@@ -1,8 +1,8 @@
-"""Tell whether a deep random model begins with the layers of a shallow one, and so its curve too.
+"""Find out if a deep random model begins with the layers of a shallow one: its curve then does too.
 
-Most inits and placements depend on a layer's number and not on the depth (``normal``, ``mitchell``,
-``reordered``, ``lns`` …); some divide by the depth (``llama``, ``deepnorm`` …). No list of names says
-which: two layers are compared module by module, a residual step by its scheme (``schemes.placement``).
+Most inits and placements depend on a layer's index alone (``normal``, ``mitchell``, ``reordered``,
+``lns`` …); some depend on the depth too (``llama``, ``deepnorm`` …). There is no list of names: two
+layers are compared module by module, a residual step by its scheme (``schemes.placement``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BARE = vars(nn.Module()).keys()  # attributes of every module: its hooks, its ch
 class Part:
     """A module of a layer: its class, its attributes, and its own parameters' shapes.
 
-    What the module computes depends on these, on its parameters and on its input alone.
+    Two modules with equal parts compute the same, given the same parameters and input.
     """
 
     name: str
@@ -58,10 +58,10 @@ def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
         return ()
     names = []
     for layer in range(shallow.depth):
-        found = parts(shallow, layer)
-        if found != parts(deep, layer):
+        own = parts(shallow, layer)
+        if own != parts(deep, layer):
             return ()
-        names += [f"blocks.{layer}.{part.name}.{key}" for part in found for key in part.shapes]
+        names += [f"blocks.{layer}.{part.name}.{key}" for part in own for key in part.shapes]
     return tuple(names)
 
 

@@ -135,7 +135,7 @@ class _Coordinates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        known, square = gradients
+        row_space, square = gradients
         x, scale, lower, jitter = ctx.saved_tensors
         inverse = _inverse(scale)
 
@@ -153,8 +153,8 @@ class _Coordinates(torch.autograd.Function):
         fresh = ctx.normals(ctx.name, x.shape[1:], x.device)
         noise = ctx.normals(f"{ctx.name}/jitter", lower.shape[1:], lower.device).to(lower)
         noise = jitter.sqrt() * solve(noise.mT).mT
-        seen = torch.baddbmm(narrow(noise), fresh, q.mT)
-        out = (known - down @ seen) @ q + down @ fresh
+        projected = torch.baddbmm(narrow(noise), fresh, q.mT)
+        out = (row_space - down @ projected) @ q + down @ fresh
         return out.to(x.dtype), None, None
 
 
@@ -179,7 +179,7 @@ class Inputs:
     def __init__(self, normals: Normals) -> None:
         self.normals = normals
         self.x: Tensor | None = None
-        self.found: tuple[Tensor, Tensor | None]
+        self.factored: tuple[Tensor, Tensor | None]
 
     def tokens(self, x: Tensor) -> int:
         """N: the tokens of each curve in x (…, d)."""
@@ -199,9 +199,11 @@ class Inputs:
         if self.x is not x:
             flat = x.reshape(len(self.normals.seeds), -1, x.shape[-1])
             wide = flat.shape[1] < flat.shape[2]
-            made = _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
-            self.x, self.found = x, made
-        return self.found
+            factored = (
+                _Coordinates.apply(flat, self.normals, name) if wide else (flat.float(), None)
+            )
+            self.x, self.factored = x, factored
+        return self.factored
 
 
 @dataclass(frozen=True)
@@ -302,10 +304,10 @@ class GaussianWeights(RandomWeights):
         count, parts = self.model.vocab_size, []
         targets = ids[:, 1:].flatten()
         if self.model.tied:
-            seen, where = ids.unique(return_inverse=True)
-            rows = self.embedded(seen[None], x.device, x.dtype)
+            distinct, where = ids.unique(return_inverse=True)
+            rows = self.embedded(distinct[None], x.device, x.dtype)
             parts.append(Columns(x, lambda: iter([rows.mT])))
-            targets, count = where[:, 1:].flatten(), count - len(seen)
+            targets, count = where[:, 1:].flatten(), count - len(distinct)
         coordinates, tap = Inputs(self.normals).coordinates(x, "head.weight")
         std, d_in = self.std("head.weight"), coordinates.shape[-1]
 

@@ -8,7 +8,7 @@ import torch
 from conftest import PARITY, tiny
 
 from simlab import build_model
-from simlab.budget.trace import Live
+from simlab.budget.trace import Counter
 from simlab.config import ConfigError
 from simlab.experiment import prepare, run
 from simlab.measurement.engine import measure_curves, resolve_device
@@ -65,7 +65,7 @@ def test_peak_memory_does_not_grow_with_depth(engine):
     peaks = []
     for depth in (2, 8):
         config = tiny(f"depth={depth}", "width=192", "d_ff=384")
-        with Live() as live:
+        with Counter() as live:
             weights = engine(config.shape, config.init, 0)
             measure_curves(weights, torch.arange(22).view(2, 11), CPU, torch.float32)
         peaks.append(live.peak)

@@ -197,7 +197,7 @@ def test_probes_keep_no_tensors(how):
         "simlab": lambda: (build_model(tiny()), None),
     }[how]()
     for block in probe(model, IDS, layout=layout).probes:
-        held = [block.outputs, block.stream] if how != "simlab" else [block.seen, block.last]
+        held = [block.outputs, block.stream] if how != "simlab" else [block.tensors, block.last]
         assert held == [{}, None]
 
 
