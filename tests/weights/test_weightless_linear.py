@@ -10,11 +10,13 @@ from torch import nn
 
 from simlab.config.validate import compose
 from simlab.schemes.init import RULES, distribution
+from simlab.weights import rng
 from simlab.weights.dense import RandomWeights
+from simlab.weights.rng import Normals
 from simlab.weights.weightless import GaussianLinear, GaussianWeights, Inputs, factor, gram
 
 CPU = torch.device("cpu")
-# What XXᵀ can look like: tokens × dimensions.
+# Kinds of tokens X, for their Gram matrices XXᵀ.
 GRAMS = [
     "generic",
     "repeated",
@@ -49,26 +51,26 @@ def tokens(case, n=12, d=40, seed=0):
 
 def layers(weights, *shapes, std=0.3):
     """GaussianLinears that share their inputs."""
-    shared, made = Inputs(weights), []
+    shared, linears = Inputs(weights), []
     for i, (d_in, d_out) in enumerate(shapes):
-        made.append(GaussianLinear(d_in, d_out))
-        made[-1].bind(f"layer{i}", std * (i + 1), shared)
-    return made
+        linears.append(GaussianLinear(d_in, d_out))
+        linears[-1].bind(f"layer{i}", std * (i + 1), shared)
+    return linears
 
 
-def normals(seed):
-    return GaussianWeights(tiny().shape, tiny().init, seed).normals
+def normals(*seeds):
+    return Normals(seeds, None)
 
 
 @pytest.mark.parametrize("case", GRAMS)
 def test_factor(case):
     """LLᵀ is the Gram matrix, each entry to 1e-12 of its rows' lengths, however singular."""
     x = tokens(case)
-    scale, lower = (found[0] for found in factor(gram(x[None]))[:2])
+    scale, lower, _ = (of_all[0] for of_all in factor(gram(x[None])))
     wide = x.double()
     lengths = wide.norm(dim=1, keepdim=True)
-    made = (scale * lower) @ (scale * lower).T
-    assert ((made - wide @ wide.T).abs() <= 1e-12 * lengths * lengths.T).all()
+    product = (scale * lower) @ (scale * lower).T
+    assert ((product - wide @ wide.T).abs() <= 1e-12 * lengths * lengths.T).all()
     assert torch.equal(lower, lower.tril())
 
 
@@ -104,8 +106,7 @@ def test_repeated_tokens_get_the_same_output():
 def test_backward_is_consistent_with_forward(case):
     """GW·Xᵀ = G·(XWᵀ)ᵀ whatever W is: dX Xᵀ = Σ G_i Y_iᵀ, for layers that share their input."""
     x = tokens(case).requires_grad_()
-    made = layers(normals(1), (x.shape[1], 30), (x.shape[1], 9))
-    ys = [layer(x) for layer in made]
+    ys = [layer(x) for layer in layers(normals(1), (x.shape[1], 30), (x.shape[1], 9))]
     gs = [torch.randn(y.shape, generator=torch.Generator().manual_seed(7)) for y in ys]
     torch.autograd.backward(ys, gs)
     left = (x.grad.double() @ x.double().T).detach()
@@ -116,23 +117,19 @@ def test_backward_is_consistent_with_forward(case):
 
 
 @pytest.mark.parametrize("case", ["generic", "repeated", "at_the_jitter", "tall"])
-def test_joint_covariance(case):
+def test_joint_covariance(case, monkeypatch):
     """(Y, GW) for a fixed G over 8000 draws: every second moment, against σ² and X, G alone."""
     draws, std, d_out = 8000, 0.5, 3
     x = tokens(case, n=4, d=6)
     d_in = x.shape[1]
     g = torch.randn(4, d_out, generator=torch.Generator().manual_seed(5))
-    shared = normals(0)
-    rows = []
-    for i in range(draws):
-        shared.seeds = (i,)
-        leaf = x.clone().requires_grad_()
-        layer = GaussianLinear(d_in, d_out)
-        layer.bind("w", std, Inputs(shared))
-        y = layer(leaf)
-        y.backward(g)
-        rows.append(torch.cat([y.detach().flatten(), leaf.grad.flatten()]))
-    sample = torch.stack(rows).double()
+    monkeypatch.setattr(rng, "NORMALS_PIECE", 64)  # quicker: few normals are asked of each stream
+    leaf = x.repeat(draws, 1).requires_grad_()  # a curve for each draw, as one batch
+    (layer,) = layers(normals(*range(draws)), (d_in, d_out), std=std)
+    y = layer(leaf)
+    y.backward(g.repeat(draws, 1))
+    halves = y.detach().view(draws, -1), leaf.grad.view(draws, -1)
+    sample = torch.cat(halves, 1).double()
     # vec(Y) and vec(GW) are linear in vec(W): the covariance is σ²·MMᵀ.
     eye_out, eye_in = torch.eye(d_out), torch.eye(d_in)
     forward = torch.einsum("td,oc->todc", x, eye_out).permute(0, 1, 3, 2).reshape(4 * d_out, -1)
@@ -141,8 +138,8 @@ def test_joint_covariance(case):
     expected = m @ m.T
     power = expected.diagonal()
     error = ((power[:, None] * power + expected**2) / draws).sqrt()
-    seen = sample.T @ sample / draws
-    assert ((seen - expected).abs() <= 5.5 * error + 1e-9).all()  # about 500 comparisons
+    measured = sample.T @ sample / draws
+    assert ((measured - expected).abs() <= 5.5 * error + 1e-9).all()  # about 500 comparisons
     assert (sample.mean(0).abs() <= STANDARD_ERRORS * (power / draws).sqrt()).all()
 
 
@@ -192,7 +189,7 @@ def test_normals_depend_on_seed_and_key_alone():
 @pytest.mark.parametrize("case", ["generic", "tall"])
 def test_a_bias_is_added_and_changes_nothing_else(case):
     bias = torch.arange(30.0)
-    found = []
+    results = []
     for has_bias in (False, True):
         x = tokens(case).requires_grad_()
         layer = GaussianLinear(x.shape[1], 30, has_bias)
@@ -201,8 +198,8 @@ def test_a_bias_is_added_and_changes_nothing_else(case):
             layer.load_state_dict({"bias": bias})
         y = layer(x)
         y.square().sum().backward() if not has_bias else (y - bias).square().sum().backward()
-        found.append((y.detach(), x.grad))
-    (plain, gradient), (biased, with_bias) = found
+        results.append((y.detach(), x.grad))
+    (plain, gradient), (biased, with_bias) = results
     assert torch.equal(biased, plain + bias)
     # y − bias is y to float32's rounding of numbers up to 30, which the gradient sums over 30 outputs.
     torch.testing.assert_close(with_bias, gradient, rtol=1e-4, atol=1e-4)
