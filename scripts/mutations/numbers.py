@@ -115,11 +115,13 @@ INIT = (
             SEEDED,
             'entropy = entropy_of(self.seed, name.split(".")[-2])',
         ),
+        "dense",
     ),
     Mutation(
         "same_numbers_in_all_matrices",
         "the name isn't in the seed",
         edit(random.RandomWeights.tensor, SEEDED, "entropy = entropy_of(self.seed)"),
+        "dense",
     ),
     Mutation(
         "same_numbers_in_all_seeds",
@@ -128,6 +130,7 @@ INIT = (
             Edit(random.RandomWeights.tensor, SEEDED, "entropy = entropy_of(name)"),
             Edit(random.RandomWeights.rows, "entropy_of(self.seed, name)", "entropy_of(name)"),
         ),
+        "dense",
     ),
     Mutation(
         "embedding_scaled",

@@ -92,15 +92,16 @@ def failed(gate: str, short: str, finding: Finding, size: str) -> Outcome:
 
 def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome | None:
     """The outcome of a failed gate if the curves' steps differ from the recorded ones, else None."""
-    want = _steps(expected)
-    for (name, seed), rows in got.groupby(["curve", "seed"], sort=False):
-        steps = list(rows[STEP].itertuples(index=False, name=None))
-        if steps == want.get(str(name), steps[:0]):
-            continue
-        if str(name) not in want:
+    want: dict[str, list[tuple[Any, ...]]] = {}  # the longest curve's steps, by the curves' name
+    for (name, _), steps in _steps(expected).items():
+        want[name] = max(want.get(name, []), steps, key=len)
+    for (name, seed), steps in _steps(got).items():
+        if name not in want:
             why = f"there is a curve {name!r}, which isn't recorded"
             return Outcome(gate, False, "other curves", why)
-        paired = itertools.zip_longest(want[str(name)], steps)
+        if steps == want[name]:
+            continue
+        paired = itertools.zip_longest(want[name], steps)
         index, (old, new) = next((i, p) for i, p in enumerate(paired) if p[0] != p[1])
         sublayer, block, kind = old or new
         found = Finding(
@@ -115,14 +116,13 @@ def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome |
     return None
 
 
-def _steps(frame: pd.DataFrame) -> dict[str, list[tuple[Any, ...]]]:
-    """The longest curve's steps, by the curves' name."""
-    found: dict[str, list[tuple[Any, ...]]] = {}
-    for (name, _), rows in frame.groupby(["curve", "seed"], sort=False):
-        steps = list(rows[STEP].itertuples(index=False, name=None))
-        if len(steps) > len(found.get(str(name), [])):
-            found[str(name)] = steps
-    return found
+def _steps(frame: pd.DataFrame) -> dict[tuple[str, int], list[tuple[Any, ...]]]:
+    """Each curve's steps, by its name and seed."""
+    steps = list(frame[STEP].itertuples(index=False, name=None))
+    of_curve: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
+    for name, seed, step in zip(frame["curve"], frame["seed"], steps, strict=True):
+        of_curve.setdefault((name, seed), []).append(step)
+    return of_curve
 
 
 def _step(step: tuple[Any, ...] | None) -> str:
@@ -329,11 +329,11 @@ def stack(
         row_of.append(rows)
         names.extend([quantity] * len(rows))
 
-    grouped = [frame.groupby(["curve", "seed"], sort=False) for frame in (expected, got)]
-    measured_SRQ = [
-        np.stack([rows[list(quantities)].to_numpy(np.float64) for _, rows in seeds])
-        for seeds in grouped
-    ]
+    measured_SRQ = []
+    for frame in (expected, got):
+        values = frame[list(quantities)].to_numpy(np.float64)
+        rows_of_curves = frame.groupby(["curve", "seed"]).indices.values()
+        measured_SRQ.append(np.stack([values[rows] for rows in rows_of_curves]))
     for i, q in enumerate(quantities):
         a, b = (every[..., i].copy() for every in measured_SRQ)
         a[np.isinf(a)], b[np.isinf(b)] = np.nan, np.nan

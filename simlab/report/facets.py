@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -176,35 +176,37 @@ def grid(
     labels: tuple[str, str],
     *,
     size: tuple[float, float] | None = None,
-    alike: bool | str = True,
+    alike: bool | Literal["row", "col"] = True,
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel per value of ``column`` × ``row``: each with its title and its rows.
 
     labels: of the x and y axes. size: of a panel, in inches. alike: which panels share a y axis.
     """
     columns, rows = (frame[key].nunique() if key else 1 for key in (column, row))
-    panels, wrap = columns * rows, None
+    panels = columns * rows
     if column and not row and alike != "col":
         side = 3 if panels in (3, 5, 6, 9) else COLUMNS
-        columns = wrap = min(panels, side if alike else 2)
+        columns = min(panels, side if alike else 2)
     wide, high = size or ((7.5, 4.4) if panels == 1 else (4.4, 3.6) if panels <= 4 else (3.3, 2.6))
+    height = math.ceil(panels / columns)
     with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        made = sns.FacetGrid(
-            frame, col=column, row=row, height=high, aspect=wide / high, sharey=alike,
-            col_wrap=wrap, despine=False,
-        )  # fmt: skip
-    plt.close(made.figure)  # pyplot needs it no longer
-    made.figure.set_layout_engine("constrained")
-    made.figure.set_size_inches(max(columns * wide, 8.5), math.ceil(panels / columns) * high + 1.2)
-    for i, ax in enumerate(made.axes.flat):
+        figsize = (max(columns * wide, 8.5), height * high + 1.2)
+        figure = Figure(figsize=figsize, layout="constrained")
+        axes = figure.subplots(height, columns, sharex=True, sharey=alike, squeeze=False)
+    keys = [key for key in (row, column) if key]
+    shown = []
+    values = itertools.product(*(values_of(frame[key]) for key in keys))
+    for i, (ax, of_panel) in enumerate(itertools.zip_longest(axes.flat, values)):
+        if of_panel is None:  # the last row isn't full
+            ax.remove()
+            continue
         last, first = i + columns >= panels, i % columns == 0
-        ax.set(xlabel=labels[0] if last else "", ylabel=labels[1] if first else "", title="")
+        ax.set(xlabel=labels[0] if last else "", ylabel=labels[1] if first else "")
         ax.tick_params(which="both", labelbottom=last, labelleft=first or alike in (False, "col"))
-    names = [key for key in (row, column) if key]
-    for value, ax in made.axes_dict.items():
-        values = value if len(names) == 2 else (value,)
-        lines = "\n".join(label(*item) for item in zip(names, values, strict=True))
-        ax.set_title(lines, fontsize=10, color=".35")
-    return made.figure, [
-        (made.facet_axis(i, j, False), part) for (i, j, _), part in made.facet_data()
-    ]
+        part, lines = frame, []
+        for key, value in zip(keys, of_panel, strict=True):
+            part = part[part[key] == value]
+            lines.append(label(key, value))
+        ax.set_title("\n".join(lines), fontsize=10, color=".35")
+        shown.append((ax, part))
+    return figure, shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -93,7 +94,7 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
         for name in measures
     )  # fmt: skip
     frame[PART] = pd.Categorical(frame[PART], [MEASURES[name] for name in measures])
-    alike: bool | str = "row" if row == PART else bool(made.column)
+    alike: bool | Literal["row"] = "row" if row == PART else bool(made.column)
     figure, panels = grid(frame, made.column or PART, row, (key_text(x), "λ"), alike=alike)
     first = panels[0][0]
     name_colours(first, made, "o")
