@@ -26,11 +26,12 @@ from unittest import mock
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from simlab.config import ConfigError, RunConfig
-from simlab.config.validate import compose
+from simlab.config import ConfigError, RunConfig, validate
+from simlab.sweep.plan import Composer
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
 STANDARD_ERRORS = 5
@@ -60,9 +61,17 @@ def placed(norm: str) -> list[str]:
 
 
 @cache
+def composer(folder: Path) -> Composer:
+    """What composes a sweep's jobs: 20 times as fast as ``compose``, to the same (test_plan)."""
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return Composer(GlobalHydra.instance().config_loader(), "config", [])
+
+
+@cache
 def tiny(*overrides: str) -> RunConfig:
     """A model of three small blocks with grouped heads, dense; overrides come on top."""
-    return compose([*SHAPE, *INPUTS, "device=cpu", "engine=dense", "seeds=1", *overrides])
+    given = [*SHAPE, *INPUTS, "device=cpu", "engine=dense", "seeds=1", *overrides]
+    return validate.read(composer(validate.CONF_DIR).compose(given))
 
 
 def simlab(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
