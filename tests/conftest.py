@@ -185,6 +185,19 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.fixture
+def figure_names(monkeypatch) -> list[str]:
+    """The names of the figures that are made while this fixture holds; none is drawn or written."""
+    names: list[str] = []
+
+    def save(figure, folder, name):
+        names.append(name)
+        return []
+
+    monkeypatch.setattr("simlab.report.style.save", save)
+    return names
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Matrices this small are quicker so."""

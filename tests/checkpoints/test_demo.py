@@ -4,10 +4,9 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
-from itertools import pairwise
+from functools import cache
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +36,7 @@ WEIGHT_HASHES = {
 }
 
 
+@cache
 def demo(step: str, *overrides: str):
     return compose(["source=demo", f"source.step={step}", "device=cpu", "seeds=0", *overrides])
 
@@ -116,14 +116,14 @@ def test_demo_loss_falls_with_its_steps():
     held_out = [
         provenance()["checkpoints"][folder(step).name]["validation_loss"] for step in DEMO_STEPS
     ]
-    for found in (losses, held_out):
-        assert abs(found[0] - chance) < 0.1
-        assert all(after < before - 0.3 for before, after in pairwise(found)), found
-        assert found[-1] < 1.55
+    for each in (losses, held_out):
+        assert abs(each[0] - chance) < 0.1
+        assert all(after < before - 0.3 for before, after in pairwise(each)), each
+        assert each[-1] < 1.55
 
 
 @pytest.mark.slow
-def test_demo_run(tmp_path):
+def test_demo_run(tmp_path, figure_names):
     done = in_process("source=demo", "seeds=2", "device=cpu", "inputs.length=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "demo (final): depth 24, width 64" in done.stdout
@@ -134,6 +134,7 @@ def test_demo_run(tmp_path):
     frame = pd.read_csv(out / "curve.csv")
     assert frame.groupby("curve")["seed"].nunique().to_dict() == {"checkpoint": 1, "random": 2}
     last = frame[frame["sublayer"] == 48].groupby("curve")["mean_square"].mean()
+    assert figure_names == ["growth", "lambda", "inside"]
     assert last["checkpoint"] < last["random"] / 2  # measured on 256 bytes: 13.2 against 45.7
 
 
@@ -184,32 +185,26 @@ def test_inputs_override_the_bundled_text(tmp_path):
 
 @pytest.fixture
 def train_demo(monkeypatch):
-    """The script's main, in this process."""
+    """The script's main, in this process, on the standard library's first files."""
     spec = importlib.util.spec_from_file_location("train_demo", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "train_demo", script)  # dataclasses look it up
     spec.loader.exec_module(script)
+    sources = script.sources
+    monkeypatch.setattr(script, "sources", lambda root: islice(sources(root), 100))
     monkeypatch.setattr(script, "tune_process", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     return script.main
 
 
-@pytest.mark.slow
 def test_training_writes_the_same_bytes_again(tmp_path, train_demo, one_thread, capsys):
-    """In a process of its own, and in this one."""
-    steps = ["--steps", "3", *TINY]
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "a"), *steps]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step     3 of 3  loss " in done.stdout
-    train_demo([str(tmp_path / "b"), *steps])
+    for name in ("a", "b"):
+        train_demo([str(tmp_path / name), "--steps", "3", *TINY])
+    assert "step     3 of 3  loss " in capsys.readouterr().out
     wanted = {f"{s}/{f}" for s in ("step-0", "final") for f in ("config.json", "model.safetensors")}
     for name in ("a", "b"):
-        found = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")}
-        assert {path.as_posix() for path in found} == wanted | {"provenance.json"}
+        files = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")}
+        assert {path.as_posix() for path in files} == wanted | {"provenance.json"}
     for file in wanted:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     before = load_file(tmp_path / "a" / "step-0" / "model.safetensors")
