@@ -23,7 +23,7 @@ FLIPS = 4096  # sign flips: all 2^S where that is no more, else this number at r
 PERMUTATIONS = 1 << 16
 TIE = 1e-9  # relative: statistics no further apart are equal but for rounding
 CONSTANT = 1e-6  # in units of a column's spread: less is what cancels in float64, not an error
-AT_ONCE = 1 << 21  # statistics (relabelings × columns) held in memory at a time
+AT_ONCE = 1 << 16  # statistics (relabelings × columns) at a time: 0.5 MB fits the cache
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> 
     scale = both.std(0)
     scale[scale == 0] = 1.0
     z, f = (both - both.mean(0)) / scale, floor / scale
-    squares = z**2
+    squares = (z**2).sum(0)
 
     def statistics(deals: Array) -> Array:
-        mean = deals @ z / first
-        rest = -mean * first / (count - first)  # z has mean zero
-        within = squares.sum(0) - first * mean**2 - (count - first) * rest**2
+        mean = deals @ z / first  # the rest's is −first/(count − first) times as large
+        within = squares - mean**2 * (first * count / (count - first))
         error = np.sqrt(np.maximum(within, 0) / (count - 2) * (1 / first + 1 / (count - first)))
-        return np.maximum(np.abs(mean - rest) - f, 0) / np.maximum(error, CONSTANT)
+        apart = np.abs(mean) * (count / (count - first))
+        return np.maximum(apart - f, 0) / np.maximum(error, CONSTANT)
 
     return max_t(statistics, _deals(first, count, most), both.shape[1])
 
