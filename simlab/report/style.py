@@ -5,16 +5,17 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
-import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from pandas.core.groupby import SeriesGroupBy
 
 from simlab.store import write_atomically
 
@@ -22,20 +23,24 @@ LABELS = {"random": "random init", "checkpoint": "checkpoint"}
 COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
 
 
+def draw_band(ax: Axes, values: SeriesGroupBy, colour: str, **line: Any) -> None:
+    """Each group's mean against the group's key, with a band from the least value to the largest."""
+    mean = values.mean()
+    ax.plot(mean.index, mean, color=colour, **line)
+    ax.fill_between(mean.index, values.min(), values.max(), color=colour, alpha=0.2, lw=0)
+
+
 def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
     """Each curve's mean over seeds with its band."""
     for name in frame["curve"].unique():
-        of_curve = frame[frame["curve"] == name]
-        if of_curve[y].isna().all():
+        of_curve = frame[(frame["curve"] == name) & frame[y].notna()]
+        if of_curve.empty:
             continue
         seeds = of_curve["seed"].nunique()
         label = LABELS[name] + (f" ({seeds} seeds: mean, min to max)" if seeds > 1 else "")
-        few = of_curve[x].nunique() <= 24
-        sns.lineplot(
-            of_curve, x=x, y=y, ax=ax, label=label, color=COLOURS[name], lw=2,
-            errorbar=("pi", 100) if seeds > 1 else None, marker="o" if few else None,
-            markersize=5, legend=False, zorder=2,
-        )  # fmt: skip
+        marker = "o" if of_curve[x].nunique() <= 24 else None
+        by_x = of_curve.groupby(x)[y]
+        draw_band(ax, by_x, COLOURS[name], label=label, lw=2, marker=marker, ms=4, zorder=2)
 
 
 def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure:

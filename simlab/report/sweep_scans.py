@@ -30,7 +30,7 @@ from simlab.report.facets import (
     plan,
     values_of,
 )  # fmt: skip
-from simlab.report.style import LABELS, finish
+from simlab.report.style import LABELS, draw_band, finish
 
 MEASURES = {
     "lambda_token": "λ of the tokens' mean norm",
@@ -158,16 +158,13 @@ def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> F
     )
     figure, panels = grid(ends, PART, made.column, ("width", ""), size=(2.8, 2.9), alike="col")
     for ax, part in panels:
-        at, below = scan(ax, frame["width"]), ax.get_xlabel()
-        sns.lineplot(
-            part.assign(x=part["width"].map(at).astype(float)), x="x", y="value", hue="at",
-            palette=inks, errorbar=("pi", 100), err_kws={"lw": 0}, marker="o", legend=False, ax=ax,
-        )  # fmt: skip
-        ax.set(xlabel=below, ylabel="")
-    for ax, part in panels:  # afterwards: seaborn's mean on a log axis is a geometric one
         least, most = ends.loc[ends[PART].isin(part[PART]), "value"].agg(["min", "max"])
         if 0 < 8 * least < most:  # less than a decade has no round ticks
             ax.set_yscale("log")
+        at = scan(ax, frame["width"])
+        for name, rows in part.groupby("at"):
+            by_width = rows.groupby(rows["width"].map(at).astype(float))["value"]
+            draw_band(ax, by_width, inks[str(name)], lw=1.6, marker="o", ms=4)
     for name, colour in inks.items():
         panels[0][0].plot([], [], color=colour, marker="o", ms=4, lw=1.6, label=name)
     name_band(panels[0][0], made.frame.groupby("job")["seed"].nunique())

@@ -221,12 +221,12 @@ def test_odd_frames_do_not_crash(tmp_path, steps):
 @pytest.mark.parametrize(
     ("axes", "said"),
     [
-        ({"width": range(1, 31)}, ["8 of the 30 values of width"]),
+        ({"d_ff": range(1, 31)}, ["8 of the 30 values of d_ff"]),
         ({"source.path": [f"/a/folder/far/off/step{i}" for i in range(20)]}, ["8 of the 20"]),
-        ({"model": [f"model_{i}" for i in range(7)], "width": [1, 2]}, []),
-        ({"norm_placement": [*"abcdefg"], "init.std": [1, 2], "width": [8, 16, 32]},
+        ({"model": [f"model_{i}" for i in range(7)], "d_ff": [1, 2]}, []),
+        ({"norm_placement": [*"abcdefg"], "init.std": [1, 2], "d_ff": [8, 16, 32]},
          ["6 of the 7 values of norm"]),
-        ({"norm.eps": [1e-6, 1e-5], "init": [*"ab"], "width": [1, 2, 3], "qk": [*"xy"]},
+        ({"norm.eps": [1e-6, 1e-5], "init": [*"ab"], "d_ff": [1, 2, 3], "qk": [*"xy"]},
          ["norm.eps=1e-06 alone, of its 2 values"]),
         ({"init.truncate": [None, 3.0], "gradients": [True, False]}, []),
         ({"a": [*"abcdefghijklmnopqrstuvwxyzäöü"]}, ["24 of the 29 values of a"]),
