@@ -43,10 +43,9 @@ def test_fragmentation_allows_for_what_malloc_keeps():
 
 
 def curve(*overrides: str) -> Curve:
-    (found,) = curves_to_measure(
-        compose(["model=olmo2_1b", "seeds=1", "device=cpu", *overrides]), 2
-    )
-    return found
+    config = compose(["model=olmo2_1b", "seeds=1", "device=cpu", *overrides])
+    (measured,) = curves_to_measure(config, 2)
+    return measured
 
 
 def test_it_grows_with_what_is_asked():
@@ -89,8 +88,8 @@ print(peak() - before)
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["engine=dense", "width=3072", "heads=24", "kv_heads=24", "d_ff=20480", "inputs.length=64"],
-        ["engine=dense", "inputs.length=6000", "width=256", "d_ff=704"],
+        ["engine=dense", "width=2048", "heads=16", "kv_heads=16", "d_ff=14336", "inputs.length=64"],
+        ["engine=dense", "width=128", "heads=2", "kv_heads=2", "d_ff=128", "inputs.length=6000"],
     ],
     ids=["a large block", "a long sequence"],
 )
@@ -174,9 +173,9 @@ def test_what_is_suggested_fits(overrides, free, gigabytes):
         ConfigError, match=r"needs about .* GB, .* GB are free; .* would fit"
     ) as error:
         refuse(config, 2)
-    said = str(error.value)
-    assert said.startswith(" ".join(overrides))
-    options = said.rpartition("; ")[2].removesuffix(" would fit").split(" or ")
+    message = str(error.value)
+    assert message.startswith(" ".join(overrides))
+    options = message.rpartition("; ")[2].removesuffix(" would fit").split(" or ")
     assert 1 <= len(options) <= 2
     for option in options:
         refuse(compose([*overrides, "device=cpu", *option.split()]), 2)

@@ -96,10 +96,10 @@ EXACT = ["reordered", "peri", "swin_renorm", "post", "deepnorm"]
 
 
 @pytest.mark.parametrize("norm", EXACT)
-@pytest.mark.parametrize("extra", [[], ["norm.type=layer"], ["norm.gain=0.7"]])
+@pytest.mark.parametrize("extra", [[], ["norm.type=layer", "norm.gain=0.7"]])
 def test_the_additive_law_is_exact(norm, extra):
-    """Within the seeds' standard error at every sublayer: 15 placements × 8 to 10 rows, each |t| of
-    31 degrees of freedom below 4.5 (1 in 10^4 by chance, Bonferroni over the rows of all: 1.5 %)."""
+    """Within the seeds' standard error at every sublayer: 10 models × 8 to 10 rows, each |t| of
+    31 degrees of freedom below 4.5 (1 in 10^4 by chance, Bonferroni over the rows of all: 1 %)."""
     t, p_value = standardised(norm, "additive", *extra)
     assert np.abs(t).max() < 4.5
     assert p_value > 0.001
@@ -142,7 +142,7 @@ def test_eps_holds_back_the_first_block_at_small_width():
     five standard errors.
     """
     config = compose(
-        ["depth=4", "width=128", "heads=4", "kv_heads=4", "d_ff=512", "seeds=16", "vocab_size=50000",
+        ["depth=4", "width=128", "heads=4", "kv_heads=4", "d_ff=512", "seeds=8", "vocab_size=50000",
          "inputs.batch=1", "inputs.length=512", "device=cpu"]
     )  # fmt: skip
     frame = run(config).curve
@@ -154,7 +154,7 @@ def test_eps_holds_back_the_first_block_at_small_width():
     g = np.cos(np.outer(np.arange(512), 500_000.0 ** (-np.arange(0, 32, 2) / 32))).mean(1)
     generator, m = np.random.default_rng(0), []
     for n in range(1, 513):
-        a = np.exp(np.sqrt(r) * generator.standard_normal((200, n)))
+        a = np.exp(np.sqrt(r) * generator.standard_normal((100, n)))
         squares = ((a / a.sum(1, keepdims=True)) ** 2).sum(1).mean()
         pairs = 2 * ((n - np.arange(1, n)) * g[1:n]).sum() / n**2
         m.append((128 * s2) ** 2 * s2 * (squares + r * pairs / 128))
@@ -172,4 +172,4 @@ def test_eps_holds_back_the_first_block_at_small_width():
     assert first.mean() == pytest.approx(v.mean(), rel=0.1)
     assert v.mean() < 0.15  # an eps outside the root, or none, would give 2
     later = np.diff(ends.to_numpy(), axis=1)[:, 1:]
-    assert (np.abs(later.mean(0) - 2) < 5 * later.std(0, ddof=1) / 4).all()
+    assert (np.abs(later.mean(0) - 2) < 5 * later.std(0, ddof=1) / np.sqrt(8)).all()
