@@ -96,7 +96,11 @@ def test_without_linux(tmp_path, monkeypatch):
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(machine, "on_cpu", lambda: 900)
-    assert [available("cpu"), available(torch.device("cpu"), 4), available("mps")] == [900, 225, 900]
+    assert [available("cpu"), available(torch.device("cpu"), 4), available("mps")] == [
+        900,
+        225,
+        900,
+    ]
     monkeypatch.setattr(machine, "on_cpu", lambda: None)
     assert available("cpu", 4) is None
     cuda = SimpleNamespace(
