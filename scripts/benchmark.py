@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def median(rows: Sequence[tuple[float, float, float]]) -> list[float]:
 
 
 def draw(count: int, threads: int) -> None:
-    """So many float32 normals on so many threads, into buffers that a core's cache holds."""
+    """Draw ``count`` float32 normals on some threads, into buffers that a core's cache holds."""
     piece = 1 << 16
     buffers = [np.empty(piece, np.float32) for _ in range(threads)]
     generators = [np.random.Generator(np.random.SFC64(i)) for i in range(threads)]
@@ -120,7 +121,7 @@ def bare(depth: int, tokens: int, d_ins: Sequence[int], d_outs: Sequence[int]) -
 
 
 def sizes(overrides: Sequence[str]) -> dict[str, object]:
-    """What ``bare`` takes, for a config."""
+    """The arguments of ``bare`` for a config."""
     from simlab import compose
     from simlab.budget.cost import matrix_groups
 
@@ -140,16 +141,16 @@ def weightless(overrides: Sequence[str], repeats: int = 3) -> None:
     """A weightless curve, forward and with gradients, beside its floor; then at twice the depth."""
     common = [*overrides, "seeds=1", "device=cpu", "engine=weightless"]
     size = sizes(common)
-    folder = str(__import__("pathlib").Path(__file__).resolve().parent)
+    folder = str(Path(__file__).resolve().parent)
     kinds: dict[str, list[tuple[float, float, float]]] = {}
     for _ in range(repeats):
-        for name, found in (
+        for name, work in (
             ("floor", lambda: process(FLOOR, folder, json.dumps(size))),
             ("forward", lambda: process(CURVE, *common)),
             ("both", lambda: process(CURVE, *common, "gradients=true")),
             ("deep", lambda: process(CURVE, *common, f"depth={2 * int(str(size['depth']))}")),
         ):
-            kinds.setdefault(name, []).append(found())
+            kinds.setdefault(name, []).append(work())
     floor, forward, both, deep = (median(rows) for rows in kinds.values())
     print(f"{' '.join(overrides)}: depth {size['depth']}, {size['tokens']} tokens, one seed, CPU")
     print("                      whole process    work alone      peak")
@@ -164,18 +165,14 @@ def weightless(overrides: Sequence[str], repeats: int = 3) -> None:
 
 def against_transformers(overrides: Sequence[str]) -> None:
     """One curve of 64 tokens, beside transformers building the model and giving hidden states."""
+    import torch
+    from write_random import hugging_face_config
+
     from simlab import compose
 
     common = [*overrides, "inputs.batch=1", "inputs.length=64", "seeds=1", "device=cpu"]
     model = compose(common).shape
-    shape = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-    }
+    shape = hugging_face_config(model, torch.float32)
     ours, theirs = [], []
     for _ in range(2):
         ours.append(process(CURVE, *common))

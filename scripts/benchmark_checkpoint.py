@@ -12,17 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmark import median, process
+from benchmark import CURVE, median, process
 
-CURVE = """
-from simlab.budget.process import tune_process
-tune_process()
-from simlab import compose
-from simlab.experiment import run
-config = compose(sys.argv[1:])
-start = time.perf_counter()
-run(config)
-"""
 READ = """
 import mmap, torch
 from simlab.checkpoints.checkpoint import Checkpoint
@@ -59,7 +50,7 @@ curve = [float(h.double().pow(2).mean()) for h in hidden]
 
 
 def products(folder: str, dtype: str) -> str:
-    """Depth, tokens, dtype and the blocks' matrices as (d_in, d_out), as PRODUCTS takes them."""
+    """The argument of PRODUCTS: depth, tokens, dtype and the blocks' matrices as (d_in, d_out)."""
     from simlab.checkpoints.checkpoint import Checkpoint, parameter_shapes
 
     model = Checkpoint(folder).model
@@ -89,13 +80,13 @@ def main() -> None:
         "simlab, bfloat16": (CURVE, [*common, "dtype=bfloat16"]),
         "simlab, float32": (CURVE, [*common, "dtype=float32"]),
     }
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
+    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
     for _ in range(args.repeats):
         for name, (body, given) in runs.items():
-            found[name].append(process(body, *given))
+            measured[name].append(process(body, *given))
     if not args.without_transformers:  # last: it may push the file out of the system's cache
-        found["transformers"] = [process(TRANSFORMERS, args.folder) for _ in range(2)]
-    rows = {name: median(values) for name, values in found.items()}
+        measured["transformers"] = [process(TRANSFORMERS, args.folder) for _ in range(2)]
+    rows = {name: median(values) for name, values in measured.items()}
     print("                      whole process    work alone      peak")
     for name, row in rows.items():
         print(f"{name:20s} {row[0]:10.2f} s {row[1]:12.2f} s {row[2]:8.0f} MiB", flush=True)

@@ -140,7 +140,7 @@ TIMED = [
 
 
 def overrides(case: str, folder: Path) -> list[str]:
-    """What a case stands for."""
+    """The overrides that a case stands for."""
     shape, depth, tokens, engine, *rest = case.split()
     batch, length = tokens.split("x")
     common = ["seeds=1", *SHAPES[shape].format(folder=folder).split(), "device=cpu"]
@@ -160,8 +160,8 @@ def measured(case: str, folder: Path, threads: str = "all") -> dict[str, float] 
     if not lines:
         print(f"{case}: {(done.stderr.splitlines() or ['killed'])[-1]}", flush=True)
         return None
-    found: dict[str, float] = json.loads(lines[0].removeprefix("RESULT"))
-    return found
+    row: dict[str, float] = json.loads(lines[0].removeprefix("RESULT"))
+    return row
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ sys.stdout = sys.__stdout__
 
 
 def swept(values: Sequence[object]) -> str:
-    """As Hydra takes them."""
+    """Values of a sweep as Hydra takes them: 8,16,32."""
     return ",".join(map(str, values))
 
 
@@ -92,15 +92,15 @@ def against_transformers() -> None:
         "12 jobs of 8 seeds, one process": [*sweep, f"seeds={SEEDS}"],
         "12 jobs of 8 seeds, joblib": [*sweep, f"seeds={SEEDS}", "hydra/launcher=joblib"],
     }
-    found = {name: [command(*args)] for name, args in kinds.items()}
+    seconds = {name: [command(*args)] for name, args in kinds.items()}
     theirs, _, peak = process(TRANSFORMERS, swept(DEPTHS), swept(STDS), str(SEEDS))
     for name, args in kinds.items():
-        found[name].append(command(*args))
+        seconds[name].append(command(*args))
     print(
         f"transformers, {len(DEPTHS) * len(STDS) * SEEDS} models: {theirs:8.1f} s {peak:8.0f} MiB"
     )
-    for name, seconds in found.items():
-        mean = statistics.mean(seconds)
+    for name, both in seconds.items():
+        mean = statistics.mean(both)
         print(f"{name:34s} {mean:8.1f} s   {theirs / mean:6.1f} times faster")
 
 
@@ -132,12 +132,12 @@ def commands() -> None:
         "a typo": [sys.executable, "-m", "simlab.run", "norm=swinrenorm"],
     }
     for name, args in kinds.items():
-        found = []
+        seconds = []
         for _ in range(5):
             start = time.perf_counter()
             subprocess.run(args, env=env, check=False, capture_output=True)
-            found.append(time.perf_counter() - start)
-        print(f"{name:16s} {statistics.median(found):.2f} s")
+            seconds.append(time.perf_counter() - start)
+        print(f"{name:16s} {statistics.median(seconds):.2f} s")
 
 
 BENCHMARKS: dict[str, Callable[[], None]] = {

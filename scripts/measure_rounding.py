@@ -1,12 +1,13 @@
 """How far rounding moves a curve: python scripts/measure_rounding.py.
 
-Runs each setting in processes of its own with other thread counts and instruction sets (what differs
-between machines), and prints the largest relative difference of any number from the first of them:
-what ``RTOL`` in simlab/regress/gates.py is chosen from.
+Machines differ in thread counts and instruction sets. Each setting runs in a process for each of these,
+and the largest relative difference of any number from the first of them is printed: ``RTOL`` in
+simlab/regress/gates.py is chosen from it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -59,9 +60,9 @@ def curve(args: list[str], env: dict[str, str]) -> pd.DataFrame:
         subprocess.run(
             [sys.executable, "-c", CODE, str(path), *args], env=os.environ | env, check=True
         )
-        found = pd.read_pickle(path)
-    assert isinstance(found, pd.DataFrame)
-    return found
+        rows = pd.read_pickle(path)
+    assert isinstance(rows, pd.DataFrame)
+    return rows
 
 
 def apart(a: pd.DataFrame, b: pd.DataFrame, quantity: str) -> float:
@@ -75,6 +76,9 @@ def apart(a: pd.DataFrame, b: pd.DataFrame, quantity: str) -> float:
 
 def main() -> None:
     """Measure, and print a line per setting and machine."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     worst = dict.fromkeys(DTYPES, 0.0)
     for name, args in SETTINGS.items():
         first, *others = MACHINES.items()

@@ -7,6 +7,7 @@ and whether the mistaken model departs from transformers' with the same weights 
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import shutil
 import sys
@@ -59,18 +60,18 @@ def right(setting: str) -> RunResult:
 
 @cache
 def law_holds(setting: str) -> bool:
-    """Whether the right model passes the law's gate, which then is one of the setting's."""
-    found = right(setting)
-    return law(found.curve, found.verdicts["random"], gain(setting), "float32").passed
+    """True if the right model passes the law's gate, which then is one of the setting's."""
+    recorded = right(setting)
+    return law(recorded.curve, recorded.verdicts["random"], gain(setting), "float32").passed
 
 
 def gain(setting: str) -> float:
-    """Of the sublayer norms."""
+    """The initial gain of the setting's sublayer norms."""
     return config_of(setting).shape.norm.gain
 
 
 def quantities(frame: pd.DataFrame) -> list[str]:
-    """Every statistic that is measured."""
+    """The names of all statistics in a frame."""
     return [str(name) for name in frame if name not in NOT_STATISTICS and frame[name].notna().any()]
 
 
@@ -81,30 +82,30 @@ def outcomes(
     seeds: int = SEEDS,
     gates: Sequence[str] = GATES,
 ) -> dict[str, Outcome]:
-    """What gates say of a model with this mistake, its seeds counted from ``first``.
+    """The outcome of each gate for a model with this mistake, its seeds counted from ``first``.
 
     ``law``, which needs 11 seeds, only where the right model obeys it.
     """
     recorded = right(setting)
     again = [0] if "exact" in gates else []
-    found = result(setting, [*again, *range(first, first + seeds)], mutation)
-    names, frame = quantities(recorded.curve), found.curve
-    said = {}
+    mistaken = result(setting, [*again, *range(first, first + seeds)], mutation)
+    names, frame = quantities(recorded.curve), mistaken.curve
+    by_gate = {}
     if "exact" in gates:
         old, new = (rows[rows["seed"] == 0] for rows in (recorded.curve, frame))
-        said["exact"] = exact(old, new, names, "float32")
+        by_gate["exact"] = exact(old, new, names, "float32")
     if "statistical" in gates:
         drawn = frame[frame["seed"] >= first]
-        said["statistical"] = statistical(recorded.curve, drawn, names, "float32")
+        by_gate["statistical"] = statistical(recorded.curve, drawn, names, "float32")
     if "law" in gates and law_holds(setting):
-        said["law"] = law(frame, found.verdicts["random"], gain(setting), "float32")
-    return said
+        by_gate["law"] = law(frame, mistaken.verdicts["random"], gain(setting), "float32")
+    return by_gate
 
 
 def judged(
     mutation: Mutation, seeds: int = SEEDS, gates: Sequence[str] = GATES
 ) -> dict[str, Outcome]:
-    """What gates say of a mutation of the catalogue."""
+    """The outcome of each gate for a mutation of the catalogue."""
     return outcomes(mutation.setting, 100, mutation, seeds, gates)
 
 
@@ -125,7 +126,7 @@ def reference(kv_heads: int) -> tuple[Path, torch.Tensor, list[torch.Tensor], to
 
 
 def parity(mutation: Mutation | None) -> bool:
-    """Whether simlab with this mistake departs from transformers: a state's statistics, or logits."""
+    """True if simlab with this mistake departs from transformers: a state's statistics, or logits."""
     grouped = mutation is None or mutation.setting != "ungrouped"
     folder, ids, states, logits = reference(2 if grouped else 6)
     from conftest import PARITY, assert_parity
@@ -136,11 +137,13 @@ def parity(mutation: Mutation | None) -> bool:
         ours = build_model(config)(ids)
         (curve,) = measure_curves(Checkpoint(str(folder)), ids, torch.device("cpu"), torch.float32)
     names = list(STATISTICS)
-    found = torch.stack([row.values for row in curve.rows])[:, [names.index(n) for n in OF_A_STATE]]
-    expected = torch.tensor([of_a_state(state.double()) for state in states], dtype=found.dtype)
+    measured = torch.stack([row.values for row in curve.rows])[
+        :, [names.index(n) for n in OF_A_STATE]
+    ]
+    expected = torch.tensor([of_a_state(state.double()) for state in states], dtype=measured.dtype)
     try:
         assert_parity(ours, logits)
-        torch.testing.assert_close(found, expected, **close)
+        torch.testing.assert_close(measured, expected, **close)
     except AssertionError:
         return True
     return False
@@ -152,27 +155,32 @@ def of_a_state(x: torch.Tensor) -> list[float]:
     return [number.item() for number in numbers]
 
 
-def main(names: Sequence[str]) -> None:
+def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="*", help="only these mutations")
+    names = parser.parse_args().name
     torch.set_num_threads(1)  # matrices this small are quicker so
     print("| mutation | mistake | exact | statistical | law | parity | first seen at | blamed |")
     print("|---|---|---|---|---|---|---|---|")
     for mutation in MUTATIONS:
         if names and mutation.name not in names:
             continue
-        said = judged(mutation)
-        marks = [MARKS[said[g].passed] if g in said else "" for g in GATES]
-        odd = "" if said["statistical"].passed != mutation.shifts else " (!)"
-        found = next((o.finding for o in reversed(said.values()) if o.finding), None)
-        seen = (
-            f"{found.kind} {found.sublayer}, {found.quantity} | {found.blame}" if found else " | "
+        by_gate = judged(mutation)
+        marks = [MARKS[by_gate[g].passed] if g in by_gate else "" for g in GATES]
+        odd = "" if by_gate["statistical"].passed != mutation.shifts else " (!)"
+        where = next((o.finding for o in reversed(by_gate.values()) if o.finding), None)
+        cells = (
+            f"{where.kind} {where.sublayer}, {where.quantity} | {where.blame}" if where else " | "
         )
         print(
             f"| {mutation.name} | {mutation.mistake} | {marks[0]} | {marks[1]}{odd} | {marks[2]} "
-            f"| {MARKS[not parity(mutation)]} | {seen} |",
+            f"| {MARKS[not parity(mutation)]} | {cells} |",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

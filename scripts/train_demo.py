@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from write_random import hugging_face_config
 
 from simlab import ConfigError, build_model, compose
 from simlab.budget.process import tune_process
@@ -138,30 +139,16 @@ def validate(model: nn.Module, data: np.ndarray, length: int) -> float:
 
 def config_json(model: ModelConfig, length: int) -> dict[str, Any]:
     """config.json as transformers spells it, for version 5 and for those before."""
-    return {
-        "architectures": ["Olmo2ForCausalLM"],
-        "model_type": "olmo2",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
+    values = hugging_face_config(model, DTYPE)
+    return values | {
         "hidden_act": "silu",
         "max_position_embeddings": length,
         "initializer_range": 0.02,
-        "rms_norm_eps": model.norm.eps,
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tied,
         "use_cache": True,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "torch_dtype": str(DTYPE).removeprefix("torch."),
+        "torch_dtype": values["dtype"],
     }
 
 
@@ -177,7 +164,7 @@ def their_name(ours: str) -> str:
 def save(
     model: nn.Module, shape: ModelConfig, folder: Path, data: Data, length: int
 ) -> dict[str, Any]:
-    """Write a checkpoint folder; what it holds and how well that, rounded as it is, predicts."""
+    """Write a checkpoint folder; return its loss (of the weights as rounded), size and hash."""
     folder.mkdir(parents=True, exist_ok=True)
     rounded = {name: p.detach().to(DTYPE) for name, p in model.state_dict().items()}
     tensors = {their_name(name): p for name, p in rounded.items()}

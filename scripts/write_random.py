@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def hugging_face_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json holds for a shape: transformers' Olmo2Config."""
+    """config.json for a shape, as transformers' Olmo2Config."""
     return {
         "model_type": "olmo2",
         "architectures": ["Olmo2ForCausalLM"],

@@ -1,10 +1,8 @@
 """The bundled demo model: its files, what it learned, its source, the script that made it."""
 
 import hashlib
-import importlib.util
 import json
 import math
-import sys
 from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import train_demo
 from conftest import assert_parity, in_process
 from safetensors.torch import load_file
 
@@ -22,7 +21,6 @@ from simlab.experiment import prepare
 from simlab.report.console import show_sweep
 from simlab.weights.dense import RandomWeights
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_demo.py"
 TINY = [
     "--depth", "2", "--width", "16", "--heads", "2", "--d-ff", "8", "--batch", "2", "--length", "32",
 ]  # fmt: skip
@@ -184,22 +182,18 @@ def test_inputs_override_the_bundled_text(tmp_path):
 
 
 @pytest.fixture
-def train_demo(monkeypatch):
-    """The script's main, in this process, on the standard library's first files."""
-    spec = importlib.util.spec_from_file_location("train_demo", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_demo", script)  # dataclasses look it up
-    spec.loader.exec_module(script)
-    sources = script.sources
-    monkeypatch.setattr(script, "sources", lambda root: islice(sources(root), 100))
-    monkeypatch.setattr(script, "tune_process", lambda: None)
+def train(monkeypatch):
+    """The main of scripts/train_demo.py, on the standard library's first files."""
+    sources = train_demo.sources
+    monkeypatch.setattr(train_demo, "sources", lambda root: islice(sources(root), 100))
+    monkeypatch.setattr(train_demo, "tune_process", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    return script.main
+    return train_demo.main
 
 
-def test_training_writes_the_same_bytes_again(tmp_path, train_demo, one_thread, capsys):
+def test_training_writes_the_same_bytes_again(tmp_path, train, one_thread, capsys):
     for name in ("a", "b"):
-        train_demo([str(tmp_path / name), "--steps", "3", *TINY])
+        train([str(tmp_path / name), "--steps", "3", *TINY])
     assert "step     3 of 3  loss " in capsys.readouterr().out
     wanted = {f"{s}/{f}" for s in ("step-0", "final") for f in ("config.json", "model.safetensors")}
     for name in ("a", "b"):
@@ -228,9 +222,9 @@ def test_training_writes_the_same_bytes_again(tmp_path, train_demo, one_thread, 
         (["--minutes", "1e-6", "--every", "1", *TINY], "at this pace 2500 steps take"),
     ],
 )
-def test_a_mistake_in_training_is_one_line(tmp_path, train_demo, capsys, args, said):
+def test_a_mistake_in_training_is_one_line(tmp_path, train, capsys, args, said):
     with pytest.raises(SystemExit) as ended:
-        train_demo([str(tmp_path / "out"), *args])
+        train([str(tmp_path / "out"), *args])
     assert ended.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("train_demo: ")
