@@ -198,6 +198,14 @@ def figure_names(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs and sweeps in this process draw nothing, which takes most of a small one's time."""
+    for name in ("figure.growth_figure", "figure.lambda_figure", "checkpoint_figure.inside_figure"):
+        monkeypatch.setattr(f"simlab.report.{name}", lambda *_: None)
+    monkeypatch.setattr("simlab.report.sweep_figures.figures", lambda *_: {})
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Matrices this small are quicker so."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from importlib.metadata import version as simlab_version
 from pathlib import Path
 
@@ -28,9 +29,10 @@ def only_run(folder: Path) -> Path:
 
 
 def test_main_job(tmp_path):
-    done = simlab(*SMALL, "depth=4", "norm=swin_renorm", "norm.every=2", "seeds=8", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    """Its files and its words; and the same command writes the same bytes again."""
+    run = [*SMALL, "depth=4", "norm=swin_renorm", "norm.every=2", "seeds=8"]
+    done = in_process(*run, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
     out = only_run(tmp_path)
     assert sorted(p.name for p in out.iterdir()) == [".hydra", *FILES]
     assert Path(done.stdout.split()[-1]) == out / "growth.png"  # ends with the figure's path
@@ -44,20 +46,15 @@ def test_main_job(tmp_path):
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["config"]["model"]["norm"]["every"] == 2
-    assert summary["verdict"]["random"]["sentence"].replace("\n", " ") in " ".join(
-        done.stdout.split()
-    )
+    sentence = summary["verdict"]["random"]["sentence"]
+    assert " ".join(sentence.split()) in " ".join(done.stdout.split())
     keys = {"config_hash", "engine", "device", "dtype", "versions", "theories", "verdict"}
     assert keys <= summary.keys()
-    statuses = {law: found["status"] for law, found in summary["theories"]["random"].items()}
+    statuses = {law: fit["status"] for law, fit in summary["theories"]["random"].items()}
     assert statuses == {"additive": "holds", "sqrt2": "fails"}
-
-
-def test_same_seed_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        in_process(*SMALL, "seeds=3", f"hydra.run.dir={name}", cwd=tmp_path)
+    in_process(*run, "hydra.run.dir=again", cwd=tmp_path)
     for file in FILES:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+        assert (tmp_path / "again" / file).read_bytes() == (out / file).read_bytes(), file
 
 
 MISTAKES = {
@@ -162,8 +159,8 @@ def test_cleaning_up_does_not_hide_the_error(tmp_path, monkeypatch, outputs):
 
 
 @pytest.mark.filterwarnings("ignore:Experimental rerun CLI option")
-def test_folders_of_earlier_versions_can_be_run_again(tmp_path):
-    """Their .hydra/ name the callback and, in place of simlab's sweeper, Hydra's."""
+def test_folders_of_earlier_versions(tmp_path, no_figures):
+    """They can be run again: their .hydra/ name the callback and, not simlab's sweeper, Hydra's."""
     pickled = "+hydra.callbacks.pickle._target_=hydra.experimental.callbacks.PickleJobInfoCallback"
     in_process(*SMALL, "seeds=1", "hydra.run.dir=old", pickled, cwd=tmp_path)
     in_process("-m", *SMALL, "seeds=1", "depth=1,2", "hydra.sweep.dir=sweep", cwd=tmp_path)
@@ -193,26 +190,31 @@ def test_folders_of_earlier_versions_can_be_run_again(tmp_path):
     assert (tmp_path / "new" / "sweep.parquet").read_bytes() == before
 
 
-def test_what_there_is_and_which_version(tmp_path):
-    """All without importing torch."""
+def test_commands_that_need_no_torch(tmp_path):
+    """What there is, versions and the help, whose choices are conf/'s."""
     code = (
-        "import runpy, sys; sys.argv = ['simlab', *sys.argv[2:]]\n"
-        "try: runpy.run_module({!r}, run_name='__main__')\n"
-        "finally: assert 'torch' not in sys.modules\n"
+        "import runpy, sys\n"
+        "for given in ('simlab', 'simlab.run --version', 'simlab.sweep --version',\n"
+        "              'simlab.regress --version', 'simlab.run --help'):\n"
+        "    sys.argv = given.split()\n"
+        "    try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    print('====')\n"
     )
-    said = {}
-    for module in ("simlab", "simlab.run", "simlab.sweep", "simlab.regress"):
-        command = [sys.executable, "-c", code.format(module)]
-        if module != "simlab":
-            command += ["", "--version"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        said[module] = done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    commands, *versions, usage, _ = done.stdout.split("====\n")
+    assert versions == [f"simlab {simlab_version('simlab')}\n"] * 3
     for part in ("run", "sweep", "regress"):
-        assert f"python -m simlab.{part} " in said["simlab"]
-        assert said[f"simlab.{part}"] == f"simlab {simlab_version('simlab')}\n"
+        assert f"python -m simlab.{part} " in commands
     for package in ("simlab", "torch", "numpy", "hydra", "Python"):
-        assert re.search(rf"\b{package} \d+\.\d+", said["simlab"])
+        assert re.search(rf"\b{package} \d+\.\d+", commands)
+    for choice in ("swin_renorm", "olmo2_32b", "mitchell", "zipf", "checkpoint"):
+        assert choice in usage
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("std", ["500", "1e6"])
@@ -229,21 +231,14 @@ def test_an_overflow_at_once_is_a_result(tmp_path, std):
     assert sorted(p.name for p in only_run(tmp_path).iterdir()) == [".hydra", *files]
 
 
-def test_a_terminal_without_unicode_and_names_with_markup(tmp_path):
-    env = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = simlab(*SMALL, "model.name='a[red]b[/bold]'", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "a[red]b[/bold]: depth 3" in done.stdout
-
-
-def test_an_earlier_result_survives_a_mistake(tmp_path):
+def test_an_earlier_result_survives_a_mistake(tmp_path, no_figures):
     in_process(*SMALL, "seeds=1", "hydra.run.dir=kept", cwd=tmp_path)
     before = {p.name: p.read_bytes() for p in (tmp_path / "kept").iterdir() if p.is_file()}
     assert in_process(*SMALL, "depth=0", "hydra.run.dir=kept", cwd=tmp_path).returncode == 2
     assert {p.name: p.read_bytes() for p in (tmp_path / "kept").iterdir() if p.is_file()} == before
 
 
-def test_a_text_through_a_transformers_checkpoint(tmp_path):
+def test_a_text_through_a_transformers_checkpoint(tmp_path, no_figures):
     write_olmo(tmp_path / "olmo", vocab_size=256, shards="100KB")
     readme = Path(__file__).parents[1] / "README.md"
     done = in_process(
@@ -260,51 +255,38 @@ def test_a_text_through_a_transformers_checkpoint(tmp_path):
     assert len(summary["weight_hash"]) == 32
 
 
-def test_help_lists_the_choices_without_torch(tmp_path):
-    done = simlab("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for choice in ("swin_renorm", "olmo2_32b", "mitchell", "zipf", "checkpoint"):
-        assert choice in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_wheel_runs_outside_the_source_tree(tmp_path):
-    """Built, unpacked and run with the checkout out of reach: conf/ must be inside."""
+    """Built, unpacked and run with the checkout out of reach: conf/ must be inside.
+
+    As a user types it, in a terminal without Unicode, with a name that looks like markup.
+    """
     root = Path(__file__).parents[1]
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    source = tmp_path / "source"
-    source.mkdir()
+    source, site, work = (tmp_path / name for name in ("source", "site", "work"))
     for part in ("simlab", "conf", "hydra_plugins"):
         shutil.copytree(root / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / file, source)
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source],
-        check=True,
-    )
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, *build, source], check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    zipfile.ZipFile(wheel).extractall(site)
     demo = {p.relative_to(source) for p in (source / "simlab" / "demo").rglob("*") if p.is_file()}
     assert len(demo) == 10  # four checkpoints of two files, their provenance and licence
-    assert all((tmp_path / "site" / path).is_file() for path in demo)
-    site = tmp_path / "site"
+    assert all((site / path).is_file() for path in demo)
     assert (site / "simlab" / "py.typed").is_file()  # its type hints are for users too
-    assert (site / "hydra_plugins" / "simlab_sweeper.py").is_file()
     shutil.rmtree(source)
-    work = tmp_path / "work"
     work.mkdir()
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    where = subprocess.run(
-        [sys.executable, "-c", "import simlab.config as c; print(c.CONF_DIR)"],
-        cwd=work, env=env, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert where.stdout.strip() == str(tmp_path / "site" / "simlab" / "conf")
-    done = simlab(*SMALL, "seeds=1", "norm=peri", cwd=work, env=env)
-    assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in only_run(work).iterdir()) == [".hydra", *FILES]
+    env = os.environ | {"PYTHONPATH": str(site), "PYTHONIOENCODING": "ascii"}
+    done = simlab(*SMALL, "seeds=1", "norm=peri", "model.name='a[red]b[/bold]'", cwd=work, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a[red]b[/bold]: depth 3" in done.stdout
+    out = only_run(work)
+    assert sorted(p.name for p in out.iterdir()) == [".hydra", *FILES]
+    assert f"path: {site / 'simlab' / 'conf'}\n" in (out / ".hydra/hydra.yaml").read_text()
 
 
-def test_a_sweep_names_checkpoints_that_are_the_same(tmp_path, checkpoint):
+def test_a_sweep_names_checkpoints_that_are_the_same(tmp_path, checkpoint, no_figures):
     """Two folders, one set of weights; a third that differs in one number."""
     for name in ("copy", "other"):
         shutil.copytree(checkpoint, checkpoint.parent / name)

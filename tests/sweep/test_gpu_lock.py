@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import multiprocessing
+import queue
+import threading
 import time
 from types import SimpleNamespace
 
@@ -11,34 +13,35 @@ import pytest
 from simlab.sweep.gpu_lock import own_gpu, take_gpu
 
 
-def hold(folder, names, queue, seconds):
+def hold(folder, names, spans, seconds):
     index, lock = take_gpu(names, folder)
     start = time.monotonic()
     time.sleep(seconds)
-    queue.put((index, start, time.monotonic()))
+    spans.put((index, start, time.monotonic()))
     lock.close()
 
 
-def test_no_two_processes_have_the_same(tmp_path):
-    """Seven jobs, three GPUs: on each, one after another, and none waits while one is free."""
-    context = multiprocessing.get_context("spawn")
-    queue, names = context.Queue(), ["GPU-a", "GPU-b", "GPU-c"]
-    processes = [context.Process(target=hold, args=(tmp_path, names, queue, 0.5)) for _ in range(7)]
-    for process in processes:
-        process.start()
-    held = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
+def test_one_job_on_a_gpu_at_a_time(tmp_path):
+    """Seven jobs, three GPUs: on each, one after another, and none waits while one is free.
+
+    Threads do for processes here: a lock is an open file's, and each opens its own.
+    """
+    spans, names = queue.Queue(), ["GPU-a", "GPU-b", "GPU-c"]
+    jobs = [threading.Thread(target=hold, args=(tmp_path, names, spans, 0.3)) for _ in range(7)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    held = list(spans.queue)
     for index in range(3):
-        spans = sorted((start, stop) for gpu, start, stop in held if gpu == index)
-        assert len(spans) >= 2
-        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+        of_gpu = sorted((start, stop) for gpu, start, stop in held if gpu == index)
+        assert len(of_gpu) >= 2
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(of_gpu))
 
 
 def test_a_killed_process_leaves_its_gpu(tmp_path):
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=hold, args=(tmp_path, ["GPU-a"], queue, 60))
+    process = context.Process(target=hold, args=(tmp_path, ["GPU-a"], None, 60))
     process.start()
     while not (tmp_path / "GPU-a").exists():
         time.sleep(0.05)

@@ -25,11 +25,11 @@ def loader():
 
 
 SWEEPS = [
-    ["depth=1,2", "init.std=0.01,0.02", "norm=pre,reordered,swin_renorm"],
+    ["depth=range(1,3)", "norm=pre,swin_renorm", "init.std=0.01"],
     ["norm=swin_renorm", "norm.every=1,2", "model.tied=true,false"],
-    ["init=normal,mitchell", "seed=range(3)", "init.truncate=null,2"],
+    ["init=normal,mitchell", "init.truncate=null,2"],
     ["model=olmo2_1b,small", "depth=1,2,1", "++inputs.batch=4"],
-    ["seeds=[0,1],[2]", "norm=glob(p*)", "engine=choice(dense,weightless)"],
+    ["seeds=[0,1],[2]", "norm=glob(pre*)", "engine=choice(dense,weightless)"],
     ["depth=3", "depth=1,2"],
 ]
 

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import INPUTS, SHAPE, simlab, tiny
+import torch
+from conftest import INPUTS, SHAPE, in_process, tiny
 
 from simlab import experiment
 from simlab.experiment import measured_curves, prepare
@@ -149,23 +150,27 @@ LAYERSCALE = ["norm=layerscale", "depth=2,5,19", "init.std=0.05,3e18", "seeds=2"
 SEEDS = ["seed=0,1", "seeds=3", "depth=2,4", "init.std=0.05,3e18", "engine=weightless"]
 
 
-@pytest.mark.parametrize(("threads", "swept", "count"), [("1", LAYERSCALE, 6), ("2", SEEDS, 8)])
-def test_a_job_has_the_bytes_that_it_has_alone(tmp_path, monkeypatch, threads, swept, count):
+@pytest.mark.parametrize(("threads", "swept", "count"), [(1, LAYERSCALE, 6), (2, SEEDS, 8)])
+def test_job_has_the_bytes_of_a_job_alone(tmp_path, no_figures, threads, swept, count):
     """In one process's sweep: depths 2 and 5 share, 19 has another alpha; and one std overflows."""
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    run = ["-m", *SHAPE, *INPUTS, "device=cpu", *swept]
-    done = simlab(*run, "hydra.sweep.dir=sweep", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
-    assert len(jobs) == count
-    overflowed = 0
-    for job in jobs if count == 6 else jobs[::3]:
-        alone = ["-m", *job["overrides"], "hydra.sweep.dir=alone", "results=other"]
-        simlab(*alone, cwd=tmp_path)
-        found = files(tmp_path / "sweep" / job["folder"])
-        assert found == files(tmp_path / "alone" / "0"), job
-        overflowed += bool(json.loads(found["summary.json"])["overflow"])
-    assert 0 < overflowed < len(jobs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run = ["-m", *SHAPE, *INPUTS, "device=cpu", *swept]
+        done = in_process(*run, "hydra.sweep.dir=sweep", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+        assert len(jobs) == count
+        overflowed = 0
+        for job in jobs if count == 6 else jobs[::3]:
+            alone = ["-m", *job["overrides"], "hydra.sweep.dir=alone", "results=other"]
+            in_process(*alone, cwd=tmp_path)
+            shared = files(tmp_path / "sweep" / job["folder"])
+            assert shared == files(tmp_path / "alone" / "0"), job
+            overflowed += bool(json.loads(shared["summary.json"])["overflow"])
+        assert 0 < overflowed < len(jobs)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_engines_that_differ_by_depth_share_nothing(monkeypatch):
