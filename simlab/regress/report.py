@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,7 +19,7 @@ from simlab.analysis.numbers import duration
 from simlab.config import printable
 from simlab.regress.cases import Case, Checked
 from simlab.regress.gates import GATE_ALPHA, RTOL, SIGNED, Finding, relative_error
-from simlab.report.style import finish, save
+from simlab.report.style import finish, save, subplots
 from simlab.store import write_atomically, write_text
 
 EXPECTED, GOT = "#7f7f7f", "#d62728"
@@ -133,9 +132,7 @@ def figure(checked: Checked) -> Figure:
         expected = got[got["curve"] == "random"].assign(**{name: got[finding.against]})
     curve = "random" if (expected["curve"] == "random").any() else expected["curve"].iloc[0]
     old, new = (_by_step(f[f["curve"] == curve], name) for f in (expected, got))
-    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        drawn = Figure(figsize=(11, 4.6), layout="constrained")
-        left, right = drawn.subplots(1, 2)
+    drawn, ((left, right),) = subplots(1, 2, (11, 4.6))
     for table, colour, label in ((old, EXPECTED, "expected"), (new, GOT, "got")):
         count = table["curves"].max()
         label += f" ({count} curves: mean, min to max)" if count > 1 else ""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from simlab.analysis.compare import departure
 from simlab.analysis.curve import laws_in
-from simlab.report.style import COLOURS, LABELS, draw_curves, finish
+from simlab.report.style import COLOURS, LABELS, draw_curves, finish, subplots
 
 
 def relative(ax: Axes, frame: pd.DataFrame) -> None:
@@ -93,10 +92,8 @@ def inside_figure(frame: pd.DataFrame, title: str) -> Figure | None:
     """A panel per statistic, a checkpoint's beside the random inits'. None without a checkpoint."""
     if not (frame["curve"] == "checkpoint").any():
         return None
-    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        figure = Figure(figsize=(15, 6.4), layout="constrained")
-        axes = figure.subplots(2, 4).flatten()
-    for ax, (column, (words, scale)) in zip(axes, PANELS.items(), strict=True):
+    figure, axes = subplots(2, 4, (15, 6.4))
+    for ax, (column, (words, scale)) in zip(axes.flat, PANELS.items(), strict=True):
         rows = frame[frame[column].notna()]
         draw_curves(ax, rows, "sublayer", column)
         if column == "max_abs":
@@ -109,4 +106,4 @@ def inside_figure(frame: pd.DataFrame, title: str) -> Figure | None:
         ax.set(xlabel="sublayer", ylabel="")
         ax.set_title(words, fontsize=10, color=".35")
     names = " and ".join(LABELS[str(name)] for name in frame["curve"].unique())
-    return finish(figure, axes[:1], [f"Inside the residual stream of {title}: {names}"])
+    return finish(figure, axes[0, :1], [f"Inside the residual stream of {title}: {names}"])

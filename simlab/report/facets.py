@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simlab.report.style import COLOURS, LABELS
+from simlab.report.style import COLOURS, LABELS, subplots
 
 SHADES, TOLD_APART = 8, 6  # colours, of numbers and of categories
 COLUMNS, ROWS, PANELS = 4, 6, 24  # of panels; those of a single key wrap
@@ -189,10 +189,8 @@ def grid(
         columns = min(panels, side if alike else 2)
     wide, high = size or ((7.5, 4.4) if panels == 1 else (4.4, 3.6) if panels <= 4 else (3.3, 2.6))
     height = math.ceil(panels / columns)
-    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        figsize = (max(columns * wide, 8.5), height * high + 1.2)
-        figure = Figure(figsize=figsize, layout="constrained")
-        axes = figure.subplots(height, columns, sharex=True, sharey=alike, squeeze=False)
+    inches = (max(columns * wide, 8.5), height * high + 1.2)
+    figure, axes = subplots(height, columns, inches, sharex=True, sharey=alike)
     keys = [key for key in (row, column) if key]
     shown = []
     values = itertools.product(*(values_of(frame[key]) for key in keys))

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.analysis import Law
 from simlab.analysis.curve import laws_in
 from simlab.analysis.exponents import per_block
-from simlab.report import checkpoint_figure as trained
-from simlab.report.style import COLOURS, LABELS, draw_curves, finish
+from simlab.report import checkpoint_figure
+from simlab.report.style import COLOURS, LABELS, draw_curves, finish, subplots
 
 
 def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
@@ -27,14 +26,12 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
     beside = frame["curve"].nunique() > 1
     # A re-norm happens after its sublayer: half a step to the right makes the drop visible.
     frame["x"] = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
-    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        panels = 2 + gradients + beside
-        figure = Figure(figsize=(3 + 4 * panels, 4.8), layout="constrained")
-        axes = figure.subplots(1, panels)
+    panels = 2 + gradients + beside
+    figure, ((*axes,),) = subplots(1, panels, (3 + 4 * panels, 4.8))
     if beside:
-        trained.relative(axes[1], frame)
-        trained.why(axes[2], frame)
-        trained.leaves(axes[0], frame)
+        checkpoint_figure.relative(axes[1], frame)
+        checkpoint_figure.why(axes[2], frame)
+        checkpoint_figure.leaves(axes[0], frame)
     for ax, scale in zip(axes[:2], ["linear"] if beside else ["linear", "log"], strict=False):
         _laws(ax, frame)
         draw_curves(ax, frame, "x", "mean_square")
@@ -62,9 +59,7 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
         return None
     laws = laws_in(frame)
     kinds = list(blocks["of"].unique())
-    with sns.axes_style("whitegrid", {"grid.color": ".92", "axes.edgecolor": ".6"}):
-        figure = Figure(figsize=(11, 1.6 + 3.2 * len(kinds)), layout="constrained")
-        axes = figure.subplots(len(kinds), 2, squeeze=False)
+    figure, axes = subplots(len(kinds), 2, (11, 1.6 + 3.2 * len(kinds)))
     for row, of in zip(axes, kinds, strict=True):
         for ax, name in zip(row, ("lambda_pairwise", "lambda_from_first"), strict=True):
             part = blocks[blocks["of"] == of]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -20,7 +21,17 @@ from pandas.core.groupby import SeriesGroupBy
 from simlab.store import write_atomically
 
 LABELS = {"random": "random init", "checkpoint": "checkpoint"}
+_AXES = {"grid.color": ".92", "axes.edgecolor": ".6"}
 COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
+
+
+def subplots(
+    rows: int, columns: int, size: tuple[float, float], **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of ``size`` inches and its axes (rows, columns); shared: sharex, sharey."""
+    with matplotlib.style.context(["seaborn-v0_8-whitegrid", _AXES]):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def draw_band(ax: Axes, values: SeriesGroupBy, colour: str, **line: Any) -> None:
