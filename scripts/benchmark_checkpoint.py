@@ -54,7 +54,9 @@ def products(folder: str, dtype: str) -> str:
     from simlab.checkpoints.checkpoint import Checkpoint, parameter_shapes
 
     model = Checkpoint(folder).model
-    sizes = [s[::-1] for role, s in parameter_shapes(model).items() if role.endswith("_proj")]
+    sizes = [
+        s[::-1] for role, s in parameter_shapes(model).items() if role.endswith("_proj.weight")
+    ]
     return json.dumps([model.depth, 64, dtype, sizes])
 
 

@@ -33,6 +33,7 @@ from write_random import hugging_face_config
 
 from simlab import ConfigError, build_model, compose
 from simlab.budget.process import tune_process
+from simlab.checkpoints.checkpoint import by_block
 from simlab.checkpoints.formats.hugging_face import KEYS
 from simlab.config import ModelConfig
 from simlab.store import write_atomically, write_json
@@ -154,11 +155,8 @@ def config_json(model: ModelConfig, length: int) -> dict[str, Any]:
 
 def their_name(ours: str) -> str:
     """``blocks.3.mlp.norm_out.weight`` → ``model.layers.3.post_feedforward_layernorm.weight``."""
-    parts = ours.split(".")
-    layer = ""
-    if parts[0] == "blocks":
-        layer, parts[1] = parts[1], "{}"
-    return KEYS[".".join(parts)].format(layer)
+    name, layer = by_block(ours)
+    return KEYS[name].format(layer)
 
 
 def save(

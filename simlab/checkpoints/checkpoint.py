@@ -36,6 +36,12 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return whole | {f"blocks.{{}}.{name}": shape for name, shape in block_shapes(model).items()}
 
 
+def by_block(name: str) -> tuple[str, str]:
+    """A parameter's name with {} for its block, and the block: ``blocks.{}.mlp…`` and ``3``."""
+    start, layer, *rest = [*name.split(".", 2), ""]
+    return (f"blocks.{{}}.{rest[0]}", layer) if start == "blocks" else (name, "")
+
+
 class Checkpoint(Weights):
     """An opened checkpoint: its shape, and its tensors by name, read from the file when asked for.
 
@@ -92,11 +98,6 @@ class Checkpoint(Weights):
     def _check(self) -> None:
         """Compare the files' tensors with the architecture's, then check where their bytes are."""
         tensors, config = self.opened.tensors, self.opened.config
-        if self.model.depth > len(tensors):  # before any list of that length is made
-            raise ConfigError(
-                f"{config}: {self.opened.depth_key}={self.model.depth}, "
-                f"but the checkpoint holds {len(tensors)} tensors"
-            )
         expected = dict(self.expected())
         for name in sorted(expected.keys() - tensors.keys()):
             raise ConfigError(f"{self.folder}: tensor {name} is missing")
@@ -114,19 +115,13 @@ class Checkpoint(Weights):
         """A parameter's stored tensor, and start and stop of its rows. A tied head is the embedding."""
         if name == "head.weight" and self.model.tied:
             name = "embedding.weight"
-        parts = name.split(".")
-        layer = ""
-        if parts[0] == "blocks":
-            layer, parts[1] = parts[1], "{}"
-        theirs, start, stop = self.parts[".".join(parts)]
+        ours, layer = by_block(name)
+        theirs, start, stop = self.parts[ours]
         return self.opened.tensors[theirs.format(layer)], start, stop
 
     def has(self, name: str) -> bool:
         """True if the files hold a parameter. A norm without a gain isn't in them."""
-        parts = name.split(".")
-        if parts[0] == "blocks":
-            parts[1] = "{}"
-        return ".".join(parts) in self.parts or name == "head.weight"
+        return by_block(name)[0] in self.parts or name == "head.weight"
 
     def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         """A linear layer: on a CPU its weight is streamed, on a device it is read whole."""
@@ -138,7 +133,11 @@ class Checkpoint(Weights):
         block = super().block(layer, device, dtype)
         for inner, module in block.named_modules():
             if isinstance(module, StreamedLinear):
-                module.bind(self.matrix(f"blocks.{layer}.{inner}.weight"))
+                name = f"blocks.{layer}.{inner}.weight"
+                where = self.stored(name)
+                module.bind(
+                    StreamedMatrix(name, self.files, *where, self.threads, self.fingerprints)
+                )
         follows = layer + (1 if layer > self.last_block else -1)
         self.last_block = layer
         if 0 <= follows < self.model.depth:
@@ -148,13 +147,6 @@ class Checkpoint(Weights):
     def _prefetch(self, layer: int) -> None:
         for theirs in dict.fromkeys(theirs for theirs, *_ in self.parts.values() if "{}" in theirs):
             self.files.prefetch(self.opened.tensors[theirs.format(layer)])
-
-    def matrix(self, name: str) -> StreamedMatrix:
-        """A weight that is streamed from its file."""
-        stored, start, stop = self.stored(name)
-        return StreamedMatrix(
-            name, self.files, stored, start, stop, self.threads, self.fingerprints
-        )
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""
@@ -174,8 +166,8 @@ class Checkpoint(Weights):
         """Rows of a matrix by id: no others are read."""
         stored, start, _ = self.stored(name)
         unique, where = ids.cpu().unique(return_inverse=True)
-        found = [self.files.rows(stored, start + i, start + i + 1) for i in unique.tolist()]
-        return torch.cat(found).to(device, dtype)[where.to(device)]
+        rows = [self.files.rows(stored, start + i, start + i + 1) for i in unique.tolist()]
+        return torch.cat(rows).to(device, dtype)[where.to(device)]
 
     def identity(self) -> dict[str, str]:
         """``weight_hash``: over name, dtype, shape and bytes of the embedding and every block.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from simlab.checkpoints.formats import hugging_face, legacy_olmo, olmo_core
@@ -21,5 +22,12 @@ def open_folder(folder: Path) -> Opened:
     """Open a checkpoint folder of any format. Raises ConfigError, one line, for what is wrong."""
     for matches, opener in FORMATS.values():
         if matches(folder):
-            return opener(folder)
+            opened = opener(folder)
+            if not opened.model.tied:
+                return opened
+            head = opened.keys[
+                "head.weight"
+            ]  # a tied head is the embedding: a stored one isn't read
+            rest = {name: t for name, t in opened.tensors.items() if name != head}
+            return replace(opened, tensors=rest)
     raise ConfigError(f"{folder}: holds no checkpoint: no config.json, config.yaml or .metadata")

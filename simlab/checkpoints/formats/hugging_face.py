@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simlab.checkpoints.formats.hugging_face_rope import read_transformers_rope
-from simlab.checkpoints.formats.opened import Opened
-from simlab.checkpoints.formats.shape import head_shape, layers
+from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.storage import StoredTensor
 from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
 from simlab.checkpoints.untrusted.safetensors import read_header
@@ -40,9 +39,6 @@ _NORMS_IN = {  # the second is "post attention" because it comes after: it is th
     "blocks.{}.mlp.norm_in.weight": "model.layers.{}.post_attention_layernorm.weight",
 }
 KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
-
-
-_DEPTH_KEY = "num_hidden_layers"
 
 
 @dataclass(frozen=True)
@@ -108,12 +104,12 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     fields = fields_of(defaults | values, path)
     fields.choice("hidden_act", ("silu",), "silu")
     fields.must_be(attention_bias=False, quantization_config=None, **its.fixed)
-    width, heads, kv_heads, head_dim = head_shape(
+    heads = read_heads(
         fields,
         ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
         None if "num_key_value_heads" in values else its.kv_heads,
     )
-    depth = layers(fields, _DEPTH_KEY, tensors)
+    depth = layers(fields, "num_hidden_layers", tensors)
     window = fields.integer("sliding_window", default=4096) if kind == "olmo3" else None
     kinds = values.get("layer_types")
     if not window and isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
@@ -123,12 +119,9 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     model = ModelConfig(
         name=path.parent.name,
         depth=depth,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
+        **heads,
         d_ff=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
-        head_dim=head_dim,
         norm=NormConfig(its.placement, type=its.norm_type, eps=eps),
         qk_norm=its.qk_norm,
         rope_theta=theta,
@@ -151,15 +144,10 @@ def open_folder(folder: Path) -> Opened:
     """Raises ConfigError for what is missing, malformed or not supported."""
     path = folder / "config.json"
     read_json(path)  # first: without a config there is no use in looking for weights
-    found = tensors(folder)
-    model, keys = read_config(path, len(found))
-    ignored = ["lm_head.weight"] if model.tied else []  # a tied head is the embedding
-    held = {
-        name: stored
-        for name, stored in found.items()
-        if name not in ignored and not name.endswith(".rotary_emb.inv_freq")  # not learned
-    }
-    return Opened("hugging_face", model, keys, held, path, _DEPTH_KEY)
+    held = tensors(folder)
+    model, keys = read_config(path, len(held))
+    learned = {n: t for n, t in held.items() if not n.endswith(".rotary_emb.inv_freq")}
+    return Opened("hugging_face", model, keys, learned, path)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -192,10 +180,10 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def tensors(folder: Path) -> dict[str, StoredTensor]:
     """Where every tensor of the folder lies. Raises ConfigError."""
-    found: dict[str, StoredTensor] = {}
+    places: dict[str, StoredTensor] = {}
     for path, claimed in weight_files(folder).items():
         held = read_header(path)
         for name in sorted((claimed or set()) - held.keys()):
             raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
-        found |= {n: t for n, t in held.items() if claimed is None or n in claimed}
-    return found
+        places |= {n: t for n, t in held.items() if claimed is None or n in claimed}
+    return places

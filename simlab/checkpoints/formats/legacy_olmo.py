@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simlab.checkpoints.formats.opened import Opened
-from simlab.checkpoints.formats.shape import head_shape, layers
+from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.untrusted.files import fields_of
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.checkpoints.untrusted.torch_zip import read_torch_file
@@ -32,7 +31,6 @@ _QK_NORM_KEYS = {
     "blocks.{}.attention.sublayer.q_norm.weight": "transformer.blocks.{}.q_norm.weight",
     "blocks.{}.attention.sublayer.k_norm.weight": "transformer.blocks.{}.k_norm.weight",
 }
-_DEPTH_KEY = "n_layers"
 _NORM_TYPES = {"rms": "rms", "default": "layer", "low_precision": "layer"}
 
 
@@ -92,24 +90,21 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     keys = KEYS | (_norm_keys(where) if affine else {})
     if qk_norm and fields.boolean("attention_layer_norm_with_affine", True):
         keys |= _QK_NORM_KEYS
-    width, heads, kv_heads, head_dim = head_shape(
+    heads = read_heads(
         fields, ("d_model", "n_heads", "n_kv_heads", "head_dim"), _kv_heads(fields, path)
     )
-    if head_dim * heads != width:
-        raise fields.fail("head_dim", head_dim, "must be d_model / n_heads")
+    if heads["head_dim"] * heads["heads"] != heads["width"]:
+        raise fields.fail("head_dim", heads["head_dim"], "must be d_model / n_heads")
     vocab_size = fields.integer("vocab_size")
     rows = fields.integer("embedding_size", default=vocab_size)
     if "embedding_size" not in values:
         rows = 50304  # the trainer's default; null is vocab_size
     model = ModelConfig(
         name=path.parent.name,
-        depth=layers(fields, _DEPTH_KEY, tensors),
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        d_ff=_hidden(fields, width),
+        depth=layers(fields, "n_layers", tensors),
+        **heads,
+        d_ff=_hidden(fields, heads["width"]),
         vocab_size=rows,
-        head_dim=head_dim,
         norm=NormConfig(
             "reordered" if where == "norm_out" else "pre",
             type=_NORM_TYPES[fields.choice("layer_norm_type", _NORM_TYPES, "default")],
@@ -135,6 +130,4 @@ def open_folder(folder: Path) -> Opened:
         raise ConfigError(f"{folder}: holds neither {single.name} nor {pickled.name}")
     tensors = read_header(single) if single.is_file() else read_torch_file(pickled)
     model, keys = read_config(path, len(tensors))
-    if model.tied:  # a tied head is the embedding, and not read
-        tensors.pop(KEYS["head.weight"], None)
-    return Opened("legacy_olmo", model, keys, tensors, path, _DEPTH_KEY)
+    return Opened("legacy_olmo", model, keys, tensors, path)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simlab.checkpoints.formats.olmo_core_rope import Rope, read_olmo_core_rope
-from simlab.checkpoints.formats.opened import Opened
-from simlab.checkpoints.formats.shape import head_shape, layers
+from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.untrusted import dcp
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, ModelConfig, NormConfig
@@ -59,7 +58,7 @@ _NORM_TYPES = {
     "rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "nemotron_rms": "rms",
     "default": "layer",
 }  # fmt: skip
-_DEPTH_KEY, STATE = "n_layers", "model_and_optim"
+STATE = "model_and_optim"
 IRRELEVANT = ("_CLASS_", "dtype", "init_device", "dropout")  # to what is computed, in float32
 
 
@@ -114,12 +113,12 @@ def block_sections(fields: Fields, depth: int) -> list[Fields]:
     block, overrides = fields.node("block", {}), fields.node("block_overrides", {})
     pattern = fields.take("block_pattern")
     if pattern is None:
-        found = [block] * depth
+        blocks = [block] * depth
         for layer in overrides.values:
             if not (layer.isascii() and layer.isdigit() and len(layer) < 10 and int(layer) < depth):
                 raise ConfigError(f"{overrides.prefix}{brief(layer)}: must be a layer")
-            found[int(layer)] = overrides.node(layer)
-        return found
+            blocks[int(layer)] = overrides.node(layer)
+        return blocks
     names = pattern if isinstance(pattern, list) else []
     if not names or any(not isinstance(n, str) or n not in block.values for n in names):
         raise fields.fail("block_pattern", pattern, "must be names of blocks")
@@ -161,12 +160,8 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
     mlp.choice("activation", ("silu",), "silu")
     for part in (attention, mlp, head):
         no_bias(part)
-    norm = read_norm_section(block, "layer_norm")
-    qk_norm = "none"
-    norms = {
-        "layer_norm": norm,
-        "lm_head.layer_norm": read_norm_section(head, "layer_norm"),
-    }
+    norm, qk_norm = read_norm_section(block, "layer_norm"), "none"
+    norms = {"layer_norm": norm, "lm_head.layer_norm": read_norm_section(head, "layer_norm")}
     if attention.values.get("qk_norm") is not None:
         norms["qk_norm"] = read_norm_section(attention, "qk_norm")
         qk_norm = "per_head" if attention.boolean("use_head_qk_norm", False) else "full"
@@ -180,7 +175,7 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
         present |= _QK_NORM_KEYS
     if not norms["lm_head.layer_norm"][2]:
         del present["norm.weight"]
-    width, heads, kv_heads, head_dim = head_shape(
+    heads = read_heads(
         Fields(
             attention.values | {"d_model": model.values.get("d_model")},
             attention.prefix,
@@ -188,16 +183,13 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
         ),
         ("d_model", "n_heads", "n_kv_heads", "head_dim"),
     )
-    rope = read_olmo_core_rope(attention, head_dim)
+    rope = read_olmo_core_rope(attention, heads["head_dim"])
     one = ModelConfig(
         name=name,
         depth=depth,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
+        **heads,
         d_ff=mlp.integer("hidden_size"),
         vocab_size=model.integer("vocab_size"),
-        head_dim=head_dim,
         norm=NormConfig(placement, type=norm[0], eps=norm[1]),
         qk_norm=qk_norm,
         rope_theta=rope.theta,
@@ -222,7 +214,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     head = model.node("lm_head", {})
     refuse_unknown(head, "name layer_norm bias loss_implementation")
     head.choice("name", ("default",), "default")
-    depth = layers(model, _DEPTH_KEY, tensors)
+    depth = layers(model, "n_layers", tensors)
     read: dict[int, ReadBlock] = {}
     each = []
     for block in block_sections(model, depth):
@@ -278,6 +270,4 @@ def open_folder(folder: Path) -> Opened:
         )
     tensors = dcp.read_distributed_checkpoint(state, without=("optim.",))
     model, keys = read_config(config, len(tensors))
-    if model.tied:  # a tied head is the embedding, and not read
-        tensors.pop(KEYS["head.weight"], None)
-    return Opened("olmo_core", model, keys, tensors, config, _DEPTH_KEY)
+    return Opened("olmo_core", model, keys, tensors, config)

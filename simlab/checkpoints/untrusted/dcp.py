@@ -41,9 +41,8 @@ class Chunk:
 
 def _fields(value: object, *names: str) -> dict[Any, Any]:
     """The fields of a pickled object of one of these classes; empty for any other value."""
-    return (
-        value.fields() if isinstance(value, PickledObject) and value.constructor.is_(*names) else {}
-    )
+    known = isinstance(value, PickledObject) and value.constructor.is_(*names)
+    return value.fields() if isinstance(value, PickledObject) and known else {}
 
 
 def _chunk_locations(
@@ -79,9 +78,7 @@ def _dtype(properties: object, what: str) -> torch.dtype:
     if not isinstance(label, pickles.Label) or label.name not in pickles.DTYPE_BY_NAME:
         raise ConfigError(f"{what}: its properties have no dtype")
     dtype = pickles.DTYPE_BY_NAME[label.name]
-    if dtype not in pickles.FLOAT_DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOAT_DTYPES)
-        raise ConfigError(f"{what} is {label.name}; allowed: {allowed}")
+    pickles.check_dtype(dtype, what)
     return dtype
 
 
@@ -89,12 +86,8 @@ def file_names(folder: Path) -> list[str]:
     """File names in a folder's ``.metadata``. Raises ConfigError."""
     metadata = _fields(_load(folder), "Metadata")
     path = folder / METADATA
-    return sorted(
-        {
-            place[0].name
-            for place in _chunk_locations(metadata.get("storage_data"), folder, path).values()
-        }
-    )
+    places = _chunk_locations(metadata.get("storage_data"), folder, path)
+    return sorted({place[0].name for place in places.values()})
 
 
 def _load(folder: Path) -> Any:

@@ -36,10 +36,7 @@ STORAGES: dict[str, torch.dtype] = {
     "BoolStorage": torch.bool,
 }  # fmt: skip
 DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
-DTYPE_BY_NAME["float8_e4m3fn"], DTYPE_BY_NAME["float8_e5m2"] = (
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
+DTYPE_BY_NAME |= {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -120,9 +117,7 @@ class _Reader(pickle._Unpickler):
 
     def __init__(self, data: bytes, budget: int) -> None:
         super().__init__(io.BytesIO(data))
-        self.left = (
-            budget  # opcodes that may still come, so that time and memory stay within bounds
-        )
+        self.left = budget  # opcodes that may still come: bounds time and memory
 
     def find_class(self, module: str, name: str) -> Any:
         known = _LABELS.get((module, name))
@@ -153,10 +148,10 @@ class _Reader(pickle._Unpickler):
 
     def do_build(self) -> None:
         state = self.stack.pop()
-        made = self.stack[-1]
-        if isinstance(made, PickledObject):
-            made.state = state
-        elif not isinstance(made, EmptyOrderedDict):
+        target = self.stack[-1]
+        if isinstance(target, PickledObject):
+            target.state = state
+        elif not isinstance(target, EmptyOrderedDict):
             raise ConfigError("it sets attributes of something that was not made")
 
     def set_items(self, target: object, items: list[Any]) -> None:
@@ -231,10 +226,23 @@ def load(data: bytes, path: Path, budget: int) -> Any:
         raise ConfigError(f"{path}: not a readable pickle ({kind})") from error
 
 
+def arguments_of(value: object, constructor: str) -> tuple[Any, ...]:
+    """The arguments of a pickled object of this class or function; none for any other value."""
+    known = isinstance(value, PickledObject) and value.constructor.is_(constructor)
+    return value.args if isinstance(value, PickledObject) and known else ()
+
+
+def check_dtype(dtype: torch.dtype, what: str) -> None:
+    """Refuse a dtype that isn't one of FLOAT_DTYPES. Raises ConfigError."""
+    if dtype not in FLOAT_DTYPES:
+        allowed, has = (", ".join(str(d)[6:] for d in of) for of in (FLOAT_DTYPES, [dtype]))
+        raise ConfigError(f"{what} is {has}; allowed: {allowed}")
+
+
 def dimensions(value: Any, what: str) -> tuple[int, ...]:
     """A shape: a tuple or a torch.Size of at most 16 sizes. Raises ConfigError, without a path."""
-    if isinstance(value, PickledObject) and value.constructor.is_("Size") and len(value.args) == 1:
-        value = value.args[0]
+    args = arguments_of(value, "Size")
+    value = args[0] if len(args) == 1 else value
     if (
         type(value) not in (tuple, list)
         or len(value) > MAX_DIMENSIONS

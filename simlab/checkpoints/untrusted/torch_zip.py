@@ -7,6 +7,7 @@ tensor's bytes are read.
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import zipfile
@@ -17,19 +18,14 @@ from typing import IO, Any
 from simlab.checkpoints.storage import StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
 from simlab.checkpoints.untrusted.files import checked_name
-from simlab.checkpoints.untrusted.pickle import PickledObject, StorageLabel
+from simlab.checkpoints.untrusted.pickle import StorageLabel
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
 # What zipfile raises for a malformed directory; NotImplementedError for a version it doesn't know.
 _MALFORMED = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    struct.error,
-    ValueError,
-    IndexError,
-    OSError,
-)
+    zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError,
+)  # fmt: skip
 DIRECTORY_LIMIT = 4 << 20  # bytes; some 40,000 records
 PICKLE_LIMIT = 4 << 20
 _PICKLE_STEPS = 500_000  # steps of an archive's pickle; a tensor takes about 50
@@ -105,10 +101,10 @@ def open_archive(
         raise ConfigError(f"{path}: {error}") from None
     except _MALFORMED as error:
         raise ConfigError(f"{path}: not a readable zip ({type(error).__name__})") from error
-    found = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(found) != 1:
-        raise ConfigError(f"{path}: not a torch.save archive: it holds {len(found)} data.pkl")
-    prefix = found[0].removesuffix("data.pkl")
+    names = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise ConfigError(f"{path}: not a torch.save archive: it holds {len(names)} data.pkl")
+    prefix = names[0].removesuffix("data.pkl")
 
     def content(name: str, limit: int) -> bytes:
         at, size = records[name]
@@ -120,7 +116,7 @@ def open_archive(
     order = f"{prefix}byteorder"
     if order in records and content(order, 16) != b"little":
         raise ConfigError(f"{path}: byteorder: allowed: little")
-    value = pickles.load(content(found[0], PICKLE_LIMIT), path, budget)
+    value = pickles.load(content(names[0], PICKLE_LIMIT), path, budget)
     under = f"{prefix}data/"
     storages = {
         name.removeprefix(under): (start + at, size)
@@ -155,40 +151,23 @@ def _records(part: FileSlice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[i
 def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense."""
     what = f"{archive.path}: tensor {brief(name)}"
-    if (
-        isinstance(value, PickledObject)
-        and value.constructor.is_("_rebuild_parameter")
-        and value.args
-    ):
-        value = value.args[0]
-    rebuilt = isinstance(value, PickledObject) and value.constructor.is_("_rebuild_tensor_v2")
-    if not isinstance(value, PickledObject) or not rebuilt or len(value.args) not in (6, 7):
+    args = pickles.arguments_of(value, "_rebuild_parameter")
+    args = pickles.arguments_of(args[0] if args else value, "_rebuild_tensor_v2")
+    if len(args) not in (6, 7):
         raise ConfigError(f"{what}: not a tensor")
-    storage, start = value.args[:2]
-    shape, strides = (pickles.dimensions(value.args[i], what) for i in (2, 3))
-    if (
-        not isinstance(storage, StorageLabel)
-        or type(start) is not int
-        or len(shape) != len(strides)
-    ):
+    storage, start = args[:2]
+    shape, strides = (pickles.dimensions(args[i], what) for i in (2, 3))
+    plain = isinstance(storage, StorageLabel) and type(start) is int
+    if not plain or len(shape) != len(strides):
         raise ConfigError(f"{what}: not a tensor")
-    if storage.dtype not in pickles.FLOAT_DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in pickles.FLOAT_DTYPES)
-        raise ConfigError(f"{what} is {str(storage.dtype)[6:]}; allowed: {allowed}")
+    pickles.check_dtype(storage.dtype, what)
     if not pickles.is_contiguous(shape, strides):
         raise ConfigError(f"{what}: its strides are not contiguous")
     at, size = archive.storages.get(storage.key, (0, -1))
-    width, numel = storage.dtype.itemsize, _count(shape)
+    width, numel = storage.dtype.itemsize, math.prod(shape)
     if storage.numel * width != size or not 0 <= start <= start + numel <= storage.numel:
         raise ConfigError(f"{what} reaches beyond its storage {brief(storage.key)}")
     return in_one_piece(name, shape, storage.dtype, archive.path, at + start * width)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -202,8 +181,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
         raise ConfigError(f"{path}: {error.strerror}") from error
     if not isinstance(archive.value, dict):
         raise ConfigError(f"{path}: not a dictionary of tensors")
-    found = {}
-    for name, value in archive.value.items():
-        checked_name(name, path)
-        found[name] = stored_tensor(archive, value, name)
-    return found
+    return {
+        checked_name(name, path): stored_tensor(archive, value, name)
+        for name, value in archive.value.items()
+    }

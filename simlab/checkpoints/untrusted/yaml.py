@@ -34,7 +34,9 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 def _value(node: Any) -> Any:
     """A node as a plain value: dict, list, None, bool, int, float or str."""
     if isinstance(node, yaml.MappingNode):
-        return {key.value: _value(value) for key, value in node.value if _is_scalar(key)}
+        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise yaml.YAMLError("a key is not a word")
+        return {key.value: _value(value) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
         return [_value(value) for value in node.value]
     text = node.value
@@ -45,12 +47,6 @@ def _value(node: Any) -> Any:
     if _NUMBER.fullmatch(text):  # 1e-6 too, which YAML 1.1 takes for text
         return float(text)
     return text
-
-
-def _is_scalar(node: Any) -> bool:
-    if isinstance(node, yaml.ScalarNode):
-        return True
-    raise yaml.YAMLError("a key is not a word")
 
 
 def read_section(path: Path, name: str) -> dict[str, Any]:
