@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Around(Callback):
                 estimates.show_estimates([estimated(None, ready, False)], 1)
                 raise SystemExit(0)
             HydraConfig.instance().set_config(config)  # the folder's name may be made of its keys
-            job.STARTED.append(Path(config.hydra.run.dir).absolute())
+            folder = Path(os.path.abspath(config.hydra.run.dir))  # as Hydra names it then
+            job.STARTED[folder] = job.run_files(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Prepare for the report on another sweeper's jobs. Raises SystemExit for a dry run of it."""

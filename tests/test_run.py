@@ -238,6 +238,30 @@ def test_an_earlier_result_survives_a_mistake(tmp_path, no_figures):
     assert {p.name: p.read_bytes() for p in (tmp_path / "kept").iterdir() if p.is_file()} == before
 
 
+@pytest.mark.parametrize("moment", ["measuring", "writing"])
+def test_failed_run_in_a_sweeps_folder(tmp_path, monkeypatch, no_figures, moment):
+    """It removes what it wrote itself, and nothing else."""
+    folder = tmp_path / "sweep"
+    in_process("-m", *SMALL, "seeds=1", "depth=1,2", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    for name in ("lambda.png", ".hydra/config.yaml", ".hydra/mine.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    where = {"measuring": "experiment.measure", "writing": "sweep.job.write_tables"}[moment]
+    monkeypatch.setattr(f"simlab.{where}", full)
+    done = in_process(*SMALL, "seeds=1", "hydra.run.dir=./x/../sweep", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "simlab: error: No space left on device"
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after.pop(folder / ".hydra" / "config.yaml", None) is None  # Hydra wrote it anew
+    before.pop(folder / ".hydra" / "config.yaml")
+    assert after == before
+
+
 def test_a_text_through_a_transformers_checkpoint(tmp_path, no_figures):
     write_olmo(tmp_path / "olmo", vocab_size=256, shards="100KB")
     readme = Path(__file__).parents[1] / "README.md"

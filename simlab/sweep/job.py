@@ -6,9 +6,8 @@ A sweep's job is computed where no result of its key is kept; its folder gets li
 from __future__ import annotations
 
 import re
-import shutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,26 +37,36 @@ OUR_FOLDER = re.compile(
 )  # as conf/config.yaml names them
 
 
-STARTED: list[Path] = []  # the folder of a single run, from before Hydra makes it
+# The folder of a single run, from before Hydra makes it, and the files that are there by then.
+STARTED: dict[Path, dict[Path, int]] = {}
 
 
 @contextmanager
-def nothing_left_behind(folders: Sequence[Path]) -> Iterator[None]:
+def nothing_left_behind(folders: Mapping[Path, Mapping[Path, int]]) -> Iterator[None]:
     """Where a run doesn't end, remove what it and Hydra wrote for it, and folders left empty.
 
-    folders: looked at when the block ends; those with a summary hold an earlier, whole result, which
-    stays. What can't be removed is left: the exception that ended the run is the one to be seen.
+    folders: with their ``run_files`` before the run, which stay; looked at when the block ends. One
+    with a summary holds an earlier, whole result and stays. What can't be removed is left: the
+    exception that ended the run is the one to be seen.
     """
     try:
         yield
     except BaseException:
-        for folder in folders:
+        for folder, before in folders.items():
             with suppress(OSError):
                 if not (folder / SUMMARY).exists():
-                    clear(folder)
-                    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+                    for path, _ in run_files(folder).items() - before.items():
+                        path.unlink()
+                    remove_empty(folder / ".hydra")
                     remove_empty(folder)
         raise
+
+
+def run_files(folder: Path) -> dict[Path, int]:
+    """The files in a folder that a run or Hydra may have written, with their times in ns."""
+    ours = [folder / name for name in (SUMMARY, RECORD, *TABLES, *FIGURES)]
+    paths = [*ours, *(folder / ".hydra").glob("*")]
+    return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 def clear(folder: Path) -> None:
@@ -104,7 +113,7 @@ def run_job(config: RunConfig, folder: Path) -> None:
     from simlab import experiment
     from simlab.report import console, progress
 
-    STARTED.append(folder)
+    STARTED.setdefault(folder, run_files(folder))
     with own_gpu(config.device):
         ready = experiment.prepare(config)
         console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
@@ -119,7 +128,8 @@ def write(result: RunResult, folder: Path) -> list[Path]:
     from simlab.report import checkpoint_figure as trained
     from simlab.report import console, figure, style
 
-    clear(folder)  # of an earlier run there
+    if not (folder / PLAN).exists():  # a sweep's own figures stay
+        clear(folder)  # of an earlier run there
     tables = write_tables(result, folder)
     title, lines = (
         console.title(result.config),
@@ -188,7 +198,7 @@ def sweep_job(
     results = Results(Path(keep.results))
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"status": "done"}
-    with nothing_left_behind([folder]):
+    with nothing_left_behind({folder: {}}):
         try:
             clear(folder)
             with own_gpu(config.device):

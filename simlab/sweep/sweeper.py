@@ -26,8 +26,7 @@ from simlab import store
 from simlab.config import ConfigError
 from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
-from simlab.sweep import job
-from simlab.sweep import launch as cluster
+from simlab.sweep import job, launch
 from simlab.sweep.launch import Place
 from simlab.sweep.plan import Job, SweepPlan, column, plan_sweep
 
@@ -73,14 +72,16 @@ class Sweep:
             if self.keep.dry_run:
                 rows.append(estimated(place.job, ready, place.kept is not None))
         if self.keep.dry_run:
-            estimates.show_estimates(rows, cluster.at_once(self.launcher))
+            estimates.show_estimates(rows, launch.at_once(self.launcher))
             return
         if len({place.subdir for place in places}) < len(places):
             raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
         if any(Path(p.subdir).is_absolute() or ".." in Path(p.subdir).parts for p in places):
             raise ConfigError("hydra.sweep.subdir: leads out of the sweep's folder")
+        laid_out = False
         try:
             self.lay_out(planned, places, folder)
+            laid_out = True
             self.launch([place for place in places if not place.kept])
         except (KeyboardInterrupt, SystemExit) as end:
             for place in places:
@@ -90,12 +91,14 @@ class Sweep:
                         place.folder.rmdir()
             if isinstance(end, SystemExit):
                 raise
-            done = sum(place.ended for place in places)
-            print(
-                f"simlab: interrupted; {done} of {len(places)} jobs are done and kept. The same "
-                f"command does the rest; python -m simlab.sweep {folder} reports on these",
-                file=sys.stderr,
-            )
+            line = "simlab: interrupted before any job started; the same command starts the sweep"
+            if laid_out:
+                done = sum(place.ended for place in places)
+                line = (
+                    f"simlab: interrupted; {done} of {len(places)} jobs are done and kept. The same "
+                    f"command does the rest; python -m simlab.sweep {folder} reports on these"
+                )
+            print(line, file=sys.stderr)
             raise SystemExit(130) from None
 
     def lay_out(self, planned: SweepPlan, places: Sequence[Place], folder: Path) -> None:
@@ -122,8 +125,8 @@ class Sweep:
         from simlab.measurement.engine import resolve_device
 
         results = store.Results(Path(self.keep.results))
-        share = cluster.at_once(self.launcher)
-        local = self.in_process or cluster.is_local(self.launcher)
+        share = launch.at_once(self.launcher)
+        local = self.in_process or launch.is_local(self.launcher)
         beside = 0 if self.in_process else INTERPRETER  # of each process that is started
         for each in planned.jobs:
             # On a cluster ``auto`` may be either: what is kept of either is an answer.
@@ -202,7 +205,7 @@ class Sweep:
         size = self.config.hydra.sweeper.max_batch_size or len(places)
         with progress.sweep(len(places), blocks, look):
             for start in range(0, len(places), size):
-                cluster.launch(self.launcher, places[start : start + size])
+                launch.launch(self.launcher, places[start : start + size])
 
 
 def forget(folder: Path) -> None:

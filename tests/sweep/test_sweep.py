@@ -236,6 +236,25 @@ def test_ctrl_c_keeps_finished_jobs(tmp_path, no_figures):
     assert f"{150 - done} jobs are not finished" in report("sweep", tmp_path).stdout
 
 
+def test_ctrl_c_before_the_plan_is_written(tmp_path, monkeypatch, no_figures):
+    """A report on the folder would fail then, so none is recommended; the same command works."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run = ["-m", *SMALL, "depth=1,2", "hydra.sweep.dir=sweep"]
+    in_process(*run, cwd=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("simlab.sweep.sweeper.description", interrupt)
+        done = in_process(*run, cwd=tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == (
+        "simlab: interrupted before any job started; the same command starts the sweep\n"
+    )
+    assert report("sweep", tmp_path).returncode == 2
+    assert in_process(*run, cwd=tmp_path).returncode == 0
+
+
 def test_a_failed_job_takes_no_other_down(tmp_path, monkeypatch, no_figures):
     """A checkpoint whose bytes end within a block: found when that block's turn comes."""
     for name in ("good", "bad"):
