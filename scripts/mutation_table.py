@@ -115,7 +115,7 @@ def reference(kv_heads: int) -> tuple[Path, torch.Tensor, list[torch.Tensor], to
     tests = Path(__file__).parents[1] / "tests"
     sys.path[:0] = [str(tests), str(tests / "checkpoints")]
     from conftest import write_olmo
-    from test_checkpoint_parity import sublayer_states
+    from test_architectures import sublayer_states
 
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)

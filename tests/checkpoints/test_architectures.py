@@ -1,23 +1,47 @@
-"""transformers' pre-norm models through the same blocks: every sublayer's state, and the logits."""
+"""transformers' models through simlab's blocks: every sublayer's state in order, and the logits."""
 
 import json
 
 import pytest
 import torch
 import transformers
-from conftest import assert_parity, edit_json, refused, write_olmo
+from conftest import PARITY, assert_parity, edit_json, refused, write_olmo
 
 from simlab import build_model, compose
+from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.formats.hugging_face import ARCHITECTURES
+from simlab.measurement.engine import measure_curves
+from simlab.measurement.statistics import STATISTICS
 from simlab.model.attention import inverse_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 900.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 40,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16,
+    "beta_fast": 4.0, "beta_slow": 1.0, "rope_theta": 900.0,
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 900.0}
+LAYERS = ["full_attention", *["sliding_attention"] * 3, "full_attention"]
 CASES = {
     "olmo": ("Olmo", {"num_key_value_heads": 6}),
     "olmo-grouped": ("Olmo", {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-theta": ("Olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}}),
+    "olmo2-ungrouped": ("Olmo2", {"num_key_value_heads": 6}),
+    "olmo2-one-kv-head": ("Olmo2", {"num_key_value_heads": 1, "num_attention_heads": 4}),
+    "olmo2-tied": ("Olmo2", {"tie_word_embeddings": True}),
+    "olmo2-sharded": ("Olmo2", {"shards": "40KB"}),
+    "olmo3": ("Olmo3", {"sliding_window": 4}),
+    "olmo3-yarn": (
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN},
+        },
+    ),
+    "olmo3-layers": ("Olmo3", {"sliding_window": 3, "shards": "40KB", "layer_types": LAYERS}),
     "llama": ("Llama", {}),
     "llama-llama3": ("Llama", {"rope_parameters": LLAMA3, "shards": "40KB"}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -28,17 +52,21 @@ CASES = {
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
 
 
-def pre_norm_states(reference, ids):
-    """The residual stream after the embedding and each sublayer, whose output is added as it comes."""
+def sublayer_states(reference, ids, norms_out=True):
+    """The residual stream after the embedding and each sublayer, from transformers' own modules.
+
+    norms_out: a norm's output is what is added (OLMo 2 and 3), else the sublayer's own.
+    """
     branches = []
 
     def keep(module, arguments, output):
         branches.append(output[0] if isinstance(output, tuple) else output)
 
+    names = ("post_attention_layernorm", "post_feedforward_layernorm")
     handles = [
-        module.register_forward_hook(keep)
+        getattr(layer, name).register_forward_hook(keep)
         for layer in reference.model.layers
-        for module in (layer.self_attn, layer.mlp)
+        for name in (names if norms_out else ("self_attn", "mlp"))
     ]
     with torch.no_grad():
         out = reference(ids, output_hidden_states=True)
@@ -47,6 +75,7 @@ def pre_norm_states(reference, ids):
     states = [out.hidden_states[0]]
     for branch in branches:
         states.append(states[-1] + branch)
+    # Each block's end is also what transformers reports (its last entry is after the final norm).
     for block, hidden in enumerate(out.hidden_states[1:-1], start=1):
         assert_parity(states[2 * block], hidden)
     return states, out.logits
@@ -72,14 +101,29 @@ def assert_same(folder, states, logits, ids=IDS):
 @pytest.mark.parametrize("case", CASES)
 def test_every_hidden_state(tmp_path, case):
     kind, changes = CASES[case]
-    reference = write_olmo(tmp_path / "m", **{"kind": kind, **changes})
-    assert_same(tmp_path / "m", *pre_norm_states(reference, IDS))
+    reference = write_olmo(tmp_path / "m", kind, **changes)
+    assert_same(tmp_path / "m", *sublayer_states(reference, IDS, kind in ("Olmo2", "Olmo3")))
+
+
+@pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn"])
+def test_engine_measures_every_state(tmp_path, case):
+    kind, changes = CASES[case]
+    reference = write_olmo(tmp_path / "m", kind, **changes)
+    states, _ = sublayer_states(reference, IDS)
+    checkpoint = Checkpoint(str(tmp_path / "m"))
+    rows = measure_curves(checkpoint, IDS, torch.device("cpu"), torch.float32)[0].rows
+    assert [row.sublayer for row in rows] == list(range(len(states)))
+    for row, state in zip(rows, states, strict=True):
+        x, measured = state.double(), dict(zip(STATISTICS, row.values.tolist(), strict=True))
+        expected = x.norm(dim=-1).mean(), x.pow(2).mean(), x.abs().max()
+        for name, value in zip(("norm", "mean_square", "max_abs"), expected, strict=True):
+            torch.testing.assert_close(measured[name], value.item(), **PARITY)
 
 
 def test_missing_llama3_scaling_is_detected(tmp_path):
     """Negative control: the same weights without Llama 3's scaling are beyond the tolerance."""
     reference = write_olmo(tmp_path / "m", kind="Llama", rope_parameters=LLAMA3)
-    states, logits = pre_norm_states(reference, IDS)
+    states, logits = sublayer_states(reference, IDS, norms_out=False)
     edit_json(tmp_path / "m" / "config.json", rope_parameters={"rope_theta": 900.0})
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "m", states, logits)

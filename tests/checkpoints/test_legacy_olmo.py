@@ -8,8 +8,7 @@ import torch
 import yaml
 from conftest import refused, write_olmo
 from safetensors.torch import save_file
-from test_architectures import IDS, assert_same, pre_norm_states
-from test_checkpoint_parity import sublayer_states
+from test_architectures import IDS, assert_same, sublayer_states
 from test_olmo_core import write_grid
 
 from simlab import compose
@@ -80,7 +79,7 @@ def test_every_hidden_state_of_olmo1(tmp_path, tied):
     changes = {"num_key_value_heads": 1, "intermediate_size": 96, "tie_word_embeddings": tied}
     model = write_olmo(tmp_path / "hf", kind="Olmo", **changes)
     write_legacy(tmp_path / "m", fused(model), OLMO1 | {"weight_tying": tied}, "pt")
-    assert_same(tmp_path / "m", *pre_norm_states(model, IDS))
+    assert_same(tmp_path / "m", *sublayer_states(model, IDS, norms_out=False))
 
 
 @pytest.mark.parametrize("norm_after", [True, False])
@@ -103,7 +102,7 @@ def test_layer_norm_is_qk_norms_too(tmp_path, norm_after):
         return assert_same(tmp_path / "m", *sublayer_states(model, IDS))
     for layer in model.model.layers:
         layer.forward = partial(pre_norm_layer, layer)
-    return assert_same(tmp_path / "m", *pre_norm_states(model, IDS))
+    return assert_same(tmp_path / "m", *sublayer_states(model, IDS, norms_out=False))
 
 
 def pre_norm_layer(layer, x, **options):
