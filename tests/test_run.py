@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, override):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_files_are_one_line_and_leave_nothing(tmp_path):
+def test_missing_files(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     for overrides, said in (
         (["inputs=text", "inputs.path=note.txt"], "did you mean notes.txt?"),
@@ -98,7 +98,7 @@ def test_missing_files_are_one_line_and_leave_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_interrupt_as_soon_as_the_folder_is_there(tmp_path):
+def test_real_interrupt(tmp_path):
     """A real signal, while Hydra writes .hydra/ or soon after."""
     command = [sys.executable, "-m", "simlab.run", "depth=2000", "seeds=8"]
     process = subprocess.Popen(

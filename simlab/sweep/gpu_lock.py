@@ -33,7 +33,7 @@ def lock_folder() -> Path:
 
 def take_gpu(names: list[str], folder: Path) -> tuple[int, IO[str]]:
     """The first of these GPUs that no other job has, waiting for one; and its lock, to be closed."""
-    told = False
+    waiting = False
     while True:
         for index, name in enumerate(names):
             lock = (folder / name).open("w")
@@ -42,17 +42,17 @@ def take_gpu(names: list[str], folder: Path) -> tuple[int, IO[str]]:
                 return index, lock
             except BlockingIOError:
                 lock.close()
-        if not told:
-            told = True
+        if not waiting:
+            waiting = True
             print(f"simlab: waiting for one of {len(names)} GPUs, all have a job", file=sys.stderr)
         time.sleep(WAIT)
 
 
 @contextmanager
 def own_gpu(device: str) -> Iterator[None]:
-    """While a job runs on ``auto`` or ``cuda`` and there are several GPUs, one that no other job has.
+    """Lock a GPU that no other job has, and make it torch's current device, which ``cuda`` means.
 
-    It becomes torch's current device, so that ``cuda`` means it. SLURM shows a job only its own.
+    device: as in the config; only ``auto`` and ``cuda`` on a machine with several GPUs need a lock.
     """
     if device not in ("auto", "cuda") or fcntl is None:
         yield

@@ -125,22 +125,19 @@ def run_job(config: RunConfig, folder: Path) -> None:
 
 def write(result: RunResult, folder: Path) -> list[Path]:
     """curve.csv, the figures, and last summary.json, whose presence says that the run is whole."""
-    from simlab.report import checkpoint_figure as trained
-    from simlab.report import console, figure, style
+    from simlab.report import checkpoint_figure, console, figure, style
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
         clear(folder)  # of an earlier run there
     tables = write_tables(result, folder)
-    title, lines = (
-        console.title(result.config),
-        console.verdict_lines(result.verdicts, result.summary),
-    )
-    drawn = {
+    title = console.title(result.config)
+    lines = console.verdict_lines(result.verdicts, result.summary)
+    figures = {
         "growth": figure.growth_figure(result.curve, title, lines),
         "lambda": figure.lambda_figure(result.curve, result.config.shape.depth, title),
-        "inside": trained.inside_figure(result.curve, title),
+        "inside": checkpoint_figure.inside_figure(result.curve, title),
     }
-    files = [f for name, made in drawn.items() if made for f in style.save(made, folder, name)]
+    files = [f for name, each in figures.items() if each for f in style.save(each, folder, name)]
     write_json(folder / SUMMARY, result.summary)
     return [*tables, folder / SUMMARY, *files[::-1]]
 
@@ -162,15 +159,15 @@ def key_of(ready: Prepared) -> str:
     A checkpoint's weight hash leaves out the head, which gradients and weights.csv read: with these the
     key also knows its files' sizes and times.
     """
-    seen = ready.tokens.numpy().tobytes()
+    inputs = ready.tokens.numpy().tobytes()
     source = ready.config.source
     if ready.checkpoint and (ready.config.gradients or source.weights):
         top = ready.checkpoint.folder
         inner = [top, top / "model_and_optim"]
         files = sorted(p for folder in inner if folder.is_dir() for p in folder.iterdir())
         stats = [(str(p.relative_to(top)), p.stat()) for p in files if p.is_file()]
-        seen += repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()
-    return result_key(ready.config, seen)
+        inputs += repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()
+    return result_key(ready.config, inputs)
 
 
 def find_result(key: str, ready: Prepared, results: Results) -> Path | None:
@@ -204,22 +201,22 @@ def sweep_job(
             with own_gpu(config.device):
                 ready = experiment.prepare(config, tokens_of or make_tokens)
                 key = key_of(ready)  # before its files are read, which may change meanwhile
-                found = find_result(key, ready, results) if keep.resume else None
-                if found is None:
+                stored = find_result(key, ready, results) if keep.resume else None
+                if stored is None:
                     result = experiment.measure(
                         ready, on_block, curves_of or experiment.measured_curves
                     )
-                    found = results.put(key, lambda aside: _fill(result, aside))
-            link(found, folder)
+                    stored = results.put(key, lambda aside: _fill(result, aside))
+            link(stored, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart
             record = failure(error)
     with suppress(OSError):  # a full disk: a job without a record counts as unfinished
         write_json(folder / RECORD, record, durable=False)
 
 
-def use_result(kept: Path, folder: Path) -> None:
+def use_result(stored: Path, folder: Path) -> None:
     """Link a stored result into a job's folder, and record the job as done."""
-    link(kept, folder)
+    link(stored, folder)
     write_json(folder / RECORD, {"status": "done"}, durable=False)
 
 
@@ -229,7 +226,7 @@ def _fill(result: RunResult, folder: Path) -> None:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """A failed job's record."""
+    """A failed job's record: its status, its error in one line, and an unexpected one's traceback."""
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -1,7 +1,7 @@
 """Hands a sweep's jobs to Hydra's launchers, so that one that dies takes no other down.
 
-A job that ends leaves its record itself, whatever became of it. What is left to see to here is a
-process that was killed: by the system for its memory, by SLURM for its time, by a user.
+A job that ends writes its record itself, done or failed. This module writes the record of a job whose
+process was killed: by the system for its memory, by SLURM for its time, by a user.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Place:
     folder: Path
     subdir: str
     blocks: int
-    kept: Path | None
+    stored: Path | None
 
     @property
     def ended(self) -> bool:
@@ -61,7 +61,7 @@ def is_local(launcher: Launcher) -> bool:
 
 
 def at_once(launcher: Any) -> int:
-    """How many jobs run on this machine at a time; 1 where that isn't known."""
+    """The number of jobs that run on this machine at a time; 1 where it isn't known."""
     cores = os.cpu_count() or 1
     if type(launcher).__name__ == "JoblibLauncher":
         jobs = launcher.joblib["n_jobs"]
@@ -86,7 +86,7 @@ def launch(launcher: Launcher, places: Sequence[Place]) -> None:
         return
     try:
         launcher.launch([overrides_of(place) for place in places], places[0].job.number)
-    except Exception as error:  # a worker died, and with it the pool: whose fault it was isn't said
+    except Exception as error:  # a worker died, and with it the pool; which job's isn't known
         left = [place for place in places if not place.ended]
         started = [place for place in left if (place.folder / ".hydra").exists()]
         if len(places) == 1 or not started:
@@ -146,16 +146,16 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
 
 @contextmanager
 def stderr_in(folder: Path) -> Iterator[None]:
-    """Processes that are started meanwhile write their stderr there: submitit's tell much of Ctrl-C."""
+    """Processes started in this block write stderr to a file: submitit's log at length on Ctrl-C."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
         with (folder / "submitit.log").open("a") as log:
             os.dup2(log.fileno(), 2)
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 class Queue:

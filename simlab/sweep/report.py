@@ -47,12 +47,12 @@ class Entry:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a JSON object")
-    return found
+    return content
 
 
 def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
@@ -60,7 +60,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
     if not (folder / PLAN).is_file():
         raise ConfigError(f"{folder}: no sweep's folder, it has no {PLAN}")
     described = _read_object(folder / PLAN)
-    found = []
+    entries = []
     try:
         swept = {str(key): list(values) for key, values in described["swept"].items()}
         for each in described["jobs"]:
@@ -72,14 +72,14 @@ def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
                     raise ConfigError(f"{path}: leads out of the sweep's folder")
             status, error = _status(folder / inner)
             values = {key: each["values"][key] for key in swept}
-            found.append(
+            entries.append(
                 Entry(int(each["job"]), folder / inner, each["overrides"], values, status, error)
             )
     except ConfigError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{folder / PLAN}: not what a sweep writes") from error
-    return found, swept
+    return entries, swept
 
 
 def _status(folder: Path) -> tuple[str, str]:
@@ -103,24 +103,24 @@ def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
         keys = {"job": each.number} | {k: v for k, v in each.values.items() if k not in frame}
         front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
         frames.append(pd.concat([front, frame], axis=1))
-    found = pd.concat(frames, ignore_index=True)
-    for column in (key for key in jobs[0].values if key in found):
-        if found[column].map(type).nunique() > 1:  # numbers and null, say: a column has one type
-            found[column] = found[column].map(lambda v: "null" if v is None else str(v))
-    return found
+    table = pd.concat(frames, ignore_index=True)
+    for column in (key for key in jobs[0].values if key in table):
+        if table[column].map(type).nunique() > 1:  # numbers and null, say: a column has one type
+            table[column] = table[column].map(lambda v: "null" if v is None else str(v))
+    return table
 
 
 def rows(jobs: Sequence[Entry], frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of jobs.csv."""
-    found = []
+    records: list[dict[str, Any]] = []
     last = frame.groupby(["job", "curve", "seed"], sort=False).tail(1)
     level = last.groupby(["job", "curve"])["mean_square"].mean()
     for each in jobs:
         try:
-            found += list(_rows_of(each, level))
+            records += _rows_of(each, level)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{each.folder / SUMMARY}: not what a job writes") from error
-    return pd.DataFrame(found)
+    return pd.DataFrame(records)
 
 
 def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
@@ -152,10 +152,10 @@ def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
 
 def _laws(theories: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of each law in a summary: ``NAME`` (holds, fails, unknown) and ``NAME_error``."""
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for name, fit in theories.items():
-        found |= {name: fit["status"], f"{name}_error": _number(fit["log_error"])}
-    return found
+        columns |= {name: fit["status"], f"{name}_error": _number(fit["log_error"])}
+    return columns
 
 
 def _number(value: float | None) -> float:
@@ -169,11 +169,10 @@ def _interval(name: str, estimate: Mapping[str, float | None] | None) -> dict[st
 
 
 def report(folder: Path) -> bool:
-    """Write and show a sweep's report. Whether every job succeeded. Raises ConfigError, OSError."""
+    """Write and show a sweep's report; True if every job succeeded. Raises ConfigError, OSError."""
     import matplotlib
 
-    from simlab.report import console, style
-    from simlab.report import sweep_figures as swept
+    from simlab.report import console, style, sweep_figures
 
     matplotlib.use("agg")  # seaborn's grids are pyplot's figures: these need no window
     jobs, keys = read_entries(folder)
@@ -187,7 +186,7 @@ def report(folder: Path) -> bool:
         files = [folder / "sweep.parquet", folder / "jobs.csv"]
         write_atomically(files[0], lambda path: frame.to_parquet(path, index=False))
         write_csv(files[1], table)
-        for name, figure in swept.figures(frame, table, keys, heading).items():
+        for name, figure in sweep_figures.figures(frame, table, keys, heading).items():
             files += style.save(figure, folder, name)
     summaries = {str(each.number): each.summary for each in done}
     console.show_sweep(

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from simlab.budget.cost import curves_to_measure as costs_of
+from simlab.budget.cost import curves_to_measure
 from simlab.config import RunConfig
 from simlab.experiment import MeasuredCurves, Prepared, measured_curves
 from simlab.weights.prefix import begins
@@ -19,15 +19,15 @@ from simlab.weights.prefix import begins
 
 def sharing_groups(configs: Sequence[RunConfig]) -> list[list[int]]:
     """The jobs' numbers in groups that differ in depth alone, the deepest job of each group first."""
-    found: dict[RunConfig, list[int]] = {}
+    groups: dict[RunConfig, list[int]] = {}
     for number, config in enumerate(configs):
-        found.setdefault(without_depth(config), []).append(number)
+        groups.setdefault(without_depth(config), []).append(number)
 
     def deepest_first(number: int) -> int:
         model = configs[number].model
         return -model.depth if model else 0
 
-    return [sorted(group, key=deepest_first) for group in found.values()]
+    return [sorted(group, key=deepest_first) for group in groups.values()]
 
 
 def without_depth(config: RunConfig) -> RunConfig:
@@ -76,4 +76,4 @@ def is_prefix(shallow: Prepared, deep: Prepared) -> bool:
 
 
 def _threads(config: RunConfig) -> list[int]:
-    return [cost.computing for cost in costs_of(config, torch.get_num_threads())]
+    return [cost.computing for cost in curves_to_measure(config, torch.get_num_threads())]

@@ -58,10 +58,12 @@ class Sweep:
         """Check all jobs and launch those without a stored result. Raises ConfigError, OSError."""
         hydra = self.config.hydra
         # As they are, not resolved: an override may name another key's value.
-        plain: Any = OmegaConf.to_container(hydra, resolve=False)
-        params = [f"{key}={value}" for key, value in (plain["sweeper"]["params"] or {}).items()]
-        given, task = plain["overrides"]["hydra"], plain["overrides"]["task"]
-        planned = plan_sweep(self.loader, hydra.job.config_name, given, [*params, *task])
+        settings: Any = OmegaConf.to_container(hydra, resolve=False)
+        params = [f"{key}={value}" for key, value in (settings["sweeper"]["params"] or {}).items()]
+        overrides = settings["overrides"]
+        planned = plan_sweep(
+            self.loader, hydra.job.config_name, overrides["hydra"], [*params, *overrides["task"]]
+        )
         from simlab.inputs import make_tokens
 
         self.tokens_of = functools.lru_cache(4)(make_tokens)  # jobs often have the same
@@ -70,7 +72,7 @@ class Sweep:
         for place, ready in self.look(planned, folder):
             places.append(place)
             if self.keep.dry_run:
-                rows.append(estimated(place.job, ready, place.kept is not None))
+                rows.append(estimated(place.job, ready, place.stored is not None))
         if self.keep.dry_run:
             estimates.show_estimates(rows, launch.at_once(self.launcher))
             return
@@ -82,7 +84,7 @@ class Sweep:
         try:
             self.lay_out(planned, places, folder)
             laid_out = True
-            self.launch([place for place in places if not place.kept])
+            self.launch([place for place in places if not place.stored])
         except (KeyboardInterrupt, SystemExit) as end:
             for place in places:
                 if not place.ended:
@@ -112,9 +114,9 @@ class Sweep:
         store.write_json(folder / job.PLAN, description(planned, places))
         store.Results(Path(self.keep.results)).clean()
         for place in places:
-            if place.kept:
+            if place.stored:
                 write_hydra(place)
-                job.use_result(place.kept, place.folder)
+                job.use_result(place.stored, place.folder)
 
     def look(self, planned: SweepPlan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
@@ -127,23 +129,23 @@ class Sweep:
         results = store.Results(Path(self.keep.results))
         share = launch.at_once(self.launcher)
         local = self.in_process or launch.is_local(self.launcher)
-        beside = 0 if self.in_process else INTERPRETER  # of each process that is started
+        interpreter = 0 if self.in_process else INTERPRETER  # of each process that is started
         for each in planned.jobs:
             # On a cluster ``auto`` may be either: what is kept of either is an answer.
             names = ["cpu", "cuda"] if each.config.device == "auto" else [each.config.device]
             devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
             for device in devices:
                 ready = prepare(each.config, self.tokens_of, device)
-                kept = (
+                stored = (
                     job.find_result(job.key_of(ready), ready, results) if self.keep.resume else None
                 )
-                if kept:
+                if stored:
                     break
-            if local and not kept:
+            if local and not stored:
                 threads, cpu = torch.get_num_threads(), device.type != "cuda"
-                refuse(ready.config, threads, share if cpu else 1, beside if cpu else 0)
+                refuse(ready.config, threads, share if cpu else 1, interpreter if cpu else 0)
             subdir = self.subdir(each)
-            yield Place(each, folder / subdir, subdir, ready.blocks, kept), ready
+            yield Place(each, folder / subdir, subdir, ready.blocks, stored), ready
 
     @functools.cached_property
     def in_process(self) -> bool:
@@ -219,10 +221,10 @@ def installed(target: str) -> None:
     """Raises ConfigError where a launcher's package isn't there."""
     package = ".".join(target.split(".")[:2])
     try:
-        found = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         raise ConfigError(
             f"hydra.launcher: {target} is not installed; pip install 'simlab[cluster]' brings joblib's "
             "and submitit's"

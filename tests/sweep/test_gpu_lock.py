@@ -64,7 +64,7 @@ def test_one_gpu_needs_no_lock(monkeypatch, tmp_path):
             pass
 
 
-def test_of_several_the_free_one_becomes_torchs(monkeypatch, tmp_path):
+def test_free_gpu_becomes_the_current_one(monkeypatch, tmp_path):
     import torch  # not above: the processes that are started import this file
 
     chosen = []

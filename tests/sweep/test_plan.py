@@ -59,7 +59,7 @@ def test_numbers_and_columns(loader):
     assert [job.config.shape.norm.eps for job in planned.jobs] == [eps for *_, eps in expected]
 
 
-def test_mistakes_in_any_job_come_before_the_first(loader):
+def test_mistakes_in_any_job(loader):
     for override, said in (
         ("depth=1,0", "depth=0: allowed"),
         ("depth=glob(*)", "stands for no value"),

@@ -41,7 +41,7 @@ def pair(*overrides, depths=(2, 3)):
     ("placement", "rule"),
     [*((p, "normal") for p in PLACEMENTS), *(("reordered", r) for r in RULES)],
 )
-def test_shared_exactly_where_the_rows_are_the_same(placement, rule, engine):
+def test_shared_if_rows_are_equal(placement, rule, engine):
     """Measured, for every placement and rule that there is: a new one is tested by being there."""
     same, shared = pair(
         f"norm={placement}", f"init={rule}", f"engine={engine}", "seeds=2", "width=24",
@@ -68,12 +68,12 @@ def test_shared_exactly_where_the_rows_are_the_same(placement, rule, engine):
         (["init.std=3e18"], (1, 3), True),  # overflows
     ],
 )
-def test_what_else_knows_the_depth(overrides, depths, shared):
+def test_options_that_depend_on_depth(overrides, depths, shared):
     assert pair(*overrides, depths=depths) == (shared, shared)
     assert pair(*overrides, "engine=weightless", depths=depths) == (shared, shared)
 
 
-def test_what_else_differs_is_not_shared():
+def test_other_options_share_nothing():
     options = ["depth=4", "seeds=2"]
     shallow = prepare(tiny(*options, "depth=3"))
     assert is_prefix(shallow, prepare(tiny(*options)))
@@ -114,7 +114,7 @@ def test_the_deepest_is_measured_once(monkeypatch):
     assert measured(2) == 2  # a deeper one that failed leaves nothing
 
 
-def test_a_text_that_changes_between_two_jobs_is_measured_again(tmp_path):
+def test_changed_text_is_measured_again(tmp_path):
     text = tmp_path / "text"
     options = ["inputs=text", f"inputs.path={text}", "vocab_size=256", "inputs.batch=2"]
     shared = SharedCurves()
@@ -127,7 +127,7 @@ def test_a_text_that_changes_between_two_jobs_is_measured_again(tmp_path):
     assert rows(shared(after)) == rows(measured_curves(after)) != first
 
 
-def test_groups_differ_in_depth_alone_and_the_deepest_comes_first():
+def test_groups():
     options = [(depth, std, seed) for depth in (2, 5, 3) for std in (0.02, 0.05) for seed in (0, 1)]
     configs = [tiny(f"depth={d}", f"init.std={std}", f"seed={s}") for d, std, s in options]
     configs += [tiny("norm=pre"), tiny("model.window=4", "model.full_every=2", "depth=5")]

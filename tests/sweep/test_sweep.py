@@ -48,18 +48,18 @@ def whole(one_thread, tmp_path_factory) -> Path:
     return cwd / "sweep"
 
 
-def test_report(whole, tmp_path):
-    """Made from the files alone: the numbers are the jobs', figures and tables are named."""
+def test_report(whole, tmp_path, figure_names):
+    """Made from the files alone; the numbers are the jobs'."""
     shutil.copytree(whole, tmp_path / "sweep")
     for name in ("sweep.parquet", "jobs.csv"):
         (tmp_path / "sweep" / name).unlink()
     done = report("sweep", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    without_figures = (whole.parent / "stdout").read_text()
-    assert done.stdout.startswith(without_figures)
+    assert figure_names == ["growth", "heatmap", "lambda_depth", "lambda_init.std"]
+    assert done.stdout == (whole.parent / "stdout").read_text()
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stdout.startswith("8 jobs: depth 1, 2; init.std 0.02, 0.05; ")
-    for name in ("sweep.parquet", "jobs.csv", "growth.png"):
+    for name in ("sweep.parquet", "jobs.csv"):
         assert (tmp_path / "sweep" / name).exists()
         assert f"sweep/{name}" in done.stdout
     assert files(tmp_path / "sweep") == files(whole)
@@ -110,7 +110,7 @@ def test_report_on_an_unfinished_sweep(whole, tmp_path, no_figures):
         ("linked", "leads out of the sweep's folder"),
     ],
 )
-def test_what_is_no_sweep_is_one_line(tmp_path, folder, said):
+def test_folders_that_are_no_sweep(tmp_path, folder, said):
     contents = {
         "broken": "{", "list": "[]", "other": '{"jobs": [1], "swept": {}}',
         "away": '{"jobs": [{"folder": "../x", "job": 1, "values": {}, "overrides": []}], "swept": {}}',
@@ -131,7 +131,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path, folder, said):
     assert said in done.stderr
 
 
-def test_only_what_is_missing_is_computed(whole, tmp_path, no_figures):
+def test_only_missing_results_are_computed(whole, tmp_path, no_figures):
     """Results are known by content: in another order, in part, and under other names of the same."""
     shutil.copytree(whole.parent / "outputs", tmp_path / "outputs")
     kept = tmp_path / "outputs" / "results"
@@ -352,7 +352,8 @@ def test_hydras_own_sweeper(whole, tmp_path, no_figures):
 def test_a_folder_used_again(tmp_path, request):
     """Nothing of the sweep before is left in it."""
     run = ["-m", *SMALL, "hydra.sweep.dir=sweep"]
-    in_process(*run, "depth=1,2", "init.std=0.02,0.05", cwd=tmp_path)
+    first = in_process(*run, "depth=1,2", "init.std=0.02,0.05", cwd=tmp_path)
+    assert "sweep/growth.png" in first.stdout
     names = {path.stem for path in (tmp_path / "sweep").glob("*.png")}
     assert names == {"growth", "heatmap", "lambda_depth", "lambda_init.std"}
     request.getfixturevalue("no_figures")
@@ -408,7 +409,7 @@ def test_an_error_of_ours_ends_the_command(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):
+def test_dry_run(tmp_path, whole):
     shutil.copytree(whole.parent / "outputs", tmp_path / "outputs")
     before = sorted(tmp_path.rglob("*"))
     axes = ["depth=2,6", "init.std=0.02,0.05", "norm=pre", "gradients=false"]
@@ -434,7 +435,7 @@ def test_a_dry_run_says_what_each_job_takes_and_leaves_nothing(tmp_path, whole):
 
 
 @pytest.mark.parametrize("lengths", [["inputs.length=4096"], ["-m", "inputs.length=64,4096"]])
-def test_what_is_too_large_is_refused_before_anything_starts(tmp_path, lengths):
+def test_too_large_a_run_is_refused(tmp_path, lengths):
     sizes = [*lengths, "engine=dense", "inputs.batch=4096", "gradients=true"]
     done = in_process(*sizes, "model=olmo2_7b", "device=cpu", cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
