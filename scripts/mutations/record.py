@@ -42,7 +42,7 @@ class Mutation:
 
     @property
     def shifts(self) -> bool:
-        """Whether the curve's distribution over random inits changes."""
+        """True if the curve's distribution over random inits changes."""
         return not self.same
 
 
@@ -58,10 +58,9 @@ def applied(mutation: Mutation | None) -> Iterator[None]:
     for edit in mutation.edits if mutation else ():
         source = sources.get(edit.function) or inspect.getsource(edit.function)
         if source.count(edit.old) != 1:
-            found = source.count(edit.old)
-            raise ValueError(
-                f"{edit.function.__qualname__} has {edit.old!r} {found} times, not once"
-            )
+            count = source.count(edit.old)
+            name = edit.function.__qualname__
+            raise ValueError(f"{name} has {edit.old!r} {count} times, not once")
         sources[edit.function] = source.replace(edit.old, edit.new)
     before = {function: function.__code__ for function in sources}
     after = {function: compiled(function, source) for function, source in sources.items()}

@@ -11,7 +11,7 @@ import pandas as pd
 from simlab.analysis.resampling import MIN_SEEDS, t_quantile
 from simlab.theory.laws import Array
 
-OUTSIDE = 0.99  # of random inits, how many lie within the interval that a curve has to leave
+OUTSIDE = 0.99  # the share of random inits within the prediction interval
 MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024 (arXiv 2402.17762), §2
 
 
@@ -27,10 +27,9 @@ class Split:
 class Departure:
     """Where a checkpoint's mean square leaves the random inits', and the two terms of its growth.
 
-    first: the first sublayer outside; sublayer, block (from 0), kind: the step from which on all are.
-    None where there is no such. ratio: its last mean square over the random inits' mean. growth: its
-    last mean square less its first. last: the sublayer of that last one, where a curve overflows that
-    which all have reached.
+    first: the first sublayer outside, or None. sublayer, block (from 0), kind: the step from which on
+    all are outside, or None. last: the last sublayer that every curve reaches. ratio: the mean square
+    there over the random inits' mean. growth: the mean square there less the first one.
     """
 
     first: int | None
@@ -45,10 +44,10 @@ class Departure:
 
 
 def outside(value: Array, seeds: Array) -> np.ndarray:
-    """Which entries of a curve (R,) a further random init would hardly have; seeds (S, R), S ≥ 2.
+    """True for each entry of a curve (R,) that random inits (S, R), S ≥ 2, don't explain.
 
-    Beyond all seeds and beyond the OUTSIDE prediction interval for one more draw of ln v,
-    mean ± t·s·√(1 + 1/S) with Student's t of S − 1 degrees of freedom (Gaussian ln v).
+    Such an entry lies beyond all seeds and beyond the OUTSIDE prediction interval for one more draw of
+    ln v: mean ± t·s·√(1 + 1/S), t Student's with S − 1 degrees of freedom (Gaussian ln v).
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         log_value, logs = np.log(value), np.log(seeds)
@@ -103,10 +102,10 @@ def departure(frame: pd.DataFrame) -> Departure | None:
 
 
 def split(rows: pd.DataFrame) -> Split | None:
-    """The two terms summed over a curve's sublayers, the seeds' mean; None where they don't make it up.
+    """Sum the two terms over a curve's sublayers (the seeds' mean); None if they aren't its growth.
 
-    They do where the stream is left alone between the adds: not under post or deepnorm, which norm
-    the sum, nor with a re-norm or a scaled stream.
+    They aren't where the stream changes between the adds: post and deepnorm norm the sum, a re-norm
+    or a residual scale changes its size.
     """
     width = float((rows["delta_branch"] / rows["branch_mean_square"]).median())
     by_seed = rows.groupby("seed")
@@ -125,24 +124,24 @@ def massive(frame: pd.DataFrame) -> pd.Series:
     return (high & (frame["max_abs"] >= TIMES_MEDIAN * frame["median_abs"])).astype(int)
 
 
-def _where(found: Departure, whole: bool) -> str:
-    if found.first is None:
+def _where(left: Departure, whole: bool) -> str:
+    if left.first is None:
         return "stays within the random inits' band"
-    if found.ratio in (0, math.inf):
-        side = f"far {'above' if found.ratio else 'below'}"
+    if left.ratio in (0, math.inf):
+        side = f"far {'above' if left.ratio else 'below'}"
     else:
-        side = f"{found.ratio:.3g}× above" if found.ratio > 1 else f"{1 / found.ratio:.3g}× below"
-    if found.sublayer is None:
-        return f"leaves the random inits' band at sublayer {found.first}, and ends within it"
+        side = f"{left.ratio:.3g}× above" if left.ratio > 1 else f"{1 / left.ratio:.3g}× below"
+    if left.sublayer is None:
+        return f"leaves the random inits' band at sublayer {left.first}, and ends within it"
     step = "the embedding"
-    if found.block is not None:
-        step = f"sublayer {found.sublayer} ({found.kind} of block {found.block + 1})"
-    again = f" for good (first at sublayer {found.first})" if found.first != found.sublayer else ""
-    end = "ends" if whole else f"at sublayer {found.last}, before a curve overflows, is"
+    if left.block is not None:
+        step = f"sublayer {left.sublayer} ({left.kind} of block {left.block + 1})"
+    again = f" for good (first at sublayer {left.first})" if left.first != left.sublayer else ""
+    end = "ends" if whole else f"at sublayer {left.last}, before a curve overflows, is"
     return f"leaves the random inits' band at {step}{again} and {end} {side} them"
 
 
-def sentences(found: Departure | None, frame: pd.DataFrame) -> list[str]:
+def sentences(left: Departure | None, frame: pd.DataFrame) -> list[str]:
     """Sentences that compare a checkpoint with random inits."""
     lines = []
     rows = frame[frame["curve"] == "checkpoint"]
@@ -152,17 +151,17 @@ def sentences(found: Departure | None, frame: pd.DataFrame) -> list[str]:
         lines.append(
             f"{inits} too few to tell where the checkpoint leaves them ({MIN_SEEDS} needed)."
         )
-    if found is not None:
-        whole = found.last == rows["sublayer"].max()
-        lines.append(f"The checkpoint {_where(found, whole)}.")
-        if found.checkpoint is not None:
+    if left is not None:
+        whole = left.last == rows["sublayer"].max()
+        lines.append(f"The checkpoint {_where(left, whole)}.")
+        if left.checkpoint is not None:
             beside = ""
-            if found.random is not None:
-                drawn = found.random
+            if left.random is not None:
+                drawn = left.random
                 beside = f" (random inits: {drawn.branches:.3g} and {drawn.alignment:.3g})"
             lines.append(
-                f"Of its growth by {found.growth:.3g}, {found.checkpoint.branches:.3g} is the size of"
-                f" branches, ‖b‖², and {found.checkpoint.alignment:.3g} their alignment with the"
+                f"Of its growth by {left.growth:.3g}, {left.checkpoint.branches:.3g} is the size of"
+                f" branches, ‖b‖², and {left.checkpoint.alignment:.3g} their alignment with the"
                 f" stream, 2⟨x, b⟩{beside}."
             )
     if rows.empty:  # it overflowed at the embedding

@@ -26,7 +26,7 @@ class Curves:
 
     @property
     def count(self) -> int:
-        """How many curves (seeds) there are."""
+        """The number of curves (seeds)."""
         return len(self.mean_square)
 
     @property
@@ -39,9 +39,9 @@ class Curves:
 def curves_of(
     frame: pd.DataFrame, name: str, gain: Sequence[float], normalises: Sequence[str | None]
 ) -> Curves:
-    """The curves called ``name`` in the frame, cut to the rows that every seed reached.
+    """The frame's curves called ``name``, cut to the rows that every seed reached.
 
-    gain, normalises: as in ``Rows``, of every row that a whole curve has.
+    gain, normalises: as in ``Rows``, for each row of a whole curve.
     """
     groups = [group for _, group in frame[frame["curve"] == name].groupby("seed", sort=True)]
     length = min(len(group) for group in groups)
@@ -59,7 +59,7 @@ def curves_of(
 
 
 def laws_in(frame: pd.DataFrame, *, expected: bool = False) -> list[Law]:
-    """The registered laws that a frame has a column of; only the expected ones where asked."""
+    """The registered laws with a column in the frame; ``expected`` leaves out the others."""
     laws = [law for law in LAWS.values() if law.column in frame]
     return [law for law in laws if law.expected] if expected else laws
 
@@ -67,8 +67,7 @@ def laws_in(frame: pd.DataFrame, *, expected: bool = False) -> list[Law]:
 def with_laws(frame: pd.DataFrame, by_curve: Mapping[str, Curves]) -> pd.DataFrame:
     """Add each law's prediction of the mean square as a column ``law_NAME``.
 
-    by_curve: the frame's curves by name. Where a seed's curve is longer than the shortest, the rows
-    beyond stay empty.
+    by_curve: the frame's curves by name. Rows beyond the shortest seed's end stay empty.
     """
     frame = frame.assign(**{law.column: np.nan for law in LAWS.values()})
     for name, of_curve in by_curve.items():

@@ -44,13 +44,11 @@ def _by_seed(ends: pd.DataFrame, column: str, depth: int) -> Array:
 
 
 def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
-    """Pairwise and from-first λ of every curve, tidy.
+    """λ by block of every curve and of the laws, tidy.
 
-    Columns: curve, seed, block (from 1), of (activation, gradient), lambda_pairwise (to this block
-    from the one before), lambda_from_first, and lambda_paper, from the first as well but of the mean
-    vector: at the last block the number of that name. The laws' mean squares are curves of their own,
-    named as their columns: those for the random inits, where there are any; they say nothing of the
-    mean vector.
+    Columns: curve, seed, block (from 1), of (activation, gradient), lambda_pairwise (from the block
+    before), lambda_from_first, lambda_paper (from the first, of the mean vector). A law's curve has
+    its column's name and stands for the random inits, if there are any; it has no lambda_paper.
     """
     names = list(frame["curve"].unique())
     columns = [("activation", *KINDS[""], 1.0), ("gradient", *KINDS["_gradient"], 1.0)]
@@ -59,7 +57,7 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
     ]
     basis = "random" if "random" in names else "checkpoint"
     parts += [(c, basis, "activation", c, None, 0.5) for c in (law.column for law in LAWS.values())]
-    made = []
+    tables = []
     for curve, name, of, column, vector, power in parts:
         ends = block_ends(frame, name)
         seeds = sorted(ends["seed"].unique())
@@ -74,8 +72,8 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
             "lambda_from_first": ((logs - logs[:, :1]) / depth).ravel(),
             "lambda_paper": ((mean - mean[:, :1]) / depth).ravel(),
         }
-        made.append(pd.DataFrame(values))
-    return pd.concat(made, ignore_index=True)
+        tables.append(pd.DataFrame(values))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _first_to_last(logs: Array) -> Estimate | None:
@@ -92,19 +90,19 @@ def exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
     first block's end. The laws' ``lambda_token`` is of their mean squares.
     """
     ends = block_ends(frame, name)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if ends.empty:  # every curve overflowed before its first block's end
-        return found
+        return values
     for suffix, (norm, vector) in KINDS.items():
         if norm not in ends:
             continue
         logs = _by_seed(ends, norm, depth)
-        found[f"lambda_paper{suffix}"] = _first_to_last(_by_seed(ends, vector, depth))
-        found[f"lambda_token{suffix}"] = _first_to_last(logs)
+        values[f"lambda_paper{suffix}"] = _first_to_last(_by_seed(ends, vector, depth))
+        values[f"lambda_token{suffix}"] = _first_to_last(logs)
         mean = logs.mean(0)
-        found[f"lambda_pairwise{suffix}"] = (np.diff(mean) / depth).tolist()
-        found[f"lambda_from_first{suffix}"] = ((mean[1:] - mean[0]) / depth).tolist()
+        values[f"lambda_pairwise{suffix}"] = (np.diff(mean) / depth).tolist()
+        values[f"lambda_from_first{suffix}"] = ((mean[1:] - mean[0]) / depth).tolist()
     for law in LAWS.values():
         by_law = _first_to_last(_by_seed(ends, law.column, depth) / 2)
-        found[f"lambda_token_{law.name}"] = None if by_law is None else by_law.value
-    return found
+        values[f"lambda_token_{law.name}"] = None if by_law is None else by_law.value
+    return values

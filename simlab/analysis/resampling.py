@@ -19,7 +19,7 @@ from simlab.theory.laws import Array
 
 MIN_SEEDS = 8  # the sign-flip test reaches p = 2/2^8 < 0.01, not with fewer
 RESAMPLES = 4000  # of the bootstrap
-FLIPS = 4096  # sign flips: all 2^S where that is no more, else this number at random
+FLIPS = 4096  # sign flips at most: all 2^S, or this number at random
 PERMUTATIONS = 1 << 16
 TIE = 1e-9  # relative: statistics no further apart are equal but for rounding
 CONSTANT = 1e-6  # in units of a column's spread: less is what cancels in float64, not an error
@@ -75,14 +75,14 @@ def max_t(
 
 
 def p_value(t: Array, maxima: Array) -> float:
-    """How often chance brings a maximum as large as the largest t."""
+    """The share of relabelings whose maximum is at least the largest t."""
     return float((maxima >= t.max() * (1 - TIE)).mean())
 
 
 def limit(maxima: Array, alpha: float) -> float:
-    """The critical value: the ⌊alpha·P⌋ + 1st largest maximum. Chance exceeds it at most with alpha.
+    """The critical value, which chance exceeds with probability ≤ alpha: the ⌊alpha·P⌋ + 1st maximum.
 
-    Raises ValueError where the P relabelings are too few for that.
+    Raises ValueError if the P relabelings are too few.
     """
     above = math.floor(alpha * len(maxima) * (1 + TIE))
     if above < 1:
@@ -98,10 +98,10 @@ def sign_flip(differences: Array, floor: Array) -> float:
 def flipped(differences: Array, floor: Array) -> tuple[Array, Array]:
     """Test "S curves (S, R) have mean zero at every row": each row's t (R,), and the maxima (P,).
 
-    t = (|mean| − floor)₊ / standard error; zero is what lies within ``floor`` (R,), which rounding
-    explains. Whole curves' signs are flipped: all 2^S ways, or FLIPS random ones. It holds where a
-    curve and its negative are equally likely, as they are for the cross terms ⟨x, branch⟩: flipping a
-    sublayer's last matrix flips them.
+    t = (|mean| − floor)₊ / standard error; floor (R,): the part of a mean that rounding explains. A
+    relabeling flips whole curves' signs: all 2^S ways, or FLIPS random ones. The test holds if a curve
+    and its negative are equally likely, as the cross terms ⟨x, branch⟩ are: a sublayer's last matrix
+    with its sign flipped has the same law.
     """
     seeds = len(differences)
     if 2**seeds <= FLIPS:
@@ -122,8 +122,8 @@ def flipped(differences: Array, floor: Array) -> tuple[Array, Array]:
 def permuted(old: Array, new: Array, floor: Array, most: int = PERMUTATIONS) -> tuple[Array, Array]:
     """Test "two samples (m, C), (n, C) have one law": each column's t (C,), and the maxima (P,).
 
-    t = (|Δ mean| − floor)₊ / standard error, the variance pooled; floor: (C,). The curves are dealt
-    anew into two groups: all ways, or ``most`` random ones.
+    t = (|Δ mean| − floor)₊ / standard error, the variance pooled; floor: (C,). A relabeling deals the
+    curves into two groups: all ways, or ``most`` random ones.
     """
     both, first = np.concatenate([new, old]), len(new)
     count = len(both)
@@ -157,7 +157,7 @@ def enough(first: int, second: int, alpha: float) -> bool:
 
 
 def _deals(first: int, count: int, most: int) -> Array:
-    """Ways to deal ``first`` of ``count`` curves to one group, as rows of 0 and 1; as it is first."""
+    """Ways to deal ``first`` of ``count`` curves to one group: rows of 0 and 1, the actual first."""
     if math.comb(count, first) <= most:
         chosen = np.array(list(itertools.combinations(range(count), first)))
     else:

@@ -1,4 +1,4 @@
-"""Which law fits, how well, and whether chance explains the rest: one sentence, and its numbers."""
+"""The verdict on a curve: its growth, the laws' errors and the tests' p-values, in one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simlab.analysis.numbers import interval, off_by, plus_minus
 from simlab.analysis.resampling import MIN_SEEDS, Estimate, sign_flip
 from simlab.theory.laws import LAWS, Array
 
-ALPHA = 0.01  # how often a law that is true is rejected
+ALPHA = 0.01  # the rate at which a true law is rejected
 # Unit roundoff: rounding moves a mean square by no more than about this, whatever the law. float32's
 # is 6e-8; a norm takes some ten operations in it.
 ROUNDING = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -35,7 +35,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The sentence, and what it was made from."""
+    """The sentence and its numbers."""
 
     sentence: str
     growth: Growth
@@ -70,7 +70,7 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
 def linear(p: Estimate) -> bool:
     """True if the exponent's interval has 1 in it, to two hundredths.
 
-    That is what a linear curve's p is seen to vary by with its first sublayers.
+    By so little the first sublayers move the p of a linear curve.
     """
     low, high = (p.value, p.value) if p.low is None or p.high is None else (p.low, p.high)
     return low <= 1.02 and high >= 0.98
@@ -112,11 +112,7 @@ def _claim(name: str, fit: Fit) -> str:
 
 
 def judge(curves: Curves, dtype: str, *, drawn: bool = True) -> Verdict:
-    """Hold S curves against every law and say what they show.
-
-    drawn: the curves are random draws, so that more of them would give intervals; a checkpoint's is
-    not.
-    """
+    """Fit S curves and test every law on them. drawn: random inits, not a checkpoint's one curve."""
     laws = {name: hold(curves, law.predict(curves.rows), dtype) for name, law in LAWS.items()}
     g = growth(curves.mean_square, curves.kinds)
     level = float(curves.mean_square[:, -1].mean())

@@ -126,9 +126,9 @@ def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checke
     plans = []
     for case in cases:
         recorded = read_baseline(case.curves, case.quantities)
-        said = recorded.about.get("overrides")
-        if said != case.said:
-            raise ConfigError(f"{case.name}: recorded with other overrides ({said}): --update it")
+        old = recorded.about.get("overrides")
+        if old != case.command:
+            raise ConfigError(f"{case.name}: recorded with other overrides ({old}): --update it")
         config, drawn = configure(case), recorded.frame[recorded.frame["curve"] == "random"]
         if set(drawn["seed"]) != set(config.seeds):
             raise ConfigError(f"{case.curves}: doesn't have the seeds {list(config.seeds)}")
@@ -161,7 +161,7 @@ def record(case: Case, reason: str) -> Sequence[str]:
         result = measure(ready, on_block)
     if result.summary["overflow"]:
         raise ConfigError(f"{case.name}: a curve overflows; only finite ones are recorded")
-    about = {"case": case.name, "reason": reason, "overrides": case.said}
+    about = {"case": case.name, "reason": reason, "overrides": case.command}
     about |= about_run(ready) | {k: v for k, v in versions().items() if k != "python"}
     before = None
     if case.curves.exists():
@@ -221,11 +221,11 @@ def main() -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Do what was asked, and give the exit status. Raises ConfigError, OSError."""
-    from simlab.regress import report as regressed
+    from simlab.regress import report
 
     cases = read_cases(args.baselines)
     if args.list:
-        regressed.show_list([(case, _about(case)) for case in choose_cases(cases, args.names)])
+        report.show_list([(case, _about(case)) for case in choose_cases(cases, args.names)])
         return 0
     if args.update:
         (case,) = choose_cases(cases, [args.update])
@@ -241,12 +241,12 @@ def execute(args: argparse.Namespace) -> int:
         if path is not None:
             path.mkdir(parents=True, exist_ok=True)
     width = max(len(case.name) for case in chosen)
-    done = check(chosen, lambda checked: regressed.show_line(checked, width))
-    files = [regressed.write_junit(args.junit, done)] if args.junit else []
-    files += regressed.draw_cases(done, args.html or _FIGURES_FOLDER, every=args.html is not None)
+    done = check(chosen, lambda checked: report.show_line(checked, width))
+    files = [report.write_junit(args.junit, done)] if args.junit else []
+    files += report.draw_cases(done, args.html or _FIGURES_FOLDER, every=args.html is not None)
     if args.html:
-        files.append(regressed.write_page(args.html, done))
-    regressed.show_end(done, files)
+        files.append(report.write_page(args.html, done))
+    report.show_end(done, files)
     return 0 if all(checked.passed for checked in done) else 1
 
 

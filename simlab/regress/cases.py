@@ -43,8 +43,8 @@ class Case:
     quantities: tuple[str, ...] = QUANTITIES
 
     @property
-    def said(self) -> str:
-        """The overrides as the record has them."""
+    def command(self) -> str:
+        """The overrides in one line, as the record has them."""
         return " ".join(" ".join(self.overrides).split())
 
     @property
@@ -97,26 +97,26 @@ def read_case(path: Path) -> Case:
         raise ConfigError(f"{path}: not a group of keys")
     if not re.fullmatch(r"[\w.-]+", path.stem):
         raise ConfigError(f"{path}: a case's name may have letters, digits, _, - and .")
-    reader = Fields({str(key): value for key, value in values.items()}, f"{path}: ")
-    reader.only("a case", ("description", "overrides", "gates", "quantities"))
-    quantities = _texts(reader, "quantities") if "quantities" in values else QUANTITIES
-    gates = _texts(reader, "gates")
+    fields = Fields({str(key): value for key, value in values.items()}, f"{path}: ")
+    fields.only("a case", ("description", "overrides", "gates", "quantities"))
+    quantities = _texts(fields, "quantities") if "quantities" in values else QUANTITIES
+    gates = _texts(fields, "gates")
     for gate in gates:
         if gate not in GATES:
             allowed = f"allowed: {', '.join(GATES)}{nearest(gate, GATES)}"
-            raise reader.fail("gates", gate, allowed)
+            raise fields.fail("gates", gate, allowed)
     return Case(
-        path.stem, path.parent, reader.text("description") or "", _texts(reader, "overrides"),
+        path.stem, path.parent, fields.text("description") or "", _texts(fields, "overrides"),
         gates, quantities,
     )  # fmt: skip
 
 
-def _texts(reader: Fields, key: str) -> tuple[str, ...]:
-    value = reader.take(key)
+def _texts(fields: Fields, key: str) -> tuple[str, ...]:
+    value = fields.take(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise reader.fail(key, value, "allowed: a list of texts")
+        raise fields.fail(key, value, "allowed: a list of texts")
     if len(set(value)) != len(value):
-        raise reader.fail(key, value, "something is in it twice")
+        raise fields.fail(key, value, "something is in it twice")
     return tuple(value)
 
 
@@ -129,12 +129,12 @@ def write_baseline(
     if missing:
         hint = nearest(missing[0], measured)
         raise ConfigError(f"quantities={missing[0]}: isn't measured{hint}; {', '.join(measured)}")
-    kept = frame[[*ROW_KEYS, *quantities]].copy()
-    kept["block"] = kept["block"].astype("Int64")
+    rows = frame[[*ROW_KEYS, *quantities]].copy()
+    rows["block"] = rows["block"].astype("Int64")
     text = io.StringIO()
     for key, value in about.items():
         text.write(f"# {key}: {printable(' '.join(str(value).split()))}\n")
-    kept.to_csv(text, index=False, float_format=f"%.{_RECORDED_DIGITS}g", lineterminator="\n")
+    rows.to_csv(text, index=False, float_format=f"%.{_RECORDED_DIGITS}g", lineterminator="\n")
     write_atomically(path, lambda aside: write_text(aside, text.getvalue()))
 
 
@@ -156,7 +156,7 @@ def read_baseline(path: Path, quantities: Sequence[str]) -> Baseline:
         frame = frame.astype(dict.fromkeys(quantities, np.float64))
         frame = frame.astype({"seed": np.int64, "sublayer": np.int64, "block": "Int64"})
         frame = frame[[*ROW_KEYS, *quantities]]
-        found = {
+        steps = {
             (name, tuple(rows[STEP].itertuples(index=False, name=None)))
             for (name, _), rows in frame.groupby(["curve", "seed"], sort=False)
         }
@@ -165,6 +165,6 @@ def read_baseline(path: Path, quantities: Sequence[str]) -> Baseline:
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         what = str(error).splitlines()[0]
         raise ConfigError(f"{path}: not recorded curves of these quantities ({what})") from error
-    if not found or len(found) != frame["curve"].nunique():
+    if not steps or len(steps) != frame["curve"].nunique():
         raise ConfigError(f"{path}: its curves don't have the same steps")
     return Baseline(frame, about)

@@ -104,7 +104,7 @@ def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome |
         paired = itertools.zip_longest(want[name], steps)
         index, (old, new) = next((i, p) for i, p in enumerate(paired) if p[0] != p[1])
         sublayer, block, kind = old or new
-        found = Finding(
+        finding = Finding(
             int(sublayer), None if pd.isna(block) else int(block), str(kind), "step",
             math.nan, math.nan, math.inf, 0.0, "structure",
         )  # fmt: skip
@@ -112,7 +112,7 @@ def structure(expected: pd.DataFrame, got: pd.DataFrame, gate: str) -> Outcome |
             f"first at step {index} of seed {seed}: it is {_step(new)}, not {_step(old)};"
             " to blame: the structure, or an overflow that ends the curve"
         )
-        return Outcome(gate, False, "other steps", why, found)
+        return Outcome(gate, False, "other steps", why, finding)
     return None
 
 
@@ -145,7 +145,7 @@ def exact(
     other = structure(expected, got, "exact")
     if other:
         return other
-    allowed, worst, found = RTOL[dtype], 0.0, None
+    allowed, worst, first = RTOL[dtype], 0.0, None
     by_curve, new = (
         dict(list(frame.groupby(["curve", "seed"], sort=False))) for frame in (expected, got)
     )
@@ -161,12 +161,12 @@ def exact(
         where, which = np.nonzero((off > allowed).T)
         if len(where):
             row = first_row_off(where, [quantities[int(i)] for i in which])
-            if found is None or row < found[0]:
-                found = (row, off, old, rows)
+            if first is None or row < first[0]:
+                first = (row, off, old, rows)
     figure = f"{worst:.0e}"
-    if found is None:
+    if first is None:
         return Outcome("exact", True, figure)
-    row, off, old, rows = found
+    row, off, old, rows = first
     beyond = [q for q, size in zip(quantities, off[:, row], strict=True) if size > allowed]
     finding = finding_at(
         old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), allowed,

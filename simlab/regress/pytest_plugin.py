@@ -109,26 +109,26 @@ class GrowthRegression:
                 raise ConfigError(f"dtype={dtype}: allowed: {', '.join(RTOL)}")
             if isinstance(quantities, str):
                 raise ConfigError(f"quantities={quantities!r}: allowed: a list of columns")
-            kept = tuple(quantities or QUANTITIES)
-            case = Case(self._name(basename), self.folder, "", (), (gate,), kept)
+            compared = tuple(quantities or QUANTITIES)
+            case = Case(self._name(basename), self.folder, "", (), (gate,), compared)
             if gate == "statistical":
                 _refuse_few(rows, "these")
             if self.update or not case.curves.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_baseline(case.curves, rows, kept, {"case": case.name, "dtype": dtype})
+                write_baseline(case.curves, rows, compared, {"case": case.name, "dtype": dtype})
                 again = "anew" if self.update else "for the first time"
                 pytest.fail(
                     f"growth curve recorded {again}, look at it and commit it: {case.curves}",
                     pytrace=False,
                 )
-            recorded = read_baseline(case.curves, kept)
+            recorded = read_baseline(case.curves, compared)
             if recorded.about.get("dtype") != dtype:
                 was = recorded.about.get("dtype")
                 raise ConfigError(f"dtype={dtype}: {case.curves} was recorded with {was}")
             if gate == "statistical":
                 _refuse_few(recorded.frame, "the recorded")
         judge = exact if gate == "exact" else statistical
-        outcome = judge(recorded.frame, rows, kept, dtype)
+        outcome = judge(recorded.frame, rows, compared, dtype)
         if not outcome.passed:
             pytest.fail(self._message(case, outcome, recorded.frame, rows), pytrace=False)
 

@@ -41,10 +41,10 @@ def relative(ax: Axes, frame: pd.DataFrame) -> None:
 
 def leaves(ax: Axes, frame: pd.DataFrame) -> None:
     """A line where the checkpoint leaves the random inits' band for good."""
-    found = departure(frame)
-    if found is None or found.sublayer is None:
+    departed = departure(frame)
+    if departed is None or departed.sublayer is None:
         return
-    at, last = found.sublayer, int(frame["sublayer"].max())
+    at, last = departed.sublayer, int(frame["sublayer"].max())
     left = at > 0.6 * last
     ax.axvline(at, color=COLOURS["checkpoint"], lw=1.2, ls=(0, (6, 3)), zorder=1)
     ax.annotate(

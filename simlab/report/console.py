@@ -36,8 +36,8 @@ def title(config: RunConfig) -> str:
     shape = f"{model.name}: depth {model.depth}, width {model.width}"
     other = {} if config.source.stored else changed(model)
     if other:
-        said = [k if is_dataclass(v) else f"{k} {_as_typed(v)}" for k, v in other.items()]
-        shape = f"{model.name} with {', '.join(said)}"
+        differences = [k if is_dataclass(v) else f"{k} {_as_typed(v)}" for k, v in other.items()]
+        shape = f"{model.name} with {', '.join(differences)}"
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")

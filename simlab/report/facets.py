@@ -20,9 +20,9 @@ SHADES, TOLD_APART = 8, 6  # colours, of numbers and of categories
 COLUMNS, ROWS, PANELS = 4, 6, 24  # of panels; those of a single key wrap
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
-SEEDS = ("first_seed", "seeds")  # what bands are made of
-PART = "part"  # column of what isn't swept and still has its panels: which λ, which statistic
-GREY = "#9a9a9a"  # what the coloured curves are held against
+SEEDS = ("first_seed", "seeds")  # curves that differ in these alone make a band
+PART = "part"  # a column with panels of its own that isn't swept: which λ, which statistic
+GREY = "#9a9a9a"  # of the curves beside the coloured ones
 
 
 def value_text(value: Any) -> str:
@@ -41,7 +41,7 @@ def value_text(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is, or its text spells, a finite number."""
+    """True for a finite number and for a text that spells one."""
     try:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
@@ -49,7 +49,7 @@ def is_number(value: Any) -> bool:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most ``most`` characters: of a path the end is kept, of a name the beginning."""
+    """Cut a text to ``most`` characters: a path at its beginning, a name at its end."""
     if len(text) <= most:
         return text
     return f"…{text[len(text) - most + 1 :]}" if "/" in text else f"{text[: most - 1]}…"
@@ -75,12 +75,12 @@ def labelled(
     texts: dict[str, pd.Categorical] = {}
     for key in (key for key in swept if key in frame and key not in SEEDS):
         codes, values = pd.factorize(frame[key], use_na_sentinel=False)
-        found = [value_text(value) for value in values]
-        order = [v for v in dict.fromkeys(map(value_text, swept[key])) if v in found]
-        order += sorted(set(found) - set(order))
+        all_texts = [value_text(value) for value in values]
+        order = [v for v in dict.fromkeys(map(value_text, swept[key])) if v in all_texts]
+        order += sorted(set(all_texts) - set(order))
         if all(map(is_number, order)):
             order.sort(key=float)
-        texts[key] = pd.Categorical(np.array(found, object)[codes], order)
+        texts[key] = pd.Categorical(np.array(all_texts, object)[codes], order)
     return frame.assign(**texts), [k for k, v in texts.items() if len(v.categories) > 1]
 
 
@@ -147,16 +147,16 @@ def plan(frame: pd.DataFrame, keys: Sequence[str], coloured: bool = True, panels
         main = "random" if colour.startswith("init") else "checkpoint"
         beside = frame.groupby("job")["curve"].transform("nunique") > 1
         ink = frame[colour].astype(object).mask(beside & (frame["curve"] != main), names)
-    said = [f"Shown: {'; '.join(notes)}."] if notes else []
+    summary = [f"Shown: {'; '.join(notes)}."] if notes else []
     column, row = [*shown, None, None][:2]
-    return Plan(frame.assign(ink=ink), colour, column, row, palette, said)
+    return Plan(frame.assign(ink=ink), colour, column, row, palette, summary)
 
 
-def name_colours(ax: Axes, made: Plan, marker: str | None = None) -> None:
+def name_colours(ax: Axes, layout: Plan, marker: str | None = None) -> None:
     """The legend's entries for the plan's colours, and for the curves in grey."""
-    for ink, colour in made.palette.items():
-        if ink in set(made.frame["ink"]):
-            name = ink if ink in LABELS.values() else label(str(made.colour), ink)
+    for ink, colour in layout.palette.items():
+        if ink in set(layout.frame["ink"]):
+            name = ink if ink in LABELS.values() else label(str(layout.colour), ink)
             ax.plot([], [], color=colour, lw=2, marker=marker, ms=4.5, label=name)
 
 

@@ -41,7 +41,7 @@ class SweepBar:
     def __init__(self, jobs: int, total: int, bar: Progress | None) -> None:
         self.jobs, self.total, self.bar = jobs, total, bar
         self.ended = self.done = 0
-        self.said = time.monotonic()
+        self.printed = time.monotonic()
         self.task: TaskID | None = bar.add_task(self._text(), total=total) if bar else None
 
     def _text(self) -> str:
@@ -58,8 +58,8 @@ class SweepBar:
         self.ended, self.done = ended, max(self.done, blocks)
         if self.bar and self.task is not None:
             self.bar.update(self.task, description=self._text(), completed=self.done)
-        elif not self.bar and time.monotonic() - self.said > EVERY:
-            self.said = time.monotonic()
+        elif not self.bar and time.monotonic() - self.printed > EVERY:
+            self.printed = time.monotonic()
             print(f"simlab: {self._text()} done", file=sys.stderr, flush=True)
 
 

@@ -35,18 +35,18 @@ def figures(
     ``statistics``: where width is swept. curves: the jobs' curve.csv, each row with its job and
     swept values; jobs: a row per job and curve; swept: every key's values.
     """
-    made: dict[str, Figure | None] = {}
+    drawn: dict[str, Figure | None] = {}
     if not curves.empty:
         frame, keys = prepared(curves, jobs, swept)
         for name, y in {"growth": "mean_square", "gradients": "gradient_rms"}.items():
             if y in frame and frame[y].notna().any():
-                made[name] = curves_figure(frame, keys, y, title)
-        made["statistics"] = sweep_scans.statistics_figure(frame, keys, title)
+                drawn[name] = curves_figure(frame, keys, y, title)
+        drawn["statistics"] = sweep_scans.statistics_figure(frame, keys, title)
     if not jobs.empty:
         table, keys = labelled(jobs, swept)
-        made["heatmap"] = sweep_scans.heatmap(table, keys, title)
-        made |= sweep_scans.lambda_figures(table, keys, title)
-    return {name: figure for name, figure in made.items() if figure is not None}
+        drawn["heatmap"] = sweep_scans.heatmap(table, keys, title)
+        drawn |= sweep_scans.lambda_figures(table, keys, title)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def prepared(
@@ -71,28 +71,30 @@ def curves_figure(frame: pd.DataFrame, keys: Sequence[str], y: str, title: str) 
     What a shallow model shares with a deeper one is in the shallow one's colour. Where nothing is
     coloured, the other panels' curves are grey behind.
     """
-    made = plan(frame[frame[y].notna()], keys)
-    lines = _lines(made, keys, y)
+    layout = plan(frame[frame[y].notna()], keys)
+    lines = _lines(layout, keys, y)
     laws = laws_in(frame) if y == "mean_square" else []
     low, high, last = lines["low"].where(lines["low"] > 0), lines["high"], lines["x"].max()
     after = lines["x"] > (2 if laws and last > 2 else -1)  # the first block makes decades by itself
     log = bool(high[after].max() > 10**DECADES * low[after].min())
     dots = "o" if lines["x"].nunique() <= FEW else None
     axes = ("sublayer (0: embedding)", WORDS[y].split(" of ")[0])
-    figure, panels = grid(lines, made.column, made.row, axes)
-    name_colours(panels[0][0], made)
+    figure, panels = grid(lines, layout.column, layout.row, axes)
+    name_colours(panels[0][0], layout)
     differ = False
     for ax, part in panels:
-        if made.colour is None and made.column:
+        if layout.colour is None and layout.column:
             for _, rows in lines.groupby("line"):
                 ax.plot(
                     rows["x"], rows["mean"], color=".84", lw=1, label="the other panels' curves"
                 )
         groups = [rows for _, rows in part.groupby("line")]
-        groups.sort(key=lambda rows: (made.palette[rows["ink"].iloc[0]] != GREY, -rows["x"].max()))
+        groups.sort(
+            key=lambda rows: (layout.palette[rows["ink"].iloc[0]] != GREY, -rows["x"].max())
+        )
         for rows in groups:
             end = rows.iloc[-1]
-            colour = made.palette[end["ink"]]
+            colour = layout.palette[end["ink"]]
             style = "--" if colour == GREY and end["curve"] == "checkpoint" else "-"
             ax.plot(rows["x"], rows["mean"], style, color=colour, lw=1.8, marker=dots, ms=3)
             ax.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
@@ -109,17 +111,17 @@ def curves_figure(frame: pd.DataFrame, keys: Sequence[str], y: str, title: str) 
         room = (8 if laws else 1.6) if log else 1.1  # a law may use another decade
         ax.set_ylim(low.min() / 1.6 if log else 0, high.max() * room or 1)
     name_band(panels[0][0], lines["count"])
-    said = f"{WORDS[y].capitalize()} after each sublayer{', log axis' if log else ''}."
+    caption = f"{WORDS[y].capitalize()} after each sublayer{', log axis' if log else ''}."
     if differ:
-        said += " Of a law that differs between colours the lowest and the highest are drawn."
-    return finish(figure, [ax for ax, _ in panels[::-1]], [title, said, *made.notes])
+        caption += " Of a law that differs between colours the lowest and the highest are drawn."
+    return finish(figure, [ax for ax, _ in panels[::-1]], [title, caption, *layout.notes])
 
 
-def _lines(made: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
+def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
     """Each group's mean, low, high over seeds, and its laws, against x; until its first seed ends."""
     by = [*keys, "curve", "ink"]
-    means = {law.column: (law.column, "mean") for law in laws_in(made.frame)}
-    groups = made.frame.groupby([*by, "x"], observed=True)
+    means = {law.column: (law.column, "mean") for law in laws_in(layout.frame)}
+    groups = layout.frame.groupby([*by, "x"], observed=True)
     lines = groups.agg(
         mean=(y, "mean"), low=(y, "min"), high=(y, "max"), count=(y, "count"),
         overflow=("overflow", "max"), **means,
@@ -129,7 +131,7 @@ def _lines(made: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
 
 
 def _law(ax: Axes, law: Law, part: pd.DataFrame, top: float) -> bool:
-    """A law's curve; the lowest and the highest where a panel's curves have several: whether so."""
+    """Draw a law, the lowest and highest where a panel's curves differ; True if others are left out."""
     basis = "random" if (part["curve"] == "random").any() else "checkpoint"
     part = part[part["curve"] == basis]
     table = part.pivot(index="x", columns="line", values=law.column).dropna(axis=1, how="all")

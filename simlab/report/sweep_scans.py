@@ -79,25 +79,25 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
     measures = [name for name in MEASURES if name in jobs and jobs[name].notna().any()]
     if not measures:
         return None
-    made = plan(jobs, others)
-    row, notes = made.row, [f"Growth exponents λ against {key_text(x)}."]
-    if made.column and (row or made.frame[made.column].nunique() > COLUMNS):
+    layout = plan(jobs, others)
+    row, notes = layout.row, [f"Growth exponents λ against {key_text(x)}."]
+    if layout.column and (row or layout.frame[layout.column].nunique() > COLUMNS):
         notes.append(f"Shown: {MEASURES[measures[0]]}; jobs.csv has the others.")
         measures = measures[:1]
-    elif made.column:
+    elif layout.column:
         row = PART
-    if (made.frame["overflow"] > 0).any():
+    if (layout.frame["overflow"] > 0).any():
         notes.append("There is none where a curve overflows.")
     frame = pd.concat(
-        made.frame.assign(part=MEASURES[name], value=made.frame[name],
-                          low=made.frame[f"{name}_low"], high=made.frame[f"{name}_high"])
+        layout.frame.assign(part=MEASURES[name], value=layout.frame[name],
+                          low=layout.frame[f"{name}_low"], high=layout.frame[f"{name}_high"])
         for name in measures
     )  # fmt: skip
     frame[PART] = pd.Categorical(frame[PART], [MEASURES[name] for name in measures])
-    alike: bool | Literal["row"] = "row" if row == PART else bool(made.column)
-    figure, panels = grid(frame, made.column or PART, row, (key_text(x), "λ"), alike=alike)
+    alike: bool | Literal["row"] = "row" if row == PART else bool(layout.column)
+    figure, panels = grid(frame, layout.column or PART, row, (key_text(x), "λ"), alike=alike)
     first = panels[0][0]
-    name_colours(first, made, "o")
+    name_colours(first, layout, "o")
     laws = [law for law in LAWS.values() if law.expected and f"lambda_token_{law.name}" in jobs]
     laws = laws if "lambda_token" in measures else []
     for law in laws:
@@ -113,9 +113,9 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
         ax.axhline(0, color=".4", lw=0.8, zorder=1)
         basis = "random" if (part["curve"] == "random").any() else "checkpoint"
         tokens = (part[PART] == MEASURES["lambda_token"]).all()
-        lines = part.groupby(["ink", "curve", made.colour or "ink"], observed=True)
+        lines = part.groupby(["ink", "curve", layout.colour or "ink"], observed=True)
         for (ink, curve, _), rows in lines:
-            by, colour = rows.groupby(x, observed=True), made.palette[str(ink)]
+            by, colour = rows.groupby(x, observed=True), layout.palette[str(ink)]
             mean = by["value"].mean()  # over jobs that differ in their seeds alone
             reach = [mean - by["low"].min(), by["high"].max() - mean]
             places = mean.index.map(at)
@@ -125,9 +125,9 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
             )  # fmt: skip
             for law in laws if tokens and curve == basis else ():
                 says = by[f"lambda_token_{law.name}"].mean()
-                shade = colour if made.colour else law.colour
+                shade = colour if layout.colour else law.colour
                 ax.plot(places, says, color=shade, ls=law.line, lw=1.6, zorder=5)
-    return finish(figure, [first], [title, " ".join(notes), *made.notes])
+    return finish(figure, [first], [title, " ".join(notes), *layout.notes])
 
 
 def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
@@ -139,37 +139,36 @@ def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> F
     shown = [name for name in _SHOWN_STATISTICS if name in frame and frame[name].notna().any()]
     if not shown or "width" not in keys or not numbers(frame["width"]):
         return None
-    made = plan(frame, [key for key in keys if key != "width"], coloured=False, panels=1)
-    block = made.frame["block"].astype(float).fillna(-1)
-    deepest = int(block.groupby(made.frame["job"]).max().min())
+    layout = plan(frame, [key for key in keys if key != "width"], coloured=False, panels=1)
+    rows = layout.frame
+    block = rows["block"].astype(float).fillna(-1)  # of the embedding
+    deepest = int(block.groupby(rows["job"]).max().min())
     some = sorted(
         {round(b) - 1 for b in np.geomspace(1, deepest + 1, BLOCKS)} if deepest >= 0 else ()
     )
     named = {-1: "embedding"} | {b: f"after block {b + 1}" for b in some}
     shades = [".55", *sns.color_palette("viridis", len(some)).as_hex()]
     inks = dict(zip(named.values(), shades, strict=True))
-    ids = ["job", "seed", "width", *filter(None, [made.column]), "at"]
-    long = (
-        made.frame.assign(at=block.map(named)).melt(ids, shown, PART).dropna(subset=["at", "value"])
-    )
+    ids = ["job", "seed", "width", *filter(None, [layout.column]), "at"]
+    long = rows.assign(at=block.map(named)).melt(ids, shown, PART).dropna(subset=["at", "value"])
     ends = long.groupby([PART, *ids], observed=True)["value"].last().reset_index()  # of the block
     ends[PART] = pd.Categorical(
         ends[PART].map(_SHOWN_STATISTICS), [_SHOWN_STATISTICS[name] for name in shown]
     )
-    figure, panels = grid(ends, PART, made.column, ("width", ""), size=(2.8, 2.9), alike="col")
+    figure, panels = grid(ends, PART, layout.column, ("width", ""), size=(2.8, 2.9), alike="col")
     for ax, part in panels:
         least, most = ends.loc[ends[PART].isin(part[PART]), "value"].agg(["min", "max"])
         if 0 < 8 * least < most:  # less than a decade has no round ticks
             ax.set_yscale("log")
         at = scan(ax, frame["width"])
-        for name, rows in part.groupby("at"):
-            by_width = rows.groupby(rows["width"].map(at).astype(float))["value"]
+        for name, line in part.groupby("at"):
+            by_width = line.groupby(line["width"].map(at).astype(float))["value"]
             draw_band(ax, by_width, inks[str(name)], lw=1.6, marker="o", ms=4)
     for name, colour in inks.items():
         panels[0][0].plot([], [], color=colour, marker="o", ms=4, lw=1.6, label=name)
-    name_band(panels[0][0], made.frame.groupby("job")["seed"].nunique())
+    name_band(panels[0][0], rows.groupby("job")["seed"].nunique())
     axes = [panels[0][0]]
-    return finish(figure, axes, [title, "Statistics against width.", *made.notes])
+    return finish(figure, axes, [title, "Statistics against width.", *layout.notes])
 
 
 def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
@@ -183,17 +182,18 @@ def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | Non
     x, y = numeric[:2]
     inits = (jobs["curve"] == "random") if x.startswith("init") else (jobs["curve"] == "checkpoint")
     jobs = jobs[inits] if inits.any() else jobs
-    made = plan(jobs, [key for key in keys if key not in (x, y)], coloured=False)
-    positive = made.frame["mean_square"][made.frame["mean_square"] > 0]
+    layout = plan(jobs, [key for key in keys if key not in (x, y)], coloured=False)
+    frame, labels = layout.frame, (key_text(x), key_text(y))
+    positive = frame["mean_square"][frame["mean_square"] > 0]
     if positive.empty:
         return None
     low, high = float(positive.min()), float(positive.max())
     scale = LogNorm(low, high) if high > 3 * low else Normalize(low, high)
     sides = [min(len(values_of(jobs[key])), CELLS) for key in (x, y)]
     size = (max(0.6 * sides[0] + 1.6, 3), max(0.4 * sides[1] + 1.2, 2.4))
-    figure, panels = grid(made.frame, made.column, made.row, (key_text(x), key_text(y)), size=size)
+    figure, panels = grid(frame, layout.column, layout.row, labels, size=size)
     for ax, part in panels:
-        by, labels = part.groupby([y, x], observed=False), (ax.get_xlabel(), ax.get_ylabel())
+        by, names = part.groupby([y, x], observed=False), (ax.get_xlabel(), ax.get_ylabel())
         cells = by["mean_square"].mean().unstack().iloc[::-1]
         over = by["overflow"].max().unstack().iloc[::-1] > 0
         texts = cells.map(lambda value: short(value) or "–") + over.map(" ×".__mul__)
@@ -203,12 +203,12 @@ def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | Non
             cells.where(cells > 0), ax=ax, norm=scale, cmap="viridis", cbar=False, linewidths=0.8,
             annot=texts if max(cells.shape) <= CELLS else None, fmt="", annot_kws={"size": 8},
         )  # fmt: skip
-        ax.set(xlabel=labels[0], ylabel=labels[1])
+        ax.set(xlabel=names[0], ylabel=names[1])
     figure.colorbar(
         ScalarMappable(scale, "viridis"), ax=[ax for ax, _ in panels], label="mean square", pad=0.01
     )
-    name = LABELS[made.frame["curve"].iloc[0]]
+    name = LABELS[frame["curve"].iloc[0]]
     cut = ["×: curves overflow; their last finite value."] if (jobs["overflow"] > 0).any() else []
     return finish(
-        figure, [], [title, f"Mean square at the last sublayer, {name}.", *made.notes, *cut]
+        figure, [], [title, f"Mean square at the last sublayer, {name}.", *layout.notes, *cut]
     )

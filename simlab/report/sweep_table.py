@@ -24,7 +24,7 @@ LONGEST = 400  # characters of an error
 
 
 def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
-    """A row per job and curve: what was swept, how it grew, and whether the expected laws hold.
+    """A row per job and curve: what was swept, how it grew, and the expected laws' status.
 
     Beyond MOST rows, every n-th; the caption says so.
     """

@@ -88,11 +88,11 @@ def departures_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
     for head in ("growth", "‖b‖²", "2⟨x, b⟩", "× random", "outside from"):
         table.add_column(head, justify="right")
     for job, summary in jobs.items():
-        found = summary.get("departure")
-        if found:
-            split = found["checkpoint"] or {"branches": math.nan, "alignment": math.nan}
-            numbers = (found["growth"], split["branches"], split["alignment"], found["ratio"])
-            end = "" if found["sublayer"] is None else str(found["sublayer"])
+        left = summary.get("departure")
+        if left:
+            split = left["checkpoint"] or {"branches": math.nan, "alignment": math.nan}
+            numbers = (left["growth"], split["branches"], split["alignment"], left["ratio"])
+            end = "" if left["sublayer"] is None else str(left["sublayer"])
             name = str(summary["config"]["model"]["name"])
             table.add_row(job, name, *(short(number, DIGITS) for number in numbers), end)
     return table

@@ -210,7 +210,7 @@ def test_recording_needs_a_reason(cases, command, args):
         ("[exact,", "[", "small: seeds=10: gate law needs at least 11"),
         ("gates: [", "gates: [[", "not YAML"),
         ("three small blocks", "2020-13-45", "not YAML"),
-        ("gates:", "gates: " + "[" * 5000, "not YAML"),
+        ("gates:", "gates: " + "[" * 1500, "not YAML"),
         ("exact, statistical, law", "*b", "not YAML"),
         ("gates:", "quantities: [seed]\ngates:", "quantities=seed: isn't measured"),
         ("device=cpu", "device=cuda:77", "small: device=cuda:77: not on this machine"),
