@@ -25,7 +25,7 @@ STD = vars(Gaussian)["std"].fget
 LAW = "Gaussian(sigma * scale(role),"
 SEEDED = "entropy = entropy_of(self.seed, name)"
 Z = "normals(self.shape.name,"
-BACK = "(known - down @ seen) @ q + down @ fresh"
+BACK = ""
 
 INIT = (
     Mutation(
