@@ -26,8 +26,8 @@ def recipe(title):
 
 def block(text, language):
     """The section's only code block in a language."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-    return found
+    (code,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return code
 
 
 def files(text):
@@ -51,7 +51,7 @@ def followed(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("followed")
 @pytest.mark.parametrize("engine", ["dense", "weightless"])
-def test_the_placement_of_the_recipe_runs(engine):
+def test_placement_recipe_runs(engine):
     result = run(tiny("norm=keel", f"engine={engine}", "seeds=2", "gradients=true"))
     rows = result.curve[result.curve["sublayer"] > 0]
     assert result.config.shape.norm.placement == "keel"
@@ -60,7 +60,7 @@ def test_the_placement_of_the_recipe_runs(engine):
     assert (rows["gradient_norm"] > 0).all()
 
 
-def test_the_recipe_names_files_that_exist():
+def test_recipe_files_exist():
     for path in files(PLACEMENT):
         assert (ROOT / path.replace("NAME", "mix_ln")).is_file(), path
 
@@ -69,13 +69,13 @@ def test_the_recipe_names_files_that_exist():
     ("name", "mentions"),
     [("mix_ln", r"mix_ln|MixLN|\bfraction:|\"fraction\""), ("pre_post", "pre_post|PrePost")],
 )
-def test_the_recipe_names_every_file_that_a_placement_needs(name, mentions):
+def test_recipe_names_every_file(name, mentions):
     """Of simlab/ and conf/, these files alone know Mix-LN, and a placement that differs by sublayer."""
-    found = [path for folder in ("simlab", "conf") for path in (ROOT / folder).rglob("*.*")]
-    found = [path for path in found if path.suffix in (".py", ".yaml")]
+    paths = [path for folder in ("simlab", "conf") for path in (ROOT / folder).rglob("*.*")]
+    paths = [path for path in paths if path.suffix in (".py", ".yaml")]
     used = {
         path.relative_to(ROOT).as_posix().replace(name, "NAME")
-        for path in found
+        for path in paths
         if re.search(mentions, path.read_text(encoding="utf-8"))
     }
     assert used <= files(PLACEMENT)
@@ -85,7 +85,7 @@ def test_the_recipe_names_every_file_that_a_placement_needs(name, mentions):
 
 
 @pytest.mark.parametrize("engine", ["dense", "weightless"])
-def test_the_mlp_of_the_recipe_runs(monkeypatch, engine):
+def test_mlp_recipe_runs(monkeypatch, engine):
     text = recipe("Add an MLP")
     names = vars(mlp).copy()
     exec(block(text, "python"), names)

@@ -110,7 +110,7 @@ def public_names(path: Path) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def test_a_public_name_stands_in_one_module():
+def test_public_names_are_unique():
     """But for the commands' ``main``, and what each checkpoint format is asked for."""
     homes = defaultdict(set)
     for path in modules():

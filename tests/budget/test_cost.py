@@ -12,7 +12,7 @@ from simlab.experiment import prepare, run
 from simlab.weights.rng import Normals
 
 
-def test_numbers_are_those_that_are_drawn(monkeypatch):
+def test_counts_match_draws(monkeypatch):
     """Counted in the draws themselves, dense and weightless, without and with gradients."""
     drawn = []
     import simlab.weights.dense as random
@@ -59,7 +59,7 @@ def test_the_measured_crossover():
         assert choose(shape, 1536, gradients, "cpu")[0] == "dense"
 
 
-def test_the_run_says_which_and_why():
+def test_engine_and_reason_are_reported():
     ready = prepare(tiny("engine=auto", "width=96", "inputs.batch=1"))
     assert ready.engines == {"random": "weightless"}
     assert "cheaper than dense" in ready.reason

@@ -48,7 +48,7 @@ def curve(*overrides: str) -> Curve:
     return measured
 
 
-def test_it_grows_with_what_is_asked():
+def test_memory_grows_with_requests():
     base = ["engine=dense", "inputs.batch=4", "inputs.length=512"]
     small = peak(curve(*base))
     more = "inputs.batch=8", "inputs.length=4096", "gradients=true", "width=4096", "d_ff=16384"
@@ -106,7 +106,7 @@ def test_a_real_peak(overrides):
     assert 0.8 < needed(compose(asked), 2) / int(done.stdout) < 1.5
 
 
-def test_time_grows_with_what_is_asked():
+def test_time_grows_with_requests():
     rates = Rates(1e-11, 1e-11, 5e-9, 1e-9, 1e-6)
     base = seconds(curve("engine=dense"), rates)
     assert seconds(curve("engine=dense", "seeds=8"), rates) == pytest.approx(8 * base)
@@ -116,7 +116,7 @@ def test_time_grows_with_what_is_asked():
     assert seconds(curve("engine=dense")) > 0  # with this machine's rates
 
 
-def test_a_run_has_its_checkpoints_and_its_inits_curves(checkpoint):
+def test_curves_of_checkpoint_and_init(checkpoint):
     given = ["source=checkpoint", f"source.path={checkpoint}", "seeds=3", "inputs.length=9"]
     config = prepare(compose([*given, "device=cpu", "engine=weightless"])).config
     assert [(c.stored, c.engine, c.seeds) for c in curves_to_measure(config, 2)] == [
@@ -163,7 +163,7 @@ HUGE = ["inputs.batch=4096", "inputs.length=4096"]
         ["model=small", "engine=dense", "inputs.batch=1", "inputs.length=1000000"],
     ],
 )
-def test_what_is_suggested_fits(overrides, free, gigabytes):
+def test_suggestions_fit(overrides, free, gigabytes):
     size = gigabytes(free)
     config = compose([*overrides, "device=cpu"])
     if needed(config, 2) <= size:
@@ -181,7 +181,7 @@ def test_what_is_suggested_fits(overrides, free, gigabytes):
         refuse(compose([*overrides, "device=cpu", *option.split()]), 2)
 
 
-def test_the_suggestion_is_the_largest_power_of_two(gigabytes):
+def test_suggestion_is_a_power_of_two(gigabytes):
     free = gigabytes(8)
     config = compose(["model=olmo2_7b", "engine=dense", *HUGE, "device=cpu", "gradients=true"])
     ((text, changed),) = (o for o in fitting(config, 2, free) if o[0].startswith("inputs."))

@@ -104,7 +104,7 @@ def test_broken_files(checkpoint):
 @pytest.mark.parametrize(
     "file", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\b", "", 3, None]
 )
-def test_an_index_stays_in_its_folder(tmp_path, file):
+def test_index_stays_in_folder(tmp_path, file):
     write_olmo(tmp_path / "m", shards="40KB")
     shutil.copy(next((tmp_path / "m").glob("model-*.safetensors")), tmp_path / "secret.safetensors")
     index = tmp_path / "m" / "model.safetensors.index.json"
@@ -114,7 +114,7 @@ def test_an_index_stays_in_its_folder(tmp_path, file):
     refused(tmp_path / "m", LAYER, "not a file name")
 
 
-def test_a_missing_shard_and_a_lying_index(tmp_path):
+def test_missing_shard_and_wrong_index(tmp_path):
     write_olmo(tmp_path / "m", shards="40KB")
     index = tmp_path / "m" / "model.safetensors.index.json"
     values = json.loads(index.read_text())
@@ -173,7 +173,7 @@ def hub(tmp_path, monkeypatch, checkpoint):
     return repo
 
 
-def test_a_hub_id_is_read_from_the_cache_offline(hub):
+def test_hub_id_offline(hub):
     assert locate("some-org/olmo", None).name == "a" * 40
     assert locate("some-org/olmo", "stage1-step10-tokens1B").name == "b" * 40
     assert locate("some-org/olmo", "b" * 40).name == "b" * 40
@@ -217,7 +217,7 @@ def test_a_repository_without_weights(hub, monkeypatch):
         locate("some-org/none", None)
 
 
-def test_paths_that_are_not_there(tmp_path, checkpoint):
+def test_missing_paths(tmp_path, checkpoint):
     with pytest.raises(ConfigError, match="no such folder; did you mean olmo"):
         locate(str(tmp_path / "olmp"), None)
     with pytest.raises(ConfigError, match="is a file"):

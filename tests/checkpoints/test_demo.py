@@ -83,7 +83,7 @@ def test_transformers_computes_the_same():
         assert_parity(build_model(demo(step))(ids), theirs(ids).logits, step)
 
 
-def test_step_0_is_the_random_init_of_its_seed():
+def test_step_0_is_the_init():
     about = provenance()
     config = demo("0")
     model = prepare(config).config.shape
@@ -171,7 +171,7 @@ def test_a_mistake_is_one_line(tmp_path, overrides, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inputs_override_the_bundled_text(tmp_path):
+def test_inputs_override_bundled_text(tmp_path):
     assert demo("0").inputs.prompt.startswith('"""A shelf')
     assert demo("0", "inputs.prompt=abc").inputs.prompt == "abc"
     assert demo("0", "inputs.path=file").inputs.prompt is None
@@ -222,7 +222,7 @@ def test_training_writes_the_same_bytes_again(tmp_path, train, one_thread, capsy
         (["--minutes", "1e-6", "--every", "1", *TINY], "at this pace 2500 steps take"),
     ],
 )
-def test_a_mistake_in_training_is_one_line(tmp_path, train, capsys, args, said):
+def test_training_mistakes(tmp_path, train, capsys, args, said):
     with pytest.raises(SystemExit) as ended:
         train([str(tmp_path / "out"), *args])
     assert ended.value.code == 2

@@ -111,7 +111,7 @@ def pre_norm_layer(layer, x, **options):
     return x + layer.mlp(layer.post_feedforward_layernorm(x))
 
 
-def test_parameters_and_a_shared_storage_in_a_pickle(tmp_path, olmo2):
+def test_shared_storage_and_parameters(tmp_path, olmo2):
     """Parameters instead of tensors; views of one storage; and two tensors that are one."""
     tensors = fused(olmo2)
     whole = torch.cat([value.flatten() for value in tensors.values()])
@@ -205,7 +205,7 @@ def test_unsupported_configs_are_refused(tmp_path, olmo2, changes, value, allowe
     refused(tmp_path / "m", value, allowed)
 
 
-def test_format_before_torch_1_6_is_refused(tmp_path, olmo2):
+def test_old_torch_format_is_refused(tmp_path, olmo2):
     write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
     torch.save(fused(olmo2), tmp_path / "m" / "model.pt", _use_new_zipfile_serialization=False)
     refused(tmp_path / "m", "from before version 1.6")

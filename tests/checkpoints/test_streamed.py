@@ -111,7 +111,7 @@ def test_incomplete_pieces_are_refused(tmp_path):
     refused("whole", Piece(path, 0, (0, 0), (-4, 5)), b)
 
 
-def test_a_hash_depends_on_every_bit_and_on_order():
+def test_hash_sees_bits_and_order():
     """One flipped bit, swapped rows, swapped columns; not the order in which runs come in."""
     weight = random(13, 22).bfloat16()
 
@@ -161,7 +161,7 @@ def test_checkpoint_table(tmp_path):
         assert (row["min"], row["max"]) == (w.min().item(), w.max().item())
 
 
-def test_only_needed_rows_are_read(tmp_path):
+def test_reads_only_needed_rows(tmp_path):
     """Embedding rows by id, no head without gradients."""
     write_olmo(tmp_path / "m")
     opened = Checkpoint(str(tmp_path / "m"))
@@ -194,7 +194,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB, and madvise, are Linux's")
-def test_memory_does_not_grow_with_depth(tmp_path):
+def test_streamed_memory_by_depth(tmp_path):
     """12 blocks of 12 MB each pass through less than five of them."""
     write_olmo(
         tmp_path / "m", num_hidden_layers=12, hidden_size=384, intermediate_size=2048,

@@ -63,7 +63,7 @@ OUTSIDE = ("lm_head.weight", "model.norm.weight")
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_change_of_the_weights_changes_the_hash(tmp_path, original, its_hash, what):
+def test_changed_weights_change_the_hash(tmp_path, original, its_hash, what):
     """Any but of the head and of the norm before it."""
     change, name = CHANGES[what]
     tensors = load_file(original / "model.safetensors")
@@ -80,9 +80,7 @@ def test_shards_do_not_matter(tmp_path, its_hash):
 
 @pytest.mark.parametrize("run_bytes", [streamed.RUN_BYTES, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_measured_checkpoint_has_the_hash_of_an_unmeasured_one(
-    original, monkeypatch, run_bytes, dtype
-):
+def test_measuring_keeps_the_hash(original, monkeypatch, run_bytes, dtype):
     """Rows hashed as they pass through products, forward and back, or read for the hash alone."""
     monkeypatch.setattr(streamed, "RUN_BYTES", run_bytes)
     opened = Checkpoint(str(original), statistics=True)

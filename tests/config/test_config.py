@@ -1,6 +1,7 @@
 """The config: presets, the frozen RunConfig, and one clear line for every mistake."""
 
 import dataclasses
+from itertools import cycle
 
 import pytest
 from conftest import tiny
@@ -40,14 +41,14 @@ def test_olmo3_attention_pattern():
     assert compose(["model=olmo3_7b", "depth=6"]).shape.window_of(5) is None  # the last is full
 
 
-def test_a_key_on_the_command_line_wins_over_the_preset():
+def test_command_line_overrides_preset():
     model = compose(["model=olmo2_32b", "depth=3", "kv_heads=20"]).shape
     assert (model.depth, model.width, model.kv_heads) == (3, 5120, 20)
     model = compose(["depth=3", "model=olmo2_32b"]).shape
     assert model.depth == 3
 
 
-def test_kv_heads_follow_heads_where_each_head_has_its_own():
+def test_kv_heads_follow_heads():
     assert compose(["heads=8"]).shape.kv_heads == 8
     assert compose(["heads=8", "kv_heads=2"]).shape.kv_heads == 2
     assert compose(["model=olmo2_32b", "heads=16"]).shape.kv_heads == 8
@@ -55,21 +56,19 @@ def test_kv_heads_follow_heads_where_each_head_has_its_own():
         compose(["model=olmo2_32b", "heads=20"])
 
 
-def test_every_choice_composes_and_names_what_exists():
+def test_every_choice_composes():
     assert set(options("norm")) - {"from_checkpoint"} == set(PLACEMENTS)
     assert set(options("init")) == set(RULES)
-    for norm in PLACEMENTS:
-        assert compose([f"norm={norm}"]).shape.norm.placement == norm
-    for init in RULES:
-        assert compose([f"init={init}"]).init.rule == init
     assert tuple(MLPS) == config.MLP_NAMES
-    for mlp in MLPS:
-        assert compose([f"model.mlp={mlp}"]).shape.mlp == mlp
-    for inputs in ("random", "zipf"):
-        assert compose([f"inputs={inputs}"]).inputs.kind == inputs
+    assert len(PLACEMENTS) >= max(len(RULES), len(MLPS))  # each of the others comes at least once
+    choices = zip(PLACEMENTS, cycle(RULES), cycle(MLPS), cycle(("random", "zipf")))
+    for norm, init, mlp, inputs in choices:
+        run = compose([f"norm={norm}", f"init={init}", f"model.mlp={mlp}", f"inputs={inputs}"])
+        assert (run.shape.norm.placement, run.init.rule) == (norm, init)
+        assert (run.shape.mlp, run.inputs.kind) == (mlp, inputs)
 
 
-def test_seeds_are_a_count_or_a_list():
+def test_seeds_count_or_list():
     assert compose(["seeds=3", "seed=5"]).seeds == (5, 6, 7)
     assert compose(["seeds=[4,2]"]).seeds == (4, 2)
 

@@ -40,7 +40,7 @@ def hooks(model):
 def values(row):
     """One row's statistics, each by its definition."""
     x = row["after"].double()
-    found = {
+    numbers = {
         "norm": x.norm(dim=-1).mean(),
         "mean_square": x.pow(2).mean(),
         "variance": x.var(),
@@ -51,7 +51,7 @@ def values(row):
     if "skip" in row:
         a, b, raw = (row[name].double() for name in ("skip", "branch", "raw"))
         norm = row["norm"]
-        found |= {
+        numbers |= {
             "branch_mean_square": b.pow(2).mean(),
             "branch_raw_mean_square": raw.pow(2).mean(),
             "cosine": torch.cosine_similarity(a, b, dim=-1).mean(),
@@ -62,16 +62,16 @@ def values(row):
             moment = raw.pow(2).mean(-1)
             eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
             gain = norm.weight.double() + ("Gemma" in type(norm).__name__)
-            found |= {
+            numbers |= {
                 "eps_factor": (moment / (moment + eps)).mean(),
                 "gain_mean_square": gain.pow(2).mean(),
                 "gain_max_abs": gain.abs().max(),
             }
     if row.get("weights") is not None:
         a = row["weights"].double()
-        found["attention_entropy"] = -(a * a.clamp(min=1e-30).log()).sum(-1).mean()
-        found["attention_first"] = a[:, :, 1:, 0].mean()
-    return {"kind": row["kind"]} | {name: value.item() for name, value in found.items()}
+        numbers["attention_entropy"] = -(a * a.clamp(min=1e-30).log()).sum(-1).mean()
+        numbers["attention_first"] = a[:, :, 1:, 0].mean()
+    return {"kind": row["kind"]} | {name: value.item() for name, value in numbers.items()}
 
 
 def assert_same(frame, expected, columns):

@@ -88,9 +88,9 @@ def test_checkpoint_gradients_match_transformers(tmp_path, changes):
     names = list(GRADIENT_STATISTICS)
     ends = [row for i, row in enumerate(measured.rows) if i % 2 == 0][:-1]
     for row, x, g in zip(ends, hidden[:-1], wanted, strict=True):
-        found = dict(zip(names, row.gradient.tolist(), strict=True))
+        measured = dict(zip(names, row.gradient.tolist(), strict=True))
         for column, truth in expected([x], [g.double()]).items():
-            assert found[column] == pytest.approx(truth[0], rel=1e-4, abs=1e-7), column
+            assert measured[column] == pytest.approx(truth[0], rel=1e-4, abs=1e-7), column
 
 
 @pytest.mark.parametrize("engine", ["dense", "weightless"])

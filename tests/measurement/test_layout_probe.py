@@ -149,7 +149,7 @@ def test_norms_are_recognised_by_their_output():
         norm.weight.data.uniform_(0.5, 1.5)
     layer.bias.data.normal_()
     for norm, moment in ((layer, x.var(-1, correction=0)), (rms, x.pow(2).mean(-1))):
-        found = identify_norm(norm, x, norm(x).detach(), 1e-7)
-        torch.testing.assert_close(found.moment(x), moment)
-        assert torch.equal(found.gain, norm.weight)
+        identified = identify_norm(norm, x, norm(x).detach(), 1e-7)
+        torch.testing.assert_close(identified.moment(x), moment)
+        assert torch.equal(identified.gain, norm.weight)
         assert identify_norm(norm, x, norm(x).detach() * 1.01, 1e-7) is None  # something else

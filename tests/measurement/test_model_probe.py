@@ -104,9 +104,9 @@ def test_own_model_rows_match_the_engine(placement):
     model = build_model(config)
     frame = probe(model, ids, curve="random").rows()
     pd.testing.assert_frame_equal(frame, engine, check_exact=True)
-    with probe(model, curve="random") as found:  # with autograd on
+    with probe(model, curve="random") as probing:  # with autograd on
         model(ids).sum().backward()
-    pd.testing.assert_frame_equal(found.rows(), engine, check_exact=True)
+    pd.testing.assert_frame_equal(probing.rows(), engine, check_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,15 @@ def test_outputs_and_gradients_are_bit_equal(kind, dtype):
         return [out.logits, *out.hidden_states, *(p.grad for p in model.parameters())]
 
     plain, before = passed(), hooks(model)  # transformers leaves some of its own
-    with probe(model) as found:
+    with probe(model) as probing:
         probed = passed()
     assert all(torch.equal(a, b) for a, b in zip(plain, probed, strict=True))
     assert hooks(model) == before
-    gains = found.rows()["gain_mean_square"].iloc[1:]
+    gains = probing.rows()["gain_mean_square"].iloc[1:]
     assert gains.notna().all()  # the norms are recognised in bfloat16 too
 
 
-def test_hooks_and_modes_are_restored_after_exceptions():
+def test_hooks_after_exceptions():
     model = theirs("Llama", attention_dropout=0.5)
     rows = probe(model, IDS).rows()
     pd.testing.assert_frame_equal(probe(model.train(), IDS).rows(), rows)
@@ -163,30 +163,30 @@ def test_hooks_and_modes_are_restored_after_exceptions():
         assert hooks(model) == 0
         assert [m.training for m in model.modules()] == modes
     model.model.layers[1].mlp.forward = lambda x: 1 / 0
-    with pytest.raises(ZeroDivisionError), probe(model) as found:
+    with pytest.raises(ZeroDivisionError), probe(model) as probing:
         model(IDS)
     assert hooks(model) == 0
     with pytest.raises(ConfigError, match="saw 0 of 33 tokens: a forward call failed"):
-        found.rows()
+        probing.rows()
 
 
 def test_batches_are_of_one_curve():
     model = theirs("Llama")
-    with torch.no_grad(), probe(model, curve="two", seed=5) as found:
+    with torch.no_grad(), probe(model, curve="two", seed=5) as probing:
         model(IDS[:1])
         model(input_ids=IDS[1:])
     once = probe(model, (IDS,), curve="two", seed=5).rows()
     assert (once["curve"].unique().tolist(), once["seed"].unique().tolist()) == (["two"], [5])
-    assert_same(found.rows(), once, once.columns.drop(["curve", "kind"]))
+    assert_same(probing.rows(), once, once.columns.drop(["curve", "kind"]))
 
 
 def test_recomputed_activations_count_once():
     model = theirs("Llama").train()
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable()
-    with probe(model) as found:
+    with probe(model) as probing:
         model(IDS, labels=IDS, use_cache=False).loss.backward()
-    pd.testing.assert_frame_equal(found.rows(), probe(model, IDS).rows())
+    pd.testing.assert_frame_equal(probing.rows(), probe(model, IDS).rows())
 
 
 @pytest.mark.parametrize("how", ["transformers", "layout", "simlab"])
@@ -209,13 +209,13 @@ def test_refused_batches():
     for batch in ({"input_ids": IDS, "attention_mask": mask}, (IDS, mask)):
         assert "attention_mask hides 2 of 33 tokens" in refused(model, batch)
     assert "batch is a list: must be a tensor" in refused(model, IDS.tolist())
-    with torch.no_grad(), probe(model) as found:
+    with torch.no_grad(), probe(model) as probing:
         model(IDS)
         with pytest.raises(ConfigError, match="a batch of length 1 after one of 11"):
             model(IDS[:, :1])
         model(IDS)
     # A refused call leaves nothing behind: the others count once each.
-    assert_same(found.rows(), probe(model, IDS).rows(), ["mean_square", "cosine"])
+    assert_same(probing.rows(), probe(model, IDS).rows(), ["mean_square", "cosine"])
     assert "no forward call of LlamaForCausalLM was seen" in refused(model, None)
     with pytest.raises(ConfigError, match="model is a dict"):
         probe({})

@@ -107,9 +107,9 @@ def test_attention_statistics_match_transformers(tmp_path, window):
     changes = {"kind": "Olmo3", "sliding_window": window, "layer_types": kinds} if window else {}
     ids, weights = eager(tmp_path, **changes)
     rows = measure_curves(Checkpoint(str(tmp_path / "m")), ids, CPU, torch.float32)[0].rows
-    found = [dict(zip(STATISTICS, row.values.tolist(), strict=True)) for row in rows]
-    assert all(np.isnan(row["attention_entropy"]) for row in found[0::2])  # embedding and MLPs
-    for row, a in zip(found[1::2], weights, strict=True):
+    measured = [dict(zip(STATISTICS, row.values.tolist(), strict=True)) for row in rows]
+    assert all(np.isnan(row["attention_entropy"]) for row in measured[0::2])  # embedding and MLPs
+    for row, a in zip(measured[1::2], weights, strict=True):
         a = a.double()
         entropy = -(a * a.clamp_min(1e-300).log()).sum(-1)
         assert row["attention_entropy"] == pytest.approx(entropy.mean().item(), **tolerance())

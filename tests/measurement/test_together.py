@@ -57,15 +57,15 @@ def test_together_as_alone(case):
     assert (np.abs(np.roll(together, 1, 0) - alone) > 10 * tolerance * size).mean() > 0.3
 
 
-def test_a_seed_that_overflows_leaves_the_others_alone():
+def test_overflow_in_one_seed():
     x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
     x[1, 2, 3] = torch.inf
     x[2, 4] = x[2, 0]  # singular: jitter, which the first must not get
     scale, lower, jitter = factor(gram(x))
     assert lower[1].isnan().any()
     for i in (0, 2):
-        for found, alone in zip((scale, lower, jitter), factor(gram(x[i : i + 1])), strict=True):
-            torch.testing.assert_close(found[i], alone[0], rtol=1e-12, atol=1e-12)
+        for batch, alone in zip((scale, lower, jitter), factor(gram(x[i : i + 1])), strict=True):
+            torch.testing.assert_close(batch[i], alone[0], rtol=1e-12, atol=1e-12)
 
 
 def test_jitter_grows_only_where_it_must():

@@ -48,12 +48,12 @@ def test_rope_rounds_once(dtype):
     turn = torch.polar(
         torch.ones(600, 4).double(), torch.outer(torch.arange(600.0).double(), rates)
     )
-    for found, project, heads in zip(seen, (module.q_proj, module.k_proj), (6, 2), strict=True):
+    for ours, project, heads in zip(seen, (module.q_proj, module.k_proj), (6, 2), strict=True):
         plain = project(x).view(1, 600, heads, 8).transpose(1, 2).double()
         turned = torch.complex(plain[..., :4], plain[..., 4:]) * turn
         expected = torch.cat([turned.real, turned.imag], -1).to(dtype)
         expected = expected.repeat_interleave(6 // heads, 1)
-        assert (found != expected).float().mean() < 1e-3
+        assert (ours != expected).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("factor", [None, 1.3])

@@ -16,14 +16,14 @@ SETTINGS += [["model.bias=true"], ["norm=peri", "model.qk_norm=per_head"], ["mod
 
 
 @pytest.mark.parametrize("overrides", SETTINGS, ids=" ".join)
-def test_matrices_and_shapes_are_those_of_a_dense_block(overrides):
+def test_description_matches_dense_block(overrides):
     model = tiny(*overrides, "model.head_dim=10").shape
     block = Block(model, 1)
     assert shapes(model) == {name: tuple(p.shape) for name, p in block.named_parameters()}
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    found = {m.name: (m.d_in, m.d_out) for m in describe(model).matrices}
-    assert found == {name: (m.in_features, m.out_features) for name, m in linears.items()}
-    assert list(found) == list(linears)  # in this order the weightless engine draws ahead
+    sizes = {m.name: (m.d_in, m.d_out) for m in describe(model).matrices}
+    assert sizes == {name: (m.in_features, m.out_features) for name, m in linears.items()}
+    assert list(sizes) == list(linears)  # in this order the weightless engine draws ahead
 
 
 def test_matrices_that_share_an_input():
@@ -35,7 +35,7 @@ def test_matrices_that_share_an_input():
 
 
 @pytest.mark.parametrize("mlp", MLPS)
-def test_an_input_is_factored_once_for_each_group(monkeypatch, mlp):
+def test_one_factorisation_per_input(monkeypatch, mlp):
     factored = []
     original = weightless.factor
 
@@ -49,7 +49,7 @@ def test_an_input_is_factored_once_for_each_group(monkeypatch, mlp):
     assert len(factored) == config.shape.depth * len(describe(config.shape).groups)
 
 
-def test_a_size_that_nothing_could_hold_is_described():
+def test_huge_sizes_are_described():
     model = tiny("width=400000000", "heads=4", "kv_heads=4", "d_ff=1000000000").shape
     assert paper_block(model, torch.float32)[1].device.type == "meta"
     assert describe(model).widest == 10**9

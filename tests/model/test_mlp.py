@@ -58,7 +58,7 @@ def test_mlps_are_those_of_transformers(name, bias):
     assert_parity(ours(x), theirs(x))
 
 
-def test_gelu_is_the_tanh_approximation_written_out():
+def test_gelu_formula():
     x = torch.linspace(-6, 6, 1001)
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     torch.testing.assert_close(gelu_tanh(x), 0.5 * x * (1 + inner.tanh()), **PARITY)

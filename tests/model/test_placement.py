@@ -133,7 +133,7 @@ def test_layerscale_alpha_by_depth():
     assert at(tiny("norm=layerscale", "norm.alpha=0.3").shape, 0, "mlp").alpha == 0.3
 
 
-def test_mix_ln_says_how_many_blocks_are_post_norm():
+def test_mix_ln_post_norm_blocks():
     def count(depth, fraction):
         config = tiny("norm=mix_ln", f"norm.fraction={fraction}", f"depth={depth}").shape
         return sum(at(config, layer, "mlp").normalises == "stream" for layer in range(depth))
@@ -182,7 +182,7 @@ def test_swin_gain_zero_is_the_identity():
         assert torch.equal(block(x), x)
 
 
-def test_schemes_hold_nothing_but_layer_and_alpha():
+def test_scheme_state():
     """Equal schemes compute the same: the layers that models share are found by comparing them."""
     for placement in PLACEMENTS.values():
         assert placement.__init__ is Scheme.__init__

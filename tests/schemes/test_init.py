@@ -39,9 +39,9 @@ EXPECTED = {
 def test_table(rule, layer):
     config = tiny(f"init={rule}")
     expected = dict.fromkeys(ROLES, S) | EXPECTED[rule](layer)
-    found = table(config.shape, config.init, layer)
-    assert {role: g.sigma for role, g in found.items()} == pytest.approx(expected, rel=1e-12)
-    whole = {role for role, g in found.items() if g.truncate is None}
+    laws = table(config.shape, config.init, layer)
+    assert {role: g.sigma for role, g in laws.items()} == pytest.approx(expected, rel=1e-12)
+    whole = {role for role, g in laws.items() if g.truncate is None}
     assert whole == (
         set(ROLES) if rule == "gpt2" else {"embedding"} if expected["embedding"] == 1 else set()
     )
@@ -98,7 +98,7 @@ def test_draws_are_truncated_normal():
 
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("rule", RULES)
-def test_every_parameter_of_every_mlp_has_a_law(mlp, rule):
+def test_parameter_laws(mlp, rule):
     config = tiny(f"model.mlp={mlp}", "model.bias=true", f"init={rule}")
     for name, parameter in build_model(config).named_parameters():
         law = distribution(config.shape, config.init, name)

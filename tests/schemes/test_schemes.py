@@ -44,17 +44,17 @@ def mean_squares(*overrides):
     """v at the embedding and after every step of the config's model, from its schemes alone."""
     config = tiny(*overrides).shape
     x = Kernel({object(): (1.0, V0)})
-    found = [x.mean_square]
+    v = [x.mean_square]
     for layer in range(config.depth):
         for kind in ("attention", "mlp"):
             scheme = at(config, layer, kind)
             norms = dict.fromkeys(scheme.norms, norm)
             x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **norms)
-            found.append(x.mean_square)
+            v.append(x.mean_square)
         if renorm_after(config, layer):
             x = norm(x)
-            found.append(x.mean_square)
-    return found
+            v.append(x.mean_square)
+    return v
 
 
 # What a step makes of the mean square v; n: the block counted from 1, of 4.
@@ -83,8 +83,8 @@ def test_the_formula_gives_its_law(placement):
             expected.append(LAWS[placement](expected[-1], block, kind))
         if placement == "swin_renorm" and block % 2 == 0:
             expected.append(1)
-    found = mean_squares("depth=4", *placed(placement))
-    assert found == pytest.approx(expected, rel=1e-12)
+    v = mean_squares("depth=4", *placed(placement))
+    assert v == pytest.approx(expected, rel=1e-12)
 
 
 def test_every_placement_has_a_law_here():

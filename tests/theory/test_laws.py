@@ -50,7 +50,7 @@ def test_renorm_and_stream_norms():
     np.testing.assert_allclose(stream, [0.25, 0.8, *[1] * 5], rtol=1e-12)
 
 
-def test_each_row_follows_its_own_norm():
+def test_norms_by_row():
     """Post-norm in the first block, pre-norm in the second, a normed branch in the third."""
     norms = [None, "stream", "stream", None, None, "branch", "branch"]
     c = [np.nan, 0.8, 0.9, 0.5, 1, 1, 0.25]
@@ -58,7 +58,7 @@ def test_each_row_follows_its_own_norm():
     np.testing.assert_allclose(v, [0.25, 3.2, 3.6, 5.6, 9.6, 13.6, 14.6], rtol=1e-12)
 
 
-def test_the_answer_to_the_thread():
+def test_issue_797_numbers():
     """64 blocks from v_0 ≈ 0: rms about 11.3, not 2^64; λ of 32 blocks is ln(√32)/32 = 0.054."""
     deep = rows(["embedding", *["attention", "mlp"] * 64])
     v = np.exp(additive(replace(deep, first=np.array([0.0004]))))[0]
@@ -97,7 +97,7 @@ EXACT = ["reordered", "peri", "swin_renorm", "post", "deepnorm"]
 
 @pytest.mark.parametrize("norm", EXACT)
 @pytest.mark.parametrize("extra", [[], ["norm.type=layer", "norm.gain=0.7"]])
-def test_the_additive_law_is_exact(norm, extra):
+def test_additive_law_exact(norm, extra):
     """Within the seeds' standard error at every sublayer: 10 models × 8 to 10 rows, each |t| of
     31 degrees of freedom below 4.5 (1 in 10^4 by chance, Bonferroni over the rows of all: 1 %)."""
     t, p_value = standardised(norm, "additive", *extra)
@@ -109,14 +109,14 @@ BREAKS = ["pre", "none", "lns", "residual_scale", "layerscale", "rezero", "mix_l
 
 
 @pytest.mark.parametrize("norm", BREAKS)
-def test_a_placement_that_breaks_it_is_rejected(norm):
+def test_additive_law_rejected(norm):
     """The negative control: no normed branch, no +1."""
     t, p_value = standardised(norm, "additive")
     assert np.abs(t).max() > 30
     assert p_value < 0.001
 
 
-def test_a_norm_of_the_stream_sets_the_law_anew_between_rows_that_break_it():
+def test_stream_norm_resets_the_law():
     """pre_post: after the MLP v is 1, whatever the attention before it did."""
     rows = run(tiny("norm=pre_post", "init.std=0.1", "seeds=2")).curve
     ratio = rows["law_additive"] / rows["mean_square"]
@@ -131,7 +131,7 @@ def test_sqrt2_is_rejected_everywhere(norm):
     assert p_value < 0.001
 
 
-def test_eps_holds_back_the_first_block_at_small_width():
+def test_eps_at_small_width():
     """d = 128, 512 tokens: the first block's mean square against a calculation from the init alone.
 
     Attention at position n: m_n = (dσ²)²σ_e²(E Σa² + r·Σ_{s≠t} g(s − t)/(n²d)), a the softmax of n

@@ -16,7 +16,7 @@ def weights(*overrides, seed=0):
     return RandomWeights(config.shape, config.init, seed)
 
 
-def test_shallow_model_is_a_prefix_of_a_deep_one():
+def test_depth_prefix():
     shallow = build_model(tiny("depth=2")).state_dict()
     deep = build_model(tiny("depth=5")).state_dict()
     assert all(torch.equal(value, deep[name]) for name, value in shallow.items())

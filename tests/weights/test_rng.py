@@ -30,8 +30,8 @@ def test_tails_on_both_sides():
     z = sample()
     for edge in (0.01, 0.5, 1, 2, 3, 4, 4.5):
         expected = COUNT * math.erfc(edge / math.sqrt(2)) / 2
-        for found in ((z > edge).sum().item(), (z < -edge).sum().item()):
-            assert abs(found - expected) < STANDARD_ERRORS * math.sqrt(expected), edge
+        for beyond in ((z > edge).sum().item(), (z < -edge).sum().item()):
+            assert abs(beyond - expected) < STANDARD_ERRORS * math.sqrt(expected), edge
     assert z.isfinite().all()
     assert z.abs().max() < math.sqrt(64 * math.log(2))
 

@@ -189,7 +189,7 @@ def backward(wrong):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_batch_of_dense_models_is_each_of_them(tied):
+def test_dense_batch_equals_single_models(tied):
     config = shape("pre", 64, f"model.tied={str(tied).lower()}", "model.bias=true")
     batch = measured(DenseWeights(config.shape, config.init, 0, 5))
     for seed, curve in zip((0, 5), batch, strict=True):

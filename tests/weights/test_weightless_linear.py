@@ -172,7 +172,7 @@ def test_gains_and_embedding_match_dense():
     assert gains[0][0].item() == pytest.approx(0.3)
 
 
-def test_normals_depend_on_seed_and_key_alone():
+def test_normals_by_seed_and_key():
     first, second = normals(5), normals(5)
     shape = (70, 1000)  # more than a piece
     first.start("b", shape)  # ahead of its turn
@@ -187,7 +187,7 @@ def test_normals_depend_on_seed_and_key_alone():
 
 
 @pytest.mark.parametrize("case", ["generic", "tall"])
-def test_a_bias_is_added_and_changes_nothing_else(case):
+def test_bias_is_only_added(case):
     bias = torch.arange(30.0)
     results = []
     for has_bias in (False, True):
