@@ -25,7 +25,7 @@ STD = vars(Gaussian)["std"].fget
 LAW = "Gaussian(sigma * scale(role),"
 SEEDED = "entropy = entropy_of(self.seed, name)"
 Z = "normals(self.shape.name,"
-BACK = ""
+BACK = "(row_space - down @ projected) @ q + down @ fresh"
 
 INIT = (
     Mutation(
@@ -223,13 +223,13 @@ WEIGHTLESS = (
     Mutation(
         "weightless_back_knows",
         "backward, what the forward hasn't shown of W is taken for 0",
-        edit(gaussian._Coordinates.backward, BACK, "known @ q"),
+        edit(gaussian._Coordinates.backward, BACK, "row_space @ q"),
         "gradients",
     ),
     Mutation(
         "weightless_back_unprojected",
         "backward, fresh numbers also where W is known",
-        edit(gaussian._Coordinates.backward, BACK, "known @ q + down @ fresh"),
+        edit(gaussian._Coordinates.backward, BACK, "row_space @ q + down @ fresh"),
         "gradients",
     ),
 )
