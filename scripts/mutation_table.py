@@ -1,8 +1,8 @@
 """Which mistakes which gate catches: python scripts/mutation_table.py [NAME …].
 
-A markdown row for each mutation of the catalogue (all, or those named): what each gate of
-``simlab.regress`` says of the mistaken model, where the first that fails sees it and what it blames,
-and whether the mistaken model departs from transformers' with the same weights (parity).
+A markdown row for each mutation of the catalogue (all, or those named): which gates of
+``simlab.regress`` fail, where the first of them sees the mistake and what it blames, and if the
+mistaken model departs from transformers' with the same weights (parity).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from simlab.store import write_atomically, write_json
 
 DTYPE = torch.bfloat16  # of the files
 EARLIER = (0, 100, 1000)  # the steps whose weights are kept beside the final ones
-HELD_OUT = 20  # of so many files one is for validation
+HELD_OUT = 20  # every 20th file is for validation
 VALIDATION = 128  # sequences
 # Not the standard library, or tables rather than code, or made by the build of this Python.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
@@ -183,8 +183,8 @@ def save(
 def optimiser_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; the embedding doesn't decay."""
     decayed = [p for name, p in model.named_parameters() if name != "embedding.weight"]
-    kept = [p for name, p in model.named_parameters() if name == "embedding.weight"]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    embedding = [p for name, p in model.named_parameters() if name == "embedding.weight"]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": embedding, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=recipe.rate, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
     )

@@ -16,9 +16,9 @@ from simlab.config import ConfigError, InputsConfig, nearest
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TEXT_BATCH, TEXT_LENGTH = 4, 256  # what inputs=text takes when the user doesn't say
+TEXT_BATCH, TEXT_LENGTH = 4, 256  # of inputs=text where the user gives none
 TOKENIZER_LIMIT = 256 << 20  # bytes
-BYTES_PER_TOKEN = 64  # so much of a file is read for each token asked for: tokens are shorter
+BYTES_PER_TOKEN = 64  # bytes of a file that are read per token asked for: tokens are shorter
 
 
 def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tensor:
@@ -44,9 +44,9 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
 
 
 def _load(path: Path) -> Tokenizer:
-    """The tokenizer alone: nothing cut, nothing padded, whatever its file says.
+    """The tokenizer, which neither truncates nor pads, whatever its file says.
 
-    What a tokenizer.json can do is match its own regular expressions; it holds no code.
+    A tokenizer.json holds regular expressions and no code.
     """
     from tokenizers import Tokenizer  # late: few runs need it
 

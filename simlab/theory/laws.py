@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rows:
-    """What a law may know of S curves with R rows: their start, and the norms' eps, no growth.
+    """The input of a law, for S curves with R rows: their start and their norms, no growth.
 
     kinds (R): embedding, attention, mlp or renorm. first (S,): the embedding's mean square.
     eps_factor (S, R): m/(m + eps), m the mean square that the step's last norm divides by.
@@ -74,8 +74,8 @@ class Law:
     name: of keys and columns; ``law_NAME`` in curve.csv, ``NAME`` in summary.json and jobs.csv.
     predict: ln v (S, R) of the curves' rows. head: of a table's column. label: in a figure's legend.
     phrase: the subject of a sentence. colour, line: of its curve in figures, as matplotlib takes them.
-    expected: whether random inits are expected to obey it. Such a law is what the gate ``law`` tests
-    and what a sweep's table and λ figures show; linear axes make room for it.
+    expected: True if random inits are expected to obey it. The gate ``law`` tests such a law, a sweep's
+    table and λ figures show it, and linear axes make room for it.
     """
 
     name: str

@@ -93,8 +93,8 @@ def _full_layers(fields: Fields, depth: int) -> tuple[int, ...]:
 def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     """The architecture from a Hugging Face config.json, and its key map.
 
-    tensors: how many the checkpoint holds; more blocks than that are refused. What the config leaves
-    out takes transformers' default for that model type. Raises ConfigError for an architecture or a
+    tensors: how many the checkpoint holds; more blocks than that are refused. A missing key
+    has transformers' default for that model type. Raises ConfigError for an architecture or a
     value that simlab doesn't compute.
     """
     values = read_json(path)

@@ -1,6 +1,6 @@
 """The layout of the old OLMo trainer, unsharded: config.yaml beside model.safetensors or model.pt.
 
-What the keys mean and what a config leaves out: allenai/OLMo, olmo/config.py and olmo/model.py.
+Meaning and defaults of the keys: allenai/OLMo, olmo/config.py and olmo/model.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """OLMo-core's layout: config.json, and a torch distributed checkpoint in model_and_optim/.
 
-Also that folder alone, with config.json in it or beside it. Which tensors there are and where:
-``untrusted.dcp``. What the keys of config.json mean and what it leaves out: ai2-olmo-core 3.0.0,
-olmo_core/nn. What changes what is computed and isn't among the keys below is refused by name.
+Also that folder alone, with config.json in it or beside it. The tensors' places: ``untrusted.dcp``.
+Meaning and defaults of config.json's keys: ai2-olmo-core 3.0.0, olmo_core/nn. A key that changes the
+computation and isn't read here is refused by name.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _NORM_TYPES = {
     "default": "layer",
 }  # fmt: skip
 STATE = "model_and_optim"
-IRRELEVANT = ("_CLASS_", "dtype", "init_device", "dropout")  # to what is computed, in float32
+IRRELEVANT = ("_CLASS_", "dtype", "init_device", "dropout")  # keys without effect in float32
 
 
 def refuse_unknown(fields: Fields, keys: str) -> None:
@@ -76,7 +76,7 @@ def no_bias(fields: Fields) -> None:
 
 
 def read_norm_section(fields: Fields, key: str) -> tuple[str, float, bool]:
-    """A norm's type, eps and whether it has a gain. Raises ConfigError for a bias or another norm."""
+    """A norm's type, its eps, True if it has a gain. Raises ConfigError for a bias, another norm."""
     norm = fields.node(key, {})
     if not norm.values:
         raise ConfigError(f"{fields.prefix}{key}=null: a model without it is not supported")
@@ -225,7 +225,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
 
 
 def _merged(each: list[ReadBlock], path: Path) -> ModelConfig:
-    """One model of all blocks, which may differ in their window and in what RoPE scaling needs it."""
+    """One model of all blocks, which may differ in window, and in RoPE scaling with the window."""
     if any(block.model != each[0].model or block.keys != each[0].keys for block in each):
         raise ConfigError(f"{path}: block_overrides: blocks may differ in their RoPE scaling only")
     windows = [block.windows[layer] for layer, block in enumerate(each)]
