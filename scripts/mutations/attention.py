@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from simlab.model.attention import Attend, Attention, inverse_frequencies, rotate
+from simlab.model.attention import Attend, Attention, rotate
 from simlab.model.mlp import GatedMLP
+from simlab.schemes.rope import inverse_frequencies
 
 from .record import Edit, Mutation, edit
 
@@ -138,13 +139,13 @@ ATTENTION = (
     Mutation(
         "rope_frequency_off_by_one",
         "RoPE's pairs counted from 1",
-        edit(inverse_frequencies, "arange(0, head_dim, 2,", "arange(2, head_dim + 2, 2,"),
+        edit(inverse_frequencies, "(2 * pairs / head_dim)", "(2 * (pairs + 1) / head_dim)"),
         "rope",
     ),
     Mutation(
         "rope_theta_default",
         "theta 10 000, whatever the config says",
-        edit(inverse_frequencies, "1.0 / theta**exponents", "1.0 / 10_000.0**exponents"),
+        edit(inverse_frequencies, "1.0 / theta **", "1.0 / 10_000.0 **"),
         "rope",
     ),
     Mutation(

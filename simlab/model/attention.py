@@ -5,63 +5,17 @@ Shape suffixes: B batch, T tokens, D d_model, H query heads, K key/value heads, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from simlab.config import Llama3RopeConfig, ModelConfig, YarnConfig
+from simlab.config import ModelConfig
 from simlab.model.norms import NORMS
+from simlab.schemes.rope import inverse_frequencies
 
 HEADS_AT_ONCE = 1 << 24  # entries of attention matrices that the statistics hold at a time
 Linear = Callable[[int, int, bool], nn.Module]  # arguments: d_in, d_out, bias
-
-
-def inverse_frequencies(
-    head_dim: int,
-    theta: float,
-    yarn: YarnConfig | None,
-    device: torch.device,
-    llama3: Llama3RopeConfig | None = None,
-) -> tuple[Tensor, float]:
-    """RoPE's angle per position, θ^(−2i/C) for each of the C/2 pairs, and a factor on cos and sin.
-
-    With YaRN (arXiv 2309.00071, §3.2–3.4) pairs that turn fewer than ``beta_slow`` times within the
-    original length are slowed down by ``factor``, those above ``beta_fast`` are kept, with a linear
-    ramp over the pair's index between; cos and sin are scaled by 0.1·ln(factor) + 1.
-
-    With Llama 3.1's scaling (arXiv 2407.21783) pairs that turn fewer than ``low_freq_factor`` times
-    within the original length are slowed down by ``factor``, those above ``high_freq_factor`` are
-    kept, with a linear ramp over the turns between.
-
-    Returns float32 angles of shape (C/2,), in radians per position, and the factor.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angles = 1.0 / theta**exponents
-    if llama3 is not None:
-        turns = llama3.original_length * angles / (2 * math.pi)
-        low, high = llama3.low_freq_factor, llama3.high_freq_factor
-        faster = ((turns - low) / (high - low)).clamp(0, 1)
-        return angles * faster + angles / llama3.factor * (1 - faster), 1.0
-    if yarn is None:
-        return angles, 1.0
-
-    def pair_turning(times: float) -> float:
-        """The (real-valued) index of the pair that turns ``times`` times within the original length."""
-        return (
-            head_dim
-            * math.log(yarn.original_length / (times * 2 * math.pi))
-            / (2 * math.log(theta))
-        )
-
-    first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    last = min(math.ceil(pair_turning(yarn.beta_slow)), head_dim - 1)
-    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-    slowed = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
-    stated = yarn.attention_factor
-    factor = 0.1 * math.log(yarn.factor) + 1.0 if stated is None else stated
-    return angles / yarn.factor * slowed + angles * (1 - slowed), factor
 
 
 def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
@@ -129,8 +83,9 @@ class Attention(nn.Module):
         return out
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        pairs = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
         angles, factor = inverse_frequencies(
-            self.head_dim, self.theta, self.yarn, device, self.llama3
+            pairs, self.head_dim, self.theta, self.yarn, self.llama3
         )
         positions = torch.arange(length, dtype=torch.float32, device=device)
         angles_TC = torch.outer(positions, angles).repeat(1, 2)

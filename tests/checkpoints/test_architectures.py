@@ -12,7 +12,7 @@ from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.formats.hugging_face import ARCHITECTURES
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import STATISTICS
-from simlab.model.attention import inverse_frequencies
+from simlab.schemes.rope import inverse_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 900.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -139,9 +139,8 @@ def test_llama3_angles_are_transformers(factor, high, length):
     theirs, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config)
     from simlab.config import Llama3RopeConfig
 
-    ours, scale = inverse_frequencies(
-        128, 500_000.0, None, torch.device("cpu"), Llama3RopeConfig(factor, 1.0, high, length)
-    )
+    llama3 = Llama3RopeConfig(factor, 1.0, high, length)
+    ours, scale = inverse_frequencies(torch.arange(64.0), 128, 500_000.0, None, llama3)
     assert scale == 1.0
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 

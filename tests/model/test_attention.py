@@ -6,8 +6,9 @@ from conftest import PARITY, tiny
 
 from simlab import compose
 from simlab.config import YarnConfig
-from simlab.model.attention import Attention, inverse_frequencies, rotate
+from simlab.model.attention import Attention, rotate
 from simlab.model.transformer import dense_linear
+from simlab.schemes.rope import inverse_frequencies
 
 
 def attention(*overrides, layer=0):
@@ -72,9 +73,8 @@ def test_yarn_against_transformers(factor):
         rope_parameters={"full_attention": scaling, "sliding_attention": plain},
     )  # fmt: skip
     angles, scale = ROPE_INIT_FUNCTIONS["yarn"](config, layer_type="full_attention")
-    ours = inverse_frequencies(
-        128, 500_000.0, YarnConfig(8.0, 8192, 32.0, 1.0, factor), torch.device("cpu")
-    )
+    yarn = YarnConfig(8.0, 8192, 32.0, 1.0, factor)
+    ours = inverse_frequencies(torch.arange(64.0), 128, 500_000.0, yarn)
     torch.testing.assert_close(ours[0], angles, rtol=1e-6, atol=0)
     assert ours[1] == pytest.approx(scale, rel=1e-12)
     preset = compose(["model=olmo3_7b"]).shape

@@ -9,11 +9,11 @@ from conftest import placed, tiny
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from simlab import build_model
-from simlab.model.attention import inverse_frequencies
 from simlab.model.placement import ResidualAdd
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
 from simlab.schemes.placement import PLACEMENTS, Scheme, at
+from simlab.schemes.rope import inverse_frequencies
 
 EPS = 1e-3
 
@@ -29,7 +29,7 @@ def sublayers(block, norm, heads=6, kv_heads=2):
     w = {name.split("sublayer.")[-1]: p for name, p in block.named_parameters()}
 
     def turn(x):
-        angles, _ = inverse_frequencies(8, 500_000.0, None, x.device)
+        angles, _ = inverse_frequencies(torch.arange(4.0), 8, 500_000.0)
         z = torch.polar(torch.ones(x.shape[2], 4), torch.outer(torch.arange(x.shape[2]), angles))
         y = torch.complex(x[..., :4], x[..., 4:]) * z
         return torch.cat([y.real, y.imag], -1)
