@@ -1,0 +1,8 @@
+"""Mean-field theory: what a random init's curve is on average over seeds, and how far seeds differ.
+
+docs/theory.md has the equations and where they don't hold.
+"""
+
+from simlab.theory.mean_field.recursion import PredictedRow, Prediction, predict, unpredictable
+
+__all__ = ["PredictedRow", "Prediction", "predict", "unpredictable"]

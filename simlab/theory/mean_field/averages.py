@@ -1,0 +1,103 @@
+"""Averages of an activation over Gaussian inputs, by an expansion in Hermite polynomials.
+
+φ(√a·z) = Σ_k c_k(a) h_k(z), h_k the normalised probabilists' Hermite polynomials, so that for two
+standard normals with correlation ρ (Mehler's formula; Daniely et al., arXiv 1602.05897, §4)
+
+    E φ(√a z)·φ(√b z') = Σ_k c_k(a)·c_k(b)·ρ^k.
+
+The sum stops at DEGREE; what is missing of E φ² at ρ = 1 is given to the next power.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from simlab.theory.laws import Array
+
+DEGREE = 24
+NODES = 120  # of the Gauss–Hermite quadrature: exact for polynomials up to degree 239
+
+
+def _quadrature(nodes: int) -> tuple[Array, Array]:
+    """Nodes and weights (n,) of an average over a standard normal."""
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    return z, weights / weights.sum()
+
+
+def _polynomials(z: Array) -> Array:
+    """h_0 … h_DEGREE at z: (DEGREE + 1, n)."""
+    values = [np.ones_like(z), z]
+    for k in range(1, DEGREE):
+        values.append((z * values[k] - math.sqrt(k) * values[k - 1]) / math.sqrt(k + 1))
+    return np.stack(values)
+
+
+Z, WEIGHTS = _quadrature(NODES)
+HERMITE = _polynomials(Z)
+
+
+def silu(z: Array) -> Array:
+    """z·σ(z)."""
+    return z / (1 + np.exp(-z))
+
+
+def silu_slope(z: Array) -> Array:
+    """d silu/dz."""
+    s = 1 / (1 + np.exp(-z))
+    return s * (1 + z * (1 - s))
+
+
+def gelu(z: Array) -> Array:
+    """GELU in its tanh approximation (arXiv 1606.08415, §2)."""
+    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def gelu_slope(z: Array) -> Array:
+    """d gelu/dz."""
+    root = math.sqrt(2 / math.pi)
+    t = np.tanh(root * (z + 0.044715 * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z**2)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Of φ(√a_i·z) for N variances a. coefficients (N, DEGREE + 1); square (N): E φ²."""
+
+    coefficients: Array
+    square: Array
+
+    def kernel(self, rho: Array, extra: int = 0) -> tuple[Array, Array, Array]:
+        """D_ij = ρ_ij^extra · E φ(√a_i z)·φ(√a_j z'), and its first two derivatives in ρ. (N, N) each.
+
+        Horner's scheme for the value and the derivatives at once.
+        """
+        rest = np.sqrt(np.maximum(self.square - (self.coefficients**2).sum(1), 0))
+        value = np.outer(rest, rest)
+        first, second = np.zeros_like(value), np.zeros_like(value)
+        for column in reversed((*np.zeros((extra, len(rest))), *self.coefficients.T)):
+            second = second * rho + first
+            first = first * rho + value
+            value = value * rho + (np.outer(column, column) if column.any() else 0.0)
+        return value, first, 2 * second
+
+
+def expand(phi: Callable[[Array], Array], a: Array) -> Expansion:
+    """The expansion of φ(√a_i·z) for variances a (N,)."""
+    values = phi(np.sqrt(a)[:, None] * Z)
+    return Expansion((values * WEIGHTS) @ HERMITE.T, (values * values) @ WEIGHTS)
+
+
+LOGNORMAL = _quadrature(16)
+
+
+def saturation(mean: Array, relative_variance: Array, eps: float) -> Array:
+    """E[m/(m + eps)] (N,) of lognormal m with the given means and relative variances."""
+    z, weights = LOGNORMAL
+    sigma = np.sqrt(np.log1p(np.maximum(relative_variance, 0)))[:, None]
+    m = mean[:, None] * np.exp(sigma * z - sigma**2 / 2)
+    out: Array = (m / (m + eps)) @ weights
+    return out

@@ -1,0 +1,311 @@
+"""Vectors as theory keeps them: what a residual scheme's formula runs on in place of tensors.
+
+A step's vectors are linear in a few base vectors, the incoming stream x and each sublayer's output:
+v_i = Σ_t D_t,i b_t,i for token i, with a diagonal D_t over tokens (numbers, and norms' factors). A
+sublayer's last matrix is fresh, so base vectors are uncorrelated, and the kernel
+K(v)_ij = E⟨v_i, v_j⟩/d = Σ D_t,i K(b_t)_ij D_t',j over terms t, t' with the same base. ``KernelStep``
+records the norms and the sublayers in the order in which the formula uses them; the band and the
+gradient go through the record backwards. So a new scheme needs no theory of its own.
+
+Besides, a vector carries to first order in 1/d how its Gram matrix K̂ varies between seeds:
+square (S), Cov(K̂_ii, K̂_jj), and cross (V), Var(K̂_ij) for i ≠ j. Each is the sum of an own part and
+of one that leans on x's: δK̂_ii = lean_i δK̂(x)_ii; ``lean_cross`` is a std that moves as x's does.
+
+Shapes: N tokens; (N, N) kernels, (N,) diagonals, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from simlab.theory.laws import Array
+from simlab.theory.mean_field.averages import saturation
+
+TINY = 1e-300
+
+
+def outer_square(kernel: Array) -> Array:
+    """K_ii·K_jj (N, N)."""
+    m = kernel.diagonal()
+    return np.outer(m, m)
+
+
+def correlation(kernel: Array) -> Array:
+    """ρ_ij = K_ij/√(K_ii K_jj), in [−1, 1]."""
+    root = np.sqrt(np.maximum(kernel.diagonal(), TINY))
+    return np.clip(kernel / np.outer(root, root), -1, 1)
+
+
+def shrink(rho: Array) -> Array:
+    """Var(ρ̂_ij)·m_i·m_j over Var(K̂_ij), for Gaussian vectors: (1 − ρ²)²/(1 + ρ²)."""
+    square = rho**2
+    return (1 - square) ** 2 / (1 + square)
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What a sublayer sees: H, and how its Gram matrix varies between seeds. (N, N) each.
+
+    square: Cov(Ĥ_ii, Ĥ_jj). correlation_variance: τ² = Var(ρ̂_ij). normed: True if a norm fixes H_ii.
+    """
+
+    kernel: Array
+    square: Array
+    correlation_variance: Array
+    normed: bool
+
+    @property
+    def relative_variance(self) -> Array:
+        """Var(Ĥ_ii)/H_ii² (N,)."""
+        return self.square.diagonal() / np.maximum(self.kernel.diagonal(), TINY) ** 2
+
+
+class Branch(Protocol):
+    """A sublayer's output, as ``attention`` and ``mlp`` compute it from its input's kernel H.
+
+    ``square`` and ``cross`` are the vector's own parts, given the input and without what the last
+    matrix's width adds.
+    """
+
+    @property
+    def kernel(self) -> Array:
+        """B_ij = E⟨b_i, b_j⟩/d (N, N)."""
+        ...
+
+    @property
+    def units(self) -> int:
+        """How many independent terms an output entry sums: hidden units, entries of values."""
+        ...
+
+    @property
+    def square(self) -> Array:
+        """Cov(B̂_ii, B̂_jj) between seeds (N, N)."""
+        ...
+
+    @property
+    def cross(self) -> Array:
+        """Var(B̂_ij) between seeds (N, N)."""
+        ...
+
+    @property
+    def lean(self) -> Array | None:
+        """dB_ii/dH_ii (N,) of an input whose mean square no norm fixes, else None."""
+        ...
+
+    @property
+    def slope(self) -> Array:
+        """dB_ij/dρ_ij (N, N)."""
+        ...
+
+    def variance(self, functionals: Any) -> Array:
+        """Var⟨A, B̂⟩ (R,) given the input, beyond the 2 tr(ABAB)/units of Gaussian units."""
+        ...
+
+    def pull(self, functionals: Any) -> Any:
+        """Symmetric functionals (R, N, N) of the input's Gram matrix, to which A reduces linearly."""
+        ...
+
+    def pull_gradient(self, gradient: Array) -> Array:
+        """The kernel of the gradient at the input (N, N), from that at the output."""
+        ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """scale · Π norms' factors · base: one summand of a vector."""
+
+    base: int
+    scale: float
+    norms: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class KernelVector:
+    """A vector per token, as in the module's docstring.
+
+    normed: True if a norm fixes its mean squares, so that ``square`` and ``cross`` are those of unit
+    vectors.
+    """
+
+    step: KernelStep
+    terms: tuple[Term, ...]
+    kernel: Array
+    square: Array
+    cross: Array
+    lean: Array
+    lean_cross: Array
+    normed: bool = False
+
+    def __rmul__(self, scale: float) -> KernelVector:
+        terms = tuple(replace(term, scale=scale * term.scale) for term in self.terms)
+        second, fourth = scale**2, scale**4
+        return replace(
+            self, terms=terms, kernel=second * self.kernel, square=fourth * self.square,
+            cross=fourth * self.cross, lean=second * self.lean, lean_cross=second * self.lean_cross,
+        )  # fmt: skip
+
+    def __truediv__(self, scale: float) -> KernelVector:
+        return (1 / scale) * self
+
+    @property
+    def total_square(self) -> Array:
+        """S (N, N): Cov(K̂_ii, K̂_jj) between seeds."""
+        return self.square + self.lean[:, None] * self.step.start.square * self.lean[None, :]
+
+    @property
+    def total_cross(self) -> Array:
+        """V (N, N): Var(K̂_ij) between seeds, i ≠ j."""
+        return self.cross + self.lean_cross**2
+
+    @property
+    def relative_variance(self) -> Array:
+        """Var(K̂_ii)/K_ii² (N,)."""
+        return self.total_square.diagonal() / np.maximum(self.kernel.diagonal(), TINY) ** 2
+
+    @property
+    def correlation_variance(self) -> Array:
+        """τ² (N, N): Var(ρ̂_ij) between seeds."""
+        rho = correlation(self.kernel)
+        variance = self.total_cross / np.maximum(outer_square(self.kernel), TINY)
+        return variance if self.normed else variance * shrink(rho)
+
+
+@dataclass(frozen=True, eq=False)
+class UsedNorm:
+    """A norm that a formula used; (N,) each. terms: of its input.
+
+    factor: g/√(m + eps). divisor: m + eps. saturation: E m/(m + eps) over seeds. spread: the relative
+    variance of m between seeds.
+    """
+
+    terms: tuple[Term, ...]
+    factor: Array
+    divisor: Array
+    saturation: Array
+    spread: Array
+
+
+@dataclass(frozen=True)
+class State:
+    """The stream between two steps: its kernel, and ``square`` and ``cross`` as a vector has them."""
+
+    kernel: Array
+    square: Array
+    cross: Array
+
+
+@dataclass
+class KernelStep:
+    """One residual step. Its ``x``, ``norm``, ``feed`` and ``add`` are what a scheme's formula takes.
+
+    width: d. eps, gain: of the norms. moment: a norm's m over the mean square, 1, or 1 − 1/d of a
+    LayerNorm, whose variance an isotropic vector's mean takes away from.
+    """
+
+    start: State
+    width: int
+    eps: float
+    gain: float
+    moment: float = 1.0
+    norms: list[UsedNorm] = field(default_factory=list)
+    kernels: list[Array] = field(default_factory=list)  # of the base vectors; the first is x's
+    branches: dict[int, tuple[Branch, tuple[Term, ...]]] = field(default_factory=dict)
+    raw_spread: Array | None = None  # relative variance of the last sublayer's output
+    events: list[tuple[str, int]] = field(default_factory=list)
+    added: Array | None = None  # the kernel of what was added last
+
+    @property
+    def x(self) -> KernelVector:
+        """The incoming stream."""
+        self.kernels = [self.start.kernel]
+        nothing = np.zeros_like(self.start.kernel)
+        lean = np.ones(len(nothing))
+        return KernelVector(
+            self,
+            (Term(0, 1.0),),
+            self.start.kernel,
+            nothing,
+            nothing,
+            lean,
+            np.sqrt(self.start.cross),
+        )
+
+    def norm(self, v: KernelVector) -> KernelVector:
+        """g·v/√(m + eps), with m = ``moment`` times the mean square."""
+        mean_square = np.maximum(v.kernel.diagonal(), TINY)
+        m = self.moment * mean_square
+        saturated = saturation(m, v.relative_variance, self.eps)
+        factor = self.gain * np.sqrt(saturated / mean_square)
+        index = len(self.norms)
+        self.norms.append(UsedNorm(v.terms, factor, m + self.eps, saturated, v.relative_variance))
+        self.events.append(("norm", index))
+        terms = tuple(replace(term, norms=(*term.norms, index)) for term in v.terms)
+        # A mean square of m/(m + eps) moves by (1 − m/(m + eps)) of m's relative change.
+        single = factor**2 * (1 - saturated)
+        both = np.outer(factor, factor)
+        reduced = np.ones_like(both) if v.normed else shrink(correlation(v.kernel))
+        return KernelVector(
+            self, terms, both * v.kernel, np.outer(single, single) * v.square,
+            both**2 * v.cross * reduced, single * v.lean, both * v.lean_cross * np.sqrt(reduced), True,
+        )  # fmt: skip
+
+    def feed(self, sublayer: Callable[[Input], Branch]) -> Callable[[KernelVector], KernelVector]:
+        """A sublayer as a formula calls it: from a vector to a new base vector."""
+
+        def apply(v: KernelVector) -> KernelVector:
+            branch = sublayer(Input(v.kernel, v.total_square, v.correlation_variance, v.normed))
+            index = len(self.kernels)
+            self.kernels.append(branch.kernel)
+            self.branches[index] = branch, v.terms
+            self.events.append(("branch", index))
+            wishart = 2 * branch.kernel**2 / self.width
+            cross = (outer_square(branch.kernel) + branch.kernel**2) / self.width
+            lean = np.zeros(len(cross)) if branch.lean is None else branch.lean * v.lean
+            out = KernelVector(
+                self, (Term(index, 1.0),), branch.kernel, branch.square + wishart,
+                branch.cross + cross, lean, branch.slope * np.sqrt(v.correlation_variance),
+            )  # fmt: skip
+            self.raw_spread = out.relative_variance
+            return out
+
+        return apply
+
+    def add(self, skip: KernelVector, branch: KernelVector) -> KernelVector:
+        """skip + branch. Two vectors without a common base are uncorrelated."""
+        self.added = branch.kernel
+        kernel = skip.kernel + branch.kernel
+        for one in skip.terms:
+            for other in branch.terms:
+                if one.base == other.base:
+                    shared = self.between(one, other)
+                    kernel = kernel + shared + shared.T
+        a, b = skip.kernel, branch.kernel
+        ends = np.outer(a.diagonal(), b.diagonal())
+        return KernelVector(
+            self, skip.terms + branch.terms, kernel,
+            skip.square + branch.square + 4 * a * b / self.width,
+            skip.cross + branch.cross + (ends + ends.T + 2 * a * b) / self.width,
+            skip.lean + branch.lean, skip.lean_cross + branch.lean_cross,
+        )  # fmt: skip
+
+    def factor(self, term: Term) -> Array:
+        """D_t (N,): a term's number times the factors of its norms."""
+        factor = np.full(len(self.start.kernel), term.scale)
+        for norm in term.norms:
+            factor = factor * self.norms[norm].factor
+        return factor
+
+    def between(self, one: Term, other: Term) -> Array:
+        """E⟨one_i, other_j⟩/d (N, N): 0 for terms of two bases."""
+        if one.base != other.base:
+            return np.zeros_like(self.start.kernel)
+        return self.factor(one)[:, None] * self.kernels[one.base] * self.factor(other)[None, :]
+
+
+def state_of(v: KernelVector) -> State:
+    """The stream with which the next step starts."""
+    return State(v.kernel, v.total_square, v.total_cross)

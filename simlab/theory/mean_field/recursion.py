@@ -1,0 +1,245 @@
+"""The recursion: the stream's kernel after every sublayer, from the config and the tokens alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simlab.config import InitConfig, ModelConfig
+from simlab.schemes.init import Gaussian, table
+from simlab.schemes.placement import at, renorm_after
+from simlab.theory.laws import Array
+from simlab.theory.mean_field.attention import AttentionKernel, Context
+from simlab.theory.mean_field.averages import saturation
+from simlab.theory.mean_field.band import band
+from simlab.theory.mean_field.gradient import (
+    loss_gradient,
+    own_probability,
+    pull_gradient,
+)
+from simlab.theory.mean_field.kernels import (
+    TINY,
+    Branch,
+    Input,
+    KernelStep,
+    State,
+    Term,
+    correlation,
+    state_of,
+)  # fmt: skip
+from simlab.theory.mean_field.mlp import MLPKernel
+
+MOST_TOKENS = 512  # of a batch: a run of OLMo-2-32B's shape then takes some GB and a minute
+# Of the seeds' std over their mean. Beyond, the mean is carried by rare seeds, and the recursion, which
+# is linear in the seeds' deviations, is low: by 4 % at this bound, 12 % at twice it (measured).
+SPREAD = 0.25
+OWN_PROBABILITY = 0.1  # of a tied head; beyond, a gradient is off by more than a few percent
+
+
+@dataclass(frozen=True)
+class PredictedRow:
+    """A predicted row of a curve: means over seeds and tokens, named as the columns of curve.csv.
+
+    ``band``: the std of mean_square between seeds; NaN if not asked for. Gradients likewise.
+    """
+
+    sublayer: int
+    block: int | None
+    kind: str
+    mean_square: float
+    norm: float
+    mean_vector_norm: float
+    token_cosine: float
+    branch_mean_square: float
+    branch_raw_mean_square: float
+    eps_factor: float
+    band: float = math.nan
+    gradient_rms: float = math.nan
+    gradient_norm: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A step that was taken: its record, its output, its place, and what its last norm acts on."""
+
+    step: KernelStep
+    out: tuple[Term, ...]
+    state: State
+    kind: str
+    block: int
+    normalises: str | None
+
+
+def kurtosis(law: Gaussian) -> float:
+    """E z⁴/(E z²)² of a normal cut at ± c: 3 if whole, 2.829 at c = 3."""
+    c = law.truncate
+    if c is None:
+        return 3.0
+    density = 2 * c * math.exp(-c * c / 2) / math.sqrt(2 * math.pi) / math.erf(c / math.sqrt(2))
+    return (3 - (c * c + 3) * density) / (1 - density) ** 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted rows, the embedding's first.
+
+    ends: why they end before the model does. no_gradient: why gradients that were asked for are NaN.
+    """
+
+    rows: list[PredictedRow]
+    ends: str | None = None
+    no_gradient: str | None = None
+
+
+def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
+    """Why there is no prediction for these tokens (B, T), or None where there is."""
+    if ids.size > MOST_TOKENS:
+        return f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size}"
+    return None
+
+
+def predict(
+    model: ModelConfig, init: InitConfig, ids: NDArray[np.int64], with_band: bool = True,
+    gradients: bool = False,
+) -> Prediction:  # fmt: skip
+    """Predict the curve of a model's random inits on given tokens (B, T).
+
+    with_band: also the std between seeds. gradients: also the gradient's rms and norm, of a curve that
+    reaches the end. Raises ValueError where ``unpredictable`` says that there is no prediction.
+    """
+    if reason := unpredictable(model, ids):
+        raise ValueError(reason)
+    context = Context(model, *ids.shape)
+    flat = ids.reshape(-1)
+    laws = table(model, init)
+    embedding = laws["embedding"]
+    same = (flat[:, None] == flat[None, :]).astype(float)
+    kernel = embedding.std**2 * same
+    fourth = (kurtosis(embedding) - 3) * embedding.std**4
+    start = State(
+        kernel,
+        (kurtosis(embedding) - 1) * embedding.std**4 * same / model.width,
+        (np.outer(kernel.diagonal(), kernel.diagonal()) + kernel**2) / model.width,
+    )
+    passed, ends = [], None
+    rows = [_row(0, None, "embedding", start, ids, model.width, None)]
+    for one in _steps(context, init, start):
+        sublayer = rows[-1].sublayer + (one.kind != "renorm")
+        if relative_std(one.state) > SPREAD:
+            ends = (
+                f"from sublayer {sublayer} on seeds differ by more than {SPREAD:.0%} of their mean"
+            )
+            break
+        passed.append(one)
+        place = sublayer, one.block, one.kind
+        rows.append(_row(*place, one.state, ids, model.width, one.step, one.normalises))
+    values = [dict(vars(row)) for row in rows]
+    if with_band:
+        steps = [(one.step, one.out) for one in passed]
+        for value, std in zip(values, band(steps, kernel, flat, fourth), strict=True):
+            value["band"] = float(std)
+    no_gradient = None
+    if gradients and ends is None:
+        head = laws["embedding" if model.tied else "head"].std
+        if model.tied and _tied_head_knows(model, passed, head):
+            no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
+        else:
+            for value, squares in zip(values, _gradients(context, passed, head, ids), strict=True):
+                roots = np.sqrt(np.maximum(squares, 0))
+                value["gradient_rms"] = math.sqrt(np.square(roots).mean())
+                value["gradient_norm"] = math.sqrt(model.width) * roots.mean()
+    return Prediction([PredictedRow(**value) for value in values], ends, no_gradient)
+
+
+def relative_std(state: State) -> float:
+    """The std between seeds of the batch's mean square over its mean, by the forward estimate."""
+    mean = max(state.kernel.diagonal().mean(), TINY)
+    return math.sqrt(max(state.square.mean(), 0)) / mean
+
+
+def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]:
+    model, norm = context.model, context.model.norm
+    moment = 1 - 1 / model.width if norm.type == "layer" else 1.0
+    for layer in range(model.depth):
+        stds = {role: law.std for role, law in table(model, init, layer).items()}
+        for kind in ("attention", "mlp"):
+            step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
+            sublayers: dict[str, Callable[[Input], Branch]] = {
+                "attention": AttentionKernel(context, layer, stds), "mlp": MLPKernel(model, stds),
+            }  # fmt: skip
+            scheme = at(model, layer, kind)
+            norms = dict.fromkeys(scheme.norms, step.norm)
+            out = scheme.step(step.x, step.feed(sublayers[kind]), step.add, **norms)
+            state = state_of(out)
+            yield Passed(step, out.terms, state, kind, layer, scheme.normalises)
+        if renorm_after(model, layer):
+            step = KernelStep(state, model.width, norm.eps, 1.0, moment)
+            out = step.norm(step.x)
+            state = state_of(out)
+            yield Passed(step, out.terms, state, "renorm", layer, "stream")
+
+
+def _gradients(
+    context: Context, passed: list[Passed], head: float, ids: NDArray[np.int64]
+) -> list[Array]:
+    """Every row's mean squares of the gradient (N,), the embedding's first."""
+    gradient = loss_gradient(passed[-1].state.kernel, context.model, head, ids)
+    squares = [gradient.diagonal()]
+    for one in reversed(passed):
+        gradient = pull_gradient(one.step, one.out, gradient)
+        squares.append(gradient.diagonal())
+    return squares[::-1]
+
+
+def _tied_head_knows(model: ModelConfig, passed: list[Passed], head: float) -> bool:
+    """True where a tied head gives tokens themselves more than OWN_PROBABILITY."""
+    last = passed[-1].state.kernel
+    own = np.ones(len(last))
+    for one in passed:  # the stream's share in what each step gives
+        own = own * np.sum([one.step.factor(term) for term in one.out if term.base == 0], axis=0)
+    return bool(own_probability(last, model, head, own).max() > OWN_PROBABILITY)
+
+
+def _row(
+    sublayer: int, block: int | None, kind: str, state: State, ids: NDArray[np.int64], width: int,
+    step: KernelStep | None, normalises: str | None = None,
+) -> PredictedRow:  # fmt: skip
+    kernel, (batch, length) = state.kernel, ids.shape
+    m = np.maximum(kernel.diagonal(), TINY)
+    rho = correlation(kernel).reshape(batch, length, batch, length)
+    within = np.einsum("bibj->b", rho)
+    cosine = ((within - length) / (length * (length - 1))).mean() if length > 1 else math.nan
+    spread = 1 - state.square.diagonal() / (8 * m**2)  # E√m̂ of a lognormal m̂
+    added, raw, factor = _branch(step, normalises)
+    return PredictedRow(
+        sublayer, block, kind,
+        mean_square=float(m.mean()),
+        norm=float(math.sqrt(width) * (np.sqrt(m) * spread).mean()),
+        mean_vector_norm=math.sqrt(max(width * kernel.mean(), 0)) * (1 - 1 / (4 * width)),
+        token_cosine=float(cosine),
+        branch_mean_square=added, branch_raw_mean_square=raw, eps_factor=factor,
+    )  # fmt: skip
+
+
+def _branch(step: KernelStep | None, normalises: str | None) -> tuple[float, float, float]:
+    """Mean squares of what a step adds, and before its norms; m/(m + eps) of its last norm.
+
+    Where no norm acts on the branch or on the sum, the last is that of a norm that would act on it, as
+    the engine measures it.
+    """
+    if step is None:
+        return math.nan, math.nan, math.nan
+    if not step.branches:
+        return math.nan, math.nan, float(step.norms[-1].saturation.mean())
+    raw = step.kernels[1].diagonal()
+    if normalises is None:
+        assert step.raw_spread is not None
+        factor = saturation(step.moment * raw, step.raw_spread, step.eps)
+    else:
+        factor = step.norms[-1].saturation
+    assert step.added is not None
+    return float(step.added.diagonal().mean()), float(raw.mean()), float(factor.mean())
