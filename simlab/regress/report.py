@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.analysis import LAWS
@@ -19,7 +18,7 @@ from simlab.analysis.numbers import duration
 from simlab.config import printable
 from simlab.regress.cases import Case, Checked
 from simlab.regress.gates import GATE_ALPHA, RTOL, SIGNED, Finding, relative_error
-from simlab.report.style import finish, save, subplots
+from simlab.report.style import draw_band, finish, save, subplots
 from simlab.store import write_atomically, write_text
 
 EXPECTED, GOT = "#7f7f7f", "#d62728"
@@ -131,24 +130,21 @@ def figure(checked: Checked) -> Figure:
     if finding and finding.against and name not in expected:  # a law's prediction, in the new rows
         expected = got[got["curve"] == "random"].assign(**{name: got[finding.against]})
     curve = "random" if (expected["curve"] == "random").any() else expected["curve"].iloc[0]
-    old, new = (_by_step(f[f["curve"] == curve], name) for f in (expected, got))
+    old, new = (_rows(frame, curve, name) for frame in (expected, got))
     drawn, ((left, right),) = subplots(1, 2, (11, 4.6))
-    for table, colour, label in ((old, EXPECTED, "expected"), (new, GOT, "got")):
-        count = table["curves"].max()
+    mean = old.groupby("x")[name].mean()
+    dots = "o" if len(mean) <= 24 else None
+    signed = name in SIGNED
+    # The recorded curves' line is wide, to be seen under the new one.
+    for rows, colour, lw, label in ((old, EXPECTED, 4.0, "expected"), (new, GOT, 1.6, "got")):
+        count, base = rows["seed"].nunique(), rows["x"].map(mean)
         label += f" ({count} curves: mean, min to max)" if count > 1 else ""
-        _band(left, table, colour, label)
-    means = pd.concat([old["mean"], new["mean"]])
+        off = rows[name] - base if signed else rows[name] / base - 1
+        draw_band(left, rows.groupby("x")[name], colour, lw=lw, marker=dots, ms=4, label=label)
+        draw_band(right, off.groupby(rows["x"]), colour, lw=lw, marker=dots, ms=4)
+    means = pd.concat([mean, new.groupby("x")[name].mean()])
     if means.min() > 0 and means.max() > 10 * means.min():
         left.set_yscale("log")
-    both = old.add_suffix("_old").join(new.add_suffix("_new"), how="inner")
-    signed = name in SIGNED
-    for end in ("mean", "low", "high"):
-        base = both["mean_old"]
-        both[f"off_{end}"] = both[f"{end}_new"] - base if signed else both[f"{end}_new"] / base - 1
-        both[f"band_{end}"] = both[f"{end}_old"] - base if signed else both[f"{end}_old"] / base - 1
-    for kind, colour in (("band", EXPECTED), ("off", GOT)):
-        table = both[[f"{kind}_mean", f"{kind}_low", f"{kind}_high"]]
-        _band(right, table.set_axis(["mean", "low", "high"], axis=1), colour, None)
     left.set(xlabel="sublayer (0: embedding)", ylabel=name)
     right.set(xlabel="sublayer (0: embedding)",
               ylabel="got − expected" if signed else "got / expected − 1")  # fmt: skip
@@ -160,20 +156,10 @@ def figure(checked: Checked) -> Figure:
     return finish(drawn, [left], lines)
 
 
-def _by_step(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Mean and range over a quantity's curves, by position on the sublayer axis."""
-    frame = frame.reset_index(drop=True)
-    x = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
-    grouped = frame.dropna(subset=[name]).groupby(x)[name]
-    table = grouped.agg(["mean", "min", "max", "count"])
-    return table.set_axis(["mean", "low", "high", "curves"], axis=1)
-
-
-def _band(ax: Axes, table: pd.DataFrame, colour: str, label: str | None) -> None:
-    few = "o" if len(table) <= 24 else None
-    wide = 4.0 if colour == EXPECTED else 1.6  # so that it is seen under what lies on it
-    ax.plot(table.index, table["mean"], color=colour, lw=wide, marker=few, ms=4, label=label)
-    ax.fill_between(table.index, table["low"], table["high"], color=colour, alpha=0.2, lw=0)
+def _rows(frame: pd.DataFrame, curve: str, name: str) -> pd.DataFrame:
+    """A curve's rows with this quantity, and their positions ``x`` on the sublayer axis."""
+    rows = frame[(frame["curve"] == curve) & frame[name].notna()]
+    return rows.assign(x=rows["sublayer"] + np.where(rows["kind"] == "renorm", 0.35, 0.0))
 
 
 def write_page(folder: Path, done: Sequence[Checked]) -> Path:

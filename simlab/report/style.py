@@ -34,7 +34,7 @@ def subplots(
         return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def draw_band(ax: Axes, values: SeriesGroupBy, colour: str, **line: Any) -> None:
+def draw_band(ax: Axes, values: SeriesGroupBy[Any, Any], colour: str, **line: Any) -> None:
     """Each group's mean against the group's key, with a band from the least value to the largest."""
     mean = values.mean()
     ax.plot(mean.index, mean, color=colour, **line)
