@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import INPUTS, SHAPE, in_process, write_olmo
+from conftest import INPUTS, SHAPE, in_process
 from hydra.experimental.callback import Callback
 
-from simlab.measurement import engine
+from simlab import experiment
 from simlab.sweep import sweeper
 
 SMALL = [*SHAPE, *INPUTS, "device=cpu", "seeds=2"]
@@ -111,16 +111,15 @@ def test_report_on_an_unfinished_sweep(whole, tmp_path, no_figures):
     ],
 )
 def test_folders_that_are_no_sweep(tmp_path, folder, said):
-    contents = {
+    one = '{"jobs": [{"folder": FOLDER, "job": JOB, "values": {}, "overrides": []}], "swept": {}}'
+    contents = dict.fromkeys(("curve", "summary", "linked"), one.replace("JOB", "0")) | {
         "broken": "{", "list": "[]", "other": '{"jobs": [1], "swept": {}}',
-        "away": '{"jobs": [{"folder": "../x", "job": 1, "values": {}, "overrides": []}], "swept": {}}',
+        "away": one.replace("JOB", "1").replace("FOLDER", '"../x"'),
+        "number": one.replace("JOB", '"abc"'),
     }  # fmt: skip
-    one = '{"jobs": [{"folder": "0", "job": JOB, "values": {}, "overrides": []}], "swept": {}}'
-    contents |= {"number": one.replace("JOB", '"abc"')}
-    contents |= dict.fromkeys(("curve", "summary", "linked"), one.replace("JOB", "0"))
     for name, text in contents.items():
         (tmp_path / name / "0").mkdir(parents=True)
-        (tmp_path / name / "sweep.json").write_text(text)
+        (tmp_path / name / "sweep.json").write_text(text.replace("FOLDER", '"0"'))
         (tmp_path / name / "0" / "summary.json").write_text("{}")
     (tmp_path / "curve" / "0" / "curve.csv").write_text("")
     (tmp_path / "linked" / "0" / "curve.csv").symlink_to("/etc/passwd")
@@ -256,34 +255,27 @@ def test_ctrl_c_before_the_plan_is_written(tmp_path, monkeypatch, no_figures):
 
 
 def test_a_failed_job_takes_no_other_down(tmp_path, monkeypatch, no_figures):
-    """A checkpoint whose bytes end within a block: found when that block's turn comes."""
-    for name in ("good", "bad"):
-        write_olmo(tmp_path / name, shards="40KB")
-    bad = sorted((tmp_path / "bad").glob("model-*.safetensors"))
-    run = ["-m", "source=checkpoint", "source.path=bad,good", "seeds=0", "inputs.length=8",
-           "device=cpu", "hydra.sweep.dir=sweep"]  # fmt: skip
-    assert len(bad) > 3
-    real = engine.forward
+    run = ["-m", *SMALL, "norm=pre,post", "hydra.sweep.dir=sweep"]
+    real = experiment.measure
 
-    def broken(weights, *args):
-        if "bad" in str(weights.folder):
+    def broken(ready, *args):
+        if ready.config.shape.norm.placement == "pre":
             raise RuntimeError("it broke\nin two lines")
-        return real(weights, *args)
+        return real(ready, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", broken)
+        patch.setattr(experiment, "measure", broken)
         done = in_process(*run, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "1 job failed" in done.stdout
     assert "RuntimeError: it broke in two lines" in done.stdout
-    record = json.loads((tmp_path / "sweep" / "0" / "job.json").read_text())
-    assert record["status"] == "failed"
-    assert "in broken" in record["traceback"]
-    assert (tmp_path / "sweep" / "1" / "summary.json").exists()
+    record = tmp_path / "sweep" / "0" / "job.json"
+    assert json.loads(record.read_text())["status"] == "failed"
+    assert "in broken" in json.loads(record.read_text())["traceback"]
     assert set(pd.read_parquet(tmp_path / "sweep" / "sweep.parquet")["job"]) == {1}
     again = in_process(*run, cwd=tmp_path)  # and without the fault, the same command mends it
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "sweep" / "0" / "job.json").read_text()) == {"status": "done"}
+    assert json.loads(record.read_text()) == {"status": "done"}
 
 
 def test_full_disk(tmp_path, no_figures):
@@ -325,26 +317,27 @@ def test_hydra_flags(whole, tmp_path, monkeypatch, no_figures):
         (curve,) = (tmp_path / "sweep" / f"depth-{depth}").glob("*/curve.csv")
         assert curve.read_bytes() == (whole / str(job) / "curve.csv").read_bytes()
     assert pd.read_parquet(tmp_path / "sweep/sweep.parquet")["depth"].unique().tolist() == [1, 2]
-    again = in_process(*two, "hydra.job.chdir=true", "hydra.sweep.dir=moved", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    for option in ("hydra.job.chdir=true", "hydra.sweep.subdir=job-${hydra.job.num}"):
+        again = in_process(*two, option, "hydra.sweep.dir=again", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
     assert len(list((tmp_path / "outputs" / "results").iterdir())) == 2
-    named = in_process(
-        *two, "hydra.sweep.subdir=job-${hydra.job.num}", "hydra.sweep.dir=named", cwd=tmp_path
-    )
-    assert named.returncode == 0, named.stderr
-    names = {path.parent.name for path in tmp_path.glob("named/*/summary.json")}
-    assert names == {"job-0", "job-1"}
+    names = {path.parent.name for path in tmp_path.glob("again/*/summary.json")}
+    assert names == {"0", "1", "job-0", "job-1"}
     same = in_process(*two, "hydra.sweep.subdir=one", cwd=tmp_path)
     assert (same.returncode, len(same.stderr.splitlines())) == (2, 1)
     assert "gives several jobs the same folder" in same.stderr
 
 
-def test_hydras_own_sweeper(whole, tmp_path, no_figures):
-    done = in_process(*SWEEP, "hydra/sweeper=basic", "hydra.sweep.dir=sweep", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (whole.parent / "stdout").read_text()
-    assert files(tmp_path / "sweep") == files(whole)
-    dry = in_process(*SWEEP, "hydra/sweeper=basic", "dry_run=true", cwd=tmp_path)
+def test_hydras_own_sweeper(tmp_path, no_figures):
+    """The same results and the same report."""
+    run = ["-m", *SMALL, "depth=1,2", "hydra.sweep.dir=sweep"]
+    ours = in_process(*run, cwd=tmp_path)
+    before = files(tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep")
+    done = in_process(*run, "hydra/sweeper=basic", "resume=false", cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", ours.stdout)
+    assert files(tmp_path / "sweep") == before
+    dry = in_process(*run, "hydra/sweeper=basic", "dry_run=true", cwd=tmp_path)
     assert (dry.returncode, dry.stdout) == (2, "")
     assert dry.stderr == "simlab: dry_run=true: only with hydra/sweeper=simlab\n"
 
