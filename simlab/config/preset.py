@@ -24,11 +24,11 @@ def changed(model: ModelConfig) -> dict[str, Any]:
         if isinstance(value, int):
             preset[key] = getattr(model, key)
     followed: Any = OmegaConf.to_container(preset, resolve=True)
-    preset: dict[str, Any] = {k: v if isinstance(v, int) else followed[k] for k, v in plain.items()}
-    preset |= preset["model"]
-    if preset["head_dim"] is None:
-        preset["head_dim"] = model.width // model.heads
-    own = {key: getattr(model, key) for key in preset if hasattr(model, key)}
+    base: dict[str, Any] = {k: v if isinstance(v, int) else followed[k] for k, v in plain.items()}
+    base |= base["model"]
+    if base["head_dim"] is None:
+        base["head_dim"] = model.width // model.heads
+    own = {key: getattr(model, key) for key in base if hasattr(model, key)}
     # is_dataclass is also true of classes, which mypy then holds against asdict; these are instances.
     values = {key: asdict(v) if is_dataclass(v) else v for key, v in own.items()}  # type: ignore[arg-type]
-    return {key: own[key] for key in own if values[key] != preset[key]}
+    return {key: own[key] for key in own if values[key] != base[key]}
