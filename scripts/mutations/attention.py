@@ -191,7 +191,7 @@ ATTENTION = (
         edit(
             Attend.forward,
             SDPA,
-            "(lambda q, k, v, attn_mask, is_causal: (q @ k.mT / math.sqrt(q.shape[-1]))"
+            "(lambda q, k, v, attn_mask, is_causal: (q @ k.mT / q.shape[-1] ** 0.5)"
             ".masked_fill(torch.ones(2 * q.shape[2:3]).triu(1).bool(), -torch.inf)"
             ".softmax(-2) @ v)(",
         ),
