@@ -1,7 +1,8 @@
 """Speed of sweeps: python scripts/benchmark_sweep.py WHAT.
 
 transformers  96 jobs (4 depths × 3 stds × 8 seeds, width 1024, 64 tokens) as one command: in a process,
-              by joblib, and with the seeds within 12 jobs; beside a loop over transformers models.
+              by joblib, and with the seeds within 12 jobs; beside a loop over transformers models,
+              of which one seed's are timed: the others' take as long.
               In one process jobs share depths (simlab/sweep/sharing.py)
 overhead      what a job costs beside its computation, and the peak memory of 50 and of 500 jobs
 commands      --help, tab completion and --cfg job
@@ -92,16 +93,15 @@ def against_transformers() -> None:
         "12 jobs of 8 seeds, one process": [*sweep, f"seeds={SEEDS}"],
         "12 jobs of 8 seeds, joblib": [*sweep, f"seeds={SEEDS}", "hydra/launcher=joblib"],
     }
-    seconds = {name: [command(*args)] for name, args in kinds.items()}
-    theirs, _, peak = process(TRANSFORMERS, swept(DEPTHS), swept(STDS), str(SEEDS))
-    for name, args in kinds.items():
-        seconds[name].append(command(*args))
+    one_seed, _, peak = process(TRANSFORMERS, swept(DEPTHS), swept(STDS), "1")
+    theirs = one_seed * SEEDS
+    models = len(DEPTHS) * len(STDS)
     print(
-        f"transformers, {len(DEPTHS) * len(STDS) * SEEDS} models: {theirs:8.1f} s {peak:8.0f} MiB"
+        f"transformers, {models} models × {SEEDS} seeds: {theirs:.1f} s, {peak:.0f} MiB", flush=True
     )
-    for name, both in seconds.items():
-        mean = statistics.mean(both)
-        print(f"{name:34s} {mean:8.1f} s   {theirs / mean:6.1f} times faster")
+    for name, args in kinds.items():
+        seconds = command(*args)
+        print(f"{name:34s} {seconds:8.1f} s   {theirs / seconds:6.1f} times faster", flush=True)
 
 
 def overhead() -> None:

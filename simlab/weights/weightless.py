@@ -52,11 +52,11 @@ from simlab.weights.rng import Normals
 
 JITTER = 1e-13  # far above the rounding of float64 sums of 10^5 squares
 AHEAD = 4  # layers whose Z is drawn while one computes: measured, 7 are 5 % slower
-# Entries of the widest activation of all curves of a batch: beyond, tensors leave the cache. Measured
-# in ms per block and curve, two batches at a time on 2 cores, d_ff four times the width, for 2²⁰,
-# 1.5·2²⁰ and 2²¹: 64 tokens of width 256 3.6, 3.2, 3.4; of 1024 8.4, 7.1, 7.2; of 2048 15.5, 13.8,
-# 14.0; 256 tokens of width 256 13.9, 14.8, 14.0; with gradients 64 of width 512 17.8, 16.1, 17.4.
-TOGETHER = 3 << 19
+# Entries of the widest activation of all curves of a batch. Measured in ms per block and curve on 2
+# cores, d_ff four times the width, for 2²⁰, 1.5·2²⁰, 2²¹ and 2²²: 64 tokens of width 256 6.7, 6.6, 6.6,
+# 5.3; of 1024 22.8, 19.6, 17.2, 16.7; of 2048 46, 47, 43, 38; 256 tokens of width 256 45, 41, 42, 42;
+# with gradients 64 of width 512 51, 50, 45, 42.
+TOGETHER = 1 << 22
 GRAM_COLUMNS = 4096  # of X, widened to float64 at a time
 
 
