@@ -283,14 +283,13 @@ def dense(overrides: Sequence[str]) -> None:
 
     from simlab import compose
     from simlab.experiment import prepare, run
-    from simlab.model.transformer import Block
+    from simlab.model.describe import describe
 
     config = compose([*overrides, "seeds=1", "device=cpu", "engine=dense"])
     tokens = prepare(config).tokens.numel()
-    with torch.device("meta"):
-        matrices = [p.shape for p in Block(config.shape, 0).parameters() if p.ndim == 2]
-    count = sum(shape.numel() for shape in matrices)
-    pairs = [(torch.randn(tokens, d_in), torch.randn(d_out, d_in)) for d_out, d_in in matrices]
+    block = describe(config.shape)
+    count = block.entries
+    pairs = [(torch.randn(tokens, m.d_in), torch.randn(m.d_out, m.d_in)) for m in block.matrices]
 
     def multiply() -> None:
         for x, w in pairs:

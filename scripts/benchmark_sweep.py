@@ -3,7 +3,7 @@
 transformers  96 jobs (4 depths × 3 stds × 8 seeds, width 1024, 64 tokens) as one command: in a process,
               by joblib, and with the seeds within 12 jobs; beside a loop over transformers models,
               of which one seed's are timed: the others' take as long.
-              In one process jobs share depths (simlab/sweep/sharing.py)
+              In one process jobs share depths (simlab/experiment/sharing.py)
 overhead      what a job costs beside its computation, and the peak memory of 50 and of 500 jobs
 commands      --help, tab completion and --cfg job
 

@@ -112,7 +112,7 @@ class Bench:
         """Measure a curve; a first one, of the same weights, has started the libraries."""
         from simlab.budget.memory import needed
         from simlab.measurement.engine import measure_curves
-        from simlab.model.transformer import Block
+        from simlab.model.describe import describe
 
         inputs = replace(config.inputs, batch=len(ids), length=ids.shape[-1])
         asked = replace(config, device=self.device.type, inputs=inputs)
@@ -127,9 +127,7 @@ class Bench:
         weights.model = model
         seconds = self.seconds(work)
         peak = self.peak_gib()
-        with self.torch.device("meta"):
-            matrices = [p.shape for p in Block(model, 0).parameters() if p.ndim == 2]
-        entries = model.depth * sum(shape.numel() for shape in matrices)
+        entries = model.depth * describe(model).entries
         products = 3 if config.gradients else 1  # the backward runs every block again
         ceiling = self.ceiling(dtype)
         done = products * 2 * ids.numel() * entries / 1e12

@@ -144,7 +144,7 @@ class Results:
 def link(result: Path, folder: Path) -> None:
     """Give ``folder`` the files of a kept result, its summary last: hard links, so nothing is written.
 
-    The files are read-only, as who edits one edits the other. Where the disk is another, copies.
+    The files are read-only: editing one would edit the other. On another disk they are copies.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in result.iterdir() if path.name != SUMMARY)

@@ -214,7 +214,7 @@ def imported(path: Path) -> set[Path]:
 def measuring_code() -> set[Path]:
     """Everything that measuring a run imports, directly or not."""
     found: set[Path] = set()
-    waiting = {ROOT / "experiment" / "pipeline.py"}
+    waiting = {ROOT / "experiment" / name for name in ("pipeline.py", "sharing.py")}
     while waiting:
         found |= waiting
         waiting = {other for path in waiting for other in imported(path)} - found

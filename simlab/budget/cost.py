@@ -46,7 +46,7 @@ class Cost:
 
 
 def matrix_groups(model: ModelConfig, gradients: bool) -> list[tuple[int, int, list[int]]]:
-    """How often, d_in and the d_outs of the matrices that share an input; with gradients the head's."""
+    """Count, d_in, d_outs of each group of matrices with one input; with gradients also the head's."""
     block = [(model.depth, d_in, d_outs) for d_in, d_outs in describe(model).groups]
     return [*block, (1, model.width, [model.vocab_size])] if gradients else block
 

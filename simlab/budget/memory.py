@@ -1,4 +1,4 @@
-"""How much memory a run needs, and its refusal where the machine hasn't as much.
+"""Estimates a run's peak memory, and refuses a run that doesn't fit.
 
 A block's activations are read off a run of it on a few tokens (``trace``). Added to them are the
 weights, the products' workspace, the statistics, the loss and the embedding. The estimate and its
@@ -191,7 +191,7 @@ def fitting(config: RunConfig, threads: int, free: int) -> list[tuple[str, RunCo
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Other engine, fewer bytes, no gradients: those that the run hasn't."""
+    """Overrides that lower memory and differ from the run: other engine, bfloat16, no gradients."""
     if config.seeds:
         engine = "weightless" if config.engine == "dense" else "dense"
         yield f"engine={engine}", replace(config, engine=engine)

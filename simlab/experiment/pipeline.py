@@ -44,7 +44,7 @@ def measure(
     """Measure every curve of a run and judge it.
 
     on_block: called after each block of each curve. curves_of: measures the curves; a sweep gives one
-    that shares work between jobs (``sweep.sharing``).
+    that shares work between jobs (``sharing``).
     """
     measured = curves_of(ready, on_block)
     frame, by_curve, cuts = to_frame(measured, ready.entries)

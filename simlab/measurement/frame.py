@@ -88,7 +88,7 @@ def cut_gradients(
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """Empty the gradients from the last non-finite one down to the input, and say where that is.
 
-    overflow: the curves that ended early, which have no gradients and aren't said again.
+    overflow: the curves that ended early: they have no gradients, and are listed there already.
     """
     columns = [name for name in GRADIENT_STATISTICS if name in frame]
     if not columns:

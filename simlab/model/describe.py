@@ -71,7 +71,7 @@ class Description:
 
     @property
     def entries(self) -> int:
-        """Of all matrices together."""
+        """The number of entries of all matrices together."""
         return sum(matrix.d_in * matrix.d_out for matrix in self.matrices)
 
     @property
@@ -84,7 +84,7 @@ class Description:
 
 
 def describe(model: ModelConfig) -> Description:
-    """A block's parameters and matrices, the same in every layer."""
+    """A block's matrices, the same in every layer."""
     return _describe(first_block(model))
 
 

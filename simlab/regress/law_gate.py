@@ -82,7 +82,7 @@ def _broken(frame: pd.DataFrame, law: Law, figure: str, gain: float, dtype: str)
 
 
 def passes(verdict: Verdict) -> bool:
-    """True if no expected law's p-value and not the exponent p reject the law at GATE_ALPHA."""
+    """True if every expected law has p ≥ GATE_ALPHA and the growth is linear."""
     p_values = [verdict.laws[law.name].p_value for law in LAWS.values() if law.expected]
     growing = linear(stretched(verdict.growth.exponent, verdict.seeds))
     return growing and all(p is not None and p >= GATE_ALPHA for p in p_values)

@@ -16,6 +16,7 @@ from simlab.analysis.numbers import plus_minus
 from simlab.analysis.resampling import Estimate
 from simlab.analysis.verdict import Verdict
 from simlab.config import RunConfig
+from simlab.config.fields import as_typed
 from simlab.config.preset import changed
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
@@ -36,7 +37,7 @@ def title(config: RunConfig) -> str:
     shape = f"{model.name}: depth {model.depth}, width {model.width}"
     other = {} if config.source.stored else changed(model)
     if other:
-        differences = [k if is_dataclass(v) else f"{k} {_as_typed(v)}" for k, v in other.items()]
+        differences = [k if is_dataclass(v) else f"{k} {as_typed(v)}" for k, v in other.items()]
         shape = f"{model.name} with {', '.join(differences)}"
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
@@ -45,11 +46,6 @@ def title(config: RunConfig) -> str:
     constants = "".join(f" {key} {value:g}" for key, value in own.items() if value is not None)
     drawn = "random init" if config.source.stored else "init"
     return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"
-
-
-def _as_typed(value: object) -> object:
-    """A value as the command line takes it: ``true``, ``null``."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
 
 
 def announce(

@@ -26,7 +26,7 @@ LONGEST = 400  # characters of an error
 def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
     """A row per job and curve: what was swept, how it grew, and the expected laws' status.
 
-    Beyond MOST rows, every n-th; the caption says so.
+    Of more than _MOST_ROWS rows every n-th is shown; the caption says so.
     """
     notes, rows = [], jobs
     if len(jobs) > _MOST_ROWS:
@@ -67,7 +67,7 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
 
 
 def _stride(count: int, inner: Sequence[int]) -> int:
-    """Every which row is shown: prime to what changes fastest, so that all of its values occur."""
+    """The step between shown rows: prime to the fastest keys' counts, so that each value occurs."""
     stride = math.ceil(count / _MOST_ROWS)
     while math.gcd(stride, math.prod(inner)) > 1:
         stride += 1

@@ -43,7 +43,7 @@ STARTED: dict[Path, dict[Path, int]] = {}
 
 @contextmanager
 def nothing_left_behind(folders: Mapping[Path, Mapping[Path, int]]) -> Iterator[None]:
-    """Where a run doesn't end, remove what it and Hydra wrote for it, and folders left empty.
+    """If a run fails, remove the files that it and Hydra wrote, and folders left empty.
 
     folders: with their ``run_files`` before the run, which stay; looked at when the block ends. One
     with a summary holds an earlier, whole result and stays. What can't be removed is left: the
@@ -186,7 +186,8 @@ def sweep_job(
 ) -> None:
     """One job of a sweep: its result in its folder, and how it ended in RECORD.
 
-    tokens_of: as for ``experiment.prepare``. Whatever is raised ends this job and not the sweep; what a
+    tokens_of: as for ``experiment.prepare``. curves_of: measures the curves, by default
+    ``experiment.measured_curves``. Whatever is raised ends this job and not the sweep; what a
     user or the machine can get wrong is recorded as a line, anything else with its traceback.
     """
     from simlab import experiment

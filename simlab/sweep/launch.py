@@ -194,7 +194,7 @@ def _appears(place: Place) -> bool:
 
 
 def lost(place: Place, why: str) -> None:
-    """Record that a job ended without saying so."""
+    """Write the failed record of a job whose process died without writing one."""
     place.folder.mkdir(parents=True, exist_ok=True)
     job.clear(place.folder)
     store.write_json(place.folder / job.RECORD, {"status": "failed", "error": why})

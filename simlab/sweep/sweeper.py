@@ -131,7 +131,7 @@ class Sweep:
         local = self.in_process or launch.is_local(self.launcher)
         interpreter = 0 if self.in_process else INTERPRETER  # of each process that is started
         for each in planned.jobs:
-            # On a cluster ``auto`` may be either: what is kept of either is an answer.
+            # On a cluster ``auto`` may become cpu or cuda: a stored result of either will do.
             names = ["cpu", "cuda"] if each.config.device == "auto" else [each.config.device]
             devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
             for device in devices:
@@ -176,7 +176,7 @@ class Sweep:
             return
         blocks = sum(place.blocks for place in places)
         if self.in_process:
-            from simlab.sweep.sharing import SharedCurves, sharing_groups
+            from simlab.experiment.sharing import SharedCurves, sharing_groups
 
             # The report's imports take a quarter of a second, which a second core has now.
             threading.Thread(

@@ -67,7 +67,7 @@ class Normals:
             self.started[key] = out, [self.pool.submit(draw_normals, *part) for part in parts]
 
     def parts(self, key: str, shape: Shape) -> tuple[Tensor, list[tuple[Tensor, list[int], int]]]:
-        """An empty tensor (S, *shape), and the arguments of the ``draw`` calls that fill it."""
+        """An empty tensor (S, *shape), and the arguments of the ``draw_normals`` calls that fill it."""
         out = torch.empty(len(self.seeds), *shape)
         entropies = [entropy_of(seed, "weightless", key) for seed in self.seeds]
         pieces = out.flatten(1).split(NORMALS_PIECE, dim=1)

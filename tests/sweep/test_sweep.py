@@ -151,7 +151,9 @@ def test_changed_text_or_weights_are_measured_again(tmp_path, checkpoint, no_fig
 
 # Processes that begin with everything imported: torch and pandas take five seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["simlab.experiment", "simlab.sweep.sweeper", "simlab.sweep.sharing"])
+FORKS.set_forkserver_preload(
+    ["simlab.experiment", "simlab.sweep.sweeper", "simlab.experiment.sharing"]
+)
 
 
 def test_kill_and_resume(whole, tmp_path, no_figures):

@@ -337,6 +337,12 @@ def test_too_many_tokens_are_refused():
         predict(config.shape, config.init, tokens)
 
 
+def test_an_mlp_without_a_unit_is_refused():
+    config = tiny()
+    model = replace(config.shape, mlp="squared_relu")
+    assert "model.mlp=squared_relu" in unpredictable(model, prepare(config).tokens.numpy())
+
+
 def test_the_same_numbers_every_time():
     config = tiny(*SHAPE, "norm=pre")
     first, second = theory(config, gradients=True), theory(config, gradients=True)

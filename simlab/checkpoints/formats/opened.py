@@ -30,7 +30,7 @@ class Opened:
 
 
 def layers(fields: Fields, key: str, tensors: int) -> int:
-    """The number of blocks, which the tensors' number bounds before anything is made per block."""
+    """The number of blocks. Raises ConfigError if it is larger than the number of tensors."""
     depth = fields.integer(key)
     if depth > tensors:
         raise ConfigError(
@@ -51,7 +51,7 @@ class Heads(TypedDict):
 def read_heads(
     fields: Fields, names: tuple[str, str, str, str], kv_default: int | None = None
 ) -> Heads:
-    """Width, heads, key/value heads and head_dim, of which the first two decide the others' defaults.
+    """Width, heads, kv_heads and head_dim; the last two default to what the first two imply.
 
     names: what the format calls them. kv_default: where it isn't one key/value head per head. Raises
     ConfigError where they don't divide.

@@ -31,7 +31,7 @@ from simlab.theory.mean_field.kernels import (
     correlation,
     state_of,
 )  # fmt: skip
-from simlab.theory.mean_field.mlp import MLPKernel
+from simlab.theory.mean_field.mlp import UNITS, MLPKernel
 
 MOST_TOKENS = 512  # of a batch: a run of OLMo-2-32B's shape then takes some GB and a minute
 # Of the seeds' std over their mean. Beyond, the mean is carried by rare seeds, and the recursion, which
@@ -97,6 +97,8 @@ class Prediction:
 
 def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
     """Why there is no prediction for these tokens (B, T), or None where there is."""
+    if model.mlp not in UNITS:
+        return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
     if ids.size > MOST_TOKENS:
         return f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size}"
     return None

@@ -13,7 +13,8 @@ import torch
 
 from simlab.budget.cost import curves_to_measure
 from simlab.config import RunConfig
-from simlab.experiment import MeasuredCurves, Prepared, measured_curves
+from simlab.experiment.batches import MeasuredCurves, measured_curves
+from simlab.experiment.prepare import Prepared
 from simlab.weights.prefix import begins
 
 
@@ -31,7 +32,7 @@ def sharing_groups(configs: Sequence[RunConfig]) -> list[list[int]]:
 
 
 def without_depth(config: RunConfig) -> RunConfig:
-    """The config with everything set to a constant that is, or follows from, the depth."""
+    """A copy of the config in which the depth, and all that follows from it, is blanked."""
     if config.model is None:
         return config
     return replace(config, model=replace(config.model, name="", depth=0, full_attention=()))

@@ -9,11 +9,10 @@ import torch
 from conftest import INPUTS, SHAPE, in_process, tiny
 
 from simlab import experiment
-from simlab.experiment import measured_curves, prepare
+from simlab.experiment import measured_curves, prepare, sharing
+from simlab.experiment.sharing import SharedCurves, is_prefix, sharing_groups
 from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
-from simlab.sweep import sharing
-from simlab.sweep.sharing import SharedCurves, is_prefix, sharing_groups
 
 DEPTH_FREE = {"normal", "mitchell", "llama_depth", "fan_in"}  # of the rules
 STEPS = {"layerscale": (2, 19)}  # its alpha is another beyond 18 blocks
