@@ -138,7 +138,7 @@ def test_one_synchronisation_per_run():
     assert len(embedded) == 3
 
 
-def test_the_same_seed_gives_the_same_bytes_on_the_gpu():
+def test_gpu_bytes_repeat():
     first, second = (run(tiny("device=cuda", "seeds=2")).curve for _ in range(2))
     assert first.equals(second)
 
@@ -170,7 +170,7 @@ def test_a_checkpoints_curve_is_the_cpus(tmp_path, dtype):
         )
 
 
-def test_a_checkpoints_weights_on_the_gpu_are_the_files(tmp_path):
+def test_gpu_checkpoint_weights(tmp_path):
     write_checkpoint(tmp_path / "m", torch.bfloat16)
     opened, name = Checkpoint(str(tmp_path / "m")), "blocks.1.mlp.sublayer.down_proj.weight"
     there = opened.tensor(name, (48, 80), torch.device("cpu"), torch.bfloat16)

@@ -17,7 +17,7 @@ def test_every_part_measures_on_a_cpu(name):
     assert all(value > 0 for value in numbers.values() if not isinstance(value, str))
 
 
-def test_results_are_written_and_a_failed_part_leaves_the_next_alone(tmp_path, monkeypatch, capsys):
+def test_failed_part_and_results(tmp_path, monkeypatch, capsys):
     failing = [sys.executable, "-c", "raise SystemExit('no such kernel')"]
     run = subprocess.run
 

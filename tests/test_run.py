@@ -76,7 +76,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, override):
+def test_mistakes_are_one_line(tmp_path, override):
     done = in_process(*SMALL, override, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -310,7 +310,7 @@ def test_a_wheel_runs_outside_the_source_tree(tmp_path):
     assert f"path: {site / 'simlab' / 'conf'}\n" in (out / ".hydra/hydra.yaml").read_text()
 
 
-def test_a_sweep_names_checkpoints_that_are_the_same(tmp_path, checkpoint, no_figures):
+def test_sweep_names_equal_checkpoints(tmp_path, checkpoint, no_figures):
     """Two folders, one set of weights; a third that differs in one number."""
     for name in ("copy", "other"):
         shutil.copytree(checkpoint, checkpoint.parent / name)

@@ -141,7 +141,7 @@ def leaves(config, replaced=lambda changed: changed):
         yield field.name, changed(other[type(value)](value))
 
 
-def test_every_leaf_of_a_config_changes_its_hash():
+def test_hash_of_every_config_leaf():
     config = tiny("device=cpu")
     model = dataclasses.replace(
         config.shape, yarn=YarnConfig(2.0, 64), llama3=Llama3RopeConfig(2.0, 1.0, 4.0, 64)
@@ -154,7 +154,7 @@ def test_every_leaf_of_a_config_changes_its_hash():
 
 
 @pytest.mark.parametrize("reads_head", ["gradients", "weights", ""])
-def test_key_knows_the_head_where_it_is_read(checkpoint, reads_head):
+def test_key_includes_head_when_read(checkpoint, reads_head):
     """A checkpoint's weight hash leaves the head out, which the loss and weights.csv read."""
     config = compose(
         ["source=checkpoint", f"source.path={checkpoint}", "inputs.length=8", "seeds=0",
@@ -221,7 +221,7 @@ def measuring_code() -> set[Path]:
     return found
 
 
-def test_the_key_knows_all_code_that_measures(monkeypatch):
+def test_key_covers_measuring_code(monkeypatch):
     """Nothing in the import closure of the measuring code is left out of the key."""
     measuring = measuring_code()
     rooms = {path.relative_to(ROOT).parts[0] for path in measuring}
@@ -232,7 +232,7 @@ def test_the_key_knows_all_code_that_measures(monkeypatch):
         assert not measuring <= set(store.result_code()), room
 
 
-def test_the_key_changes_with_the_code_that_measures(monkeypatch):
+def test_key_changes_with_measuring_code(monkeypatch):
     def key():
         store.code_hash.cache_clear()
         return store.code_hash()

@@ -49,7 +49,7 @@ def test_one_more_random_init_is_rarely_outside():
     assert np.mean(few) < 0.02
 
 
-def test_band_is_the_prediction_interval_of_a_further_init():
+def test_band_is_prediction_interval():
     """t·s·√(1 + 1/S) of ln v with s from S − 1: with the population's std it is √(7/8) as wide."""
     logs = np.array([-3.0, -2, -1, 0, 0, 1, 2, 3])[:, None] / 100
     reach = t_quantile(0.995, 7) * np.sqrt((logs**2).sum() / 7) * np.sqrt(1 + 1 / 8)
@@ -58,7 +58,7 @@ def test_band_is_the_prediction_interval_of_a_further_init():
             assert outside(np.exp([side * size * reach]), np.exp(logs)) == [out]
 
 
-def test_a_few_per_cent_beyond_the_band_are_seen():
+def test_outside_detects_small_excess():
     """Negative control: 15 % where the seeds' spread is 2 %."""
     rng = np.random.default_rng(1)
     seen = []
@@ -84,7 +84,7 @@ def test_where_it_leaves():
     assert frame.loc[frame["curve"] == "random", "outside"].isna().all()
 
 
-def test_one_that_stays_and_one_that_comes_back():
+def test_departure_for_good_or_not():
     seeds = drawn(np.random.default_rng(3), 8)
     assert (
         "stays within"
@@ -119,7 +119,7 @@ def test_the_two_terms_make_up_the_growth(norm):
 
 
 @pytest.mark.parametrize("norm", ["post", "deepnorm", "residual_scale", "swin_renorm"])
-def test_no_terms_where_the_stream_is_changed_between_adds(norm):
+def test_no_terms_across_renorms(norm):
     assert split(run(tiny(*placed(norm), "init.std=0.1")).curve) is None
 
 
@@ -131,7 +131,7 @@ def test_massive_needs_both_conditions():
     assert massive(frame).tolist() == [1, 0, 0, 1]
 
 
-def test_what_is_compared_ends_where_a_random_init_does():
+def test_comparison_ends_with_random_inits():
     """All three numbers are of the rows that every curve has, and the sentence says where that is."""
     seeds = drawn(np.random.default_rng(5), 8)
     frame = table(3 * seeds.mean(0), seeds)

@@ -84,7 +84,7 @@ def test_exponent_against_a_grid_search():
         assert exponent(v[None], PLAIN)[0] == pytest.approx(best[1], abs=2e-3)
 
 
-def test_growth_per_sublayer_leaves_out_the_embedding_and_the_renorms():
+def test_growth_rows():
     k, _ = position(SWIN)
     v = np.where(np.array(SWIN) == "renorm", 1.0, 1.0 + k)
     v[0] = 0.0004

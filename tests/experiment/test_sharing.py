@@ -150,7 +150,7 @@ SEEDS = ["seed=0,1", "seeds=3", "depth=2,4", "init.std=0.05,3e18", "engine=weigh
 
 
 @pytest.mark.parametrize(("threads", "swept", "count"), [(1, LAYERSCALE, 6), (2, SEEDS, 8)])
-def test_job_has_the_bytes_of_a_job_alone(tmp_path, no_figures, threads, swept, count):
+def test_shared_job_bytes(tmp_path, no_figures, threads, swept, count):
     """In one process's sweep: depths 2 and 5 share, 19 has another alpha; and one std overflows."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -168,7 +168,7 @@ def test_the_law(measured):
     ("overrides", "to"),
     [(["norm=pre", "init.std=0.05"], "norm"), (["norm=residual_scale", "init.std=2"], "norm")],
 )
-def test_the_law_fails_where_no_norm_holds_it(overrides, to):
+def test_law_gate_fails_without_norm(overrides, to):
     from conftest import tiny
 
     found = run(tiny("depth=4", f"seeds={LAW_GATE_SEEDS}", *overrides))

@@ -58,7 +58,7 @@ def test_table(depth, norm):
         assert lines[-1].split()[:2] == [str(depth), "mlp"]
 
 
-def test_figure_has_both_axes_the_band_and_both_theories():
+def test_figure_elements():
     result = run(tiny("depth=8", "seeds=3", "norm=swin_renorm"))
     figure = growth_figure(result.curve, "t", ["v"])
     linear, log = figure.axes
@@ -111,7 +111,7 @@ def test_overflow_is_named():
 
 
 @pytest.mark.parametrize(("norm", "seeds"), [("reordered", 1), ("swin_renorm", 8)])
-def test_gradients_have_their_panel_their_column_and_their_line(norm, seeds):
+def test_gradient_panel_column_and_line(norm, seeds):
     result = run(tiny("gradients=true", f"norm={norm}", "depth=5", f"seeds={seeds}"))
     figure = growth_figure(result.curve, "t", [])
     assert len(figure.axes) == 3

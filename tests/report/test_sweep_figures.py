@@ -109,7 +109,7 @@ def test_growth_has_each_jobs_mean_over_seeds(three_keys):
         assert any(math.isclose(band.max(), seeds.max().max()) for band in bands)
 
 
-def test_a_renorm_is_half_a_step_to_the_right_and_a_law_has_a_gap_there():
+def test_renorm_position_and_law_gap():
     curves, jobs, swept = sweep(*BASE, "norm=swin_renorm", "norm.every=2", depth=(1, 2))
     (ax,) = drawn((curves, jobs, swept))["growth"].axes
     deep = curves[curves["depth"] == 2].groupby(["sublayer", "kind"], sort=False)
@@ -142,7 +142,7 @@ def test_exponents_and_their_laws_are_the_jobs(three_keys):
     assert math.isclose(jobs["lambda_token_additive"][0], law.mean() / 2 / 2, rel_tol=1e-9)
 
 
-def test_the_heat_map_is_the_jobs_mean_squares(three_keys):
+def test_heatmap_values(three_keys):
     (_, jobs, swept), of_sweep = three_keys
     panels = titled(of_sweep["heatmap"])
     for norm in swept["norm_placement"]:
@@ -186,7 +186,7 @@ def test_checkpoints_are_coloured_and_random_inits_grey(steps):
         assert has(ax, mean, GREY) == (name == "random")
 
 
-def test_a_curve_that_overflows_ends_with_a_cross(tmp_path):
+def test_overflow_marker(tmp_path):
     curves, jobs, swept = sweep(
         *BASE, "dtype=float16", "norm=none", "depth=8", init__std=(0.02, 0.2, 500)
     )
@@ -253,7 +253,7 @@ def test_a_title_says_what_is_left_out(axes, said):
     assert said or seen == means
 
 
-def test_colour_is_the_number_with_most_values_and_panels_are_categories_first():
+def test_plan_of_colours_and_panels():
     swept = {"a": [*"abc"], "b": [1, 2, 3], "c": [1, 2], "d": [4, 5]}
     rows = [dict(zip(swept, v, strict=True)) for v in itertools.product(*swept.values())]
     frame, keys = labelled(pd.DataFrame(rows).assign(curve="random", job=range(len(rows))), swept)
@@ -273,7 +273,7 @@ def test_the_same_frames_give_the_same_files(tmp_path, steps):
     assert files[0] == files[1]
 
 
-def test_texts_of_values_are_those_of_the_command_line():
+def test_value_texts():
     assert [value_text(v) for v in (1, 1.0, "1", 1e-6, "1e-6", None, math.nan, True, "final")] == [
         "1", "1", "1", "1e-06", "1e-06", "null", "null", "true", "final",
     ]  # fmt: skip

@@ -31,7 +31,7 @@ def made_up(**axes):
     return pd.DataFrame(rows), {key: list(v) for key, v in zip(keys, axes.values(), strict=True)}
 
 
-def test_a_row_per_job_with_its_swept_values():
+def test_rows_of_jobs():
     jobs, swept = made_up(
         depth=(2, 4, 8), init__std=(0.01, 0.02), norm_placement=("reordered", "pre")
     )
@@ -43,7 +43,7 @@ def test_a_row_per_job_with_its_swept_values():
     assert "p = 1.00" in lines[1]
 
 
-def test_a_long_table_says_what_it_leaves_out():
+def test_long_table_caption():
     jobs, swept = made_up(width=[1, 2, 3, 4], init__std=range(1, 13), norm_placement=["a", "b"])
     lines = lines_of(jobs_table(jobs, swept))
     assert lines[-1] == "64 of 96 rows are left out; jobs.csv has them all."
@@ -51,7 +51,7 @@ def test_a_long_table_says_what_it_leaves_out():
     assert len(lines) == 34
 
 
-def test_long_names_many_keys_overflow_and_nothing_measured_fit_80_columns():
+def test_tables_fit_80_columns():
     assert lines_of(jobs_table(pd.DataFrame(), {}))
     paths, keys = made_up(
         source__path=[f"/some/where/far/off/in/a/folder/step{i}" for i in range(20)]

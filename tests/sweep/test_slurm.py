@@ -83,7 +83,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
-def test_a_job_that_slurm_ends_takes_no_other_down(tmp_path):
+def test_slurm_ends_a_job(tmp_path):
     process = start(tmp_path, "depth=20")
     wait_for(lambda: (tmp_path / "sweep" / ".submitit").exists() and len(queued()) > 0)
     array = queued()[0]
@@ -97,7 +97,7 @@ def test_a_job_that_slurm_ends_takes_no_other_down(tmp_path):
     assert set(pd.read_parquet(tmp_path / "sweep/sweep.parquet")["job"]) == set(range(5))
 
 
-def test_ctrl_c_cancels_what_is_in_the_queue(tmp_path):
+def test_ctrl_c_cancels_queued_jobs(tmp_path):
     process = start(tmp_path)
     wait_for(lambda: list(tmp_path.glob("sweep/*/.hydra/overrides.yaml")))
     process.send_signal(signal.SIGINT)

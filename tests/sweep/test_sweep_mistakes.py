@@ -59,7 +59,7 @@ def test_folders_that_are_no_sweep(tmp_path, folder, said):
         (["norm=glob(no_such*)"], "norm"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, overrides, said):
+def test_mistakes_are_one_line(tmp_path, overrides, said):
     done = in_process("-m", *SMALL, "depth=1,2", *overrides, cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert said in done.stderr

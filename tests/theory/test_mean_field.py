@@ -319,7 +319,7 @@ def test_a_curve_that_explodes_ends():
         assert predict(config.shape, config.init, tokens).ends is None
 
 
-def test_a_tied_head_that_knows_its_tokens_has_no_gradient():
+def test_tied_head_refuses_gradient():
     """With an embedding of std 1 (init=llama) the own token's logit is d above the others."""
     config = tiny(*SHAPE, "model.tied=true", "norm=lns", "init=llama")
     tokens = prepare(config).tokens.numpy()
