@@ -188,8 +188,9 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
 
     rates: by default this machine's, measured now, so other processes on it shift the estimate.
     Measured on 29 runs of 0.3 to 43 s: 0.71 to 1.30 of the processor's time on one thread (of 18 on
-    another machine 0.66 to 1.34, and 2.0 of a checkpoint in bfloat16); of the clock's, on two cores
-    that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
+    another machine 0.66 to 1.34, and 2.0 of a checkpoint in bfloat16; of 8 on a third 0.75 to 1.31); of
+    the clock's, on two cores that others used too, 0.41 to 2.16, three of them beyond a factor of 2.
+    bfloat16 products on a CPU without instructions for them are estimated up to 4.4 times too long.
     """
     model, n = curve.model, curve.tokens
     rates = rates or calibrate(curve.dtype, curve.device)

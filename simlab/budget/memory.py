@@ -38,8 +38,8 @@ def peak(curve: Curve) -> int:
     """Peak bytes that a curve needs on its device, beyond INTERPRETER.
 
     Measured on 2 cores, 39 runs that peak above 1 GB (up to 5.4): 0.93 to 1.27 of the peak. 26 smaller
-    ones: 0.77 to 1.85 of it, where libraries and heap fragmentation are most. That was with sums of
-    activations written by hand; read off the block, they change 60 estimates by −6 to 7 %.
+    ones: 0.77 to 1.85 of it, where libraries and heap fragmentation are most. Measured again on 21
+    of these runs since activations are read off the block: 0.98 to 1.24 above 1 GB, 0.80 to 1.55 below.
     """
     phases = [_embedding(curve), _forward(curve)]
     if curve.gradients:
