@@ -62,6 +62,11 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def gigabytes(size: float) -> str:
+    """Bytes as ``0.41 GB``, ``3.2 GB``, ``1,200 GB``."""
+    return f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e9:.2g} GB"
+
+
 def duration(seconds: float) -> str:
     """As people say it: ``2.3 s``, ``4 min``, ``1.5 h``; ``unknown`` for NaN."""
     if math.isnan(seconds):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from simlab.analysis.numbers import gigabytes
 from simlab.budget.cost import Curve, curves_to_measure
 from simlab.budget.machine import MIB, available
 from simlab.budget.trace import trace
@@ -172,7 +173,7 @@ def refuse(config: RunConfig, threads: int, share: int = 1, beside: int = 0) -> 
         return
     options = [text for text, _ in fitting(config, threads, free)][:2]
     would = f"{' or '.join(options)} would fit" if options else "nothing of this model fits"
-    has = f"needs about {_gigabytes(need)}, {_gigabytes(free)} are free"
+    has = f"needs about {gigabytes(need)}, {gigabytes(free)} are free"
     raise ConfigError(f"{_asked(config)}: {has}; {would}")
 
 
@@ -228,8 +229,3 @@ def _asked(config: RunConfig) -> str:
     words += [f"inputs.batch={config.inputs.batch}", f"inputs.length={config.inputs.length}"]
     words += ["gradients=true"] if config.gradients else []
     return " ".join(words + ([f"dtype={config.dtype}"] if config.dtype != "float32" else []))
-
-
-def _gigabytes(size: int) -> str:
-    gigabytes = size / 1e9
-    return f"{gigabytes:,.0f} GB" if gigabytes >= 10 else f"{gigabytes:.2g} GB"

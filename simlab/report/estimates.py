@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simlab.analysis.numbers import count, duration
+from simlab.analysis.numbers import count, duration, gigabytes
 
 _MOST_ROWS = 40  # rows; of more jobs the first and the last
 
@@ -45,7 +45,7 @@ def show_estimates(rows: Sequence[JobEstimate], at_once: int) -> None:
             table.add_row("…")
         time = "kept" if row.kept else duration(row.seconds)
         values = [str(row.values[key]) for key in swept]
-        memory = f"{row.memory / 1e9:.2g} GB"
+        memory = gigabytes(row.memory)
         table.add_row(str(row.number), *values, count(row.parameters), row.engine, memory, time)
     console.print(table)
     missing = [row for row in rows if not row.kept]
@@ -55,6 +55,6 @@ def show_estimates(rows: Sequence[JobEstimate], at_once: int) -> None:
         jobs += f", {len(rows) - len(missing)} kept"
     peak = max((row.memory for row in missing), default=0) * min(at_once, max(1, len(missing)))
     time = "a time that isn't known here" if math.isnan(total) else f"about {duration(total)}"
-    size = f", {time} and {peak / 1e9:.2g} GB" if missing else ""
+    size = f", {time} and {gigabytes(peak)}" if missing else ""
     together = f" with {at_once} at a time" if at_once > 1 else ""
     console.print(Text(f"{jobs}{size}{together} (estimates); nothing was run", style="bold"))

@@ -3,7 +3,7 @@ import pytest
 
 from simlab.analysis import resampling
 from simlab.analysis.curve import Curves
-from simlab.analysis.numbers import off_by, plus_minus
+from simlab.analysis.numbers import gigabytes, off_by, plus_minus
 from simlab.analysis.resampling import Estimate, sign_flip
 from simlab.analysis.verdict import ALPHA, judge
 
@@ -140,3 +140,9 @@ def test_a_law_beyond_float64_is_rejected_quietly():
     assert verdict.laws["sqrt2"].status == "fails"
     assert verdict.laws["additive"].status == "holds"
     assert "10^307" in verdict.sentence
+
+
+def test_gigabytes():
+    """Never in powers of ten: a dry run said 1.2e+02 GB."""
+    texts = [gigabytes(size) for size in (4.1e8, 3.21e9, 1.234e11, 1.2e12)]
+    assert texts == ["0.41 GB", "3.2 GB", "123 GB", "1,200 GB"]
