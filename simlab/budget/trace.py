@@ -75,7 +75,7 @@ class Counter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """What one token takes in a block: bytes beside the block's input, entries and operations.
+    """The memory and the operations of one token in a block. Bytes don't count the block's input.
 
     forward: peak bytes. matrices: bytes when each matrix gets its input, in the order of their use.
     attention: bytes when attention returns. step: bytes at the end of a residual step, with the tensors

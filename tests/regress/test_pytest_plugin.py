@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+
+# Imported here and not used: an inner session takes all that it imported out of sys.modules, so each of
+# them would import these large modules again. F401 is about the last of several.
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
 import simlab.config.validate
-
-# An inner session takes what it imported out of sys.modules: what is large stands here.
 import simlab.experiment
 import simlab.measurement.model_probe
 import simlab.regress.cases

@@ -38,7 +38,7 @@ def usable() -> bool:
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(
+    pytest.mark.skipif(  # these submit real jobs
         not usable(),
         reason=f"needs a SLURM node that is up ({nodes()}); scripts/slurm_one_node.sh starts one",
     ),

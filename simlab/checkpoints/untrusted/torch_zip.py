@@ -22,7 +22,9 @@ from simlab.checkpoints.untrusted.pickle import StorageLabel
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
-# What zipfile raises for a malformed directory; NotImplementedError for a version it doesn't know.
+# All that zipfile raises for bytes that are no archive: BadZipFile where it checks, NotImplementedError
+# for a version or a compression that it doesn't know, struct.error, IndexError and ValueError where it
+# unpacks fields without checking, OSError for an offset outside the file.
 _MALFORMED = (
     zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError,
 )  # fmt: skip

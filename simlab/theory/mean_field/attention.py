@@ -27,7 +27,9 @@ from simlab.theory.laws import Array
 from simlab.theory.mean_field.kernels import TINY, Input, outer_square
 
 Array32 = NDArray[np.float32]
-HEADS = 16  # drawn per layer: the noise of v is 0.06 %, of cosines 0.6 %
+# Drawn per layer. Measured on OLMo-2-1B's shape, 64 tokens, over six sets of draws: a mean square
+# varies by 0.02 % (reordered) or 0.17 % (pre, fan-in), a cosine by 0.3 and 0.6 %.
+HEADS = 16
 FIRST_HEADS = 128  # in the first two blocks, whose error every later row carries
 HEAD_GROUPS = 8  # of heads with a common Ĥ
 POOL = 1 << 21
@@ -63,7 +65,10 @@ def cholesky(kernel: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What all layers share: the model, the batch (B, T), the fixed draws, RoPE's tables."""
+    """The parts that every layer's attention uses: the model, the fixed draws and RoPE's tables.
+
+    batch, length: B sequences of T tokens. tables: cos and sin (T, C/2) by ``scaled``, made on demand.
+    """
 
     model: ModelConfig
     batch: int

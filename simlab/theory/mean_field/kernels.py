@@ -48,9 +48,10 @@ def shrink(rho: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """What a sublayer sees: H, and how its Gram matrix varies between seeds. (N, N) each.
+    """A sublayer's input: its kernel H, and the variance between seeds of its Gram matrix Ĥ.
 
-    square: Cov(Ĥ_ii, Ĥ_jj). correlation_variance: τ² = Var(ρ̂_ij). normed: True if a norm fixes H_ii.
+    kernel: H (N, N). square: Cov(Ĥ_ii, Ĥ_jj) (N, N). correlation_variance: τ² = Var(ρ̂_ij) (N, N).
+    normed: True if a norm fixes H_ii.
     """
 
     kernel: Array
@@ -212,16 +213,18 @@ class KernelStep:
     gain: float
     moment: float = 1.0
     norms: list[UsedNorm] = field(default_factory=list)
-    kernels: list[Array] = field(default_factory=list)  # of the base vectors; the first is x's
+    kernels: list[Array] = field(init=False)  # of the base vectors; the first is x's
     branches: dict[int, tuple[Branch, tuple[Term, ...]]] = field(default_factory=dict)
     raw_spread: Array | None = None  # relative variance of the last sublayer's output
     events: list[tuple[str, int]] = field(default_factory=list)
     added: Array | None = None  # the kernel of what was added last
 
+    def __post_init__(self) -> None:
+        self.kernels = [self.start.kernel]
+
     @property
     def x(self) -> KernelVector:
-        """The incoming stream."""
-        self.kernels = [self.start.kernel]
+        """The incoming stream, base vector 0."""
         nothing = np.zeros_like(self.start.kernel)
         lean = np.ones(len(nothing))
         return KernelVector(
@@ -281,7 +284,8 @@ class KernelStep:
         for one in skip.terms:
             for other in branch.terms:
                 if one.base == other.base:
-                    shared = self.between(one, other)
+                    factors = np.outer(self.factor(one), self.factor(other))
+                    shared = factors * self.kernels[one.base]
                     kernel = kernel + shared + shared.T
         a, b = skip.kernel, branch.kernel
         ends = np.outer(a.diagonal(), b.diagonal())
@@ -298,12 +302,6 @@ class KernelStep:
         for norm in term.norms:
             factor = factor * self.norms[norm].factor
         return factor
-
-    def between(self, one: Term, other: Term) -> Array:
-        """E⟨one_i, other_j⟩/d (N, N): 0 for terms of two bases."""
-        if one.base != other.base:
-            return np.zeros_like(self.start.kernel)
-        return self.factor(one)[:, None] * self.kernels[one.base] * self.factor(other)[None, :]
 
 
 def state_of(v: KernelVector) -> State:
