@@ -87,8 +87,8 @@ def launch(launcher: Launcher, places: Sequence[Place]) -> None:
     try:
         launcher.launch([overrides_of(place) for place in places], places[0].job.number)
     except Exception as error:
-        # A job records its own errors, so this is the pool's: a worker died. Each launcher has a class of
-        # its own for that, and none says which job it was. The text goes into those jobs' records.
+        # A job records its own errors, so this is the pool's: a worker died. Each launcher has a class
+        # of its own for that, and none says which job it was. The text goes into those jobs' records.
         left = [place for place in places if not place.ended]
         started = [place for place in left if (place.folder / ".hydra").exists()]
         if len(places) == 1 or not started:
