@@ -59,4 +59,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    hidden = {"Any", "TYPE_CHECKING", "annotations"}  # imported for the types above
+    return sorted({*globals(), *__all__} - hidden)

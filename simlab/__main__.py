@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib.metadata import version
 
 COMMANDS = {
@@ -14,7 +15,17 @@ PACKAGES = {"simlab": "simlab", "torch": "torch", "numpy": "numpy", "hydra": "hy
 
 
 def main() -> None:
-    """Print them. No package is imported for its version: torch alone would take a second."""
+    """Print them. No package is imported for its version: torch alone would take a second.
+
+    ``--version`` prints simlab's alone. Anything else ends with one line and exit status 2.
+    """
+    if sys.argv[1:] == ["--version"]:
+        print(f"simlab {version('simlab')}")
+        return
+    if sys.argv[1:] not in ([], ["--help"], ["-h"]):
+        allowed = f"python -m simlab.COMMAND, COMMAND one of {', '.join(COMMANDS)}"
+        print(f"simlab: {' '.join(sys.argv[1:])}: allowed: {allowed}", file=sys.stderr)
+        raise SystemExit(2)
     print("How do activations grow with depth, and why?\n")
     for name, what in COMMANDS.items():
         print(f"  python -m simlab.{name:<8} {what}")

@@ -194,7 +194,8 @@ def test_commands_that_need_no_torch(tmp_path):
     """What there is, versions and the help, whose choices are conf/'s."""
     code = (
         "import runpy, sys\n"
-        "for given in ('simlab', 'simlab.run --version', 'simlab.sweep --version',\n"
+        "for given in ('simlab', 'simlab --version', 'simlab.run --version',\n"
+        "              'simlab.sweep --version',\n"
         "              'simlab.regress --version', 'simlab.run --help'):\n"
         "    sys.argv = given.split()\n"
         "    try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
@@ -207,7 +208,7 @@ def test_commands_that_need_no_torch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     commands, *versions, usage, _ = done.stdout.split("====\n")
-    assert versions == [f"simlab {simlab_version('simlab')}\n"] * 3
+    assert versions == [f"simlab {simlab_version('simlab')}\n"] * 4
     for part in ("run", "sweep", "regress"):
         assert f"python -m simlab.{part} " in commands
     for package in ("simlab", "torch", "numpy", "hydra", "Python"):
@@ -324,3 +325,16 @@ def test_sweep_names_equal_checkpoints(tmp_path, checkpoint, no_figures):
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "have the same" in line)
     assert line.startswith("Jobs 0, 2 have the same embedding and blocks (")
+
+
+def test_unknown_command(monkeypatch, capsys):
+    """``python -m simlab runn``: one line with the commands, exit status 2."""
+    import simlab.__main__
+
+    monkeypatch.setattr(sys, "argv", ["simlab", "runn"])
+    with pytest.raises(SystemExit) as ended:
+        simlab.__main__.main()
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert all(name in line for name in ("runn", "run", "sweep", "regress"))
