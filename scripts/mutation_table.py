@@ -35,7 +35,9 @@ from simlab.regress.law_gate import law
 SEEDS = 32  # recorded, and as many others
 MARKS = {True: "", False: "caught"}
 OF_A_STATE = ["norm", "mean_square", "mean", "mean_abs", "max_abs"]  # what parity compares
-NOT_STATISTICS = (*ROW_KEYS, "massive", "outside", *(law.column for law in LAWS.values()))
+NOT_STATISTICS = (
+    *ROW_KEYS, "max_token", "massive", "outside", *(law.column for law in LAWS.values())
+)  # fmt: skip
 
 
 @cache

@@ -53,7 +53,7 @@ def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFram
     """
     rows = [(name, seed, row) for name, seed, curve in measured for row in curve.rows]
     values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
-    frame = pd.DataFrame(values, columns=list(STATISTICS))
+    frame = pd.DataFrame(values, columns=list(STATISTICS)).astype({"max_token": np.int64})
     gradients = [row.gradient for *_, row in rows if row.gradient is not None]
     if gradients:
         values = torch.stack(gradients).cpu().to(torch.float64).numpy()

@@ -38,10 +38,21 @@ def test_spread_over_tokens():
         "mean_square_p95": np.percentile(v, 95),
         "mean_square_first": v[:, 0].mean(),
         "mean_square_rest": v[:, 1:].mean(),
+        "mean_square_max": v.max(),
+        "max_token": v.argmax(),
     }
     for name, truth in expected.items():
         assert value(name, Step(after=x)) == pytest.approx(truth, rel=1e-12), name
     assert np.isnan(value("mean_square_rest", Step(after=x[:, :1])))
+
+
+def test_alike_tokens_are_a_tie():
+    """Of tokens that differ by rounding the first is named; a larger one further back is not missed."""
+    x = torch.ones(3, 4, 8, dtype=torch.float64)
+    x[1:, 0] = 50 * torch.tensor([1, 1 + 1e-7], dtype=torch.float64)[:, None]
+    assert value("max_token", Step(after=x)) == 4
+    x[2, 3] = 50.1
+    assert value("max_token", Step(after=x)) == 11
 
 
 @pytest.mark.parametrize("d", [39, 40])
