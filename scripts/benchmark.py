@@ -199,6 +199,7 @@ def crossover(overrides: Sequence[str]) -> None:
         for tokens in (64, 256, 512, 1024, 1536):
             config = compose([*overrides, "depth=2", f"inputs.length={tokens}", "device=cpu"])
             ready = prepare(config)
+            ids = torch.from_numpy(ready.tokens)
             seconds: dict[str, float] = {}
             for _ in range(2):
                 for name, engine in ENGINE_WEIGHTS.items():
@@ -207,7 +208,7 @@ def crossover(overrides: Sequence[str]) -> None:
                     def work(weights: object = weights) -> object:
                         return measure_curves(
                             weights,  # type: ignore[arg-type]
-                            ready.tokens,  # noqa: B023
+                            ids,  # noqa: B023
                             ready.device,  # noqa: B023
                             torch.float32,
                             gradients,  # noqa: B023
@@ -236,12 +237,12 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
         shape = [f"width={width}", "heads=4", "kv_heads=4", f"d_ff={2 * width}", "vocab_size=500"]
         small = ["depth=2", "inputs.length=16", "device=cpu", "init.std=0.05", "init.truncate=3"]
         ready = prepare(compose([*shape, *small, *overrides]))
-        samples = []
+        ids, samples = torch.from_numpy(ready.tokens), []
         for engine in ENGINE_WEIGHTS.values():
             curves = []
             for seed in range(seeds):
                 weights = engine(ready.config.shape, ready.config.init, seed)
-                (m,) = measure_curves(weights, ready.tokens, ready.device, torch.float32, True)
+                (m,) = measure_curves(weights, ids, ready.device, torch.float32, True)
                 rows = [
                     torch.cat([r.values, r.gradient]) for r in m.rows[1:] if r.gradient is not None
                 ]
@@ -286,7 +287,7 @@ def dense(overrides: Sequence[str]) -> None:
     from simlab.model.describe import describe
 
     config = compose([*overrides, "seeds=1", "device=cpu", "engine=dense"])
-    tokens = prepare(config).tokens.numel()
+    tokens = prepare(config).tokens.size
     block = describe(config.shape)
     count = block.entries
     pairs = [(torch.randn(tokens, m.d_in), torch.randn(m.d_out, m.d_in)) for m in block.matrices]

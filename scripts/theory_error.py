@@ -68,7 +68,7 @@ def compare(overrides: Sequence[str], seeds: int) -> pd.DataFrame:
     config = compose([*overrides, f"seeds={seeds}", "engine=weightless", "gradients=true"])
     ready = prepare(config)
     start = time.perf_counter()
-    prediction = predict(config.shape, config.init, ready.tokens.numpy(), gradients=True)
+    prediction = predict(config.shape, config.init, ready.tokens, gradients=True)
     took = time.perf_counter() - start
     curve = run(config).curve
     grouped = curve.groupby(["sublayer", "kind"], sort=False)

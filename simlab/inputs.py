@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from simlab.config import ConfigError, InputsConfig, nearest
 
@@ -20,8 +19,10 @@ TEXT_BATCH, TEXT_LENGTH = 4, 256  # of inputs=text where the user gives none
 TOKENIZER_LIMIT = 256 << 20  # bytes
 BYTES_PER_TOKEN = 64  # bytes of a file that are read per token asked for: tokens are shorter
 
+Ids = NDArray[np.int64]  # (batch, length)
 
-def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tensor:
+
+def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Ids:
     """The token batch, (batch, length) int64, the same for every curve of a run.
 
     vocab_size: ids are below it. seed: draws random and Zipf ids. tokenizer: a tokenizer.json,
@@ -37,10 +38,10 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     shape = (inputs.batch, inputs.length)
     if inputs.kind == "random":
-        return torch.from_numpy(generator.integers(vocab_size, size=shape))
+        return generator.integers(vocab_size, size=shape)
     assert inputs.exponent is not None
     weights = np.arange(1, vocab_size + 1, dtype=np.float64) ** -inputs.exponent
-    return torch.from_numpy(generator.choice(vocab_size, size=shape, p=weights / weights.sum()))
+    return generator.choice(vocab_size, size=shape, p=weights / weights.sum())
 
 
 def _load(path: Path) -> Tokenizer:
@@ -71,7 +72,7 @@ def _encode(path: Path, text: str) -> list[int]:
         raise ConfigError(f"{path}: the tokenizer can't encode the text ({error})") from error
 
 
-def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tensor:
+def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
     batch, length = inputs.batch or TEXT_BATCH, inputs.length or TEXT_LENGTH
     data = _bytes(inputs, BYTES_PER_TOKEN * batch * length)
     if tokenizer is None:
@@ -94,7 +95,7 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tens
         raise ConfigError(
             f"vocab_size={vocab_size}: the text has the id {max(ids)}; ids must be below vocab_size"
         )
-    return torch.tensor(ids).view(batch, length)
+    return np.array(ids, np.int64).reshape(batch, length)
 
 
 def _bytes(inputs: InputsConfig, most: int) -> bytes:

@@ -31,6 +31,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from simlab.config import ConfigError, RunConfig, validate
+from simlab.experiment import prepare
 from simlab.sweep.plan import Composer
 
 PARITY = {"rtol": 1e-5, "atol": 1e-5}
@@ -72,6 +73,11 @@ def tiny(*overrides: str) -> RunConfig:
     """A model of three small blocks with grouped heads, dense; overrides come on top."""
     given = [*SHAPE, *INPUTS, "device=cpu", "engine=dense", "seeds=1", *overrides]
     return validate.read(composer(validate.CONF_DIR).compose(given))
+
+
+def ids_of(config: RunConfig) -> torch.Tensor:
+    """The token ids of a run (B, T)."""
+    return torch.from_numpy(prepare(config).tokens)
 
 
 def simlab(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:

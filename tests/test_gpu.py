@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import STANDARD_ERRORS, tiny
+from conftest import STANDARD_ERRORS, ids_of, tiny
 from safetensors.torch import save_file
 
 import simlab
@@ -102,7 +102,7 @@ def test_weightless_curves_are_the_cpus(overrides):
 
 def test_dense_gradients_match_autograd_on_the_gpu():
     config = tiny("device=cuda", "gradients=true", "init.std=0.1")
-    model, ids = build_model(config), prepare(config).tokens.cuda()
+    model, ids = build_model(config), ids_of(config).cuda()
     x = model.embedding(ids).detach().requires_grad_()
     out = x
     for block in model.blocks:
@@ -183,7 +183,7 @@ def test_gpu_checkpoint_weights(tmp_path):
 def test_the_probe_of_a_model_on_the_gpu():
     """The rows that the engine gives for the same weights, block by block."""
     config = tiny("device=cuda", "init.std=0.1")
-    rows = simlab.probe(build_model(config), prepare(config).tokens.cuda()).rows()
+    rows = simlab.probe(build_model(config), ids_of(config).cuda()).rows()
     expected = run(config).curve
     for column in ("mean_square", "branch_mean_square", "cosine", "attention_entropy", "kurtosis"):
         np.testing.assert_allclose(rows[column], expected[column], rtol=1e-4, err_msg=column)

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from simlab.budget.cost import choose, seconds
 from simlab.budget.cost import curves_to_measure as costs_of
 from simlab.budget.memory import INTERPRETER, needed, refuse
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
-from simlab.inputs import make_tokens
+from simlab.inputs import Ids, make_tokens
 from simlab.measurement.engine import resolve_device
 from simlab.model.transformer import Transformer, parameter_count
 from simlab.weights.base import Weights, materialise_model
@@ -30,7 +29,7 @@ class Prepared:
     """
 
     config: RunConfig
-    tokens: Tensor
+    tokens: Ids
     checkpoint: Checkpoint | None
     device: torch.device
     reason: str
@@ -43,7 +42,7 @@ class Prepared:
     @property
     def entries(self) -> int:
         """Numbers in the residual stream of one curve: tokens × width."""
-        return self.tokens.numel() * self.config.shape.width
+        return self.tokens.size * self.config.shape.width
 
     @property
     def unit(self) -> str:
@@ -89,7 +88,7 @@ def open_checkpoint(source: SourceConfig) -> Checkpoint:
 
 def prepare(
     config: RunConfig,
-    tokens_of: Callable[..., Tensor] = make_tokens,
+    tokens_of: Callable[..., Ids] = make_tokens,
     device: torch.device | None = None,
 ) -> Prepared:
     """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError.
@@ -114,7 +113,7 @@ def prepare(
     if not config.seeds:
         engine, reason = "dense", "a checkpoint has its weights"
     elif engine == "auto":
-        engine, times = choose(config.shape, tokens.numel(), config.gradients, device.type)
+        engine, times = choose(config.shape, tokens.size, config.gradients, device.type)
         size = f"{times:.1f}" if times < 10 else f"{times:.0f}"
         other = "weightless" if engine == "dense" else "dense"
         reason = f"auto: by estimate {size}× cheaper than {other}"

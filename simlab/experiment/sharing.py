@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from simlab.budget.cost import curves_to_measure
@@ -70,7 +71,7 @@ def is_prefix(shallow: Prepared, deep: Prepared) -> bool:
     return (
         not (one.source.stored or one.gradients)
         and without_depth(one) == without_depth(other)
-        and torch.equal(shallow.tokens, deep.tokens)
+        and np.array_equal(shallow.tokens, deep.tokens)
         and begins(one.shape, other.shape, one.init)
         and _threads(one) == _threads(other)
     )

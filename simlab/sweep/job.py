@@ -24,9 +24,8 @@ from simlab.store import SUMMARY, Results, link, result_key, write_csv, write_js
 from simlab.sweep.gpu_lock import own_gpu
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from simlab.experiment import MeasuredCurves, Prepared, RunResult
+    from simlab.inputs import Ids
 
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
@@ -159,7 +158,7 @@ def key_of(ready: Prepared) -> str:
     A checkpoint's weight hash leaves out the head, which gradients and weights.csv read: with these the
     key also knows its files' sizes and times.
     """
-    inputs = ready.tokens.numpy().tobytes()
+    inputs = ready.tokens.tobytes()
     source = ready.config.source
     if ready.checkpoint and (ready.config.gradients or source.weights):
         top = ready.checkpoint.folder
@@ -181,7 +180,7 @@ def sweep_job(
     folder: Path,
     keep: KeepConfig,
     on_block: Callable[[], None] = lambda: None,
-    tokens_of: Callable[..., Tensor] | None = None,
+    tokens_of: Callable[..., Ids] | None = None,
     curves_of: Callable[..., MeasuredCurves] | None = None,
 ) -> None:
     """One job of a sweep: its result in its folder, and how it ended in RECORD.

@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import placed, tiny
+from conftest import ids_of, placed, tiny
 
 from simlab import build_model
 from simlab.analysis.exponents import exponents, per_block
-from simlab.experiment import prepare, run
+from simlab.experiment import run
 
 
 def by_hand(config):
     """‖⟨x⟩‖ and ⟨‖x‖⟩ after every block of the whole model, and of the loss's gradient there."""
-    model, ids = build_model(config), prepare(config).tokens
+    model, ids = build_model(config), ids_of(config)
     x, ends = model.embedding(ids).detach().requires_grad_(), []
     for block in model.blocks:
         x = block(x)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import train_demo
-from conftest import assert_parity, in_process
+from conftest import assert_parity, ids_of, in_process
 from safetensors.torch import load_file
 
 from simlab import build_model, compose
@@ -78,7 +78,7 @@ def test_transformers_computes_the_same():
         folder(step), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     assert type(theirs).__name__ == "Olmo2ForCausalLM"
-    ids = prepare(demo(step)).tokens[:, :100]
+    ids = ids_of(demo(step))[:, :100]
     with torch.no_grad():
         assert_parity(build_model(demo(step))(ids), theirs(ids).logits, step)
 
@@ -103,7 +103,7 @@ def test_demo_loss_falls_with_its_steps():
     bytes, and nothing of what comes before one, would be at 3.10: the final one is below half of it.
     """
     chance = math.log(256)
-    ids = prepare(demo("final")).tokens
+    ids = ids_of(demo("final"))
     losses = []
     for step in DEMO_STEPS:
         with torch.no_grad():

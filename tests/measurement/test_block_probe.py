@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import PARITY, placed, tiny
+from conftest import PARITY, ids_of, placed, tiny
 from probed import hooks, values
 
 from simlab import build_model
-from simlab.experiment import prepare, run
+from simlab.experiment import run
 from simlab.measurement.block_probe import Probe
 from simlab.measurement.statistics import STATISTICS
 from simlab.model.placement import ResidualStep
@@ -70,7 +70,7 @@ def by_hand(config, ids):
 def test_curve_against_plain_hooks(placement):
     config = tiny(*placed(placement), "init.std=0.1", "inputs.batch=5")
     frame = run(config).curve
-    expected = by_hand(config, prepare(config).tokens)
+    expected = by_hand(config, ids_of(config))
     assert frame["kind"].tolist() == expected["kind"].tolist()
     for column in expected.columns.drop("kind"):
         torch.testing.assert_close(

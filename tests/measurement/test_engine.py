@@ -5,12 +5,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, tiny
+from conftest import PARITY, ids_of, tiny
 
 from simlab import build_model
 from simlab.budget.trace import Counter
 from simlab.config import ConfigError
-from simlab.experiment import prepare, run
+from simlab.experiment import run
 from simlab.measurement.engine import measure_curves, resolve_device
 from simlab.weights.base import Weights
 from simlab.weights.dense import RandomWeights
@@ -84,7 +84,7 @@ def test_overflow_ends_the_curve():
         model = build_model(
             tiny("dtype=float16", "norm=none", "init.std=3", "depth=6"), seed=row["seed"]
         )
-        x = model.embedding(prepare(result.config).tokens)
+        x = model.embedding(ids_of(result.config))
         first = None
         for sublayer, step in enumerate((s for b in model.blocks for _, s in b.steps()), start=1):
             x = step(x)
@@ -97,7 +97,7 @@ def test_squares_beyond_float32_are_measured():
     """The stream passes 1e20 before anything in it overflows; the statistics are in float64."""
     config = tiny("norm=none", "init=fan_in", "init.truncate=null", "depth=20")
     frame = run(config).curve
-    x = build_model(config).embedding(prepare(config).tokens)
+    x = build_model(config).embedding(ids_of(config))
     expected = []
     for step in (s for b in build_model(config).blocks for _, s in b.steps()):
         expected.append(x.detach().double().pow(2).mean().item())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import placed, tiny, write_olmo
+from conftest import ids_of, placed, tiny, write_olmo
 
 from simlab import build_model
 from simlab.checkpoints.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def test_dense_gradients_match_autograd(case, monkeypatch):
     monkeypatch.setattr("simlab.weights.base.COLUMNS_AT_ONCE", 40)
     config = tiny(*case, "init.std=0.1", "inputs.batch=5", "gradients=true")
     result = run(config)
-    loss, streams, gradients = by_autograd(build_model(config), prepare(config).tokens)
+    loss, streams, gradients = by_autograd(build_model(config), ids_of(config))
     assert result.summary["loss"]["random"]["value"] == pytest.approx(loss.item(), rel=1e-6)
     for column, truth in expected(streams, gradients).items():
         agree(column, result.curve[column], truth)

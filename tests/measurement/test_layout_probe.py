@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import tiny
+from conftest import ids_of, tiny
 from probed import (
     GPT2,
     IDS,
@@ -22,7 +22,6 @@ from probed import (
 from torch import nn
 
 from simlab import ConfigError, Layout, Sublayer, build_model, probe
-from simlab.experiment import prepare
 from simlab.measurement.layout import KNOWN, PERI, PRE, REORDERED
 from simlab.measurement.layout_probe import identify_norm
 
@@ -72,7 +71,7 @@ def test_own_model_through_a_layout():
         Sublayer(kind, f"{kind}.sublayer", f"{kind}.norm_out", after, f"{kind}.norm_out")
         for kind, after in names
     ))  # fmt: skip
-    model, ids = build_model(config), prepare(config).tokens
+    model, ids = build_model(config), ids_of(config)
     assert_same(
         probe(model, ids, layout=layout).rows(),
         probe(model, ids).rows(),

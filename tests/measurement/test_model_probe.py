@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import PARITY, placed, tiny, write_olmo
+from conftest import PARITY, ids_of, placed, tiny, write_olmo
 from probed import (
     GPT2,
     IDS,
@@ -28,7 +28,7 @@ from probed import (
 from torch import nn
 
 from simlab import ConfigError, Layout, build_model, compose, probe
-from simlab.experiment import prepare, run
+from simlab.experiment import run
 from simlab.schemes.placement import PLACEMENTS
 
 
@@ -90,7 +90,7 @@ def test_olmo2_rows_match_the_engine(tmp_path):
          "inputs.length=11", "device=cpu"]
     )  # fmt: skip
     engine = run(config).curve
-    frame = probe(model, prepare(config).tokens).rows()
+    frame = probe(model, ids_of(config)).rows()
     assert set(engine.columns) - set(frame.columns) == {"outside"}
     columns = [c for c in frame.columns if c not in ("curve", "kind", "attention_max_logit")]
     assert_same(frame, engine, columns)
@@ -100,7 +100,7 @@ def test_olmo2_rows_match_the_engine(tmp_path):
 def test_own_model_rows_match_the_engine(placement):
     config = tiny(*placed(placement), "init.std=0.1")
     engine = run(config).curve
-    ids = prepare(config).tokens
+    ids = ids_of(config)
     model = build_model(config)
     frame = probe(model, ids, curve="random").rows()
     pd.testing.assert_frame_equal(frame, engine, check_exact=True)

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import STANDARD_ERRORS, placed, tiny
+from conftest import STANDARD_ERRORS, ids_of, placed, tiny
 
 from simlab.experiment import prepare, run
 from simlab.schemes.placement import PLACEMENTS, Scheme
@@ -27,7 +27,7 @@ OWN = {
 
 
 def theory(config, **options):
-    tokens = prepare(config).tokens.numpy()
+    tokens = prepare(config).tokens
     return predict(config.shape, config.init, tokens, **options).rows
 
 
@@ -173,7 +173,7 @@ def test_a_new_placement_has_its_theory(monkeypatch):
     """From its formula alone, run here on kernels and by independent dense models below."""
     monkeypatch.setitem(PLACEMENTS, "pre", Halves)
     config = tiny(*SHAPE, "norm=pre", "init=fan_in", "norm.eps=1e-5", "init.truncate=null")
-    tokens = torch.from_numpy(prepare(config).tokens.numpy())
+    tokens = ids_of(config)
 
     def formula(x, F, norm):
         normed = norm(x)
@@ -312,7 +312,7 @@ def test_attention_oracles():
 def test_a_curve_that_explodes_ends():
     """Without norms at fan-in the mean of seeds is soon one seed's; not under a norm, or at 0.02."""
     config = tiny(*SHAPE, "norm=none", "init=fan_in", "depth=10")
-    tokens = prepare(config).tokens.numpy()
+    tokens = prepare(config).tokens
     prediction = predict(config.shape, config.init, tokens, gradients=True)
     assert "seeds differ by more than 25% of their mean" in prediction.ends
     assert 3 < len(prediction.rows) < 12
@@ -326,7 +326,7 @@ def test_a_curve_that_explodes_ends():
 def test_tied_head_refuses_gradient():
     """With an embedding of std 1 (init=llama) the own token's logit is d above the others."""
     config = tiny(*SHAPE, "model.tied=true", "norm=lns", "init=llama")
-    tokens = prepare(config).tokens.numpy()
+    tokens = prepare(config).tokens
     prediction = predict(config.shape, config.init, tokens, gradients=True)
     assert "predict themselves" in prediction.no_gradient
     assert np.isnan(column(prediction.rows, "gradient_rms")).all()
@@ -335,7 +335,7 @@ def test_tied_head_refuses_gradient():
 
 def test_too_many_tokens_are_refused():
     config = tiny("inputs.batch=2", "inputs.length=300")
-    tokens = prepare(config).tokens.numpy()
+    tokens = prepare(config).tokens
     assert "this one has 600" in unpredictable(config.shape, tokens)
     with pytest.raises(ValueError, match="this one has 600"):
         predict(config.shape, config.init, tokens)
@@ -344,7 +344,7 @@ def test_too_many_tokens_are_refused():
 def test_an_mlp_without_a_unit_is_refused():
     config = tiny()
     model = replace(config.shape, mlp="squared_relu")
-    assert "model.mlp=squared_relu" in unpredictable(model, prepare(config).tokens.numpy())
+    assert "model.mlp=squared_relu" in unpredictable(model, prepare(config).tokens)
 
 
 def test_the_same_numbers_every_time():
