@@ -289,23 +289,21 @@ class AttentionBranch:
         """0: averaging passes on the input's deviation of few pairs only."""
         return np.zeros_like(self.kernel)
 
-    def variance(self, functionals: Any) -> Array:
-        """Between heads: Var_h⟨A, aĤaᵀ⟩/H."""
-        count = len(self.kernels)
+    def covariance(self, functionals: Any) -> Array:
+        """Between heads: Cov_h(⟨A, aĤaᵀ⟩, ⟨A', aĤaᵀ⟩)/H."""
+        count, scale = len(self.kernels), self.attention.scale
         each = functionals.reshape(len(functionals), -1) @ self.kernels.reshape(count, -1).T
-        between: Array = self.attention.scale**2 * each.var(1, ddof=1, dtype=np.float64)
-        return between / self.attention.context.model.heads
+        return scale**2 * np.atleast_2d(np.cov(each)) / self.attention.context.model.heads
 
     def pull(self, functionals: Any) -> Any:
         """āᵀAā, and on the diagonal Σ_i A_ii·Var(a_ij)."""
         rows, tokens, _ = functionals.shape
-        turned = self.mean.swapaxes(-1, -2).astype(functionals.dtype)
-        out = _sandwich_many(turned, functionals)
+        out = _sandwich_many(self.mean.swapaxes(-1, -2), functionals)
         diagonal = functionals.diagonal(axis1=1, axis2=2).reshape(rows, self.batch, -1)
         spread = np.einsum("rbi,bij->rbj", diagonal, self.second - self.mean**2)
         index = np.arange(tokens)
         out[:, index, index] += spread.reshape(rows, tokens)
-        return functionals.dtype.type(self.attention.scale) * out
+        return self.attention.scale * out
 
     def pull_gradient(self, gradient: Array) -> Array:
         """Through drawn heads, fresh ones: dv = aᵀdo, dl = a∘(do·vᵀ − row sums), dq, dk."""

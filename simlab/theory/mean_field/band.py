@@ -3,8 +3,12 @@
 A functional ⟨A, K̂⟩ of the stream's Gram matrix after some step, A = I/N for the mean square, is pulled
 back step by step, through the record of the scheme's formula (``kernels``). On its way it collects the
 variance of every fresh matrix: of the cross terms x·b/d, 4 tr(A_x·B·A_xᵀ·K)/d, of the last matrix,
-2 tr(ABAB)/d, and of the sublayer's own parts. This is the adjoint of the linearised recursion:
-deterministic, O(rows · steps · N³). docs/theory.md derives it.
+2 tr(ABAB)/d, and of the sublayer's own parts. This is the adjoint of the linearised recursion, and
+deterministic. docs/theory.md derives it.
+
+All rows' functionals are pulled back together. They span few dimensions, since a stream that is added
+to hardly changes what it is asked: kept are a basis E (J, N, N) and each row's coefficients c (R, J).
+A step's variance is a quadratic form, so it takes a matrix (J, J) over the basis, and row r has cᵀQc.
 """
 
 from __future__ import annotations
@@ -16,38 +20,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import KernelStep, Term
+from simlab.theory.mean_field.kernels import TINY, KernelStep, State, Term
 
-# Of functionals: half of the time. Right after a norm of the stream, where only eps lets the mean
-# square vary at all, float32's rounding is some 10 % of the band.
-FLOAT = np.float32
-
+# Of a row's functional, in units of its std: what leaving out directions of the basis may change.
+CUT = 1e-5
 
 Terms = tuple[Term, ...]
 
 
 def add_diagonal(functionals: Any, diagonal: Any) -> None:
-    """Add (R, N) to the diagonals of (R, N, N), in place."""
+    """Add (J, N) to the diagonals of (J, N, N), in place."""
     places = np.arange(diagonal.shape[-1])
     functionals[:, places, places] += diagonal
 
 
-def times(functionals: Any, kernel: Array) -> Any:
+def products(functionals: Any, kernel: Array) -> Any:
     """A·K of every functional, as one product of matrices."""
-    flat = functionals.reshape(-1, len(kernel)) @ kernel.astype(FLOAT)
-    return flat.reshape(functionals.shape)
+    return (functionals.reshape(-1, len(kernel)) @ kernel).reshape(functionals.shape)
+
+
+def traces(left: Any, right: Any) -> Array:
+    """tr(L_i·R_jᵀ) (J, J) of all pairs of two stacks (J, N, N)."""
+    out: Array = left.reshape(len(left), -1) @ right.reshape(len(right), -1).T
+    return out
 
 
 class Pullback:
-    """Pulls functionals (R, N, N) of a step's output back to its input, and adds up their variance.
+    """Pulls functionals (J, N, N) of a step's output back to its input, and adds up their covariance.
 
     own: functionals of a base's Gram matrix. pairs: of two bases' cross Gram matrix, which the
-    symmetric functional has twice. logs: derivatives in the logarithms of a norm's factors (R, N).
+    symmetric functional has twice. logs: derivatives in the logarithms of a norm's factors (J, N).
     """
 
     def __init__(self, step: KernelStep, out: Terms, functionals: Any) -> None:
         self.step = step
-        self.variance = np.zeros(len(functionals))
+        self.covariance = np.zeros((len(functionals), len(functionals)))
         self.own: dict[int, Any] = {}
         self.pairs: dict[tuple[int, int], Any] = {}
         self.logs: defaultdict[int, Any] = defaultdict(int)
@@ -63,7 +70,7 @@ class Pullback:
 
     def _terms(self, terms: Terms, functionals: Any) -> None:
         """From a vector's Gram matrix to the bases', and to the factors of its norms."""
-        factors = [self.step.factor(term).astype(FLOAT) for term in terms]
+        factors = [self.step.factor(term) for term in terms]
         for i, one in enumerate(terms):
             for j, other in enumerate(terms):
                 if one.base > other.base:
@@ -74,7 +81,7 @@ class Pullback:
                     self.pairs[key] = self.pairs[key] + scaled if key in self.pairs else scaled
                     continue
                 if one.norms:
-                    kernel = self.step.kernels[one.base].astype(FLOAT)
+                    kernel = self.step.kernels[one.base]
                     moved = 2 * np.einsum("rij,ij->ri", scaled, kernel)
                     for norm in one.norms:
                         self.logs[norm] = self.logs[norm] + moved
@@ -87,8 +94,8 @@ class Pullback:
         if moved is None:
             return
         norm = self.step.norms[index]
-        rate = (-0.5 * self.step.moment / norm.divisor).astype(FLOAT)
-        diagonal = np.zeros((*moved.shape, moved.shape[-1]), FLOAT)
+        rate = -0.5 * self.step.moment / norm.divisor
+        diagonal = np.zeros((*moved.shape, moved.shape[-1]))
         add_diagonal(diagonal, moved * rate)
         self._terms(norm.terms, diagonal)
 
@@ -99,17 +106,40 @@ class Pullback:
         for earlier in range(index):
             cross = self.pairs.pop((earlier, index), None)
             if cross is not None:
-                left = np.matmul(kernels[earlier].astype(FLOAT), cross)
-                self.variance += (
-                    4 / width * np.einsum("rij,rij->r", left, times(cross, branch.kernel))
-                )
+                left, right = kernels[earlier] @ cross, products(cross, branch.kernel)
+                self.covariance += 4 / width * traces(left, right)
         functionals = self.own.pop(index, None)
         if functionals is None:
             return
-        product = times(functionals, branch.kernel)
-        wishart = 2 * np.einsum("rij,rji->r", product, product)
-        self.variance += wishart * (1 / width + 1 / branch.units) + branch.variance(functionals)
+        product = products(functionals, branch.kernel)
+        wishart = 2 * traces(product, product.swapaxes(1, 2))
+        self.covariance += wishart * (1 / width + 1 / branch.units)
+        self.covariance += branch.covariance(functionals)
         self._terms(terms, branch.pull(functionals))
+
+
+def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
+    """Coefficients (R, J') and a basis (J', N, N) of no more directions than the rows need.
+
+    A direction counts by what it says of K̂, so entries are weighed by their std between seeds. By
+    singular values of the rows, each of size 1; what is left out is at most CUT of a row.
+    """
+    spread = state.cross + np.abs(state.square)
+    np.fill_diagonal(spread, state.square.diagonal())
+    weighed = (basis * np.sqrt(spread)).reshape(len(basis), -1)
+    lengths = np.maximum(np.linalg.norm(weighed, axis=1), TINY)
+    weighed /= lengths[:, None]
+    values, vectors = np.linalg.eigh(weighed @ weighed.T)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    rows = coefficients * lengths @ root  # in an orthonormal basis
+    sizes = np.maximum(np.linalg.norm(rows, axis=1), TINY)
+    _, singular, directions = np.linalg.svd(rows / sizes[:, None], full_matrices=False)
+    left_out = np.sqrt(np.cumsum(singular[::-1] ** 2)[::-1])
+    kept = directions[: max(1, int((left_out > CUT).sum()))]
+    if len(kept) >= len(basis):
+        return coefficients, basis
+    back = kept @ np.linalg.pinv(root, rcond=1e-7) / lengths
+    return rows @ kept.T, np.tensordot(back, basis, 1)
 
 
 def band(
@@ -120,19 +150,22 @@ def band(
     start: the embedding's kernel (N, N). ids (N,). fourth: (κ − 3)·σ⁴ of an embedding's entries, κ
     their kurtosis.
     """
-    tokens = len(start)
-    row = np.eye(tokens, dtype=FLOAT)[None] / FLOAT(tokens)
-    functionals, variance = np.zeros((0, tokens, tokens), FLOAT), np.zeros(0)
+    tokens, rows = len(start), len(steps) + 1
+    mean_square = np.eye(tokens)[None] / tokens
     width = steps[0][0].width
-    for step, out in reversed(steps):
-        functionals, variance = np.concatenate([functionals, row]), np.append(variance, 0.0)
-        pulled = Pullback(step, out, functionals)
-        functionals, variance = pulled.functionals, variance + pulled.variance
-    functionals, variance = np.concatenate([functionals, row]), np.append(variance, 0.0)
-    product = times(functionals, start)
-    variance = variance + 2 * np.einsum("rij,rji->r", product, product) / width
+    basis, coefficients, variance = mean_square, np.ones((1, 1)), np.zeros(rows)
+    for taken, (step, out) in enumerate(reversed(steps), 1):
+        pulled = Pullback(step, out, basis)
+        variance[:taken] += ((coefficients @ pulled.covariance) * coefficients).sum(1)
+        basis = np.concatenate([pulled.functionals, mean_square])
+        grown = np.zeros((taken + 1, len(basis)))
+        grown[:-1, :-1], grown[-1, -1] = coefficients, 1.0
+        coefficients, basis = reduced(grown, basis, step.start)
+    functionals = np.tensordot(coefficients, basis, 1)
+    product = products(functionals, start)
+    variance += 2 * np.einsum("rij,rji->r", product, product) / width
     for token in np.unique(ids):  # a truncated embedding's kurtosis is below 3
         same = np.flatnonzero(ids == token)
         sums = functionals[:, same][:, :, same].sum((1, 2))
-        variance = variance + fourth / width * sums**2
+        variance += fourth / width * sums**2
     return np.sqrt(np.maximum(variance, 0))[::-1]

@@ -102,12 +102,12 @@ class Branch(Protocol):
         """dB_ij/dρ_ij (N, N)."""
         ...
 
-    def variance(self, functionals: Any) -> Array:
-        """Var⟨A, B̂⟩ (R,) given the input, beyond the 2 tr(ABAB)/units of Gaussian units."""
+    def covariance(self, functionals: Any) -> Array:
+        """Cov(⟨A_i, B̂⟩, ⟨A_j, B̂⟩) (J, J) given the input, beyond Gaussian units' 2 tr(ABAB)/units."""
         ...
 
     def pull(self, functionals: Any) -> Any:
-        """Symmetric functionals (R, N, N) of the input's Gram matrix, to which A reduces linearly."""
+        """Symmetric functionals (J, N, N) of the input's Gram matrix, to which A reduces linearly."""
         ...
 
     def pull_gradient(self, gradient: Array) -> Array:

@@ -130,11 +130,11 @@ class MLPBranch:
         """Var(B̂_ij) of F units: Wishart's."""
         return (outer_square(self.kernel) + self.kernel**2) / self.units
 
-    def variance(self, functionals: Any) -> Array:
+    def covariance(self, functionals: Any) -> Array:
         """On the diagonal the units' own fourth moments, in place of Gaussian units'."""
         diagonal = functionals.diagonal(axis1=1, axis2=2)
         own = self.square - 2 * self.kernel**2 / self.units
-        out: Array = ((diagonal @ own) * diagonal).sum(-1)
+        out: Array = diagonal @ own @ diagonal.T
         return out
 
     def pull(self, functionals: Any) -> Any:
@@ -142,7 +142,7 @@ class MLPBranch:
         h = np.maximum(self.input.diagonal(), TINY)
         slope = self.slope / np.sqrt(np.outer(h, h))
         np.fill_diagonal(slope, 0.0)
-        out = functionals * slope.astype(functionals.dtype)
+        out = functionals * slope
         diagonal = -np.einsum("rij,ij->ri", out, self.input) / h
         if self.lean is not None:
             # B_ij goes with √(B_iiB_jj): half of each token's response on either side.
