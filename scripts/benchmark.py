@@ -209,7 +209,7 @@ def crossover(overrides: Sequence[str]) -> None:
                         return measure_curves(
                             weights,  # type: ignore[arg-type]
                             ids,  # noqa: B023
-                            ready.device,  # noqa: B023
+                            torch.device("cpu"),
                             torch.float32,
                             gradients,  # noqa: B023
                         )
@@ -242,7 +242,7 @@ def truncation(overrides: Sequence[str], seeds: int = 1000) -> None:
             curves = []
             for seed in range(seeds):
                 weights = engine(ready.config.shape, ready.config.init, seed)
-                (m,) = measure_curves(weights, ids, ready.device, torch.float32, True)
+                (m,) = measure_curves(weights, ids, torch.device("cpu"), torch.float32, True)
                 rows = [
                     torch.cat([r.values, r.gradient]) for r in m.rows[1:] if r.gradient is not None
                 ]

@@ -157,6 +157,11 @@ class RunConfig:
             raise ConfigError("the checkpoint's shape has not been read yet")
         return self.model
 
+    @property
+    def measures(self) -> bool:
+        """True if the run measures anything: ``engine=theory`` of random inits alone doesn't."""
+        return self.source.stored or self.engine != "theory"
+
 
 @dataclass(frozen=True)
 class KeepConfig:

@@ -24,10 +24,10 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
     Weightless seeds are measured several at a time, as one batch (``weights.weightless.together``).
     """
     config, dtype = ready.config, getattr(torch, ready.config.dtype)
-    ids = torch.from_numpy(ready.tokens)
+    ids, device = torch.from_numpy(ready.tokens), torch.device(config.device)
 
     def measured(weights: Weights) -> list[Measured]:
-        return measure_curves(weights, ids, ready.device, dtype, config.gradients, on_block)
+        return measure_curves(weights, ids, device, dtype, config.gradients, on_block)
 
     curves: MeasuredCurves = []
     if ready.checkpoint:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from simlab.budget.cost import curves_to_measure
 from simlab.config import RunConfig
-from simlab.experiment.batches import MeasuredCurves, measured_curves
 from simlab.experiment.prepare import Prepared
-from simlab.weights.prefix import begins
+
+if TYPE_CHECKING:
+    from simlab.experiment.batches import MeasuredCurves
 
 
 def sharing_groups(configs: Sequence[RunConfig]) -> list[list[int]]:
@@ -56,6 +56,8 @@ class SharedCurves:
             if is_prefix(ready, deep):
                 depth = ready.config.shape.depth
                 return [(name, seed, curve.first(depth)) for name, seed, curve in curves]
+        from simlab.experiment.batches import measured_curves  # late: it needs torch
+
         curves = measured_curves(ready, on_block)
         self.measured.append((ready, curves))
         return curves
@@ -67,6 +69,8 @@ def is_prefix(shallow: Prepared, deep: Prepared) -> bool:
     True for random inits that differ in depth alone and begin with the same layers, measured on as many
     threads. Gradients come from a model's end, so they are never shared.
     """
+    from simlab.weights.prefix import begins
+
     one, other = shallow.config, deep.config
     return (
         not (one.source.stored or one.gradients)
@@ -78,4 +82,8 @@ def is_prefix(shallow: Prepared, deep: Prepared) -> bool:
 
 
 def _threads(config: RunConfig) -> list[int]:
+    import torch
+
+    from simlab.budget.cost import curves_to_measure
+
     return [cost.computing for cost in curves_to_measure(config, torch.get_num_threads())]

@@ -6,7 +6,7 @@ import functools
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,13 @@ from simlab.analysis.compare import departure, sentences
 from simlab.analysis.exponents import exponents
 from simlab.analysis.resampling import Estimate, resample
 from simlab.analysis.verdict import Verdict
-from simlab.experiment.batches import MeasuredCurves
 from simlab.experiment.prepare import Prepared
-from simlab.measurement.frame import Cuts
 from simlab.schemes.init import Gaussian, distribution
 from simlab.store import config_hash
+
+if TYPE_CHECKING:
+    from simlab.experiment.batches import MeasuredCurves
+    from simlab.measurement.frame import Cuts
 
 
 def summarise(
@@ -37,7 +39,7 @@ def summarise(
         "engine": config.engine if config.seeds else "dense",
         "engines": ready.engines,
         "engine_reason": ready.reason,
-        "device": str(ready.device),
+        "device": config.device,
         "dtype": config.dtype,
         "versions": versions(),
         "parameters": ready.parameters,

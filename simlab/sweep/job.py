@@ -113,7 +113,7 @@ def run_job(config: RunConfig, folder: Path) -> None:
     from simlab.report import console, progress
 
     STARTED.setdefault(folder, run_files(folder))
-    with own_gpu(config.device):
+    with own_gpu(config.device if config.measures else "cpu"):
         ready = experiment.prepare(config)
         console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
         with progress.block_bar(ready.blocks) as advance:
@@ -198,7 +198,7 @@ def sweep_job(
     with nothing_left_behind({folder: {}}):
         try:
             clear(folder)
-            with own_gpu(config.device):
+            with own_gpu(config.device if config.measures else "cpu"):
                 ready = experiment.prepare(config, tokens_of or make_tokens)
                 key = key_of(ready)  # before its files are read, which may change meanwhile
                 stored = find_result(key, ready, results) if keep.resume else None

@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from simlab import store
-from simlab.config import ConfigError
+from simlab.config import ConfigError, RunConfig
 from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
 from simlab.sweep import job, launch
@@ -120,32 +120,32 @@ class Sweep:
 
     def look(self, planned: SweepPlan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
-        import torch
-
-        from simlab.budget.memory import INTERPRETER, refuse
         from simlab.experiment import prepare
-        from simlab.measurement.engine import resolve_device
 
         results = store.Results(Path(self.keep.results))
-        share = launch.at_once(self.launcher)
         local = self.in_process or launch.is_local(self.launcher)
-        interpreter = 0 if self.in_process else INTERPRETER  # of each process that is started
         for each in planned.jobs:
-            # On a cluster ``auto`` may become cpu or cuda: a stored result of either will do.
-            names = ["cpu", "cuda"] if each.config.device == "auto" else [each.config.device]
-            devices = [resolve_device(each.config.device)] if local else map(torch.device, names)
-            for device in devices:
+            for device in possible_devices(each.config, local):
                 ready = prepare(each.config, self.tokens_of, device)
                 stored = (
                     job.find_result(job.key_of(ready), ready, results) if self.keep.resume else None
                 )
                 if stored:
                     break
-            if local and not stored:
-                threads, cpu = torch.get_num_threads(), device.type != "cuda"
-                refuse(ready.config, threads, share if cpu else 1, interpreter if cpu else 0)
+            if local and not stored and each.config.measures:
+                self.refuse(ready.config)
             subdir = self.subdir(each)
             yield Place(each, folder / subdir, subdir, ready.blocks, stored), ready
+
+    def refuse(self, config: RunConfig) -> None:
+        """Raise ConfigError for a job that needs more memory than this machine has for each."""
+        import torch
+
+        from simlab.budget.memory import INTERPRETER, refuse
+
+        threads, cpu = torch.get_num_threads(), not config.device.startswith("cuda")
+        share = launch.at_once(self.launcher) if cpu else 1
+        refuse(config, threads, share, INTERPRETER if cpu and not self.in_process else 0)
 
     @functools.cached_property
     def in_process(self) -> bool:
@@ -208,6 +208,17 @@ class Sweep:
         with progress.sweep(len(places), blocks, look):
             for start in range(0, len(places), size):
                 launch.launch(self.launcher, places[start : start + size])
+
+
+def possible_devices(config: RunConfig, local: bool) -> list[str]:
+    """Where a job may run. On a cluster ``auto`` may become cpu or cuda: a result of either will do."""
+    if not config.measures:
+        return ["cpu"]
+    if not local:
+        return ["cpu", "cuda"] if config.device == "auto" else [config.device]
+    from simlab.measurement.engine import resolve_device
+
+    return [str(resolve_device(config.device))]
 
 
 def forget(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Sweep jobs that share work: each has, to the last bit, the numbers that it has alone."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -176,8 +175,7 @@ def test_engines_that_differ_by_depth_share_nothing(monkeypatch):
     def choose(model, *_):
         return ("dense", 2.0) if model.depth < 3 else ("weightless", 3.0)
 
-    module = importlib.import_module("simlab.experiment.prepare")  # the name is also a function's
-    monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr("simlab.budget.cost.choose", choose)
     shallow, deep, deeper = (prepare(tiny("engine=auto", f"depth={d}")) for d in (2, 3, 4))
     assert not is_prefix(shallow, deep)
     assert is_prefix(deep, deeper)

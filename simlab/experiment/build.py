@@ -1,0 +1,47 @@
+"""A run's checkpoint, opened, and its whole model as one module."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
+from simlab.measurement.engine import resolve_device
+from simlab.model.transformer import Transformer
+from simlab.weights.base import Weights, materialise_model
+from simlab.weights.dense import RandomWeights
+
+
+def open_checkpoint(source: SourceConfig) -> Checkpoint:
+    """The checkpoint of a source that has one. Raises ConfigError."""
+    checkpoint = Checkpoint(source.location, source.revision, statistics=source.weights)
+    if source.kind == "demo":
+        name = f"demo ({checkpoint.folder.name.replace('-', ' ')})"
+        checkpoint.model = dataclasses.replace(checkpoint.model, name=name)
+    return checkpoint
+
+
+def build_model(
+    config: RunConfig, device: str | torch.device | None = None, seed: int | None = None
+) -> Transformer:
+    """The whole model of a run as one ``nn.Module``, its weights drawn or read onto the device.
+
+    The weights are the checkpoint's where the source has one, else those of ``seed`` (by default
+    the run's first): the ones that engine=dense measures; a weightless run has none.
+    device: as in the config, which is the default.
+    Raises ConfigError.
+    """
+    where = resolve_device(str(device or config.device))
+    weights: Weights
+    model: ModelConfig
+    if config.source.stored:
+        if seed is not None:
+            raise ConfigError("seed: a checkpoint's weights have no seed")
+        weights = open_checkpoint(config.source)
+        model = weights.model
+    else:
+        model = config.shape
+        weights = RandomWeights(model, config.init, config.seeds[0] if seed is None else seed)
+    return materialise_model(model, weights, where, getattr(torch, config.dtype))
