@@ -68,12 +68,14 @@ def test_rooms_that_need_no_torch():
 
 
 # What is imported or called, one after another, and what then isn't imported: --help and tab completion
-# wait for torch and pandas, a run of two seconds 0.8 for torch's compiler.
+# wait for torch and pandas, a verdict on the screen 2 s for seaborn, a run of two seconds 0.8 for
+# torch's compiler.
 LATE = {
     "import simlab": "torch",
     "assert {*simlab.__all__} <= {*dir(simlab)}": "torch",
     "import simlab.run": "torch pandas",
     "import simlab.regress": "torch",
+    "import simlab.report.console": "torch matplotlib seaborn scipy",
     "import simlab.sweep.report, simlab.report.figure": "torch",
     "from simlab import experiment; "
     "experiment.prepare(simlab.compose(['model=small', 'depth=1', 'device=cpu'])).estimate":

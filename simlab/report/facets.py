@@ -15,49 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.report.style import COLOURS, LABELS, subplots
+from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
 
 SHADES, TOLD_APART = 8, 6  # colours, of numbers and of categories
 COLUMNS, ROWS, PANELS = 4, 6, 24  # of panels; those of a single key wrap
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
-SEEDS = ("first_seed", "seeds")  # curves that differ in these alone make a band
 PART = "part"  # a column with panels of its own that isn't swept: which λ, which statistic
 GREY = "#9a9a9a"  # of the curves beside the coloured ones
-
-
-def value_text(value: Any) -> str:
-    """A swept value as it is written on the command line; equal numbers give equal texts."""
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return "null"
-    if isinstance(value, bool | np.bool_):
-        return str(bool(value)).lower()
-    if isinstance(value, int | np.integer):
-        return str(int(value))
-    if not is_number(value):
-        return str(value)
-    number = float(value)
-    # 1e15: beyond, an integral float may not be the integer that it prints
-    return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.12g}"
-
-
-def is_number(value: Any) -> bool:
-    """True for a finite number and for a text that spells one."""
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def shorten(text: str, most: int) -> str:
-    """Cut a text to ``most`` characters: a path at its beginning, a name at its end."""
-    if len(text) <= most:
-        return text
-    return f"…{text[len(text) - most + 1 :]}" if "/" in text else f"{text[: most - 1]}…"
-
-
-def key_text(key: str) -> str:
-    """A key as it is written on the command line."""
-    return "norm" if key == "norm_placement" else key
 
 
 def label(key: str, value: str) -> str:

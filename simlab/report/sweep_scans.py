@@ -21,9 +21,7 @@ from simlab.report.facets import (
     COLUMNS,
     ORDERED,
     PART,
-    SEEDS,
     grid,
-    key_text,
     name_band,
     name_colours,
     numbers,
@@ -31,6 +29,7 @@ from simlab.report.facets import (
     values_of,
 )  # fmt: skip
 from simlab.report.style import LABELS, draw_band, finish
+from simlab.report.values import SEEDS, key_text
 
 MEASURES = {
     "lambda_token": "λ of the tokens' mean norm",

@@ -14,7 +14,7 @@ from rich.text import Text
 from simlab.analysis import LAWS
 from simlab.analysis.numbers import off_by, short
 from simlab.config import printable
-from simlab.report.facets import SEEDS, is_number, key_text, shorten, value_text
+from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
 
 WIDTH = 80
 _MOST_ROWS = 40  # rows; beyond, some of them

@@ -204,7 +204,7 @@ def report(folder: Path) -> bool:
 
 def _title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
     """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm_placement pre, post``."""
-    from simlab.report.facets import shorten, value_text
+    from simlab.report.values import shorten, value_text
 
     axes = []
     for key, values in keys.items():

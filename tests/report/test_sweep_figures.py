@@ -12,9 +12,10 @@ import pytest
 
 from simlab.config.validate import compose
 from simlab.experiment import run
-from simlab.report.facets import GREY, labelled, plan, shorten, value_text
+from simlab.report.facets import GREY, labelled, plan
 from simlab.report.style import save
 from simlab.report.sweep_figures import figures
+from simlab.report.values import shorten, value_text
 from simlab.sweep import report
 from simlab.sweep.plan import TAKEN
 
