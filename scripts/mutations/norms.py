@@ -56,7 +56,9 @@ NORM = (
         "layer_norm",
         "LayerNorm for RMSNorm",
         edit(
-            RMSNorm.forward, "x32 = x.float()", "x32 = x.float() - x.float().mean(-1, keepdim=True)"
+            RMSNorm.forward,
+            "squarable(x.float())",
+            "squarable(x.float()) - x.float().mean(-1, keepdim=True)",
         ),
     ),
     Mutation(

@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, ids_of, tiny
+from conftest import PARITY, ids_of, placed, tiny
 
 from simlab import build_model
 from simlab.budget.trace import Counter
@@ -104,6 +104,56 @@ def test_squares_beyond_float32_are_measured():
         x = step(x)
     assert frame["mean_square"].max() > 10 * torch.finfo(torch.float32).max
     np.testing.assert_allclose(frame["mean_square"], expected[: len(frame)], rtol=PARITY["rtol"])
+
+
+FLOAT32 = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+@pytest.mark.parametrize(
+    ("norm", "below", "beyond"),
+    [("reordered", 1e3, 1e5), ("swin_renorm", 1e3, 1e5), ("peri", 1e5, 1e8), ("pre", 1e5, 1e8)],
+)
+def test_norms_of_huge_numbers(norm, below, beyond, engine):
+    """Where float32 can't hold the squares of a norm's input, the norm is right all the same.
+
+    Just below the limit and beyond, branches have the same directions, but for 1/std of the stream.
+    """
+    before, after = (
+        run(tiny(*placed(norm), f"engine={engine}", "init.truncate=null", f"init.std={std}")).curve
+        for std in (below, beyond)
+    )
+    squares = [48 * rows["branch_raw_mean_square"].max() for rows in (before, after)]
+    assert squares[0] < FLOAT32 < squares[1]
+    for column in ("cosine", "token_cosine", "attention_entropy"):
+        np.testing.assert_allclose(after[column], before[column], atol=0.01)
+    adds = after[after["kind"].isin(["attention", "mlp"])]
+    np.testing.assert_allclose(adds["eps_factor"], 1)
+    if norm == "pre":
+        grown = [
+            rows["mean_square"].to_numpy() / rows["mean_square"][2] for rows in (before, after)
+        ]
+        np.testing.assert_allclose(grown[1][2:], grown[0][2:], rtol=0.01)
+    else:
+        np.testing.assert_allclose(adds["branch_mean_square"], 1, rtol=PARITY["rtol"])
+
+
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_gradients_through_norms_of_huge_numbers(kind, engine):
+    """Post-norm: the stream is the same at any large std, its gradient grows as std.
+
+    At 1e3 float32 holds all that a norm's backward computes, at 1e10 not even the forward's squares.
+    """
+    options = ["norm=post", f"norm.type={kind}", "gradients=true", "init.truncate=null"]
+    below, beyond = (
+        run(tiny(*options, f"engine={engine}", f"init.std={std}")).curve for std in (1e3, 1e10)
+    )
+    assert 48 * beyond["branch_raw_mean_square"].min() > FLOAT32
+    np.testing.assert_allclose(beyond["mean_square"][1:], 1, rtol=PARITY["rtol"])
+    ratio = (beyond["gradient_rms"] / below["gradient_rms"]).to_numpy()
+    np.testing.assert_allclose(ratio[1:], 1e7, rtol=0.01)  # SiLU is a ReLU but for 1/std
+    assert ratio[0] == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -42,3 +42,35 @@ def test_half_precision_rounds_once(kind, formula, dtype):
     assert norm(x).dtype is dtype
     assert (norm(x) != exact).float().mean() < 1e-3
     torch.testing.assert_close(norm(x), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "formula"), [("rms", rms), ("layer", layer)])
+@pytest.mark.parametrize("scale", [1e3, 1e16, 1e19, 1e37])
+def test_large_inputs(kind, formula, scale):
+    """Output and gradient, also where float32 can't hold the squares (from 1.8e19 on)."""
+    torch.manual_seed(0)
+    norm = NORMS[kind](24, 1e-3)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    x = (scale * (torch.randn(2, 5, 24) + 0.3)).requires_grad_()
+    g = torch.randn_like(x)
+    y = norm(x)
+    exact = x.detach().double().requires_grad_()
+    truth = formula(exact, norm.weight.detach().double(), 1e-3)
+    torch.testing.assert_close(y.double(), truth, **PARITY)
+    (gradient,) = torch.autograd.grad(y, x, g)
+    (true_gradient,) = torch.autograd.grad(truth, exact, g.double())
+    torch.testing.assert_close(scale * gradient.double(), scale * true_gradient, **PARITY)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_large_token_changes_no_other(kind):
+    """To the bit; and a token with an infinite entry stays one that isn't finite."""
+    torch.manual_seed(0)
+    norm, x = NORMS[kind](24, 1e-3), torch.randn(5, 24)
+    alone = norm(x)
+    x[2] *= 1e30
+    x[3, 5] = torch.inf
+    beside = norm(x)
+    assert torch.equal(beside[[0, 1, 4]], alone[[0, 1, 4]])
+    torch.testing.assert_close(beside[2], alone[2], rtol=1e-2, atol=1e-2)  # 1e-3 of it was eps
+    assert not beside[3].isfinite().all()
