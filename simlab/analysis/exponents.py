@@ -15,6 +15,7 @@ token cosine ρ its square is about ρ + (1 − ρ)/N of the tokens', so rank co
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import pandas as pd
 
 from simlab.analysis.resampling import Estimate, resample
 from simlab.theory.laws import LAWS, Array
+from simlab.theory.mean_field import Prediction
 
 KINDS = {
     "": ("norm", "mean_vector_norm"),
@@ -33,6 +35,10 @@ def block_ends(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """The rows of the curve ``name`` after each block, re-norm included."""
     rows = frame[(frame["curve"] == name) & frame["block"].notna()]
     return rows.groupby(["seed", "block"], sort=True).tail(1)
+
+
+def _law_columns(frame: pd.DataFrame) -> list[str]:
+    return [law.column for law in LAWS.values() if law.column in frame]
 
 
 def _by_seed(ends: pd.DataFrame, column: str, depth: int) -> Array:
@@ -56,7 +62,7 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
         (name, name, *column) for name in names for column in columns if column[1] in frame
     ]
     basis = "random" if "random" in names else "checkpoint"
-    parts += [(c, basis, "activation", c, None, 0.5) for c in (law.column for law in LAWS.values())]
+    parts += [(c, basis, "activation", c, None, 0.5) for c in _law_columns(frame)]
     tables = []
     for curve, name, of, column, vector, power in parts:
         ends = block_ends(frame, name)
@@ -83,11 +89,14 @@ def _first_to_last(logs: Array) -> Estimate | None:
     return resample((logs[:, -1:] - logs[:, :1]) / depth, lambda values: values[:, 0])
 
 
-def exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
+def exponents(
+    frame: pd.DataFrame, name: str, depth: int, theory: Prediction | None = None
+) -> dict[str, Any]:
     """Every λ of the curve ``name``: the seeds' mean with its interval, or a list by block.
 
     None where there are fewer than two blocks or a curve ends early; empty where none reaches the
-    first block's end. The laws' ``lambda_token`` is of their mean squares.
+    first block's end. The laws' ``lambda_token`` is of their mean squares. theory: adds its λ's, of
+    predicted norms, as ``lambda_…_mean_field``.
     """
     ends = block_ends(frame, name)
     values: dict[str, Any] = {}
@@ -102,7 +111,24 @@ def exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
         mean = logs.mean(0)
         values[f"lambda_pairwise{suffix}"] = (np.diff(mean) / depth).tolist()
         values[f"lambda_from_first{suffix}"] = ((mean[1:] - mean[0]) / depth).tolist()
-    for law in LAWS.values():
-        by_law = _first_to_last(_by_seed(ends, law.column, depth) / 2)
-        values[f"lambda_token_{law.name}"] = None if by_law is None else by_law.value
+    for column in _law_columns(frame):
+        by_law = _first_to_last(_by_seed(ends, column, depth) / 2)
+        values[f"lambda_token_{column.removeprefix('law_')}"] = (
+            None if by_law is None else by_law.value
+        )
+    return values | (_predicted(theory, depth) if theory else {})
+
+
+def _predicted(theory: Prediction, depth: int) -> dict[str, float | None]:
+    """λ from the first block to the last of each predicted norm; None where theory doesn't say."""
+    last = {row.block: row for row in theory.rows}  # a block's last row
+    values: dict[str, float | None] = {}
+    for suffix, norms in KINDS.items():
+        for key, column in zip(("lambda_token", "lambda_paper"), norms, strict=True):
+            ends = [getattr(last.get(block), column, math.nan) for block in (0, depth - 1)]
+            if suffix and math.isnan(ends[0]):
+                continue
+            known = depth > 1 and all(end > 0 for end in ends)
+            rate = math.log(ends[1] / ends[0]) / depth if known else None
+            values[f"{key}{suffix}_mean_field"] = rate
     return values

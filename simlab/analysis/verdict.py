@@ -45,7 +45,8 @@ class Verdict:
 
 def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     """A law's ln v (S, R) against the curves' mean squares, from the first sublayer on."""
-    v, law = curves.mean_square[:, 1:], law_log[:, 1:]
+    says = ~np.isnan(law_log[:, 1:]).any(0)
+    v, law = curves.mean_square[:, 1:][:, says], law_log[:, 1:][:, says]
     if v.shape[1] == 0:
         return Fit(math.nan, None, "unknown")
     # The mean over seeds of the law, in logs: law values may be beyond float64.
@@ -113,7 +114,7 @@ def _claim(name: str, fit: Fit) -> str:
 
 def judge(curves: Curves, dtype: str, *, drawn: bool = True) -> Verdict:
     """Fit S curves and test every law on them. drawn: random inits, not a checkpoint's one curve."""
-    laws = {name: hold(curves, law.predict(curves.rows), dtype) for name, law in LAWS.items()}
+    laws = {name: hold(curves, law.log_of(curves.rows), dtype) for name, law in LAWS.items()}
     g = growth(curves.mean_square, curves.kinds)
     level = float(curves.mean_square[:, -1].mean())
     known = {name: fit for name, fit in laws.items() if not math.isnan(fit.log_error)}

@@ -14,6 +14,7 @@ from simlab.config import RunConfig
 from simlab.experiment.batches import MeasuredCurves, measured_curves
 from simlab.experiment.prepare import Prepared, prepare
 from simlab.experiment.summary import summarise, weight_table
+from simlab.experiment.theory import predicted
 from simlab.measurement.frame import to_frame
 
 
@@ -41,18 +42,19 @@ def measure(
     on_block: Callable[[], None] = lambda: None,
     curves_of: Callable[..., MeasuredCurves] = measured_curves,
 ) -> RunResult:
-    """Measure every curve of a run and judge it.
+    """Measure every curve of a run, predict the random inits', and judge.
 
     on_block: called after each block of each curve. curves_of: measures the curves; a sweep gives one
     that shares work between jobs (``sharing``).
     """
     measured = curves_of(ready, on_block)
-    frame, by_curve, cuts = to_frame(measured, ready.entries)
+    theory = predicted(ready) if ready.config.seeds else None
+    frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
     if ready.checkpoint:
         frame = with_outside(frame)
     verdicts = {
         name: judge(of_curve, ready.config.dtype, drawn=name == "random")
         for name, of_curve in by_curve.items()
     }
-    summary = summarise(ready, measured, frame, cuts, verdicts)
+    summary = summarise(ready, measured, frame, cuts, verdicts, theory)
     return RunResult(ready.config, frame, summary, verdicts, weight_table(ready))

@@ -18,6 +18,7 @@ from simlab.analysis.verdict import Verdict
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.init import Gaussian, distribution
 from simlab.store import config_hash
+from simlab.theory.mean_field import Prediction
 
 if TYPE_CHECKING:
     from simlab.experiment.batches import MeasuredCurves
@@ -30,8 +31,12 @@ def summarise(
     frame: pd.DataFrame,
     cuts: Cuts,
     verdicts: dict[str, Verdict],
+    theory: Prediction | None = None,
 ) -> dict[str, Any]:
-    """The content of summary.json: config, environment and results. frame: from ``to_frame``."""
+    """The content of summary.json: config, environment and results. frame: from ``to_frame``.
+
+    theory: the random inits' predicted curve.
+    """
     config, depth = ready.config, ready.config.shape.depth
     summary: dict[str, Any] = {
         "config": asdict(config),
@@ -56,8 +61,14 @@ def summarise(
             name: {"sentence": verdict.sentence, **asdict(verdict.growth)}
             for name, verdict in verdicts.items()
         },
-        "lambda": {name: plain_exponents(frame, name, depth) for name in verdicts},
+        "lambda": {
+            name: plain_exponents(frame, name, depth, theory if name == "random" else None)
+            for name in verdicts
+        },
     }
+    if theory:
+        rows, ends = len(theory.rows), theory.ends
+        summary["mean_field"] = {"rows": rows, "ends": ends, "no_gradient": theory.no_gradient}
     if ready.checkpoint:
         left = departure(frame)
         summary["departure"] = asdict(left) if left else None
@@ -67,11 +78,13 @@ def summarise(
     return summary
 
 
-def plain_exponents(frame: pd.DataFrame, name: str, depth: int) -> dict[str, Any]:
+def plain_exponents(
+    frame: pd.DataFrame, name: str, depth: int, theory: Prediction | None
+) -> dict[str, Any]:
     """The exponents λ of one kind of curve, as JSON takes them."""
     return {
         key: asdict(value) if isinstance(value, Estimate) else value
-        for key, value in exponents(frame, name, depth).items()
+        for key, value in exponents(frame, name, depth, theory).items()
     }
 
 

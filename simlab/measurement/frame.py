@@ -13,6 +13,7 @@ from simlab.analysis.compare import massive
 from simlab.analysis.curve import Curves, curves_of, with_laws
 from simlab.measurement.engine import Measured
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
+from simlab.theory.mean_field import Prediction
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,25 @@ class Cuts:
 
 
 def to_frame(
-    measured: list[tuple[str, int, Measured]], entries: int
+    measured: list[tuple[str, int, Measured]], entries: int, theory: Prediction | None = None
 ) -> tuple[pd.DataFrame, dict[str, Curves], Cuts]:
     """The rows of curve.csv, the same as arrays by kind of curve, and where curves were cut.
 
     measured: (name, seed, rows) of each curve. entries: numbers in a curve's residual stream, tokens ×
-    width.
+    width. theory: the predicted curve of the random inits.
     """
     frame, overflow = cut(tidy(measured, entries))
     frame["massive"] = massive(frame)
     frame, lost = cut_gradients(frame, overflow)
     whole = {name: one for name, _, one in measured}
     by_curve = {
-        name: curves_of(frame, name, whole[name].gain, whole[name].normalises)
+        name: curves_of(
+            frame,
+            name,
+            whole[name].gain,
+            whole[name].normalises,
+            theory if name == "random" else None,
+        )
         for name in frame["curve"].unique()
     }
     return with_laws(frame, by_curve), by_curve, Cuts(overflow, lost)

@@ -25,7 +25,8 @@ class Rows:
     kinds (R): embedding, attention, mlp or renorm. first (S,): the embedding's mean square.
     eps_factor (S, R): m/(m + eps), m the mean square that the step's last norm divides by.
     gain (R): that norm's. normalises (R): what it acts on, ``branch``, ``stream``, or None where the
-    branch is added as it comes; placements may differ from row to row.
+    branch is added as it comes; placements may differ from row to row. mean_field (R): ln v of the
+    mean-field recursion, NaN beyond its end; None where there is no prediction.
     """
 
     kinds: Sequence[str]
@@ -33,6 +34,7 @@ class Rows:
     eps_factor: Array
     gain: Sequence[float]
     normalises: Sequence[str | None]
+    mean_field: Array | None = None
 
 
 def sqrt2(rows: Rows) -> Array:
@@ -54,9 +56,7 @@ def additive(rows: Rows) -> Array:
     A branch normed to gain g has mean square g²c, and E⟨x, branch⟩ = 0 because the sublayer's last
     matrix is fresh, independent of x and isotropic: exact in expectation at every width for
     ``reordered`` and ``peri``. A norm of the stream sets v anew, v_k = g_k²c_k: a re-norm, and every
-    step of ``post`` and ``deepnorm``. A step that norms neither is given the same +g²c as if it
-    normed its branch, which is no law for it but a claim that the measurement can refute. Where steps
-    differ within a model, each row follows its own rule from the row before.
+    step of ``post`` and ``deepnorm``. A step that norms neither has no such law (``normed``).
     (S, R), ln v. Derived in the README; tested by simulation.
     """
     v = [rows.first]
@@ -67,6 +67,22 @@ def additive(rows: Rows) -> Array:
         return np.log(np.stack(v, axis=1))
 
 
+def normed(rows: Rows) -> bool:
+    """True if every step norms its branch or the stream, so that the additive law is one for it."""
+    return None not in rows.normalises[1:]
+
+
+def mean_field(rows: Rows) -> Array:
+    """The mean-field recursion's v (``theory.mean_field``), the same for all curves. (S, R), ln v."""
+    assert rows.mean_field is not None
+    return np.tile(rows.mean_field, (len(rows.first), 1))
+
+
+def has_prediction(rows: Rows) -> bool:
+    """True if the recursion predicts the rows after the embedding, or some of them."""
+    return rows.mean_field is not None and bool(np.isfinite(rows.mean_field[1:]).any())
+
+
 @dataclass(frozen=True)
 class Law:
     """One law: what it predicts, and how tables, sentences and figures show it.
@@ -74,8 +90,10 @@ class Law:
     name: of keys and columns; ``law_NAME`` in curve.csv, ``NAME`` in summary.json and jobs.csv.
     predict: ln v (S, R) of the curves' rows. head: of a table's column. label: in a figure's legend.
     phrase: the subject of a sentence. colour, line: of its curve in figures, as matplotlib takes them.
-    expected: True if random inits are expected to obey it. The gate ``law`` tests such a law, a sweep's
-    table and λ figures show it, and linear axes make room for it.
+    expected: True if random inits are expected to obey it. A sweep's table and λ figures show such a
+    law, and linear axes make room for it. exact: True if it holds exactly in expectation, so that a
+    test may reject it for any difference beyond chance; the gate ``law`` tests the exact expected ones.
+    applies: False for curves whose placement makes it no law; it is then neither claimed nor drawn.
     """
 
     name: str
@@ -86,6 +104,14 @@ class Law:
     colour: str
     line: tuple[float, tuple[float, ...]]
     expected: bool = False
+    exact: bool = True
+    applies: Callable[[Rows], bool] = lambda rows: True
+
+    def log_of(self, rows: Rows) -> Array:
+        """Ln v (S, R) of the curves' rows; NaN where the law doesn't apply."""
+        if self.applies(rows):
+            return self.predict(rows)
+        return np.full((len(rows.first), len(rows.kinds)), np.nan)
 
     @property
     def column(self) -> str:
@@ -98,11 +124,15 @@ LAWS: dict[str, Law] = {
     for law in (
         Law(
             "additive", additive, "additive", "additive law", "the additive law",
-            "#222222", (0, (1.2, 1.2)), expected=True,
+            "#222222", (0, (1.2, 1.2)), expected=True, applies=normed,
         ),
         Law(
             "sqrt2", sqrt2, "√2 law", "√2 per sublayer", "√2 per sublayer",
             "#e08214", (0, (5, 2)),
+        ),
+        Law(
+            "mean_field", mean_field, "theory", "theory (mean field)", "theory",
+            "#2ca02c", (0, (4, 1.2)), expected=True, exact=False, applies=has_prediction,
         ),
     )
 }  # fmt: skip

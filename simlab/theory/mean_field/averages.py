@@ -42,12 +42,18 @@ HERMITE = _polynomials(Z)
 
 def silu(z: Array) -> Array:
     """z·σ(z)."""
-    return z / (1 + np.exp(-z))
+    return z * sigmoid(z)
+
+
+def sigmoid(z: Array) -> Array:
+    """1/(1 + e^−z), by tanh, which doesn't overflow."""
+    out: Array = 0.5 * (1 + np.tanh(0.5 * z))
+    return out
 
 
 def silu_slope(z: Array) -> Array:
     """d silu/dz."""
-    s = 1 / (1 + np.exp(-z))
+    s = sigmoid(z)
     return s * (1 + z * (1 - s))
 
 

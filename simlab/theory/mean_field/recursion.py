@@ -90,11 +90,20 @@ class Prediction:
     """The predicted rows, the embedding's first.
 
     ends: why they end before the model does. no_gradient: why gradients that were asked for are NaN.
+    accuracy: the relative error to expect of a predicted mean square.
     """
 
     rows: list[PredictedRow]
     ends: str | None = None
     no_gradient: str | None = None
+    accuracy: float = 0.0
+
+    def column(self, name: str, length: int) -> Array:
+        """A field of the first ``length`` rows (length,), NaN beyond the prediction's end."""
+        values = np.full(length, np.nan)
+        known = [float(getattr(row, name)) for row in self.rows[:length]]
+        values[: len(known)] = known
+        return values
 
 
 def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
@@ -156,7 +165,13 @@ def predict(
                 roots = np.sqrt(np.maximum(squares, 0))
                 value["gradient_rms"] = math.sqrt(np.square(roots).mean())
                 value["gradient_norm"] = math.sqrt(model.width) * roots.mean()
-    return Prediction([PredictedRow(**value) for value in values], ends, no_gradient)
+    rows = [PredictedRow(**value) for value in values]
+    return Prediction(rows, ends, no_gradient, accuracy(model.width))
+
+
+def accuracy(width: int) -> float:
+    """The relative error to expect of a predicted mean square, at a width (docs/theory.md)."""
+    return 0.005 + 0.6 / width
 
 
 def relative_std(state: State) -> float:
