@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simlab.analysis.resampling import Estimate, resample
+from simlab.analysis.resampling import Estimate, jackknife
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
 
@@ -86,7 +86,7 @@ def _first_to_last(logs: Array) -> Estimate | None:
     depth = logs.shape[1]
     if depth < 2 or np.isnan(logs[:, [0, -1]]).any():
         return None
-    return resample((logs[:, -1:] - logs[:, :1]) / depth, lambda values: values[:, 0])
+    return jackknife((logs[:, -1:] - logs[:, :1]) / depth, lambda values: values[:, 0])
 
 
 def exponents(

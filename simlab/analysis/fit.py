@@ -1,8 +1,8 @@
 """From curves to growth: per sublayer, the exponent p of v = a + b·k^p, the rate r of v = a·r^k.
 
 The embedding's row is left out, as in the papers. A re-norm starts a new segment: k counts from
-there, the segments share b and p (or r) and have an a each. Intervals resample whole curves
-(seeds), because a curve's rows depend on each other.
+there, the segments share b and p (or r) and have an a each. Intervals come from leaving out whole
+curves (seeds), because a curve's rows depend on each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simlab.analysis.resampling import Estimate, resample
+from simlab.analysis.resampling import Estimate, jackknife
 from simlab.theory.laws import Array
 
 EXPONENTS = np.geomspace(0.02, 8.0, 800)
@@ -133,8 +133,8 @@ def _log_residual(basis: Array) -> float:
 def growth(v: Array, kinds: Sequence[str]) -> Growth:
     """How S curves with R rows grow: v (S, R), kinds (R)."""
     return Growth(
-        per_sublayer=resample(v, lambda w: per_sublayer(w, kinds)),
-        exponent=resample(v, lambda w: exponent(w, kinds)),
-        rate=resample(v, lambda w: rate(w, kinds)),
+        per_sublayer=jackknife(v, lambda w: per_sublayer(w, kinds)),
+        exponent=jackknife(v, lambda w: exponent(w, kinds)),
+        rate=jackknife(v, lambda w: rate(w, kinds)),
         shape=shape(v.mean(0), kinds),
     )

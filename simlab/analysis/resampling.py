@@ -1,8 +1,9 @@
-"""Chance by resampling whole curves: intervals (bootstrap) and the max-T tests of many rows at once.
+"""Chance from whole curves: intervals (jackknife) and the max-T tests of many rows at once.
 
-The rows of a curve depend on each other, so a curve is never taken apart: the bootstrap draws curves,
-and a test relabels them. A max-T test (Westfall & Young 1993, §2.3) compares the largest statistic of
-all columns with its distribution over the relabelings: sign flips of one sample, permutations of two.
+The rows of a curve depend on each other, so a curve is never taken apart: the jackknife leaves out
+one at a time, and a test relabels them. A max-T test (Westfall & Young 1993, §2.3) compares the largest
+statistic of all columns with its distribution over the relabelings: sign flips of one sample,
+permutations of two.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from simlab.theory.laws import Array
 
 MIN_SEEDS = 8  # the sign-flip test reaches p = 2/2^8 < 0.01, not with fewer
-RESAMPLES = 4000  # of the bootstrap
 FLIPS = 4096  # sign flips at most: all 2^S, or this number at random
 PERMUTATIONS = 1 << 16
 TIE = 1e-9  # relative: statistics no further apart are equal but for rounding
@@ -42,23 +41,25 @@ def t_quantile(q: float, df: int) -> float:
     return float(stdtrit(df, q))
 
 
-def resample(v: Array, statistic: Callable[[Array], Array]) -> Estimate:
-    """A statistic of the mean curve with a 95 % interval from resampling the S curves of v (S, R).
+def jackknife(v: Array, statistic: Callable[[Array], Array]) -> Estimate:
+    """A statistic of the mean curve with a 95 % interval from leaving out each of S curves, v (S, R).
 
-    Percentile bootstrap with the tails moved out to Φ(−t·√(S/(S−1))), t the 97.5 % point of
-    Student's t with S − 1 degrees of freedom, which corrects the known narrowness at small S
-    (Hesterberg 2015, arXiv 1411.5279, §5.3). Always the same resamples: same data, same interval.
+    θ ± t·s, s² = (S − 1)/S·Σ(θ_i − mean θ_i)², θ_i the statistic of the mean curve without curve i, t
+    the 97.5 % point of Student's t with S − 1 degrees of freedom (Tukey 1958; Efron & Tibshirani 1993,
+    §11.5). Of a linear statistic it is Student's interval of the curves' own values. No interval where
+    the statistic isn't defined, NaN, without one of the curves. statistic: (B, R) → (B,).
     """
     value = float(statistic(v.mean(0, keepdims=True))[0])
     seeds = len(v)
-    if seeds < MIN_SEEDS or math.isnan(value):
+    if seeds < MIN_SEEDS:
         return Estimate(value)
-    generator = np.random.default_rng(0)
-    weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
-    values = statistic(weights @ v)
-    tail = NormalDist().cdf(-t_quantile(0.975, seeds - 1) * math.sqrt(seeds / (seeds - 1)))
-    low, high = np.quantile(values[~np.isnan(values)], (tail, 1 - tail))
-    return Estimate(value, float(low), float(high))
+    # Means as sums of what is left: taken from the whole sum, a curve that dwarfs the rest erases them.
+    without = statistic((1 - np.eye(seeds)) / (seeds - 1) @ v)
+    error = math.sqrt((seeds - 1) / seeds) * math.hypot(*(without - without.mean()))
+    if math.isnan(value + error):
+        return Estimate(value)
+    half = t_quantile(0.975, seeds - 1) * error
+    return Estimate(value, value - half, value + half)
 
 
 def max_t(

@@ -13,7 +13,7 @@ import pandas as pd
 
 from simlab.analysis.compare import departure, sentences
 from simlab.analysis.exponents import exponents
-from simlab.analysis.resampling import Estimate, resample
+from simlab.analysis.resampling import Estimate, jackknife
 from simlab.analysis.verdict import Verdict
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.init import Gaussian, distribution
@@ -93,7 +93,7 @@ def losses(measured: MeasuredCurves) -> dict[str, Any]:
     intervals: dict[str, Any] = {}
     for name in dict.fromkeys(name for name, *_ in measured):
         values = [float(m.loss) for kind, _, m in measured if kind == name and m.loss is not None]
-        intervals[name] = asdict(resample(np.array(values)[:, None], lambda mean: mean[:, 0]))
+        intervals[name] = asdict(jackknife(np.array(values)[:, None], lambda mean: mean[:, 0]))
     return intervals
 
 
