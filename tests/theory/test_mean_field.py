@@ -12,7 +12,7 @@ from conftest import STANDARD_ERRORS, ids_of, placed, tiny
 from simlab.experiment import prepare, run
 from simlab.schemes.placement import PLACEMENTS, Scheme
 from simlab.theory.mean_field import predict, unpredictable
-from simlab.theory.mean_field.averages import DEGREE, expand, gelu, saturation, silu
+from simlab.theory.mean_field.averages import DEGREE, at_nodes, expand, gelu, saturation, silu
 from simlab.theory.mean_field.kernels import Input, KernelStep, State, state_of
 
 SHAPE = [
@@ -60,7 +60,7 @@ def departures(config, mean, sem, **options):
 
 def test_averages_of_silu():
     """E silu(s z)² by adaptive quadrature at s = 1 and 3, and s²/4 + 3s⁴/16 for small s."""
-    square = expand(silu, np.array([1.0, 9.0, 1e-4])).square
+    square = expand(at_nodes(silu, np.array([1.0, 9.0, 1e-4]))).square
     np.testing.assert_allclose(square[:2], [0.355776, 4.24941], rtol=2e-6)
     assert square[2] == pytest.approx(1e-4 / 4 + 3e-8 / 16, rel=1e-6)
 
@@ -70,18 +70,16 @@ def test_averages_of_silu():
 def test_kernel_of_an_activation(phi, rho):
     """The Hermite series against the double integral, and its derivatives against differences."""
     a = np.array([0.3, 4.0])
-    value, first, second = (
-        part[0, 1] for part in expand(phi, a).kernel(np.array([[1.0, rho], [rho, 1.0]]), extra=1)
-    )
+    expansion = expand(at_nodes(phi, a))
+    parts = expansion.kernel(np.array([[1.0, rho], [rho, 1.0]]), extra=1, derivatives=2)
+    value, first, second = (part[0, 1] for part in parts)
     z, weights = np.polynomial.hermite_e.hermegauss(80)
     weights /= weights.sum()
     other = rho * z[:, None] + math.sqrt(1 - rho**2) * z
     products = phi(math.sqrt(a[0]) * z)[:, None] * phi(math.sqrt(a[1]) * other)
     assert value == pytest.approx(rho * (weights @ products @ weights), abs=2e-6)
     step = 1e-4
-    near = [
-        expand(phi, a).kernel(np.full((2, 2), rho + d), extra=1)[0][0, 1] for d in (-step, 0, step)
-    ]
+    near = [expansion.kernel(np.full((2, 2), rho + d), extra=1)[0][0, 1] for d in (-step, 0, step)]
     assert first == pytest.approx((near[2] - near[0]) / (2 * step), abs=1e-6)
     assert second == pytest.approx((near[2] - 2 * near[1] + near[0]) / step**2, abs=1e-5)
 
@@ -90,7 +88,7 @@ def test_hermite_series_is_complete_enough():
     """The share of E φ² beyond 24 terms: OLMo-2-7B's gates have a variance of 1.6 per mean square of
     the stream, which is 65 at its end.
     """
-    expansion = expand(silu, np.array([1.6, 104.0]))
+    expansion = expand(at_nodes(silu, np.array([1.6, 104.0])))
     assert expansion.coefficients.shape[1] == DEGREE + 1
     rest = 1 - (expansion.coefficients**2).sum(1) / expansion.square
     assert rest[0] < 1e-8
@@ -195,7 +193,7 @@ def test_band_after_a_norm_of_the_stream():
     config = tiny(
         *SHAPE, "depth=1", "norm=post", "init=fan_in", "norm.eps=1e-6", "init.truncate=null"
     )
-    tokens = torch.from_numpy(prepare(config).tokens.numpy())
+    tokens = ids_of(config)
     measured = monte_carlo(config.shape, tokens, lambda x, F, norm: norm(x + F(x)), seeds=100)
     ratio = column(theory(config), "band") / measured.std(0)
     # A std of 100 draws is off by 7 %; theory by 5 % (800 draws, measured).

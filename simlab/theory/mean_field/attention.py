@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,25 @@ HEADS = 16
 FIRST_HEADS = 128  # in the first two blocks, whose error every later row carries
 HEAD_GROUPS = 8  # of heads with a common Ĥ
 POOL = 1 << 21
+IN_CACHE = 1 << 16  # entries of q that are drawn together: more leave the cache
+
+
+@cache
+def _pool(seed: int) -> tuple[Array32, Any]:
+    """POOL standard normals, and the generator's state after them."""
+    generator = np.random.default_rng(seed)
+    pool = generator.standard_normal(POOL, dtype=np.float32)
+    pool.setflags(write=False)
+    return pool, generator.bit_generator.state
 
 
 class Draws:
     """Fixed standard normals, in float32: a pool drawn once, read from changing places."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.generator = np.random.default_rng(seed)
-        self.pool = self.generator.standard_normal(POOL, dtype=np.float32)
+        self.pool, state = _pool(seed)
+        self.generator = np.random.default_rng()
+        self.generator.bit_generator.state = state
 
     def __call__(self, *shape: int) -> Array32:
         """Normals of a shape."""
@@ -67,58 +79,76 @@ def cholesky(kernel: Array) -> Array:
 class Context:
     """The parts that every layer's attention uses: the model, the fixed draws and RoPE's tables.
 
-    batch, length: B sequences of T tokens. tables: cos and sin (T, C/2) by ``scaled``, made on demand.
+    batch, length: B sequences of T tokens. tables: cos and sin (C/2, N) by ``scaled``, made on demand.
     """
 
     model: ModelConfig
     batch: int
     length: int
     draws: Draws = field(default_factory=Draws)
+    memory: dict[str, Array32] = field(default_factory=dict)
     tables: dict[bool, tuple[Array32, Array32]] = field(default_factory=dict)
 
     def rope(self, scaled: bool) -> tuple[Array32, Array32]:
-        """cos and sin (T, C/2), with the model's long-context scaling or without."""
+        """cos and sin (C/2, N), with the model's long-context scaling or without."""
         if scaled not in self.tables:
             model = self.model
             angles, factor = inverse_frequencies(
                 np.arange(model.head_dim // 2, dtype=np.float64), model.head_dim, model.rope_theta,
                 model.yarn if scaled else None, model.llama3 if scaled else None,
             )  # fmt: skip
-            turns = np.outer(np.arange(self.length), angles)
+            turns = np.outer(angles, np.tile(np.arange(self.length), self.batch))
             self.tables[scaled] = (
                 (factor * np.cos(turns)).astype(np.float32),
                 (factor * np.sin(turns)).astype(np.float32),
             )
         return self.tables[scaled]
 
-    def mask(self, window: int | None) -> NDArray[np.bool_]:
-        """True (T, T) where a query may look."""
+    def scratch(self, name: str, *shape: int) -> Array32:
+        """An array of a shape to write to: the same memory for every layer, still in the cache."""
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].size < size:
+            self.memory[name] = np.empty(size, np.float32)
+        return self.memory[name][:size].reshape(shape)
+
+    def sequences(self, x: Array32) -> Array32:
+        """A view (…, B, T, C) of (…, C, N)."""
+        split = x.reshape(*x.shape[:-1], self.batch, self.length)
+        return np.moveaxis(split, -3, -1)
+
+    def mask(self, window: int | None) -> Array32:
+        """0 (T, T) where a query may look, −∞ elsewhere."""
         causal = np.tril(np.ones((self.length, self.length), dtype=bool))
-        return causal if window is None else causal & ~np.tril(causal, -window)
+        seen = causal if window is None else causal & ~np.tril(causal, -window)
+        return np.where(seen, np.float32(0), np.float32(-np.inf))
 
 
-def turn(x: Array32, table: tuple[Array32, Array32], back: bool = False) -> Array32:
-    """RoPE on halves (…, T, C); ``back``: its transpose, for gradients."""
+def turn(x: Array32, table: tuple[Array32, Array32], out: Array32 | None = None) -> Array32:
+    """RoPE on halves (…, C, N), with tables of cos and sin (C/2, N)."""
     cos, sin = table
-    if back:
-        sin = -sin
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+    half = len(cos)
+    out = np.empty_like(x) if out is None else out
+    first, second = x[..., :half, :], x[..., half:, :]
+    left, right = out[..., :half, :], out[..., half:, :]
+    np.multiply(first, cos, out=left)
+    left -= second * sin
+    np.multiply(second, cos, out=right)
+    right += first * sin
+    return out
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnHeads:
-    """Some drawn heads with a common Ĥ. lower: L̂ (N, n), L̂L̂ᵀ = Ĥ. weights: a (M, B, T, T).
+    """Drawn heads: G groups of M, those of a group with a common Ĥ. weights: a (G, M, B, T, T).
 
-    projected: q and k after QK-norm and RoPE; before RoPE: ``normed``; factor (M, N): QK-norm's
-    divisor's inverse times √d·σ.
+    The rest of q and of k, first axis: projected (2, G, M, C, N) after QK-norm and RoPE; normed,
+    the same before RoPE; factor (2, G, M, N): QK-norm's divisor's inverse times √d·σ.
     """
 
-    lower: Array
     weights: Array32
-    projected: tuple[Array32, Array32]
-    normed: tuple[Array32, Array32]
-    factor: tuple[Array32, Array32]
+    projected: Array32
+    normed: Array32
+    factor: Array32
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,73 +166,83 @@ class AttentionKernel:
         width = model.heads * model.head_dim
         return width * self.stds["o_proj"] ** 2 * model.width * self.stds["v_proj"] ** 2
 
-    def lowers(self, v: Input, groups: int) -> list[Array]:
-        """L̂ (N, n) of ``groups`` draws of the input's Gram matrix.
+    def lowers(self, v: Input, groups: int) -> Array:
+        """L̂ (G, N, n) of ``groups`` draws of the input's Gram matrix, L̂L̂ᵀ = Ĥ.
 
         The degrees of freedom are those that give the correlations' variance τ²: (1 − ρ²)²/τ² on
         average, at most d. With more of them than tokens by Bartlett's decomposition.
         """
         kernel, width, draws = v.kernel, self.context.model.width, self.context.draws
-        lower, tokens = cholesky(kernel), len(kernel)
-        variance = v.correlation_variance
+        tokens, variance = len(kernel), v.correlation_variance
         pairs = ~np.eye(tokens, dtype=bool) & (variance > 0)
         freedom = float(width)
         if pairs.any():
             wishart = (1 - np.minimum(kernel**2 / np.maximum(outer_square(kernel), TINY), 1)) ** 2
             freedom = float(np.clip(wishart[pairs].sum() / variance[pairs].sum(), 4, width))
-        drawn = []
-        for _ in range(groups):
-            if freedom > tokens:
-                a = np.tril(draws(tokens, tokens).astype(np.float64), -1)
-                chi = np.sqrt(np.maximum(freedom - np.arange(tokens) - 0.5, 0.1))
-                np.fill_diagonal(a, chi + draws(tokens) / math.sqrt(2))
-                one = lower @ a / math.sqrt(freedom)
-            else:
-                a = draws(tokens, int(freedom)).astype(np.float64)
-                one = lower @ a / math.sqrt(a.shape[1])
-            if v.normed:
-                size = np.maximum((one**2).sum(1), TINY)
-                one = one * np.sqrt(kernel.diagonal() / size)[:, None]
-            drawn.append(one)
-        return drawn
-
-    def project(self, role: str, lower: Array, count: int) -> tuple[Array32, Array32]:
-        """q or k of some heads (M, N, C) after QK-norm, before RoPE, and the norm's factor (M, N)."""
-        model, draws = self.context.model, self.context.draws
-        heads = model.heads if role == "q_proj" else model.kv_heads
-        variance = model.width * self.stds[role] ** 2
-        size = lower.shape[1]
-        x = np.matmul(lower.astype(np.float32), draws(count, size, model.head_dim))
-        if model.norm.type == "layer" and model.qk_norm == "per_head":
-            x = x - x.mean(-1, keepdims=True)
-        own = np.square(x).sum(-1)
-        c = model.head_dim
-        if model.qk_norm == "full":
-            # The other heads' part of the mean square, at its average.
-            rest = (heads - 1) * c * np.maximum((lower**2).sum(1), TINY)
-            moment = variance * (own + rest) / (heads * c)
-            moment = moment * (1 - 1 / (heads * c)) if model.norm.type == "layer" else moment
-            factor = math.sqrt(variance) / np.sqrt(moment + model.norm.eps)
-        elif model.qk_norm == "per_head":
-            factor = math.sqrt(variance) / np.sqrt(variance * own / c + model.norm.eps)
+        if freedom > tokens:
+            chi = np.sqrt(np.maximum(freedom - np.arange(tokens) - 0.5, 0.1))
+            below, diagonal = np.tri(tokens, k=-1), np.arange(tokens)
+            a = np.empty((groups, tokens, tokens))
+            for one in a:
+                np.multiply(draws(tokens, tokens), below, out=one)
+                one[diagonal, diagonal] = chi + draws(tokens) / math.sqrt(2)
         else:
-            factor = np.full_like(own, math.sqrt(variance))
-        narrow = factor.astype(np.float32)
-        return x * narrow[..., None], narrow
+            freedom = int(freedom)
+            a = np.stack([draws(tokens, freedom) for _ in range(groups)]).astype(np.float64)
+        lowers: Array = cholesky(kernel) @ a / math.sqrt(freedom)
+        if v.normed:
+            size = np.maximum(np.vecdot(lowers, lowers), TINY)
+            lowers *= np.sqrt(kernel.diagonal() / size)[..., None]
+        return lowers
 
-    def heads(self, lower: Array, count: int) -> DrawnHeads:
-        """Draw ``count`` heads that see a Gram matrix L̂L̂ᵀ."""
-        context, model = self.context, self.context.model
-        window = model.window_of(self.layer)
-        table = context.rope(scaled=window is None)
-        shape = (count, context.batch, context.length, model.head_dim)
-        (q, q_factor), (k, k_factor) = (self.project(r, lower, count) for r in ("q_proj", "k_proj"))
-        turned = turn(q.reshape(shape), table), turn(k.reshape(shape), table)
-        logits = turned[0] @ turned[1].swapaxes(-1, -2) / np.float32(math.sqrt(model.head_dim))
-        logits = np.where(context.mask(window), logits, -np.inf)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
+    def projected(self, lowers: Array, count: int) -> tuple[Array32, Array32]:
+        """q and k of ``count`` heads a group (2, G, M, C, N) after QK-norm, before RoPE.
+
+        And QK-norm's factors (2, G, M, N), √d·σ over its root.
+        """
+        model, c = self.context.model, self.context.model.head_dim
+        groups, tokens, size = lowers.shape
+        x = self.context.scratch("projected", 2, groups, count, c, tokens)
+        for group, lower in enumerate(lowers.astype(np.float32)):
+            for role in range(2):
+                z = self.context.draws(count, size, c).swapaxes(-1, -2)
+                np.matmul(z, lower.T, out=x[role, group])
+        if model.norm.type == "layer" and model.qk_norm == "per_head":
+            x -= x.mean(-2, keepdims=True)
+        own = np.einsum("rgmcn,rgmcn->rgmn", x, x)
+        factors = np.empty_like(own)
+        sizes = np.vecdot(lowers, lowers)[:, None]
+        for role, name in enumerate(("q_proj", "k_proj")):
+            heads = (model.heads, model.kv_heads)[role]
+            variance = model.width * self.stds[name] ** 2
+            moment = np.ones(1)
+            if model.qk_norm == "full":
+                # The other heads' part of the mean square, at its average.
+                rest = (heads - 1) * c * np.maximum(sizes, TINY)
+                moment = variance * (own[role] + rest) / (heads * c)
+                if model.norm.type == "layer":
+                    moment *= 1 - 1 / (heads * c)
+                moment += model.norm.eps
+            elif model.qk_norm == "per_head":
+                moment = variance * own[role] / c + model.norm.eps
+            factors[role] = np.sqrt(variance / moment)
+        x *= factors[..., None, :]
+        return x, factors
+
+    def heads(self, lowers: Array, count: int) -> DrawnHeads:
+        """Draw ``count`` heads for each of the Gram matrices L̂L̂ᵀ. Good until the next are drawn."""
+        context, window = self.context, self.context.model.window_of(self.layer)
+        normed, factors = self.projected(lowers, count)
+        room = context.scratch("turned", *normed.shape)
+        turned = turn(normed, context.rope(scaled=window is None), room)
+        q, k = context.sequences(turned)
+        weights = q @ k.swapaxes(-1, -2)
+        weights *= np.float32(1 / math.sqrt(self.context.model.head_dim))
+        weights += context.mask(window)
+        weights -= weights.max(-1, keepdims=True)
+        np.exp(weights, out=weights)
         weights /= weights.sum(-1, keepdims=True)
-        return DrawnHeads(lower, weights, turned, (q, k), (q_factor, k_factor))
+        return DrawnHeads(weights, turned, normed, factors)
 
     def counts(self) -> tuple[int, int]:
         """Groups, and heads in each."""
@@ -215,28 +255,31 @@ class AttentionKernel:
         context = self.context
         groups, count = self.counts()
         lowers = self.lowers(v, groups)
-        outs, weights = [], []
-        for lower in lowers:
-            drawn = self.heads(lower, count)
-            outs.append(sandwich(drawn.weights, (lower @ lower.T).astype(np.float32)))
-            weights.append(drawn.weights)
-        kernels = np.concatenate(outs)  # (M, N, N)
-        a = np.concatenate(weights).astype(np.float64)
-        mean, second = a.mean(0), np.square(a).mean(0)
-        excess = sum(lower @ lower.T for lower in lowers) / groups - v.kernel
-        out = kernels.mean(0, dtype=np.float64) - sandwich(mean[None], excess)[0]
+        grams = lowers @ lowers.swapaxes(-1, -2)
+        kernels = np.empty((groups, count, *v.kernel.shape), np.float32)
+        mean, second = np.zeros((2, context.batch, context.length, context.length))
+        some = max(1, IN_CACHE // (count * len(v.kernel) * context.model.head_dim))
+        for chunk in (slice(first, first + some) for first in range(0, groups, some)):
+            a = self.heads(lowers[chunk], count).weights
+            kernels[chunk] = sandwich(a, grams[chunk, None].astype(np.float32))
+            mean += a.sum((0, 1), dtype=np.float64) / (groups * count)
+            second += np.einsum("gmbij,gmbij->bij", a, a) / (groups * count)
+        kernels = kernels.reshape(-1, *v.kernel.shape)
+        excess = grams.mean(0) - v.kernel
+        out = kernels.mean(0, dtype=np.float64) - sandwich(mean, excess)
         out = (out + out.T) / 2
         return AttentionBranch(self, v, self.scale * out, kernels, mean, second, context.batch)
 
 
-def sandwich(weights: Any, kernel: Any) -> Any:
-    """a·K·aᵀ for every head: weights (M, B, T, T), K (N, N), to (M, N, N)."""
-    heads, batch, length, _ = weights.shape
+def sandwich(weights: Any, kernels: Any) -> Any:
+    """a·K·aᵀ (…, N, N): weights a (…, B, T, T) of B sequences, K (…, N, N)."""
+    *_, batch, length, _ = weights.shape
     tokens = batch * length
-    half = (weights @ kernel.reshape(batch, length, tokens)[None]).reshape(heads, tokens, tokens)
-    turned = half.reshape(heads, tokens, batch, length).transpose(0, 2, 1, 3)
-    out = turned @ weights.swapaxes(-1, -2)
-    return out.transpose(0, 2, 1, 3).reshape(heads, tokens, tokens)
+    blocks = kernels.reshape(*kernels.shape[:-2], batch, length, tokens)
+    half = weights @ blocks  # (…, B, T, N)
+    half = half.reshape(*half.shape[:-3], tokens, batch, length).swapaxes(-2, -3)
+    out = (half @ weights.swapaxes(-1, -2)).swapaxes(-2, -3)  # (…, N, B, T)
+    return out.reshape(*out.shape[:-3], tokens, tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +318,9 @@ class AttentionBranch:
     @property
     def cross(self) -> Array:
         """Var(B̂_ij): between heads, and of their values."""
-        heads = self.kernels.var(0, ddof=1, dtype=np.float64) / self.attention.context.model.heads
+        apart = self.kernels - self.kernels.mean(0)
+        heads = np.einsum("hij,hij->ij", apart, apart) / (len(apart) - 1)
+        heads = heads / self.attention.context.model.heads
         values = (outer_square(self.kernel) + self.kernel**2) / self.units
         return self.attention.scale**2 * heads + values
 
@@ -315,41 +360,44 @@ class AttentionBranch:
             return np.zeros_like(gradient)
         lower_g = cholesky(upstream).astype(np.float32)
         shape = (count, context.batch, context.length, model.head_dim)
-        table = context.rope(scaled=model.window_of(attention.layer) is None)
+        cos, sin = context.rope(scaled=model.window_of(attention.layer) is None)
         total = np.zeros((3, *gradient.shape))
         for lower in attention.lowers(self.input, groups):
-            drawn = attention.heads(lower, count)
-            a = drawn.weights
+            drawn = attention.heads(lower[None], count)
+            a = drawn.weights[0]
             out = (lower_g @ draws(count, len(gradient), model.head_dim)).reshape(shape)
             value = lower.astype(np.float32) @ draws(count, lower.shape[1], model.head_dim)
             value *= np.float32(math.sqrt(model.width) * stds["v_proj"])
             weight = out @ value.reshape(shape).swapaxes(-1, -2)
             logit = a * (weight - (a * weight).sum(-1, keepdims=True))
             logit /= np.float32(math.sqrt(model.head_dim))
-            parts = [a.swapaxes(-1, -2) @ out]
-            for i, other in enumerate((drawn.projected[1], drawn.projected[0])):
-                turned = turn((logit if i == 0 else logit.swapaxes(-1, -2)) @ other, table, True)
-                role = ("q_proj", "k_proj")[i]
-                parts.append(self._through_norm(turned, drawn, i, role))
+            parts = [columns(a.swapaxes(-1, -2) @ out)]
+            for role, one in enumerate((logit, logit.swapaxes(-1, -2))):
+                turned = columns(one @ context.sequences(drawn.projected[1 - role, 0]))
+                parts.append(self._through_norm(turn(turned, (cos, -sin)), drawn, role))
             for i, part in enumerate(parts):
-                flat: Any = part.reshape(count, len(gradient), -1).transpose(1, 0, 2)
-                flat = flat.reshape(len(gradient), -1).astype(np.float64)
-                total[i] += flat @ flat.T / (groups * count * model.head_dim)
+                flat = part.reshape(-1, len(gradient)).astype(np.float64)
+                total[i] += flat.T @ flat / (groups * count * model.head_dim)
         sizes = [stds[role] ** 2 for role in ("v_proj", "q_proj", "k_proj")]
         width = model.heads * model.head_dim
         out64: Array = width * sum(s * part for s, part in zip(sizes, total, strict=True))
         return out64
 
-    def _through_norm(self, gradient: Array32, drawn: DrawnHeads, i: int, role: str) -> Array32:
+    def _through_norm(self, gradient: Array32, drawn: DrawnHeads, role: int) -> Array32:
         """The gradient before QK-norm, of q (0) or k (1): (d − y⟨d, y⟩/n)/√(ms + eps)."""
-        model, y = self.attention.context.model, drawn.normed[i]
-        flat = gradient.reshape(y.shape)
+        model, y = self.attention.context.model, drawn.normed[role, 0]
         if model.qk_norm != "none":
-            heads = (model.heads, model.kv_heads)[i] if model.qk_norm == "full" else 1
-            flat = flat - y * ((flat * y).sum(-1, keepdims=True) / (heads * model.head_dim))
-        factor = drawn.factor[i] / (math.sqrt(model.width) * self.attention.stds[role])
-        out: Array32 = flat * factor[..., None]
-        return out
+            heads = (model.heads, model.kv_heads)[role] if model.qk_norm == "full" else 1
+            along = (gradient * y).sum(-2, keepdims=True)
+            gradient = gradient - y * (along / (heads * model.head_dim))
+        std = self.attention.stds[("q_proj", "k_proj")[role]]
+        return gradient * (drawn.factor[role, 0] / (math.sqrt(model.width) * std))[:, None]
+
+
+def columns(x: Array32) -> Array32:
+    """(M, C, N) of (M, B, T, C)."""
+    heads, _, _, size = x.shape
+    return np.moveaxis(x, -1, 1).reshape(heads, size, -1)
 
 
 def _sandwich_many(weights: Any, kernels: Any) -> Any:

@@ -76,25 +76,37 @@ class Expansion:
     coefficients: Array
     square: Array
 
-    def kernel(self, rho: Array, extra: int = 0) -> tuple[Array, Array, Array]:
-        """D_ij = ρ_ij^extra · E φ(√a_i z)·φ(√a_j z'), and its first two derivatives in ρ. (N, N) each.
+    def kernel(self, rho: Array, extra: int = 0, derivatives: int = 0) -> list[Array]:
+        """D_ij = ρ_ij^extra · E φ(√a_i z)·φ(√a_j z'), and up to two derivatives in ρ. (N, N) each.
 
         Horner's scheme for the value and the derivatives at once.
         """
         rest = np.sqrt(np.maximum(self.square - (self.coefficients**2).sum(1), 0))
-        value = np.outer(rest, rest)
-        first, second = np.zeros_like(value), np.zeros_like(value)
-        for column in reversed((*np.zeros((extra, len(rest))), *self.coefficients.T)):
-            second = second * rho + first
-            first = first * rho + value
-            value = value * rho + (np.outer(column, column) if column.any() else 0.0)
-        return value, first, 2 * second
+        columns = [None] * extra + [c if c.any() else None for c in self.coefficients.T]
+        parts = [rest[:, None] * rest, *np.zeros((derivatives, *rho.shape))]
+        for column in reversed(columns):
+            for n in range(derivatives, 0, -1):
+                parts[n] *= rho
+                parts[n] += parts[n - 1]
+            parts[0] *= rho
+            if column is not None:
+                parts[0] += column[:, None] * column
+        return [part * math.factorial(n) for n, part in enumerate(parts)]
 
 
-def expand(phi: Callable[[Array], Array], a: Array) -> Expansion:
-    """The expansion of φ(√a_i·z) for variances a (N,)."""
-    values = phi(np.sqrt(a)[:, None] * Z)
-    return Expansion((values * WEIGHTS) @ HERMITE.T, (values * values) @ WEIGHTS)
+def expand(values: Array) -> Expansion:
+    """The expansion of φ(√a_i·z) from its values at the nodes Z, (N, NODES).
+
+    silu and gelu are half their argument and an even function: no other odd terms but rounding's.
+    """
+    coefficients, square = (values * WEIGHTS) @ HERMITE.T, (values * values) @ WEIGHTS
+    coefficients[:, (coefficients**2 < 1e-20 * square[:, None]).all(0)] = 0
+    return Expansion(coefficients, square)
+
+
+def at_nodes(phi: Callable[[Array], Array], a: Array) -> Array:
+    """φ(√a_i·z) (N, NODES) for variances a (N,)."""
+    return phi(np.sqrt(a)[:, None] * Z)
 
 
 LOGNORMAL = _quadrature(16)

@@ -21,7 +21,7 @@ import numpy as np
 from simlab.config import ModelConfig
 from simlab.theory.laws import Array
 from simlab.theory.mean_field import averages
-from simlab.theory.mean_field.averages import Expansion, expand
+from simlab.theory.mean_field.averages import at_nodes, expand
 from simlab.theory.mean_field.kernels import TINY, Input, correlation, outer_square
 
 RELATIVE_STEP = 0.02  # relative, of the numerical derivative in the input's mean square
@@ -76,15 +76,16 @@ class MLPKernel:
 
     def mean_square(self, h: Array) -> Array:
         """B_ii (N,) for inputs with mean square h."""
-        square = expand(self.unit.phi, self.activated(h)).square
+        square = at_nodes(self.unit.phi, self.activated(h)) ** 2 @ averages.WEIGHTS
         return self.scale * square * (h if self.unit.gated else 1.0)
 
     def __call__(self, v: Input) -> MLPBranch:
         """The MLP's output for inputs v."""
         unit, kernel = self.unit, v.kernel
         h, rho = np.maximum(kernel.diagonal(), TINY), correlation(kernel)
-        expansion = expand(unit.phi, self.activated(h))
-        value, slope, curvature = expansion.kernel(rho, int(unit.gated))
+        values = at_nodes(unit.phi, self.activated(h))
+        expansion = expand(values)
+        value, slope, curvature = expansion.kernel(rho, int(unit.gated), derivatives=2)
         ends = self.scale * self.ends(h)
         out = ends * (value + 0.5 * curvature * v.correlation_variance)
         mean_square, lean = self.mean_square(h), None
@@ -95,17 +96,22 @@ class MLPKernel:
             second = (above - 2 * mean_square + below) / RELATIVE_STEP**2
             mean_square = mean_square + 0.5 * second * np.minimum(v.relative_variance, 1.0)
         np.fill_diagonal(out, mean_square)
-        return MLPBranch(self, kernel, rho, out, self._noise(h, rho, expansion), lean, ends * slope)
+        return MLPBranch(self, kernel, rho, out, self._noise(h, rho, values), lean, ends * slope)
 
-    def _noise(self, h: Array, rho: Array, expansion: Expansion) -> Array:
+    def _noise(self, h: Array, rho: Array, values: Array) -> Array:
         """Cov of the units' squares of two tokens, over F: that of B̂_ii and B̂_jj (N, N).
 
-        E up_i²up_j² = u_i u_j (1 + 2ρ²).
+        values: φ at the nodes. E up_i²up_j² = u_i u_j (1 + 2ρ²).
         """
-        squares = expand(lambda z: self.unit.phi(z) ** 2, self.activated(h)).kernel(rho)[0]
+        squares = expand(values**2)
+        (product,) = squares.kernel(rho)
         fourth = 1 + 2 * rho**2 if self.unit.gated else 1.0
-        product = np.outer(expansion.square, expansion.square)
-        return (self.scale * self.ends(h)) ** 2 * (squares * fourth - product) / self.model.d_ff
+        mean = squares.coefficients[:, 0]
+        return (
+            (self.scale * self.ends(h)) ** 2
+            * (product * fourth - np.outer(mean, mean))
+            / self.model.d_ff
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +163,9 @@ class MLPBranch:
         mlp, unit, stds = self.mlp, self.mlp.unit, self.mlp.stds
         a = mlp.activated(np.maximum(self.input.diagonal(), TINY))
         hidden = mlp.gain("down_proj") * gradient
-        slopes = expand(unit.slope, a).kernel(self.rho)[0]
+        (slopes,) = expand(at_nodes(unit.slope, a)).kernel(self.rho)
         if not unit.gated:
             return mlp.model.d_ff * stds["up_proj"] ** 2 * hidden * slopes
-        up = hidden * expand(unit.phi, a).kernel(self.rho)[0]
+        up = hidden * expand(at_nodes(unit.phi, a)).kernel(self.rho)[0]
         gate = hidden * slopes * mlp.gain("up_proj") * self.input
         return mlp.model.d_ff * (stds["up_proj"] ** 2 * up + stds["gate_proj"] ** 2 * gate)
