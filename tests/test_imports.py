@@ -69,13 +69,16 @@ def test_rooms_that_need_no_torch():
 
 # What is imported or called, one after another, and what then isn't imported: --help and tab completion
 # wait for torch and pandas, a verdict on the screen 2 s for seaborn, a run of two seconds 0.8 for
-# torch's compiler.
+# torch's compiler; a predicted curve needs none of them.
 LATE = {
     "import simlab": "torch",
     "assert {*simlab.__all__} <= {*dir(simlab)}": "torch",
     "import simlab.run": "torch pandas",
     "import simlab.regress": "torch",
     "import simlab.report.console": "torch matplotlib seaborn scipy",
+    "sys.argv[1:] = ['model=small', 'depth=2', 'engine=theory']; simlab.run.main()":
+        "torch transformers safetensors tokenizers seaborn scipy",
+    "sys.argv[1:] = ['-m', 'model=small', 'depth=1,2', 'engine=theory']; simlab.run.main()": "torch",
     "import simlab.sweep.report, simlab.report.figure": "torch",
     "from simlab import experiment; "
     "experiment.prepare(simlab.compose(['model=small', 'depth=1', 'device=cpu'])).estimate":
@@ -83,11 +86,12 @@ LATE = {
 }  # fmt: skip
 
 
-def test_heavy_imports_are_late():
+def test_heavy_imports_are_late(tmp_path):
     lines = ["import sys"]
     for code, heavy in LATE.items():
         lines += [code, f"assert not {{*{heavy.split()}}} & {{*sys.modules}}, {code!r}"]
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=100)
+    code = "\n".join(lines)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100, cwd=tmp_path)
 
 
 def test_simlab_never_imports_scripts_or_tests():

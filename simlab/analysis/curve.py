@@ -11,6 +11,7 @@ import pandas as pd
 from simlab.theory.laws import LAWS, Array, Law, Rows
 from simlab.theory.mean_field import Prediction
 
+INITS = ("random", "theory")  # the kinds of curves of random inits: measured, predicted
 PREDICTED = ("law_mean_field", "band_mean_field", "law_gradient_rms")  # theory's columns
 COLUMNS = (  # of curve.csv, that verdicts use besides mean_square and eps_factor
     "mean_square_median", "branch_mean_square", "branch_raw_mean_square", "cosine", "gradient_rms",
@@ -19,7 +20,7 @@ COLUMNS = (  # of curve.csv, that verdicts use besides mean_square and eps_facto
 
 @dataclass(frozen=True)
 class Curves:
-    """S curves of one kind (``random`` or ``checkpoint``) over the R rows that all of them have.
+    """S curves of one kind (a name in the column ``curve``) over the R rows that all of them have.
 
     kinds, gain, normalises: (R,), as in ``Rows``. mean_square, eps_factor: (S, R). others: (S, R) of
     each of COLUMNS that was measured. theory: the predicted curve of random inits. whole: how many rows
@@ -77,6 +78,12 @@ def curves_of(
         theory=theory,
         whole=len(gain),
     )
+
+
+def basis(frame: pd.DataFrame) -> str:
+    """The kind of curve that a frame's laws are about: the first of INITS, else the checkpoint."""
+    there = set(frame["curve"].unique())
+    return next((name for name in INITS if name in there), "checkpoint")
 
 
 def laws_in(frame: pd.DataFrame, *, expected: bool = False) -> list[Law]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simlab.analysis.curve import basis
 from simlab.analysis.resampling import Estimate, jackknife
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
@@ -61,14 +62,14 @@ def per_block(frame: pd.DataFrame, depth: int) -> pd.DataFrame:
     parts: list[tuple[str, str, str, str, str | None, float]] = [
         (name, name, *column) for name in names for column in columns if column[1] in frame
     ]
-    basis = "random" if "random" in names else "checkpoint"
-    parts += [(c, basis, "activation", c, None, 0.5) for c in _law_columns(frame)]
+    parts += [(c, basis(frame), "activation", c, None, 0.5) for c in _law_columns(frame)]
     tables = []
     for curve, name, of, column, vector, power in parts:
         ends = block_ends(frame, name)
         seeds = sorted(ends["seed"].unique())
         logs = power * _by_seed(ends, column, depth)
-        mean = _by_seed(ends, vector, depth) if vector else np.full_like(logs, np.nan)
+        known = vector is not None and vector in ends  # theory has none of gradients
+        mean = _by_seed(ends, str(vector), depth) if known else np.full_like(logs, np.nan)
         values = {
             "curve": curve,
             "seed": np.repeat(seeds, depth),
@@ -106,7 +107,8 @@ def exponents(
         if norm not in ends:
             continue
         logs = _by_seed(ends, norm, depth)
-        values[f"lambda_paper{suffix}"] = _first_to_last(_by_seed(ends, vector, depth))
+        if vector in ends:
+            values[f"lambda_paper{suffix}"] = _first_to_last(_by_seed(ends, vector, depth))
         values[f"lambda_token{suffix}"] = _first_to_last(logs)
         mean = logs.mean(0)
         values[f"lambda_pairwise{suffix}"] = (np.diff(mean) / depth).tolist()

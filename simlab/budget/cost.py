@@ -225,7 +225,7 @@ def curves_to_measure(config: RunConfig, threads: int) -> list[Curve]:
     curves = []
     for engine, stored, seeds in (
         ("dense", True, int(config.source.stored)),
-        (config.engine, False, len(config.seeds)),
+        (config.engine, False, len(config.seeds) if config.engine != "theory" else 0),
     ):
         if seeds:
             curves.append(

@@ -15,7 +15,7 @@ DEMO_DIR = _PACKAGE / "demo"
 DEMO_STEPS = ("0", "100", "1000", "final")
 
 DTYPES = ("float32", "bfloat16", "float16")
-ENGINES = ("auto", "dense", "weightless")
+ENGINES = ("auto", "dense", "weightless", "theory")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
 MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS

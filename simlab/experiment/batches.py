@@ -32,7 +32,7 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
     curves: MeasuredCurves = []
     if ready.checkpoint:
         curves += [("checkpoint", config.seed, curve) for curve in measured(ready.checkpoint)]
-    if config.seeds:
+    if config.seeds and config.engine != "theory":
         cost = costs_of(config, torch.get_num_threads())[-1]
         with threads(cost.computing):
             for start in range(0, len(config.seeds), cost.batch_seeds):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from simlab.analysis.compare import with_outside
 from simlab.analysis.verdict import Verdict, judge
 from simlab.config import RunConfig
-from simlab.experiment.batches import MeasuredCurves, measured_curves
 from simlab.experiment.prepare import Prepared, prepare
 from simlab.experiment.summary import summarise, weight_table
-from simlab.experiment.theory import predicted
-from simlab.measurement.frame import to_frame
+from simlab.experiment.theory import predicted, predicted_curve, with_band
+from simlab.measurement.frame import Cuts, to_frame
+
+if TYPE_CHECKING:
+    from simlab.experiment.batches import MeasuredCurves
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,38 @@ def run(config: RunConfig) -> RunResult:
 def measure(
     ready: Prepared,
     on_block: Callable[[], None] = lambda: None,
-    curves_of: Callable[..., MeasuredCurves] = measured_curves,
+    curves_of: Callable[..., MeasuredCurves] | None = None,
 ) -> RunResult:
     """Measure every curve of a run, predict the random inits', and judge.
 
-    on_block: called after each block of each curve. curves_of: measures the curves; a sweep gives one
-    that shares work between jobs (``sharing``).
+    on_block: called after each block of each measured curve. curves_of: measures the curves, by default
+    ``measured_curves``; a sweep gives one that shares work between jobs (``sharing``).
     """
-    measured = curves_of(ready, on_block)
-    theory = predicted(ready) if ready.config.seeds else None
-    frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
-    if ready.checkpoint:
-        frame = with_outside(frame)
-    verdicts = {
-        name: judge(of_curve, ready.config.dtype, drawn=name == "random")
-        for name, of_curve in by_curve.items()
-    }
+    config = ready.config
+    theory = predicted(ready) if config.seeds else None
+    measured = _measured(ready, on_block, curves_of) if config.measures else []
+    frame, cuts = pd.DataFrame(), Cuts([], [])
+    verdicts: dict[str, Verdict] = {}
+    if measured:
+        frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
+        frame = with_outside(frame) if ready.checkpoint else frame
+        verdicts = {
+            name: judge(of_curve, config.dtype, drawn=name == "random")
+            for name, of_curve in by_curve.items()
+        }
+    if theory and config.engine == "theory":
+        rows, curve = predicted_curve(ready, theory)
+        frame = pd.concat([frame, rows], ignore_index=True)
+        verdicts["theory"] = with_band(judge(curve, "float64", drawn=False), theory)
     summary = summarise(ready, measured, frame, cuts, verdicts, theory)
     return RunResult(ready.config, frame, summary, verdicts, weight_table(ready))
+
+
+def _measured(
+    ready: Prepared,
+    on_block: Callable[[], None],
+    curves_of: Callable[..., MeasuredCurves] | None,
+) -> MeasuredCurves:
+    from simlab.experiment.batches import measured_curves  # late: it needs torch
+
+    return (curves_of or measured_curves)(ready, on_block)

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from simlab.budget.predicted import prediction_cost, refuse_prediction
 from simlab.config import ConfigError, RunConfig
 from simlab.inputs import Ids, make_tokens
+from simlab.theory.mean_field import unpredictable
+from simlab.theory.size import parameters_on_paper
 
 if TYPE_CHECKING:
     from simlab.checkpoints.checkpoint import Checkpoint
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 class Prepared:
     """A run that can start: everything the user named has been found, opened and checked.
 
-    ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one.
+    ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one. With
+    ``theory`` they are one predicted curve, and ``config.seeds`` is (seed,).
     """
 
     config: RunConfig
@@ -32,6 +36,8 @@ class Prepared:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
+        if not self.config.measures:
+            return parameters_on_paper(self.config.shape)
         from simlab.model.transformer import parameter_count
 
         return parameter_count(self.config.shape)
@@ -49,7 +55,10 @@ class Prepared:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the run will pass through, over all its curves, forward and backward."""
+        """How many blocks the run will pass through, over all its curves, forward and backward.
+
+        A predicted curve counts as one.
+        """
         curves = len(self.config.seeds) + (self.checkpoint is not None)
         return self.config.shape.depth * curves * (1 + self.config.gradients)
 
@@ -59,6 +68,11 @@ class Prepared:
 
         NaN seconds where this machine hasn't the device.
         """
+        size, time = 0, 0.0
+        if self.config.engine == "theory":
+            size, time = prediction_cost(self.config)
+        if not self.config.measures:
+            return size, time
         import torch
 
         from simlab.budget.cost import curves_to_measure, seconds
@@ -66,18 +80,19 @@ class Prepared:
         from simlab.measurement.engine import resolve_device
 
         threads = torch.get_num_threads()
-        size = needed(self.config, threads) + INTERPRETER
+        size = max(size, needed(self.config, threads) + INTERPRETER)
         try:
             resolve_device(self.config.device)
         except ConfigError:
             return size, math.nan
-        return size, sum(map(seconds, curves_to_measure(self.config, threads)))
+        return size, time + sum(map(seconds, curves_to_measure(self.config, threads)))
 
     @property
     def engines(self) -> dict[str, str]:
         """The engine of each kind of curve: a checkpoint has its weights, so it is always dense."""
         engines = {"checkpoint": "dense"} if self.checkpoint else {}
-        return engines | ({"random": self.config.engine} if self.config.seeds else {})
+        inits = "theory" if self.config.engine == "theory" else "random"
+        return engines | ({inits: self.config.engine} if self.config.seeds else {})
 
 
 def prepare(
@@ -114,6 +129,11 @@ def prepare(
         config, reason = replace(config, engine="dense"), "a checkpoint has its weights"
     elif config.engine == "auto":
         config, reason = _cheaper(config, tokens.size)
+    elif config.engine == "theory":
+        if why := unpredictable(config.shape, tokens):
+            raise ConfigError(f"engine=theory: {why}")
+        config = replace(config, seeds=(config.seed,))
+        refuse_prediction(config)
     if config.measures and device is None:
         import torch
 

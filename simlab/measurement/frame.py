@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from simlab.analysis.compare import massive
 from simlab.analysis.curve import Curves, curves_of, with_laws
-from simlab.measurement.engine import Measured
-from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
 from simlab.theory.mean_field import Prediction
+
+if TYPE_CHECKING:
+    from simlab.measurement.engine import Measured
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFram
 
     entries: tokens × width, for the variance over both, as torch.var takes it.
     """
+    import torch  # late: a run that measures nothing needs neither
+
+    from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
+
     rows = [(name, seed, row) for name, seed, curve in measured for row in curve.rows]
     values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
     frame = pd.DataFrame(values, columns=list(STATISTICS)).astype({"max_token": np.int64})
@@ -97,7 +101,7 @@ def cut_gradients(
 
     overflow: the curves that ended early: they have no gradients, and are listed there already.
     """
-    columns = [name for name in GRADIENT_STATISTICS if name in frame]
+    columns = [name for name in frame if str(name).startswith("gradient_")]
     if not columns:
         return frame, []
     frame, lost = frame.copy(), []

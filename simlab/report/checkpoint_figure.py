@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from simlab.analysis.compare import departure
-from simlab.analysis.curve import laws_in
+from simlab.analysis.curve import basis, laws_in
 from simlab.report.style import COLOURS, LABELS, draw_curves, finish, subplots
 
 
 def relative(ax: Axes, frame: pd.DataFrame) -> None:
     """Mean squares over the random inits' mean, a log axis: their band lies around 1."""
-    mean = frame[frame["curve"] == "random"].groupby("x")["mean_square"].mean()
+    mean = frame[frame["curve"] == basis(frame)].groupby("x")["mean_square"].mean()
     frame = frame[frame["x"].isin(mean.index)].copy()
     of = frame["x"].map(mean)
     frame["ratio"] = frame["mean_square"] / of
@@ -27,7 +27,7 @@ def relative(ax: Axes, frame: pd.DataFrame) -> None:
     )
     ax.plot(rows["x"], first, color=red, lw=1.2, ls=(0, (1, 1)), label="checkpoint, position 0")
     for law in laws_in(frame, expected=True):
-        says = (frame[law.column] / of)[frame["curve"] == "random"].groupby(frame["x"]).mean()
+        says = (frame[law.column] / of)[frame["curve"] == basis(frame)].groupby(frame["x"]).mean()
         ax.plot(says.index, says, color=law.colour, ls=law.line, lw=1.6, zorder=3)
     draw_curves(ax, frame, "x", "ratio")
     ax.set_yscale("log")

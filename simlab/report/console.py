@@ -21,7 +21,7 @@ from simlab.config.preset import changed
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
-NAMES = {"random": "random init", "checkpoint": "checkpoint"}
+NAMES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 # The fields of NormConfig that every placement has; the others are a placement's own.
 COMMON_NORM_KEYS = ("placement", "type", "eps", "gain")
 
@@ -61,7 +61,10 @@ def announce(
     )
     curves = ["the checkpoint"] if config.source.stored else []
     count = len(config.seeds)
-    curves += [f"{count} random init{'s' if count > 1 else ''}"] if count else []
+    if "theory" in engines:
+        curves.append("the predicted curve of random inits")
+    elif count:
+        curves.append(f"{count} random init{'s' if count > 1 else ''}")
     console = Console(highlight=False)
     console.print(Text(title(config), style="bold"))
     mlp = "" if model.mlp == "swiglu" else f", {model.mlp}"
@@ -70,11 +73,14 @@ def announce(
         f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
     )
     what = "forward and backward" if config.gradients else "forward"
+    where = f", {config.dtype} on {config.device}" if config.measures else ""
     console.print(
         f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} {unit}, "
-        f"{what}, {config.dtype} on {config.device}"
+        f"{what}{where}"
     )
-    engine = f"{engines['random']} engine ({reason})" if "random" in engines else "dense engine"
+    engine = f"{config.engine} engine ({reason})" if config.seeds else "dense engine"
+    if "theory" in engines:
+        engine = "theory engine (nothing is drawn: seeds, device and dtype aren't used)"
     if len(set(engines.values())) > 1:
         engine += " for random inits, dense for the checkpoint"
     console.print(engine + "\n")
@@ -123,16 +129,16 @@ def show_result(
     frame: pd.DataFrame,
     verdicts: Mapping[str, Verdict],
     summary: Mapping[str, Any],
-    files: Sequence[Path],
 ) -> None:
-    """The tables and the verdict of every curve, then where the files are, the figure last."""
+    """The tables and the verdict of every curve."""
     console = Console(highlight=False)
     for name in verdicts:
         if len(verdicts) > 1:
             console.print(Text(NAMES[name], style="bold"))
         console.print(growth_table(frame, name))
         console.print()
-        lambdas = lambda_table(summary["lambda"][name])
+        head = "predicted" if name == "theory" else "measured"
+        lambdas = lambda_table(summary["lambda"][name], head)
         for shown in (lambdas, block_table(summary["lambda"][name])):
             if shown.row_count:
                 console.print(shown)
@@ -142,6 +148,11 @@ def show_result(
     if "weight_hash" in summary:
         console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
     console.print()
+
+
+def show_files(files: Sequence[Path]) -> None:
+    """Where a run's files are, the figure last."""
+    console = Console(highlight=False)
     for path in files:
         console.print(str(path), soft_wrap=True, markup=False)
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.analysis import Law
-from simlab.analysis.curve import laws_in
+from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.exponents import per_block
 from simlab.report import checkpoint_figure
 from simlab.report.style import COLOURS, LABELS, draw_curves, finish, subplots
@@ -63,7 +63,7 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
     for row, of in zip(axes, kinds, strict=True):
         for ax, name in zip(row, ("lambda_pairwise", "lambda_from_first"), strict=True):
             part = blocks[blocks["of"] == of]
-            measured = part[~part["curve"].isin([law.column for law in laws])]
+            measured = part[part["curve"].isin(frame["curve"].unique())]  # a law is there too
             for law in laws:
                 mean = part[part["curve"] == law.column].groupby("block")[name].mean()
                 if not mean.empty:
@@ -103,9 +103,8 @@ def _lambda_limits(ax: Axes, measured: pd.Series, every: pd.Series) -> None:
 def _laws(ax: Axes, frame: pd.DataFrame) -> None:
     if frame.empty:  # every curve overflowed at the embedding
         return
-    basis = "random" if (frame["curve"] == "random").any() else "checkpoint"
     for law in laws_in(frame):
-        mean = frame[frame["curve"] == basis].groupby("x")[law.column].mean()
+        mean = frame[frame["curve"] == basis(frame)].groupby("x")[law.column].mean()
         mean = mean.clip(upper=1e6 * frame["mean_square"].max())  # off the axis, within float64
         mean[mean.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
         _law(ax, law, mean)

@@ -20,9 +20,9 @@ from pandas.core.groupby import SeriesGroupBy
 
 from simlab.store import write_atomically
 
-LABELS = {"random": "random init", "checkpoint": "checkpoint"}
+LABELS = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 _AXES = {"grid.color": ".92", "axes.edgecolor": ".6"}
-COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728"}
+COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728", "theory": "#2ca02c"}
 
 
 def subplots(
@@ -42,7 +42,7 @@ def draw_band(ax: Axes, values: SeriesGroupBy[Any, Any], colour: str, **line: An
 
 
 def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
-    """Each curve's mean over seeds with its band."""
+    """Each curve's mean over seeds with its band: the seeds' range, of a predicted one ± 2 std."""
     for name in frame["curve"].unique():
         of_curve = frame[(frame["curve"] == name) & frame[y].notna()]
         if of_curve.empty:
@@ -51,7 +51,20 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
         label = LABELS[name] + (f" ({seeds} seeds: mean, min to max)" if seeds > 1 else "")
         marker = "o" if of_curve[x].nunique() <= 24 else None
         by_x = of_curve.groupby(x)[y]
+        if name == "theory" and y in BANDED:
+            label += " (mean ± 2 std of seeds)"
+            low, high = predicted_band(of_curve, y)
+            ax.fill_between(of_curve[x], low, high, color=COLOURS[name], alpha=0.2, lw=0)
         draw_band(ax, by_x, COLOURS[name], label=label, lw=2, marker=marker, ms=4, zorder=2)
+
+
+BANDED = ("mean_square", "ratio")  # columns whose predicted band is known
+
+
+def predicted_band(rows: pd.DataFrame, y: str) -> tuple[pd.Series, pd.Series]:
+    """Predicted mean ± 2 std between seeds of a column of BANDED."""
+    share = 2 * rows["band_mean_field"] / rows["mean_square"]
+    return rows[y] * (1 - share), rows[y] * (1 + share)
 
 
 def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from simlab.analysis import Law
-from simlab.analysis.curve import laws_in
+from simlab.analysis.curve import basis, laws_in
 from simlab.report import sweep_scans
 from simlab.report.facets import GREY, Plan, grid, labelled, name_band, name_colours, plan
 from simlab.report.style import finish
@@ -132,8 +132,7 @@ def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
 
 def _law(ax: Axes, law: Law, part: pd.DataFrame, top: float) -> bool:
     """Draw a law, the lowest and highest where a panel's curves differ; True if others are left out."""
-    basis = "random" if (part["curve"] == "random").any() else "checkpoint"
-    part = part[part["curve"] == basis]
+    part = part[part["curve"] == basis(part)]
     table = part.pivot(index="x", columns="line", values=law.column).dropna(axis=1, how="all")
     shared = table.dropna()
     if shared.empty:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from simlab.analysis import LAWS
+from simlab.analysis.curve import INITS, basis
 from simlab.analysis.numbers import short
 from simlab.report.facets import (
     COLUMNS,
@@ -110,7 +111,7 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
     for ax, part in panels:
         at = scan(ax, frame[x])
         ax.axhline(0, color=".4", lw=0.8, zorder=1)
-        basis = "random" if (part["curve"] == "random").any() else "checkpoint"
+        inits = basis(part)
         tokens = (part[PART] == MEASURES["lambda_token"]).all()
         lines = part.groupby(["ink", "curve", layout.colour or "ink"], observed=True)
         for (ink, curve, _), rows in lines:
@@ -122,7 +123,7 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
                 places, mean, yerr=np.nan_to_num(np.clip(reach, 0, None)), color=colour, lw=1.6,
                 marker="o", ms=4.5, capsize=2.5, elinewidth=1.1,
             )  # fmt: skip
-            for law in laws if tokens and curve == basis else ():
+            for law in laws if tokens and curve == inits else ():
                 says = by[f"lambda_token_{law.name}"].mean()
                 shade = colour if layout.colour else law.colour
                 ax.plot(places, says, color=shade, ls=law.line, lw=1.6, zorder=5)
@@ -134,7 +135,7 @@ def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> F
 
     A row per value of another swept key.
     """
-    frame = frame[frame["curve"] == "random"]
+    frame = frame[frame["curve"].isin(INITS)]
     shown = [name for name in _SHOWN_STATISTICS if name in frame and frame[name].notna().any()]
     if not shown or "width" not in keys or not numbers(frame["width"]):
         return None
@@ -179,7 +180,7 @@ def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | Non
     if len(numeric) < 2:
         return None
     x, y = numeric[:2]
-    inits = (jobs["curve"] == "random") if x.startswith("init") else (jobs["curve"] == "checkpoint")
+    inits = jobs["curve"].isin(INITS if x.startswith("init") else ("checkpoint",))
     jobs = jobs[inits] if inits.any() else jobs
     layout = plan(jobs, [key for key in keys if key not in (x, y)], coloured=False)
     frame, labels = layout.frame, (key_text(x), key_text(y))

@@ -35,6 +35,8 @@ def growth_table(frame: pd.DataFrame, name: str) -> Table:
         gradient=("gradient_rms", "mean"),
         **{law.column: (law.column, "mean") for law in laws_in(frame)},
     ).reset_index()
+    if name == "theory":  # one row per step: the band is predicted
+        steps["spread"] = frame["band_mean_field"].to_numpy()
     shown = _shown(steps)
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     table.add_column("block", justify="right")
@@ -59,16 +61,16 @@ _LAMBDAS = {
 }
 
 
-def lambda_table(values: Mapping[str, Any]) -> Table:
+def lambda_table(values: Mapping[str, Any], head: str = "measured") -> Table:
     """The growth exponents from the first block to the last, beside the laws' where they have one.
 
-    values: one curve's entry of ``lambda`` in summary.json.
+    values: one curve's entry of ``lambda`` in summary.json. head: of the curve's own column.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("growth exponent")
-    shown = [law for law in LAWS.values() if f"lambda_token_{law.name}" in values]
-    for head in ("measured", *(law.head for law in shown)):
-        table.add_column(head, justify="right")
+    shown = [law for law in LAWS.values() if values.get(f"lambda_token_{law.name}") is not None]
+    for name in (head, *(law.head for law in shown)):
+        table.add_column(name, justify="right")
     for key, label in _LAMBDAS.items():
         if values.get(key):  # none with a single block, or without gradients
             laws = [values.get(f"{key}_{law.name}") for law in shown]  # of lambda_token alone

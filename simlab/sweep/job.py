@@ -118,8 +118,9 @@ def run_job(config: RunConfig, folder: Path) -> None:
         console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
         with progress.block_bar(ready.blocks) as advance:
             result = experiment.measure(ready, advance)
+        console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second
         files = write(result, folder)
-    console.show_result(result.curve, result.verdicts, result.summary, files)
+    console.show_files(files)
 
 
 def write(result: RunResult, folder: Path) -> list[Path]:
@@ -203,9 +204,7 @@ def sweep_job(
                 key = key_of(ready)  # before its files are read, which may change meanwhile
                 stored = find_result(key, ready, results) if keep.resume else None
                 if stored is None:
-                    result = experiment.measure(
-                        ready, on_block, curves_of or experiment.measured_curves
-                    )
+                    result = experiment.measure(ready, on_block, curves_of)
                     stored = results.put(key, lambda aside: _fill(result, aside))
             link(stored, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart

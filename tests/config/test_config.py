@@ -14,6 +14,7 @@ from simlab.model.mlp import MLPS
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
+from simlab.theory.size import parameters_on_paper
 
 # Released parameter counts: the totals in the hub's model metadata.
 RELEASED = {
@@ -29,7 +30,7 @@ RELEASED = {
 @pytest.mark.parametrize("preset", RELEASED)
 def test_presets_have_the_released_parameter_counts(preset):
     model = compose([f"model={preset}"]).shape
-    assert parameter_count(model) == RELEASED[preset]
+    assert parameter_count(model) == parameters_on_paper(model) == RELEASED[preset]
     # The comment in the preset's file says the same.
     assert f"{RELEASED[preset]:,}" in (CONF_DIR / "model" / f"{preset}.yaml").read_text()
 

@@ -8,7 +8,8 @@ from torch import nn
 from simlab.experiment import run
 from simlab.model.describe import describe, paper_block, shapes
 from simlab.model.mlp import MLPS
-from simlab.model.transformer import Block
+from simlab.model.transformer import Block, parameter_count
+from simlab.theory.size import parameters_on_paper
 from simlab.weights import weightless
 
 SETTINGS = [[f"model.mlp={mlp}"] for mlp in MLPS]
@@ -24,6 +25,7 @@ def test_description_matches_dense_block(overrides):
     sizes = {m.name: (m.d_in, m.d_out) for m in describe(model).matrices}
     assert sizes == {name: (m.in_features, m.out_features) for name, m in linears.items()}
     assert list(sizes) == list(linears)  # in this order the weightless engine draws ahead
+    assert parameters_on_paper(model) == parameter_count(model)
 
 
 def test_matrices_that_share_an_input():

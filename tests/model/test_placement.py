@@ -14,6 +14,7 @@ from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
 from simlab.schemes.placement import PLACEMENTS, Scheme, at
 from simlab.schemes.rope import inverse_frequencies
+from simlab.theory.size import parameters_on_paper
 
 EPS = 1e-3
 
@@ -160,7 +161,7 @@ def test_parameter_count_is_the_models(placement, monkeypatch):
     norm = dataclasses.replace(config.shape.norm, placement=placement)
     config = dataclasses.replace(config, model=dataclasses.replace(config.shape, norm=norm))
     counted = sum(p.numel() for p in build_model(config).parameters())
-    assert parameter_count(config.shape) == counted
+    assert parameter_count(config.shape) == parameters_on_paper(config.shape) == counted
 
 
 def test_deepnorm_scales_its_init():

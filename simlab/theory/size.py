@@ -1,0 +1,25 @@
+"""How many parameters a model has, on paper: without building its blocks, which takes torch."""
+
+from __future__ import annotations
+
+from simlab.config import ModelConfig
+from simlab.schemes.placement import at, renorm_after
+from simlab.theory.mean_field.mlp import UNITS
+
+
+def parameters_on_paper(model: ModelConfig) -> int:
+    """Parameters of the whole model, as ``simlab.model.transformer.parameter_count`` has them.
+
+    Raises KeyError for an MLP that theory doesn't know.
+    """
+    d, q, kv = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    inputs = q + 2 * kv + (1 + UNITS[model.mlp].gated) * model.d_ff  # rows of the input matrices
+    block = d * (inputs + q + model.d_ff) + model.bias * (inputs + 2 * d)
+    block += {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
+    norms = sum(renorm_after(model, layer) for layer in range(model.depth))
+    norms += sum(
+        len(at(model, layer, kind).norms)
+        for layer in range(model.depth)
+        for kind in ("attention", "mlp")
+    )
+    return model.depth * block + d * (norms + 1 + (2 - model.tied) * model.vocab_size)
