@@ -8,19 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from simlab.analysis.massive import massive_sentences, place
+from simlab.analysis.numbers import short
 from simlab.analysis.resampling import MIN_SEEDS, t_quantile
 from simlab.theory.laws import Array
 
 OUTSIDE = 0.99  # the share of random inits within the prediction interval
-MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024 (arXiv 2402.17762), §2
+ALIGNED = 0.05  # from which share of its branches' size on a curve's alignment is called one
 
 
 @dataclass(frozen=True)
 class Split:
-    """A curve's growth of the mean square as the two sums of Δ‖x‖²/d = ‖b‖²/d + 2⟨x, b⟩/d."""
+    """A curve's growth of the mean square as the two sums of Δ‖x‖²/d = ‖b‖²/d + 2⟨x, b⟩/d.
+
+    Of several seeds the mean. low, high: the seeds' smallest and largest alignment.
+    """
 
     branches: float
     alignment: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -109,71 +116,100 @@ def split(rows: pd.DataFrame) -> Split | None:
     """
     width = float((rows["delta_branch"] / rows["branch_mean_square"]).median())
     by_seed = rows.groupby("seed")
-    branches, alignment = (by_seed[c].sum().mean() / width for c in ("delta_branch", "delta_cross"))
+    branches = by_seed["delta_branch"].sum().mean() / width
+    alignments = by_seed["delta_cross"].sum() / width
+    alignment = alignments.mean()
     grown = float((by_seed["mean_square"].last() - by_seed["mean_square"].first()).mean())
     # Each add rounds the stream, in bfloat16 by up to 2⁻⁹ of its size, up or down; a norm or a scale on
     # the stream is off by as much as the terms themselves.
     if not abs(branches + alignment - grown) <= 2**-9 * (branches + abs(alignment)):
         return None
-    return Split(float(branches), float(alignment))
+    extremes = float(alignments.min()), float(alignments.max())
+    return Split(float(branches), float(alignment), *extremes)
 
 
-def massive(frame: pd.DataFrame) -> pd.Series:
-    """True if a step has massive activations: max|x| > 100 and at least 1000 times the median |x|."""
-    high = frame["max_abs"] > MASSIVE
-    return (high & (frame["max_abs"] >= TIMES_MEDIAN * frame["median_abs"])).astype(int)
-
-
-def _where(left: Departure, whole: bool) -> str:
+def _where(left: Departure, end: str) -> str:
+    """The clause that says where the checkpoint leaves. end: empty for a curve that is whole."""
     if left.first is None:
-        return "stays within the random inits' band"
+        return f"stays within the random inits' band{f' until {end}' if end else ''}"
+    if left.sublayer is None:
+        back = f"is back inside when {end}" if end else "ends within it"
+        return f"leaves the random inits' band at {_step(left.first)}, and {back}"
     if left.ratio in (0, math.inf):
         side = f"far {'above' if left.ratio else 'below'}"
     else:
         side = f"{left.ratio:.3g}× above" if left.ratio > 1 else f"{1 / left.ratio:.3g}× below"
-    if left.sublayer is None:
-        return f"leaves the random inits' band at sublayer {left.first}, and ends within it"
-    step = "the embedding"
-    if left.block is not None:
-        step = f"sublayer {left.sublayer} ({left.kind} of block {left.block + 1})"
-    again = f" for good (first at sublayer {left.first})" if left.first != left.sublayer else ""
-    end = "ends" if whole else f"at sublayer {left.last}, before a curve overflows, is"
-    return f"leaves the random inits' band at {step}{again} and {end} {side} them"
+    step = place(left.sublayer, left.block, str(left.kind))
+    again = ""
+    if left.first != left.sublayer:
+        before = f"first at {_step(left.first)}"
+        again = f", {before}," if end else f" for good ({before})"
+    last = f"is {side} them when {end}" if end else f"ends {side} them"
+    return f"leaves the random inits' band at {step}{again} and {last}"
 
 
-def sentences(left: Departure | None, frame: pd.DataFrame) -> list[str]:
-    """Sentences that compare a checkpoint with random inits."""
-    lines = []
+def _step(sublayer: int) -> str:
+    return f"sublayer {sublayer}" if sublayer else "the embedding"
+
+
+def _direction(of: Split) -> str:
+    """Where branches point on the whole, by alignment / branches: 2Σ⟨x, b⟩ / Σ‖b‖²."""
+    share = of.alignment / of.branches
+    if abs(share) < ALIGNED:
+        return "are at right angles to"
+    return f"point {'slightly ' if abs(share) < 0.5 else ''}{'along' if share > 0 else 'against'}"
+
+
+def _terms(own: Split, drawn: Split | None) -> str:
+    """What the alignment of a checkpoint's branches adds to their size, and that of random inits'."""
+
+    def change(of: Split, size: str) -> str:
+        aligned = short(abs(of.alignment))
+        return f"adds {aligned} to {size}" if of.alignment > 0 else f"takes {aligned} from {size}"
+
+    where = _direction(own)
+    if where.startswith("are"):
+        effect = change(own, f"the {short(own.branches)} of their size")
+        text = f"branches {where} the stream on the whole: their alignment {effect}"
+    else:
+        effect = change(own, f"the {short(own.branches)} that their size alone would add")
+        text = f"branches {where} the stream, which {effect}"
+    if drawn is not None:
+        where = _direction(drawn)
+        effect = f"which {change(drawn, short(drawn.branches))}"
+        if where.startswith("are"):
+            effect = f"{short(drawn.alignment)} of {short(drawn.branches)}"
+        seeds = f"single seeds: {short(drawn.low)} to {short(drawn.high)}"
+        text += f"; those of random inits {where} it ({effect}; {seeds})"
+    return text + "."
+
+
+def sentences(
+    left: Departure | None, frame: pd.DataFrame, tokens: tuple[int, int], depth: int
+) -> list[str]:
+    """Sentences that compare a checkpoint with random inits.
+
+    tokens: the batch's sequences and their length. depth: the model's blocks, which a curve that ends
+    early doesn't pass.
+    """
+    lines: list[str] = []
     rows = frame[frame["curve"] == "checkpoint"]
+    if rows.empty:  # it overflowed at the embedding
+        return lines
     seeds = frame.loc[frame["curve"] == "random", "seed"].nunique()
     if 0 < seeds < MIN_SEEDS:
         inits = "1 random init is" if seeds == 1 else f"{seeds} random inits are"
         lines.append(
             f"{inits} too few to tell where the checkpoint leaves them ({MIN_SEEDS} needed)."
         )
+    last = int(rows["sublayer"].max())
     if left is not None:
-        whole = left.last == rows["sublayer"].max()
-        lines.append(f"The checkpoint {_where(left, whole)}.")
+        end = ""
+        if left.last < 2 * depth:
+            whose = "it" if left.last == last else "a random init's curve"
+            end = f"{whose} ends at sublayer {left.last}"
+        lines.append(f"The checkpoint {_where(left, end)}.")
         if left.checkpoint is not None:
-            beside = ""
-            if left.random is not None:
-                drawn = left.random
-                beside = f" (random inits: {drawn.branches:.3g} and {drawn.alignment:.3g})"
-            lines.append(
-                f"Of its growth by {left.growth:.3g}, {left.checkpoint.branches:.3g} is the size of"
-                f" branches, ‖b‖², and {left.checkpoint.alignment:.3g} their alignment with the"
-                f" stream, 2⟨x, b⟩{beside}."
-            )
-    if rows.empty:  # it overflowed at the embedding
-        return lines
-    top = rows.sort_values("max_abs", kind="stable").iloc[-1]
-    times = top["max_abs"] / top["median_abs"] if top["median_abs"] else math.inf
-    size = f"max |x| = {top['max_abs']:.3g}, {times:.3g}× the median |x|"
-    size += f", at sublayer {top['sublayer']}"
-    count = int(rows["massive"].sum())
-    lines.append(
-        f"Massive activations at {count} of {len(rows)} steps ({size})."
-        if count
-        else f"No massive activations ({size})."
-    )
-    return lines
+            its = f"Up to sublayer {left.last} its" if end else "Its"
+            lines.append(f"{its} {_terms(left.checkpoint, left.random)}")
+    return lines + massive_sentences(rows, *tokens, whole=last == 2 * depth)

@@ -72,7 +72,7 @@ def summarise(
     if ready.checkpoint:
         left = departure(frame)
         summary["departure"] = asdict(left) if left else None
-        summary["comparison"] = sentences(left, frame)
+        summary["comparison"] = sentences(left, frame, tuple(ready.tokens.shape), depth)
     if config.gradients:
         summary |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
     return summary

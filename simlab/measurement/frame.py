@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from simlab.analysis.compare import massive
 from simlab.analysis.curve import Curves, curves_of, with_laws
+from simlab.analysis.massive import massive
 from simlab.theory.mean_field import Prediction
 
 if TYPE_CHECKING:

@@ -199,8 +199,8 @@ def overflow_lines(overflow: Sequence[Mapping[str, object]]) -> list[str]:
         where = f"sublayer {first['sublayer']} ({first['kind']}"
         where += f" of block {int(str(first['block'])) + 1})" if first["block"] is not None else ")"
         seeds = f"{len(rows)} curve{'s' if len(rows) > 1 else ''}"
-        lines.append(
-            f"Overflow ({NAMES[str(name)]}, {seeds}): first non-finite value at {where}; "
-            "the curve ends before it."
-        )
+        said = f"first non-finite value at {where}; the curve ends before it"
+        if first["sublayer"] == 0:
+            said = "the embedding isn't finite, so there is no curve"
+        lines.append(f"Overflow ({NAMES[str(name)]}, {seeds}): {said}.")
     return lines

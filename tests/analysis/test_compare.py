@@ -1,11 +1,14 @@
 """A checkpoint beside random inits: where it leaves them, with what false alarms, and why."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import placed, tiny
 
-from simlab.analysis.compare import departure, massive, outside, sentences, split, with_outside
+from simlab.analysis import compare
+from simlab.analysis.compare import Split, departure, outside, split, with_outside
 from simlab.analysis.resampling import t_quantile
 from simlab.experiment import run
 
@@ -31,6 +34,10 @@ def table(checkpoint, seeds, kinds=None):
             )
         )  # fmt: skip
     return pd.concat(parts, ignore_index=True)
+
+
+def sentences(found, frame, depth=4):
+    return compare.sentences(found, frame, (1, 3), depth)
 
 
 def drawn(rng, count, rows=9):
@@ -78,8 +85,8 @@ def test_where_it_leaves():
     assert found.ratio == pytest.approx(2)
     text = sentences(found, frame)
     assert text[0] == (
-        "The checkpoint leaves the random inits' band at sublayer 5 (attention of block 3) for good "
-        "(first at sublayer 2) and ends 2× above them."
+        "The checkpoint leaves the random inits' band at sublayer 5 (the attention of block 3) for "
+        "good (first at sublayer 2) and ends 2× above them."
     )
     assert frame.loc[frame["curve"] == "random", "outside"].isna().all()
 
@@ -116,19 +123,13 @@ def test_the_two_terms_make_up_the_growth(norm):
     found = split(frame)
     ends = frame.groupby("seed")["mean_square"].agg(["first", "last"]).mean()
     assert found.branches + found.alignment == pytest.approx(ends["last"] - ends["first"], rel=1e-5)
+    assert (found.low + found.high) / 2 == pytest.approx(found.alignment)  # of two seeds
+    assert found.low < found.high
 
 
 @pytest.mark.parametrize("norm", ["post", "deepnorm", "residual_scale", "swin_renorm"])
 def test_no_terms_across_renorms(norm):
     assert split(run(tiny(*placed(norm), "init.std=0.1")).curve) is None
-
-
-def test_massive_needs_both_conditions():
-    """Sun et al. 2024: above 100, and a thousand times the median."""
-    frame = pd.DataFrame(
-        {"max_abs": [2000.0, 150.0, 90.0, 100.5], "median_abs": [0.2, 1.0, 0.01, 0.1005]}
-    )
-    assert massive(frame).tolist() == [1, 0, 0, 1]
 
 
 def test_comparison_ends_with_random_inits():
@@ -142,7 +143,59 @@ def test_comparison_ends_with_random_inits():
     assert found.growth == pytest.approx(3 * (seeds[:, 6] - seeds[:, 0]).mean())
     grown = (seeds[:, 6] - seeds[:, 0]).mean()
     assert found.random.branches + found.random.alignment == pytest.approx(grown)
-    assert "at sublayer 6, before a curve overflows, is 3× above them" in sentences(found, cut)[0]
+    first, second, _ = sentences(found, cut)
+    assert first.endswith("and is 3× above them when a random init's curve ends at sublayer 6.")
+    assert second.startswith("Up to sublayer 6 its branches are at right angles to the stream")
+
+
+def test_no_claim_beyond_the_last_row():
+    """A checkpoint that overflows after sublayer 3 of 8."""
+    seeds = drawn(np.random.default_rng(7), 8)
+    inside = seeds.mean(0)
+    for value, said in (
+        (inside, "stays within the random inits' band until it ends at sublayer 3."),
+        (inside * [1, 2, 1, 1, 1, 1, 1, 1, 1], "and is back inside when it ends at sublayer 3."),
+        (inside * [1, 2, 1, 2, 1, 1, 1, 1, 1], "(the attention of block 2), first at sublayer 1, and"
+         " is 2× above them when it ends at sublayer 3."),
+    ):  # fmt: skip
+        frame = table(value, seeds)
+        frame = frame[(frame["curve"] == "random") | (frame["sublayer"] <= 3)]
+        text = sentences(departure(frame := with_outside(frame.reset_index(drop=True))), frame)
+        assert text[0].endswith(said), text
+    at_once = with_outside(frame[frame["curve"] == "random"].reset_index(drop=True))
+    assert sentences(departure(at_once), at_once) == []
+
+
+@pytest.mark.parametrize(
+    ("alignment", "said"),
+    [
+        (0.9, "are at right angles to the stream on the whole: their alignment adds 0.9 to the 19 of"
+         " their size"),
+        (-0.9, "are at right angles to the stream on the whole: their alignment takes 0.9 from the 19"
+         " of their size"),
+        (5.78, "point slightly along the stream, which adds 5.78 to the 19 that their size alone would"
+         " add"),
+        (-5.78, "point slightly against the stream, which takes 5.78 from the 19 that their size alone"
+         " would add"),
+        (25.0, "point along the stream, which adds 25 to the 19 that their size alone would add"),
+        (-12.0, "point against the stream, which takes 12 from the 19 that their size alone would add"),
+    ],
+)  # fmt: skip
+def test_sizes_and_alignment_in_words(alignment, said):
+    seeds = drawn(np.random.default_rng(8), 8)
+    frame = with_outside(table(seeds.mean(0), seeds))
+    found = replace(departure(frame), checkpoint=Split(19.0, alignment, 0.0, 0.0))
+    others = {
+        0.01: "; those of random inits are at right angles to it (0.01 of 45; single seeds: -5 to 60).",
+        -4.0: "; those of random inits point slightly against it (which takes 4 from 45; single seeds:"
+        " -5 to 60).",
+        40.0: "; those of random inits point along it (which adds 40 to 45; single seeds: -5 to 60).",
+        None: ".",
+    }
+    for other, beside in others.items():
+        drawn_split = None if other is None else Split(45.0, other, -5.0, 60.0)
+        text = sentences(replace(found, random=drawn_split), frame)
+        assert text[1] == f"Its branches {said}{beside}"
 
 
 def test_a_checkpoint_of_zeros():

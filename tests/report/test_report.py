@@ -108,6 +108,10 @@ def test_overflow_is_named():
     (line,) = overflow_lines(rows)
     assert "2 curves" in line
     assert "sublayer 6 (mlp of block 3)" in line
+    at_once = {"curve": "checkpoint", "seed": 0, "sublayer": 0, "block": None, "kind": "embedding"}
+    assert overflow_lines([at_once])[0].endswith(
+        ": the embedding isn't finite, so there is no curve."
+    )
 
 
 @pytest.mark.parametrize(("norm", "seeds"), [("reordered", 1), ("swin_renorm", 8)])
