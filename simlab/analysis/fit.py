@@ -21,7 +21,7 @@ EXPONENTS = np.geomspace(0.02, 8.0, 800)
 
 @dataclass(frozen=True)
 class Growth:
-    """How a curve grows. ``shape``: constant, power, exponential, or unknown (too few rows)."""
+    """How a curve grows. ``shape``: the word, as ``analysis.shape`` gives it."""
 
     per_sublayer: Estimate
     exponent: Estimate
@@ -101,40 +101,11 @@ def rate(v: Array, kinds: Sequence[str]) -> Array:
     return np.exp(y @ x / (x @ x))
 
 
-def shape(v: Array, kinds: Sequence[str]) -> str:
-    """The family that describes a curve (R,): the one with the smaller residuals of ln v.
-
-    Both are fitted to relative errors, so that early rows count as much as late ones: a curve that
-    starts late (eps) and then grows linearly is a power law, not an exponential.
-    """
-    d = design(kinds)
-    y = v[d.rows]
-    if len(d.rows) < 4 or (y <= 0).any():
-        return "unknown"
-    if np.ptp(d.demean(y)) < 0.01 * y.mean():
-        return "constant"
-    offsets = (d.segment[:, None] == np.unique(d.segment)).astype(np.float64)
-    power = min(
-        _log_residual(np.column_stack([offsets, d.position**p]) / y[:, None])
-        for p in EXPONENTS[::13]
-    )
-    slope = math.log(rate(v[None], kinds)[0])
-    exponential = ((d.demean(np.log(y)) - d.demean(d.position) * slope) ** 2).sum()
-    return "power" if power <= exponential else "exponential"
-
-
-def _log_residual(basis: Array) -> float:
-    """Σ ln²(fit/v) of the fit that minimises Σ(fit/v − 1)²; ``basis`` is divided by v already."""
-    target = np.ones(len(basis))
-    fit = basis @ np.linalg.lstsq(basis, target, rcond=None)[0]
-    return float((np.log(fit) ** 2).sum()) if (fit > 0).all() else math.inf
-
-
-def growth(v: Array, kinds: Sequence[str]) -> Growth:
-    """How S curves with R rows grow: v (S, R), kinds (R)."""
+def growth(v: Array, kinds: Sequence[str], shape: str) -> Growth:
+    """How S curves with R rows grow: v (S, R), kinds (R); shape: the word for it."""
     return Growth(
         per_sublayer=jackknife(v, lambda w: per_sublayer(w, kinds)),
         exponent=jackknife(v, lambda w: exponent(w, kinds)),
         rate=jackknife(v, lambda w: rate(w, kinds)),
-        shape=shape(v.mean(0), kinds),
+        shape=shape,
     )

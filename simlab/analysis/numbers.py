@@ -36,6 +36,22 @@ def off_by(log_error: float) -> str:
     return f"10^{log_error / math.log(10):.0f}"
 
 
+def percent(share: float) -> str:
+    """A share as ``0.8 %``, ``12 %``; ``less than 0.01 %`` below that."""
+    if share < 1e-4:
+        return "less than 0.01 %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+
+
+def power_of_ten(log10: float) -> str:
+    """A number by its decimal logarithm: ``65.2``, ``4·10^19``; three digits from 10^-3 to 10^4."""
+    if -3 <= log10 < 4:
+        return short(10**log10)
+    whole = math.floor(log10)
+    digit = round(10 ** (log10 - whole))
+    return f"10^{whole + (digit == 10)}" if digit in (1, 10) else f"{digit}·10^{whole}"
+
+
 def plus_minus(e: Estimate) -> str:
     """``1.00 ± 0.01``, ``(3.1 ± 0.2)·10^-6``: as many decimals as the half-width's first digit."""
     if e.low is None or e.high is None:

@@ -1,20 +1,27 @@
-"""The verdict on a curve: its growth, the laws' errors and the tests' p-values, in one sentence."""
+"""The verdict on a curve: its agreement with theory, its shape, the laws, in a few sentences.
+
+Each sentence says what the numbers bear out and no more (``shape``: the word for the growth;
+``agreement``: theory's prediction; ``hold``: a law). ``holds`` needs both that a test doesn't reject
+the law and that it is off by less than MATTERS; off by more without a rejection is "can't tell", with
+the number of seeds that would.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simlab.analysis.agreement import ALPHA, MATTERS, Agreement, agreement, enough_seeds
 from simlab.analysis.curve import Curves
 from simlab.analysis.fit import Growth, growth
-from simlab.analysis.numbers import interval, off_by, plus_minus
 from simlab.analysis.resampling import MIN_SEEDS, Estimate, sign_flip
+from simlab.analysis.shape import GrowthShape, shape_of
 from simlab.theory.laws import LAWS, Array
+from simlab.theory.mean_field import Prediction
 
-ALPHA = 0.01  # the rate at which a true law is rejected
 # Unit roundoff: rounding moves a mean square by no more than about this, whatever the law. float32's
 # is 6e-8; a norm takes some ten operations in it.
 ROUNDING = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -24,23 +31,27 @@ ROUNDING = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.
 class Fit:
     """A law held against curves.
 
-    log_error: max over rows of |ln(law / measured)| of the seeds' means. p_value: of the sign-flip
-    test, None with too few seeds. status: holds, fails or unknown.
+    log_error: max over rows of |ln(law / measured)| of the seeds' means; NaN where the law says nothing
+    of these curves. p_value: of the sign-flip test, None with too few seeds. status: holds, fails or
+    unknown. enough: of an unknown one, how many seeds would tell; 0 where that isn't known.
     """
 
     log_error: float
     p_value: float | None
     status: str
+    enough: int = 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The sentence and its numbers."""
+    """The sentences, joined, and their numbers."""
 
     sentence: str
     growth: Growth
     laws: Mapping[str, Fit]
     seeds: int
+    shape: GrowthShape
+    agreement: Agreement | None = None
 
 
 def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
@@ -55,9 +66,9 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
         mean_law = np.where(np.isinf(top), top, top + np.log(np.exp(law - top).mean(0)))
         mean_v = np.log(v.mean(0))
         errors = np.abs(np.where(mean_law == mean_v, 0.0, mean_law - mean_v))
-    error = float(errors.max())
+    error, worst = float(errors.max()), int(errors.argmax())
     if curves.count < MIN_SEEDS:
-        return Fit(error, None, "unknown")
+        return Fit(error, None, "unknown", MIN_SEEDS)
     # Row by row in units of the larger of the two: the test doesn't see units, and nothing overflows.
     with np.errstate(divide="ignore"):
         log_v = np.log(v)
@@ -65,7 +76,12 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     unit[np.isinf(unit)] = 0.0  # both are zero throughout
     gap = np.exp(log_v - unit) - np.exp(law - unit)
     p_value = sign_flip(gap, np.maximum(ROUNDING[dtype] * np.exp(mean_v - unit), 1e-300))
-    return Fit(error, p_value, "fails" if p_value < ALPHA else "holds")
+    if p_value < ALPHA:
+        return Fit(error, p_value, "fails")
+    if error <= math.log1p(MATTERS):
+        return Fit(error, p_value, "holds")
+    scatter = float(gap[:, worst].std(ddof=1) / np.abs(np.exp(mean_v - unit)[worst]))
+    return Fit(error, p_value, "unknown", enough_seeds(scatter))
 
 
 def linear(p: Estimate) -> bool:
@@ -77,52 +93,39 @@ def linear(p: Estimate) -> bool:
     return low <= 1.02 and high >= 0.98
 
 
-def _how(g: Growth, level: float, one_piece: bool) -> str:
-    """The growth clause: how fast and in which shape. level: the last mean square."""
-    if g.shape == "constant":
-        return f"mean square stays at {level:.3g}" + (
-            "" if one_piece else " since the last re-norm"
-        )
-    if g.shape == "unknown":
-        return "the curve can't be fitted"
-    if g.shape == "exponential":
-        verb = "grows" if g.rate.value > 1 else "shrinks"
-        return f"mean square {verb} by a factor {plus_minus(g.rate)} per sublayer, exponentially"
-    p = g.exponent
-    if linear(p):
-        word = "linearly"
-    else:
-        word = "faster than linearly" if p.value > 1 else "more slowly than linearly"
-    verb = "grows" if g.per_sublayer.value > 0 else "shrinks"
-    size = g.per_sublayer
-    if size.value < 0:
-        flipped = (size.high, size.low)
-        size = Estimate(-size.value, *(None if x is None else -x for x in flipped))
-    return f"mean square {verb} by {plus_minus(size)} per sublayer, {word} (p = {interval(p)})"
+def judge(
+    curves: Curves, dtype: str, name: str = "random", *, massive: bool = False,
+    prediction: Prediction | None = None,
+) -> Verdict:  # fmt: skip
+    """Hold S curves against theory and the laws, name their shape, and say it.
+
+    name: random, checkpoint (one curve, which needn't obey a law) or theory (one without chance).
+    massive: a checkpoint has massive activations, so its shape is that of the median token. prediction:
+    of a curve ``theory``, all that was predicted.
+    """
+    from simlab.analysis.sentences import verdict_sentences  # late: it words what is decided here
+
+    laws = {law.name: hold(curves, law.log_of(curves.rows), dtype) for law in LAWS.values()}
+    v = curves.mean_square
+    if massive and "mean_square_median" in curves.others:
+        v = curves.others["mean_square_median"]
+    found, theory = shape_with_theory(curves, v), agreement(curves)
+    start = max(found.start - 1, 0)
+    grown = growth(v[:, start:], curves.kinds[start:], found.word)
+    verdict = Verdict("", grown, laws, curves.count, found, theory)
+    text = " ".join(verdict_sentences(curves, v, verdict, name, massive, prediction))
+    return replace(verdict, sentence=text)
 
 
-def _claim(name: str, fit: Fit) -> str:
-    law, size = LAWS[name].phrase, off_by(fit.log_error)
-    if fit.status == "unknown":
-        return f"{law} is off by {size}"
-    if fit.status == "holds":
-        return f"{law} holds to {size}"
-    if fit.log_error < math.log(1.1):
-        return f"{law} is within {size}, but fails beyond chance"
-    return f"{law} is off by {size}"
-
-
-def judge(curves: Curves, dtype: str, *, drawn: bool = True) -> Verdict:
-    """Fit S curves and test every law on them. drawn: random inits, not a checkpoint's one curve."""
-    laws = {name: hold(curves, law.log_of(curves.rows), dtype) for name, law in LAWS.items()}
-    g = growth(curves.mean_square, curves.kinds)
-    level = float(curves.mean_square[:, -1].mean())
-    known = {name: fit for name, fit in laws.items() if not math.isnan(fit.log_error)}
-    claims = ", ".join(_claim(name, fit) for name, fit in known.items())
-    sentence = _how(g, level, "renorm" not in curves.kinds) + (f": {claims}" if claims else "")
-    if not drawn:
-        sentence = f"{sentence} (one curve: no intervals)"
-    elif curves.count < MIN_SEEDS:
-        seeds = "1 seed is" if curves.count == 1 else f"{curves.count} seeds are"
-        sentence = f"{seeds} too few to tell ({MIN_SEEDS} needed); so far, {sentence}"
-    return Verdict(sentence[0].upper() + sentence[1:] + ".", g, laws, curves.count)
+def shape_with_theory(curves: Curves, v: Array) -> GrowthShape:
+    """The shape of the mean of v (S, R); theory's own shape, where it has one, is the first guess."""
+    rows, noise, prior = len(curves.kinds), None, None
+    if curves.count > 1:
+        noise = v.std(0, ddof=1) / math.sqrt(curves.count)
+    mean = v.mean(0)
+    if curves.theory is not None and len(curves.theory.rows) >= rows:
+        predicted, eps = (curves.theory.column(n, rows) for n in ("mean_square", "eps_factor"))
+        band = curves.theory.column("band", rows)
+        noise = np.hypot(band / math.sqrt(curves.count), curves.theory.accuracy * predicted)
+        prior = shape_of(predicted, curves.kinds, eps, curves.normalises)
+    return shape_of(mean, curves.kinds, curves.eps_factor.mean(0), curves.normalises, noise, prior)

@@ -13,7 +13,7 @@ from simlab.analysis.verdict import Verdict, judge
 from simlab.config import RunConfig
 from simlab.experiment.prepare import Prepared, prepare
 from simlab.experiment.summary import summarise, weight_table
-from simlab.experiment.theory import predicted, predicted_curve, with_band
+from simlab.experiment.theory import predicted, predicted_curve
 from simlab.measurement.frame import Cuts, to_frame
 
 if TYPE_CHECKING:
@@ -57,14 +57,15 @@ def measure(
     if measured:
         frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
         frame = with_outside(frame) if ready.checkpoint else frame
+        massive = set(frame.loc[frame["massive"] == 1, "curve"])
         verdicts = {
-            name: judge(of_curve, config.dtype, drawn=name == "random")
+            name: judge(of_curve, config.dtype, name, massive=name in massive)
             for name, of_curve in by_curve.items()
         }
     if theory and config.engine == "theory":
         rows, curve = predicted_curve(ready, theory)
         frame = pd.concat([frame, rows], ignore_index=True)
-        verdicts["theory"] = with_band(judge(curve, "float64", drawn=False), theory)
+        verdicts["theory"] = judge(curve, "float64", "theory", prediction=theory)
     summary = summarise(ready, measured, frame, cuts, verdicts, theory)
     return RunResult(ready.config, frame, summary, verdicts, weight_table(ready))
 

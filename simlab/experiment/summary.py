@@ -58,7 +58,12 @@ def summarise(
             for name, verdict in verdicts.items()
         },
         "verdict": {
-            name: {"sentence": verdict.sentence, **asdict(verdict.growth)}
+            name: {
+                "sentence": verdict.sentence,
+                **asdict(verdict.growth),
+                "fit": asdict(verdict.shape),
+                "theory": asdict(verdict.agreement) if verdict.agreement else None,
+            }
             for name, verdict in verdicts.items()
         },
         "lambda": {

@@ -5,12 +5,11 @@ With ``engine=theory`` it stands in place of measured ones, as the curve ``theor
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pandas as pd
 
 from simlab.analysis.curve import Curves, curves_of, with_laws
-from simlab.analysis.verdict import Verdict
 from simlab.config import ModelConfig
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.placement import at
@@ -57,18 +56,3 @@ def _last_norm(model: ModelConfig, kind: str, block: int | None) -> tuple[float,
     if kind == "renorm":
         return 1.0, "stream"
     return model.norm.gain, at(model, block, kind).normalises
-
-
-def with_band(verdict: Verdict, theory: Prediction) -> Verdict:
-    """The verdict on a predicted curve, with how far seeds lie from it, and where it ends."""
-    last, lines = theory.rows[-1], [verdict.sentence]
-    share = last.band / last.mean_square if last.mean_square > 0 else 0.0
-    lines.append(
-        f"Predicted, not measured; between seeds the mean square at sublayer {last.sublayer} varies by "
-        f"{100 * share:.2g} % (one std)."
-    )
-    if theory.ends:
-        lines.append(f"The prediction ends there: {theory.ends}.")
-    if theory.no_gradient:
-        lines.append(f"No gradient is predicted: {theory.no_gradient}.")
-    return replace(verdict, sentence=" ".join(lines))

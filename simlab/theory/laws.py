@@ -72,6 +72,12 @@ def normed(rows: Rows) -> bool:
     return None not in rows.normalises[1:]
 
 
+def added(rows: Rows) -> bool:
+    """True if every sublayer adds to the stream, and no sublayer's own norm sets it anew."""
+    steps = zip(rows.kinds, rows.normalises, strict=True)
+    return all(target != "stream" or kind == "renorm" for kind, target in steps)
+
+
 def mean_field(rows: Rows) -> Array:
     """The mean-field recursion's v (``theory.mean_field``), the same for all curves. (S, R), ln v."""
     assert rows.mean_field is not None
@@ -128,7 +134,7 @@ LAWS: dict[str, Law] = {
         ),
         Law(
             "sqrt2", sqrt2, "√2 law", "√2 per sublayer", "√2 per sublayer",
-            "#e08214", (0, (5, 2)),
+            "#e08214", (0, (5, 2)), applies=added,
         ),
         Law(
             "mean_field", mean_field, "theory", "theory (mean field)", "theory",

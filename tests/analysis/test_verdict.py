@@ -1,24 +1,41 @@
+import re
+
 import numpy as np
 import pytest
 
 from simlab.analysis import resampling
+from simlab.analysis.agreement import agreement, enough_seeds
 from simlab.analysis.curve import Curves
-from simlab.analysis.numbers import gigabytes, off_by, plus_minus
+from simlab.analysis.numbers import gigabytes, off_by, percent, plus_minus, power_of_ten
 from simlab.analysis.resampling import Estimate, sign_flip
 from simlab.analysis.verdict import ALPHA, judge
+from simlab.theory.mean_field import PredictedRow, Prediction
 
 KINDS = ["embedding", *["attention", "mlp"] * 8]
+SWIN = ["embedding", *(["attention", "mlp"] * 6 + ["renorm"]) * 2]
 
 
-def made(v, kinds=KINDS, c=1.0, normalises="branch"):
+def made(v, kinds=KINDS, c=1.0, target="branch", theory=None, **others):
     v = np.asarray(v, float)
-    alike = [1.0] * len(kinds), [normalises] * len(kinds)
-    return Curves(kinds, v, np.full_like(v, c), *alike)
+    targets = [None, *("stream" if kind == "renorm" else target for kind in kinds[1:])]
+    gain = [1.0] * len(kinds)
+    eps = np.broadcast_to(np.asarray(c, float), v.shape)
+    return Curves(kinds, v, eps, gain, targets, others, theory, len(kinds))
 
 
-def additive_curves(seeds, generator, bias=0.0, noise=0.05):
+def predicted(v, band, kinds=KINDS, raw=2.0, ends=None, accuracy=0.005):
+    """A prediction with these mean squares and bands; every branch has ``raw`` before its norm."""
+    rows = [
+        PredictedRow(i, i // 2, kind, x, 1, 1, 0.1, 1.0, raw, 1.0, s)
+        for i, (kind, x, s) in enumerate(zip(kinds, v, band, strict=False))
+    ]
+    return Prediction(rows, ends, accuracy=accuracy)
+
+
+def additive_curves(seeds, generator, bias=0.0, noise=0.05, **more):
     steps = 1 + bias + noise * generator.standard_normal((seeds, 16))
-    return made(np.concatenate([np.full((seeds, 1), 4e-4), 4e-4 + steps.cumsum(1)], 1))
+    v = np.concatenate([np.full((seeds, 1), 4e-4), 4e-4 + steps.cumsum(1)], 1)
+    return made(v, **more)
 
 
 @pytest.mark.parametrize("seeds", [8, 16])
@@ -47,79 +64,227 @@ def test_identical_errors_are_not_chance():
     assert sign_flip(np.full((8, 5), 0.01), np.full(5, 1e-9)) == 2 / 2**8
 
 
-def test_additive_curves_are_called_additive():
+def test_additive_curves():
     verdict = judge(additive_curves(8, np.random.default_rng(0)), "float32")
     assert verdict.laws["additive"].status == "holds"
     assert verdict.laws["sqrt2"].status == "fails"
-    assert "linearly" in verdict.sentence
-    assert "the additive law holds to" in verdict.sentence
+    assert re.match(
+        r"Mean square grows by 1\.0\d ± 0\.0\d per sublayer, linearly \(a line fits to 0\.\d+ % of its "
+        r"growth\): the additive law holds to \d\.\d %\.",
+        verdict.sentence,
+    )
+    assert "√2 per sublayer would have meant 26.2 after 8 blocks" in verdict.sentence  # 4e-4·2^16
+    assert "“2·√2 per layer” 6711" in verdict.sentence  # 4e-4·8^8
     assert verdict.growth.per_sublayer.low < 1 < verdict.growth.per_sublayer.high
 
 
-EXPONENTS = {0.5: "more slowly than linearly (p = 0.", 1: "linearly (p = ",
-             1.5: "faster than linearly (p = 1."}  # fmt: skip
+SENTENCES = {
+    0.5: "more slowly than linearly in the sublayer, as its power p = 0.5",
+    1: "linearly (a line fits to",
+    1.5: "faster than linearly in the sublayer, as its power p = 1.",
+}
 
 
-@pytest.mark.parametrize(("p", "said"), EXPONENTS.items())
-def test_sentence_names_the_exponent(p, said):
-    noise = 0.01 * np.random.default_rng(0).standard_normal((8, 17))
+@pytest.mark.parametrize(("p", "text"), SENTENCES.items())
+def test_sentence_names_the_exponent(p, text):
+    noise = 0.002 * np.random.default_rng(0).standard_normal((8, 17))
     v = 1e-3 + np.arange(17) ** p * np.exp(noise)
-    sentence = judge(made(v), "float32").sentence
-    assert f" per sublayer, {said}" in sentence
+    assert text in judge(made(v), "float32").sentence
 
 
-def test_doubling_curves_are_called_doubling():
+def test_additive_law_isnt_claimed_where_it_is_none():
+    """pre: no norm on the branch. The curve is a line, and the law is not mentioned."""
+    curves = additive_curves(8, np.random.default_rng(0), target=None)
+    verdict = judge(curves, "float32")
+    assert np.isnan(verdict.laws["additive"].log_error)
+    assert "additive" not in verdict.sentence
+
+
+def test_doubling_curves():
     generator = np.random.default_rng(0)
     v = 4e-4 * 2.0 ** np.arange(17) * np.exp(0.01 * generator.standard_normal((8, 17)))
     v[:, 0] = 4e-4
     verdict = judge(made(v), "float32")
-    assert verdict.laws["sqrt2"].status == "holds"
     assert verdict.laws["additive"].status == "fails"
-    assert "exponentially" in verdict.sentence
     assert "by a factor 2.00" in verdict.sentence
+    assert "exponentially" in verdict.sentence
+    assert "the additive law fails, off by" in verdict.sentence
+    assert "√2 per sublayer would have meant 26.2 after 8 blocks" in verdict.sentence
 
 
 def test_a_small_bias_fails_beyond_chance():
     curves = additive_curves(8, np.random.default_rng(0), bias=0.02, noise=0.001)
     verdict = judge(curves, "float32")
     assert verdict.laws["additive"].status == "fails"
-    assert "fails beyond chance" in verdict.sentence
+    assert "is within 2" in verdict.sentence
+    assert "but fails beyond chance" in verdict.sentence
 
 
-def test_too_few_seeds_cannot_tell():
-    verdict = judge(additive_curves(7, np.random.default_rng(0)), "float32")
-    assert verdict.sentence.startswith("7 seeds are too few to tell (8 needed)")
-    assert {fit.status for fit in verdict.laws.values()} == {"unknown"}
-    assert {fit.p_value for fit in verdict.laws.values()} == {None}
-    one = judge(additive_curves(1, np.random.default_rng(0)), "float32")
-    assert one.sentence.startswith("1 seed is too few to tell")
-    checkpoint = judge(additive_curves(1, np.random.default_rng(0)), "float32", drawn=False)
+def test_a_law_that_chance_hides():
+    """Off by more than 5 %, which eight such seeds can't tell: the verdict says how many could."""
+    curves = additive_curves(8, np.random.default_rng(3), noise=0.3)
+    fit = judge(curves, "float32").laws["additive"]
+    assert fit.log_error > np.log(1.05)
+    assert (fit.status, 8 < fit.enough < 1000) == ("unknown", True)
+    assert "which may be chance" in judge(curves, "float32").sentence
+    assert enough_seeds(0.05 / 3) == 8
+    assert enough_seeds(1.0) == 3600  # three standard errors of 1/√3600 are 5 %
+
+
+def test_too_few_seeds():
+    for seeds, text in ((7, "7 seeds are too few"), (1, "1 seed is too few")):
+        verdict = judge(additive_curves(seeds, np.random.default_rng(0)), "float32")
+        assert f"({text} for intervals and tests: 8 needed)" in verdict.sentence
+        assert {fit.status for fit in verdict.laws.values()} == {"unknown"}
+        assert {fit.p_value for fit in verdict.laws.values()} == {None}
+    checkpoint = judge(additive_curves(1, np.random.default_rng(0)), "float32", "checkpoint")
     assert "too few" not in checkpoint.sentence
-    assert "no intervals" in checkpoint.sentence
+    assert "(one curve: no intervals)" in checkpoint.sentence
+    assert "√2" not in checkpoint.sentence
 
 
 def test_constant_and_rounding():
     """A stream that is normed at every step: rounding alone is no evidence against a law."""
     v = np.concatenate([np.full((8, 1), 4e-4), np.full((8, 16), 1 + 3e-8)], 1)
-    verdict = judge(made(v, normalises="stream"), "float32")
+    verdict = judge(made(v, target="stream"), "float32")
     assert verdict.laws["additive"].status == "holds"
-    assert verdict.sentence.startswith("Mean square stays at 1:")
+    assert verdict.sentence == (
+        "Mean square stays at 1 (it varies by less than 0.01 %): the additive law holds to less than "
+        "0.01 %."
+    )
 
 
-def test_short_and_empty_curves():
+def test_eps_and_saw_tooth_sentences():
+    c = np.minimum(1, 0.05 * 2.0 ** np.arange(17))
+    c[0] = 1
+    v = 4e-4 + np.cumsum(np.r_[0, c[1:]]) + np.zeros((8, 1))
+    sentence = judge(made(v, c=c), "float32").sentence
+    assert "linearly" in sentence
+    assert "from sublayer 5 on (before, eps holds the branches back)" in sentence
+    level, rows = 0.0, []
+    for kind in SWIN:
+        level = 1.0 if kind == "renorm" else level + (kind != "embedding")
+        rows.append(level)
+    sentence = judge(made(np.tile(rows, (8, 1)), SWIN), "float32").sentence
+    assert (
+        "is a saw-tooth: a re-norm sets it back to 1 every 6 blocks, 12 sublayers, from peaks of 12 to "
+        "13; between, it grows by 1" in sentence
+    )
+    assert "√2 per sublayer would have meant 4096 after 12 blocks" in sentence
+
+
+def test_short_and_ended_curves():
     verdict = judge(made(np.ones((8, 1)), ["embedding"]), "float32")
-    assert verdict.sentence == "The curve can't be fitted."
+    assert (
+        verdict.sentence
+        == "Mean square is 1 at the embedding, and there is no sublayer to speak of."
+    )
+    curves = additive_curves(8, np.random.default_rng(0))
+    whole = Curves(**(vars(curves) | {"whole": 40}))
+    assert judge(whole, "float32").sentence.startswith("Until a curve ends after sublayer 16, mean")
+
+
+def near(scale=1.0, seeds=8, raw=2.0, noise=0.05, generator=0):
+    """Curves around a prediction v_k = k, the rows from the sixth on ``scale`` times as large."""
+    v = np.r_[4e-4, np.arange(1.0, 17)]
+    band = noise * v
+    got = v * (1 + noise * np.random.default_rng(generator).standard_normal((seeds, 1)))
+    got[:, 6:] *= scale
+    others = {
+        "branch_raw_mean_square": np.full((seeds, 17), 2.0),
+        "branch_mean_square": np.ones((seeds, 17)),
+    }
+    others["branch_raw_mean_square"][:, 6:] = raw
+    return made(got, theory=predicted(v, band), **others)
+
+
+THEORY = {
+    "The curve is what theory predicts: off by at most": {},
+    "The curve is not what theory predicts: off by 40 %": {"scale": 1.4, "noise": 0.01},
+    "which chance explains;": {"seeds": 1, "noise": 0.3, "generator": 2},
+    "but off beyond chance": {"scale": 1.03, "noise": 0.002},
+}
+
+
+@pytest.mark.parametrize("text", THEORY)
+def test_theory_comes_first(text):
+    sentence = judge(near(**THEORY[text]), "float32").sentence
+    assert text in sentence
+    assert sentence.startswith("The curve ")
+
+
+def test_where_theory_first_fails_and_what_is_off():
+    found = agreement(near(1.4, noise=0.01))
+    assert (found.first, found.component) == (6, "residual add")
+    assert found.largest == pytest.approx(0.4, abs=0.02)
+    assert agreement(near(1.4, raw=3.0, noise=0.01)).component == "mlp"  # row 6
+    sentence = judge(near(1.4, raw=3.0, noise=0.01), "float32").sentence
+    assert "first at sublayer 6 (the MLP of block 3), where the MLP's output is off" in sentence
+
+
+def test_theory_false_alarms():
+    """A right theory is rejected in at most ALPHA of 2000 runs, of one seed and of eight.
+
+    A curve's rows move together, so Bonferroni's limit rejects less often than that.
+    """
+    for seeds in (1, 8):
+        alarms = [
+            agreement(near(seeds=seeds, generator=i, noise=0.1)).first is not None
+            for i in range(2000)
+        ]
+        assert np.mean(alarms) < ALPHA + 3 * np.sqrt(ALPHA / 2000)
+    assert agreement(near(1.5, noise=0.1)).first is not None
+
+
+def test_where_theory_says_nothing():
+    v = np.r_[4e-4, np.arange(1.0, 17)]
+    none = made(np.tile(v, (8, 1)), theory=Prediction([], "the batch has 1024 tokens"))
+    assert judge(none, "float32").sentence.startswith(
+        "Theory predicts no curve here: the batch has 1024 tokens. Mean square grows"
+    )
+    some = made(np.tile(v, (8, 1)), theory=predicted(v[:5], 0.05 * v, ends="seeds differ"))
+    sentence = judge(some, "float32").sentence
+    assert "The curve is what theory predicts" in sentence
+    assert "Theory ends before the model: seeds differ." in sentence
+
+
+def test_gradient_sentence():
+    g = np.tile(np.r_[7e-3, 1e-4 * 0.99 ** np.arange(16)], (8, 1))
+    curves = additive_curves(8, np.random.default_rng(0), gradient_rms=g)
+    assert (
+        "The gradient's rms falls 81.4-fold through the model (0.007 at the embedding, 8.6e-5 at the "
+        "end); its largest step is a fall by a factor 70 at sublayer 1 (the attention of block 1)."
+        in judge(curves, "float32").sentence
+    )
+    flat = additive_curves(8, np.random.default_rng(0), gradient_rms=np.ones((8, 17)))
+    assert "The gradient's rms is about the same at both ends" in judge(flat, "float32").sentence
+
+
+def test_massive_activations_are_set_aside():
+    """The shape is the median token's, and no law is claimed."""
+    v = np.r_[4e-4, np.arange(1.0, 17)]
+    jump = np.where(np.arange(17) > 8, 5000.0, v)
+    curves = made(jump[None], mean_square_median=v[None])
+    sentence = judge(curves, "float32", "checkpoint", massive=True).sentence
+    assert sentence.startswith("The median token's mean square grows by 1 per sublayer, linearly")
+    assert "additive" not in sentence
 
 
 def test_off_by():
     factors = {1.008: "0.8 %", 1.5: "50 %", 5.2: "a factor of 5.2", 150: "a factor of 150"}
     factors |= {1 + 1e-6: "less than 0.01 %", 1e35: "10^35", np.inf: "any factor"}
-    for factor, said in factors.items():
-        assert off_by(np.log(factor)) == said
+    for factor, text in factors.items():
+        assert off_by(np.log(factor)) == text
+    assert [percent(x) for x in (1e-5, 0.008, 0.12, 11.5)] == [
+        "less than 0.01 %", "0.8 %", "12 %", "1150 %"
+    ]  # fmt: skip
+    assert [power_of_ten(x) for x in (1.814, 3.61, 19.6, 0, -5)] == [
+        "65.2", "4074", "4·10^19", "1", "10^-5"
+    ]  # fmt: skip
 
 
 def test_plus_minus():
-    for estimate, said in (
+    for estimate, text in (
         (Estimate(1.0, 0.99, 1.01), "1.00 ± 0.01"),
         (Estimate(1.0023, 1.0021, 1.0025), "1.0023 ± 0.0002"),
         (Estimate(1.08e-6, 1.05e-6, 1.11e-6), "(1.08 ± 0.03)·10^-6"),
@@ -127,7 +292,7 @@ def test_plus_minus():
         (Estimate(0.5), "0.5"),
         (Estimate(6786.76, 4677.0, 8896.0), "6787 ± 2110"),
     ):
-        assert plus_minus(estimate) == said
+        assert plus_minus(estimate) == text
 
 
 def test_a_law_beyond_float64_is_rejected_quietly():
@@ -139,7 +304,7 @@ def test_a_law_beyond_float64_is_rejected_quietly():
     verdict = judge(made(v, kinds), "float32")
     assert verdict.laws["sqrt2"].status == "fails"
     assert verdict.laws["additive"].status == "holds"
-    assert "10^307" in verdict.sentence
+    assert "√2 per sublayer would have meant 5·10^309 after 520 blocks" in verdict.sentence
 
 
 def test_gigabytes():

@@ -325,7 +325,7 @@ def test_a_curve_that_explodes_ends():
     config = tiny(*SHAPE, "norm=none", "init=fan_in", "depth=10")
     tokens = prepare(config).tokens
     prediction = predict(config.shape, config.init, tokens, gradients=True)
-    assert "seeds differ by more than 25% of their mean" in prediction.ends
+    assert "seeds differ by more than 25 % of their mean" in prediction.ends
     assert 3 < len(prediction.rows) < 12
     assert np.isfinite(column(prediction.rows, "band")).all()
     assert np.isnan(column(prediction.rows, "gradient_rms")).all()

@@ -144,7 +144,8 @@ def predict(
         sublayer = rows[-1].sublayer + (one.kind != "renorm")
         if relative_std(one.state) > SPREAD:
             ends = (
-                f"from sublayer {sublayer} on seeds differ by more than {SPREAD:.0%} of their mean"
+                f"from sublayer {sublayer} on seeds differ by more than {100 * SPREAD:.0f} % of their "
+                "mean, which rare seeds then carry"
             )
             break
         passed.append(one)
