@@ -291,7 +291,7 @@ def test_the_band_without_feedback_telescopes():
         kernels.append(out.kernel)
         state = state_of(out)
     expected = [math.sqrt(2 * (kernel**2).sum() / width) / tokens for kernel in kernels]
-    found = band(steps, start, np.arange(tokens), 0.0)
+    found = band(steps, start, np.arange(tokens), 0.0, width)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -318,6 +318,28 @@ def test_attention_oracles():
         sizes = branch.kernel.diagonal()[last] / attention.scale
         expected = rho + (1 - rho) * branch.second[0].sum(-1)[last]
         np.testing.assert_allclose(sizes, expected, rtol=0.02)
+
+
+@pytest.mark.parametrize("norm", ["reordered", "post", "pre"])
+def test_huge_stds(norm):
+    """Where float32 can't hold what the recursion computes in it, the prediction ends, and says so.
+
+    Up to there only the scale changes: of the stream, or (pre) of the branches too.
+    """
+    rows = {}
+    for std in (1e5, 1e10):
+        config = tiny(*SHAPE, f"norm={norm}", f"init.std={std}", "init.truncate=null")
+        rows[std] = theory(config, gradients=True)
+        assert len(rows[std]) == 7
+    for name in ("mean_square", "gradient_rms"):
+        below, beyond = (column(rows[std], name)[2:] for std in (1e5, 1e10))
+        np.testing.assert_allclose(beyond / beyond[0], below / below[0], rtol=1e-3)
+    below, beyond = (column(r, "band") / column(r, "mean_square") for r in rows.values())
+    np.testing.assert_allclose(beyond, below, rtol=1e-3, atol=1e-6)  # 0 under post
+    config = tiny(*SHAPE, f"norm={norm}", "init.std=1e30")
+    prediction = predict(config.shape, config.init, prepare(config).tokens, gradients=True)
+    assert "beyond the range of floats" in prediction.ends
+    assert all(math.isfinite(row.mean_square + row.band) for row in prediction.rows)
 
 
 def test_a_curve_that_explodes_ends():

@@ -160,11 +160,12 @@ class AttentionKernel:
     stds: Mapping[str, float]
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> np.float64:
         """H·C·σ_o²·d·σ_v²: the output's kernel over that of an average of inputs."""
         model = self.context.model
         width = model.heads * model.head_dim
-        return width * self.stds["o_proj"] ** 2 * model.width * self.stds["v_proj"] ** 2
+        o, v = np.float64(self.stds["o_proj"]), np.float64(self.stds["v_proj"])
+        return width * o**2 * model.width * v**2
 
     def lowers(self, v: Input, groups: int) -> Array:
         """L̂ (G, N, n) of ``groups`` draws of the input's Gram matrix, L̂L̂ᵀ = Ĥ.
@@ -318,9 +319,11 @@ class AttentionBranch:
     @property
     def cross(self) -> Array:
         """Var(B̂_ij): between heads, and of their values."""
-        apart = self.kernels - self.kernels.mean(0)
-        heads = np.einsum("hij,hij->ij", apart, apart) / (len(apart) - 1)
-        heads = heads / self.attention.context.model.heads
+        # By a power of two, so that squares of large entries fit into float32.
+        unit = 2.0 ** np.round(np.log2(max(self.input.kernel.diagonal().max(), 1e-30)))
+        apart = (self.kernels - self.kernels.mean(0)) * np.float32(1 / unit)
+        heads = np.einsum("hij,hij->ij", apart, apart).astype(np.float64) / (len(apart) - 1)
+        heads = unit**2 * heads / self.attention.context.model.heads
         values = (outer_square(self.kernel) + self.kernel**2) / self.units
         return self.attention.scale**2 * heads + values
 

@@ -143,8 +143,9 @@ def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
 
 
 def band(
-    steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float
-) -> Array:
+    steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float,
+    width: int,
+) -> Array:  # fmt: skip
     """Std between seeds of every row's mean square, (rows,), the embedding's first.
 
     start: the embedding's kernel (N, N). ids (N,). fourth: (κ − 3)·σ⁴ of an embedding's entries, κ
@@ -152,7 +153,6 @@ def band(
     """
     tokens, rows = len(start), len(steps) + 1
     mean_square = np.eye(tokens)[None] / tokens
-    width = steps[0][0].width
     basis, coefficients, variance = mean_square, np.ones((1, 1)), np.zeros(rows)
     for taken, (step, out) in enumerate(reversed(steps), 1):
         pulled = Pullback(step, out, basis)

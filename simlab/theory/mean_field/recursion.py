@@ -115,6 +115,7 @@ def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
     return None
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the prediction ends there
 def predict(
     model: ModelConfig, init: InitConfig, ids: NDArray[np.int64], with_band: bool = True,
     gradients: bool = False,
@@ -142,6 +143,9 @@ def predict(
     rows = [_row(0, None, "embedding", start, ids, model.width, None)]
     for one in _steps(context, init, start):
         sublayer = rows[-1].sublayer + (one.kind != "renorm")
+        if not all(np.isfinite(part).all() for part in vars(one.state).values()):
+            ends = f"from sublayer {sublayer} on its numbers are beyond the range of floats"
+            break
         if relative_std(one.state) > SPREAD:
             ends = (
                 f"from sublayer {sublayer} on seeds differ by more than {100 * SPREAD:.0f} % of their "
@@ -154,7 +158,7 @@ def predict(
     values = [dict(vars(row)) for row in rows]
     if with_band:
         steps = [(one.step, one.out) for one in passed]
-        for value, std in zip(values, band(steps, kernel, flat, fourth), strict=True):
+        for value, std in zip(values, band(steps, kernel, flat, fourth, model.width), strict=True):
             value["band"] = float(std)
     no_gradient = None
     if gradients and ends is None:
