@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
+from simlab.analysis.curve import basis
 from simlab.analysis.massive import massive_sentences, place
 from simlab.analysis.numbers import short
 from simlab.analysis.resampling import MIN_SEEDS, t_quantile
 from simlab.theory.laws import Array
+from simlab.theory.mean_field import Prediction
 
 OUTSIDE = 0.99  # the share of random inits within the prediction interval
 ALIGNED = 0.05  # from which share of its branches' size on a curve's alignment is called one
@@ -64,14 +67,32 @@ def outside(value: Array, seeds: Array) -> np.ndarray:
     return far & ((value > seeds.max(0)) | (value < seeds.min(0)))
 
 
-def with_outside(frame: pd.DataFrame) -> pd.DataFrame:
+def outside_prediction(value: Array, theory: Prediction) -> np.ndarray:
+    """True for each entry of a curve (R,) beyond the OUTSIDE interval of predicted random inits.
+
+    ln mean ± z·band/mean (Gaussian ln v), and the prediction's own error more. R: at most its rows.
+    """
+    mean, band = (theory.column(name, len(value)) for name in ("mean_square", "band"))
+    reach = NormalDist().inv_cdf((1 + OUTSIDE) / 2) * band / mean + theory.accuracy
+    with np.errstate(divide="ignore"):
+        far: np.ndarray = np.abs(np.log(value / mean)) > reach
+    return far
+
+
+def with_outside(frame: pd.DataFrame, theory: Prediction | None = None) -> pd.DataFrame:
     """Add the column ``outside``: of a checkpoint's steps 1 where it is outside the random inits.
 
-    Empty for random inits, with fewer than MIN_SEEDS of them, and beyond the shortest's end.
+    Empty for random inits, with fewer than MIN_SEEDS of them, and beyond the shortest's end. theory: a
+    predicted curve that stands in place of measured ones.
     """
     frame = frame.assign(outside=np.nan)
     rows = frame[frame["curve"] == "checkpoint"]
     drawn = frame[frame["curve"] == "random"]
+    if theory is not None:
+        index = rows.index[: len(theory.rows)]
+        value = rows.loc[index, "mean_square"].to_numpy(np.float64)
+        frame.loc[index, "outside"] = outside_prediction(value, theory).astype(float)
+        return frame
     if rows.empty or drawn["seed"].nunique() < MIN_SEEDS:
         return frame
     step = drawn.groupby("seed").cumcount()
@@ -86,7 +107,7 @@ def with_outside(frame: pd.DataFrame) -> pd.DataFrame:
 def departure(frame: pd.DataFrame) -> Departure | None:
     """Compare a run's checkpoint with its random inits, once ``with_outside`` has marked it."""
     rows = frame[(frame["curve"] == "checkpoint") & frame["outside"].notna()]
-    drawn = frame[frame["curve"] == "random"]
+    drawn = frame[frame["curve"] == basis(frame)]
     if len(rows) < 2:
         return None
     away = rows["outside"].to_numpy() == 1
@@ -196,6 +217,7 @@ def sentences(
     rows = frame[frame["curve"] == "checkpoint"]
     if rows.empty:  # it overflowed at the embedding
         return lines
+    theory = basis(frame) == "theory"
     seeds = frame.loc[frame["curve"] == "random", "seed"].nunique()
     if 0 < seeds < MIN_SEEDS:
         inits = "1 random init is" if seeds == 1 else f"{seeds} random inits are"
@@ -206,9 +228,12 @@ def sentences(
     if left is not None:
         end = ""
         if left.last < 2 * depth:
-            whose = "it" if left.last == last else "a random init's curve"
-            end = f"{whose} ends at sublayer {left.last}"
-        lines.append(f"The checkpoint {_where(left, end)}.")
+            inits = "the prediction" if theory else "a random init's curve"
+            end = f"{'it' if left.last == last else inits} ends at sublayer {left.last}"
+        where = _where(left, end)
+        lines.append(
+            f"The checkpoint {where.replace('band', 'predicted band') if theory else where}."
+        )
         if left.checkpoint is not None:
             its = f"Up to sublayer {left.last} its" if end else "Its"
             lines.append(f"{its} {_terms(left.checkpoint, left.random)}")

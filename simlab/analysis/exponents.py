@@ -44,9 +44,11 @@ def _law_columns(frame: pd.DataFrame) -> list[str]:
 
 def _by_seed(ends: pd.DataFrame, column: str, depth: int) -> Array:
     """ln of a column, (seeds, depth); NaN where a curve ends early or the value is 0."""
-    table = ends.pivot(index="seed", columns="block", values=column).reindex(columns=range(depth))
+    seeds = pd.Categorical(ends["seed"])  # ascending
+    table = np.full((len(seeds.categories), depth), np.nan)
+    table[seeds.codes, ends["block"].to_numpy(np.int64)] = ends[column]
     with np.errstate(divide="ignore"):
-        logs = np.log(table.to_numpy(np.float64))
+        logs = np.log(table)
     return np.where(np.isfinite(logs), logs, np.nan)
 
 

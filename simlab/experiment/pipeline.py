@@ -56,16 +56,18 @@ def measure(
     verdicts: dict[str, Verdict] = {}
     if measured:
         frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
-        frame = with_outside(frame) if ready.checkpoint else frame
         massive = set(frame.loc[frame["massive"] == 1, "curve"])
         verdicts = {
             name: judge(of_curve, config.dtype, name, massive=name in massive)
             for name, of_curve in by_curve.items()
         }
-    if theory and config.engine == "theory":
-        rows, curve = predicted_curve(ready, theory)
+    instead = theory if config.engine == "theory" else None
+    if instead:
+        rows, curve = predicted_curve(ready, instead)
         frame = pd.concat([frame, rows], ignore_index=True)
-        verdicts["theory"] = judge(curve, "float64", "theory", prediction=theory)
+        verdicts["theory"] = judge(curve, "float64", "theory", prediction=instead)
+    if ready.checkpoint:
+        frame = with_outside(frame, instead)
     summary = summarise(ready, measured, frame, cuts, verdicts, theory)
     return RunResult(ready.config, frame, summary, verdicts, weight_table(ready))
 

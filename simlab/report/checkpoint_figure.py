@@ -106,4 +106,4 @@ def inside_figure(frame: pd.DataFrame, title: str) -> Figure | None:
         ax.set(xlabel="sublayer", ylabel="")
         ax.set_title(words, fontsize=10, color=".35")
     names = " and ".join(LABELS[str(name)] for name in frame["curve"].unique())
-    return finish(figure, [axes[0, 0]], [f"Inside the residual stream of {title}: {names}"])
+    return finish(figure, list(axes.flat), [f"Inside the residual stream of {title}: {names}"])

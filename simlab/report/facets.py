@@ -14,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simlab.analysis.curve import basis
 from simlab.report.style import COLOURS, LABELS, subplots
 from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
 
@@ -109,7 +110,7 @@ def plan(frame: pd.DataFrame, keys: Sequence[str], coloured: bool = True, panels
         scale = "viridis" if colour in (*number, *ORDERED) else "deep"
         shades = sns.color_palette(scale, len(values)).as_hex()
         palette = dict(zip(values, shades, strict=True)) | dict.fromkeys(palette, GREY)
-        main = "random" if colour.startswith("init") else "checkpoint"
+        main = basis(frame) if colour.startswith("init") else "checkpoint"
         beside = frame.groupby("job")["curve"].transform("nunique") > 1
         ink = frame[colour].astype(object).mask(beside & (frame["curve"] != main), names)
     summary = [f"Shown: {'; '.join(notes)}."] if notes else []

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from conftest import STANDARD_ERRORS, in_process, tiny
 
+from simlab import compose
 from simlab.budget import predicted
 from simlab.config import ConfigError
 from simlab.experiment import prepare, run
@@ -90,6 +91,16 @@ def test_theory_beside_a_checkpoint(tmp_path, figure_names):
     counts = pd.read_csv(path)["curve"].value_counts()
     assert counts["checkpoint"] == counts["theory"]
     assert {"growth", "lambda", "inside"} <= set(figure_names)
+
+
+def test_a_checkpoint_outside_the_prediction():
+    """The demo before its training is a random init; after, it leaves their band."""
+    says = {}
+    for step in ("0", "final"):
+        asked = ["source=demo", f"source.step={step}", "engine=theory", "inputs.length=32"]
+        says[step] = run(compose([*asked, "inputs.batch=1", "device=cpu"])).summary["comparison"][0]
+    assert says["0"] == "The checkpoint stays within the random inits' predicted band."
+    assert "leaves the random inits' predicted band at sublayer" in says["final"]
 
 
 def test_sweep_of_theory_and_simulation(tmp_path, figure_names):
