@@ -5,7 +5,8 @@ intervals  how often the 95 % intervals of growth per sublayer, exponent p and r
 laws       how often the sign-flip test rejects, at 1 %, the additive law where it holds
 
 Both deal a pool of random inits of one small model, 32 N curves for each placement, into groups of 8,
-16 and 32: at least N of each, independent of each other. ± is the binomial's standard error.
+16 and 32: at least N of each, independent of each other. ± is the binomial's standard error. Both parts
+with 2000 groups took 13 minutes of CPU, of which 10 made the pools.
 """
 
 from __future__ import annotations
