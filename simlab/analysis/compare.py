@@ -159,7 +159,9 @@ def _where(left: Departure, end: str) -> str:
     if left.ratio in (0, math.inf):
         side = f"far {'above' if left.ratio else 'below'}"
     else:
-        side = f"{left.ratio:.3g}× above" if left.ratio > 1 else f"{1 / left.ratio:.3g}× below"
+        side = (
+            f"{short(left.ratio)}× above" if left.ratio > 1 else f"{short(1 / left.ratio)}× below"
+        )
     step = place(left.sublayer, left.block, str(left.kind))
     again = ""
     if left.first != left.sublayer:

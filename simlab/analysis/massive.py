@@ -126,7 +126,7 @@ def massive_sentences(rows: pd.DataFrame, sequences: int, length: int, whole: bo
     """
     top = rows.sort_values("max_abs", kind="stable").iloc[-1]
     times = top["max_abs"] / top["median_abs"] if top["median_abs"] else math.inf
-    size = f"max |x| = {top['max_abs']:.3g}, {times:.3g}× the median |x|"
+    size = f"max |x| = {short(top['max_abs'])}, {short(times)}× the median |x|"
     size += f", at sublayer {top['sublayer']}"
     count = int(rows["massive"].sum())
     if not count:
@@ -148,7 +148,7 @@ def massive_sentences(rows: pd.DataFrame, sequences: int, length: int, whole: bo
         lines.append(f"{len(stories) - TOLD} more such changes follow.")
     if not stories:
         lines.append(_no_jump(rows))
-    return lines + _median(rows)
+    return lines
 
 
 def _story(story: Sequence[Change], sequences: int) -> str:
@@ -201,14 +201,3 @@ def _no_jump(rows: pd.DataFrame) -> str:
         )
         text += f", at {where}"
     return text + "."
-
-
-def _median(rows: pd.DataFrame) -> list[str]:
-    """The sentence on the median token, from the first step to the last."""
-    first, last = rows.iloc[0], rows.iloc[-1]
-    count = int(last["sublayer"] - first["sublayer"])
-    if not count or not first["mean_square_median"] > 0 or not last["mean_square_median"] > 0:
-        return []
-    factor = (last["mean_square_median"] / first["mean_square_median"]) ** (1 / count)
-    verb = "grows" if factor >= 1 else "shrinks"
-    return [f"The median token {verb} by a factor {factor:.3g} per sublayer on average."]

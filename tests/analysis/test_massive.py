@@ -88,14 +88,12 @@ def test_a_planted_token(base):
     assert jump.bound == (frame["max_token"][3] != 15)
     assert 0.2 * truth[4] / truth[3] < jump.factor <= truth[4] / truth[3]
     assert fall.factor == pytest.approx(truth[8] / truth[7], rel=1e-3)
-    _, text, median = massive_sentences(frame, 3, 11, whole=True)
+    _, text = massive_sentences(frame, 3, 11, whole=True)
     assert text == (
         f"The token at position 4 of sequence 2 (of 3) jumps {jump.size} at sublayer 4 (the MLP of"
         f" block 2), where the median token's factor is {jump.median:.3g}, and is erased at sublayer 8"
         f" (the MLP of block 4), where it falls {truth[7] / truth[8]:.0f}-fold."
     )
-    rate = (frame["mean_square_median"][10] / frame["mean_square_median"][0]) ** 0.1
-    assert median == f"The median token grows by a factor {rate:.3g} per sublayer on average."
 
 
 def test_position_0_of_every_sequence(base):
@@ -140,7 +138,7 @@ def by_hand(largest, token, massive, median=None, first=None):
 
 
 def story(*rows):
-    return massive_sentences(by_hand(*rows), 2, 5, whole=True)[1:-1]
+    return massive_sentences(by_hand(*rows), 2, 5, whole=True)[1:]
 
 
 def test_other_stories():
@@ -176,8 +174,8 @@ def test_other_stories():
     assert story(many, [3] * 10, [1] * 10)[4:] == ["1 more such changes follow."]
 
 
-def test_the_median_token_stands_still_beside_a_scale():
-    """All tokens grow alike: no jump; and the same token alone in a sequence."""
+def test_a_jump_is_beside_the_median_token():
+    """All tokens grow alike: no jump; and a token of the only sequence."""
     rows = by_hand([1, 1e4, 1e4], [3, 3, 3], [0, 1, 1], median=[1.0, 1e4, 1e4])
     assert token_changes(rows, 2, 5) == []
     (jump,) = token_changes(by_hand([1, 1e4], [3, 3], [0, 1]), 1, 5)
