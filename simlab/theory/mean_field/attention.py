@@ -309,7 +309,8 @@ class AttentionBranch:
         """Cov(B̂_ii, B̂_jj): between heads, and of their values; of an un-normed input, x's besides."""
         model, scale = self.attention.context.model, self.attention.scale
         diagonals = np.einsum("hii->hi", self.kernels).astype(np.float64)
-        between = np.atleast_2d(np.cov(diagonals.T))
+        diagonals -= diagonals.mean(0)
+        between = diagonals.T @ diagonals / (len(diagonals) - 1)
         own = scale**2 * between / model.heads + 2 * self.kernel**2 / self.units
         if not self.input.normed:
             response = self.kernel.diagonal() / np.maximum(self.input.kernel.diagonal(), TINY)
@@ -341,7 +342,9 @@ class AttentionBranch:
         """Between heads: Cov_h(⟨A, aĤaᵀ⟩, ⟨A', aĤaᵀ⟩)/H."""
         count, scale = len(self.kernels), self.attention.scale
         each = functionals.reshape(len(functionals), -1) @ self.kernels.reshape(count, -1).T
-        return scale**2 * np.atleast_2d(np.cov(each)) / self.attention.context.model.heads
+        each -= each.mean(1, keepdims=True)
+        between: Array = each @ each.T / (count - 1)
+        return scale**2 * between / self.attention.context.model.heads
 
     def pull(self, functionals: Any) -> Any:
         """āᵀAā, and on the diagonal Σ_i A_ii·Var(a_ij)."""

@@ -127,19 +127,20 @@ def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
     spread = state.cross + np.abs(state.square)
     np.fill_diagonal(spread, state.square.diagonal())
     weighed = (basis * np.sqrt(spread)).reshape(len(basis), -1)
-    lengths = np.maximum(np.linalg.norm(weighed, axis=1), TINY)
+    lengths = np.sqrt(np.maximum(np.vecdot(weighed, weighed), TINY))
     weighed /= lengths[:, None]
     values, vectors = np.linalg.eigh(weighed @ weighed.T)
-    root = vectors * np.sqrt(np.maximum(values, 0))
-    rows = coefficients * lengths @ root  # in an orthonormal basis
-    sizes = np.maximum(np.linalg.norm(rows, axis=1), TINY)
-    _, singular, directions = np.linalg.svd(rows / sizes[:, None], full_matrices=False)
-    left_out = np.sqrt(np.cumsum(singular[::-1] ** 2)[::-1])
-    kept = directions[: max(1, int((left_out > CUT).sum()))]
-    if len(kept) >= len(basis):
+    roots = np.sqrt(np.maximum(values, 0))
+    rows = coefficients * lengths @ (vectors * roots)  # in an orthonormal basis
+    sizes = np.sqrt(np.maximum(np.vecdot(rows, rows), TINY))
+    unit = rows / sizes[:, None]
+    squares, directions = np.linalg.eigh(unit.T @ unit)  # of singular values, from the least on
+    kept = directions[:, min(int((np.cumsum(squares) < CUT**2).sum()), len(basis) - 1) :].T
+    if len(kept) == len(basis):
         return coefficients, basis
-    back = kept @ np.linalg.pinv(root, rcond=1e-7) / lengths
-    return rows @ kept.T, np.tensordot(back, basis, 1)
+    inverse = np.divide(1, roots, out=np.zeros_like(roots), where=roots > 1e-7)
+    back = kept @ (vectors * inverse).T / lengths
+    return rows @ kept.T, (back @ basis.reshape(len(basis), -1)).reshape(-1, *basis.shape[1:])
 
 
 def band(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,13 +32,15 @@ TINY = 1e-300
 def outer_square(kernel: Array) -> Array:
     """K_ii·K_jj (N, N)."""
     m = kernel.diagonal()
-    return np.outer(m, m)
+    return m[:, None] * m
 
 
 def correlation(kernel: Array) -> Array:
     """ρ_ij = K_ij/√(K_ii K_jj), in [−1, 1]."""
     root = np.sqrt(np.maximum(kernel.diagonal(), TINY))
-    return np.clip(kernel / np.outer(root, root), -1, 1)
+    rho = kernel / (root[:, None] * root)
+    np.minimum(rho, 1, out=rho)
+    return np.maximum(rho, -1, out=rho)
 
 
 def shrink(rho: Array) -> Array:
@@ -152,22 +155,22 @@ class KernelVector:
     def __truediv__(self, scale: float) -> KernelVector:
         return (1 / scale) * self
 
-    @property
+    @cached_property
     def total_square(self) -> Array:
         """S (N, N): Cov(K̂_ii, K̂_jj) between seeds."""
         return self.square + self.lean[:, None] * self.step.start.square * self.lean[None, :]
 
-    @property
+    @cached_property
     def total_cross(self) -> Array:
         """V (N, N): Var(K̂_ij) between seeds, i ≠ j."""
         return self.cross + self.lean_cross**2
 
-    @property
+    @cached_property
     def relative_variance(self) -> Array:
         """Var(K̂_ii)/K_ii² (N,)."""
         return self.total_square.diagonal() / np.maximum(self.kernel.diagonal(), TINY) ** 2
 
-    @property
+    @cached_property
     def correlation_variance(self) -> Array:
         """τ² (N, N): Var(ρ̂_ij) between seeds."""
         rho = correlation(self.kernel)
