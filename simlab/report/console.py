@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from simlab.report.table import block_table, departures_table, growth_table, lam
 NAMES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 # The fields of NormConfig that every placement has; the others are a placement's own.
 COMMON_NORM_KEYS = ("placement", "type", "eps", "gain")
+SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z√])")
+# The sentence of a verdict that says how the curve grows; what is before it is about theory.
+GROWTH = re.compile(r"(until a curve ends .*, )?(the median token's )?mean square ", re.IGNORECASE)
 
 
 def title(config: RunConfig) -> str:
@@ -130,11 +135,19 @@ def show_result(
     verdicts: Mapping[str, Verdict],
     summary: Mapping[str, Any],
 ) -> None:
-    """The tables and the verdict of every curve."""
+    """The verdict, a sentence a line, the main ones bold, and then every curve's tables."""
     console = Console(highlight=False)
+    main = headlines(verdicts, summary)
+    for line in verdict_lines(verdicts, summary):
+        for sentence in SENTENCE_END.split(line):
+            style = "bold" if any(sentence in each for each in main) else ""
+            console.print(Text(_indented(sentence, console.width), style=style))
+    if "weight_hash" in summary:
+        console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
+    console.print()
     for name in verdicts:
         if len(verdicts) > 1:
-            console.print(Text(NAMES[name], style="bold"))
+            console.print(Text(NAMES[name].capitalize(), style="bold"))
         console.print(growth_table(frame, name))
         console.print()
         head = "predicted" if name == "theory" else "measured"
@@ -143,11 +156,14 @@ def show_result(
             if shown.row_count:
                 console.print(shown)
                 console.print()
-    for line in verdict_lines(verdicts, summary):
-        console.print(Text(line, style="bold"))
-    if "weight_hash" in summary:
-        console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
-    console.print()
+
+
+def _indented(sentence: str, width: int) -> str:
+    """A sentence in lines of a terminal, the second and further ones indented."""
+    lines = textwrap.wrap(
+        sentence, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
 
 
 def show_files(files: Sequence[Path]) -> None:
@@ -159,20 +175,34 @@ def show_files(files: Sequence[Path]) -> None:
 
 def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
     """The verdict sentences, with the curve's name if there are several, the loss, and any overflow."""
-    several = len(verdicts) > 1
-    lines = [
-        f"{NAMES[name].capitalize()}: {v.sentence}" if several else v.sentence
-        for name, v in verdicts.items()
-    ]
+    lines = [_named(name, verdicts) + v.sentence for name, v in verdicts.items()]
     lines += summary.get("comparison", [])
     for name, loss in summary.get("loss", {}).items():
         value = Estimate(**loss)
         if math.isfinite(value.value):
             chance = math.log(summary["config"]["model"]["vocab_size"])
-            of = f" of the {NAMES[name]}" if several else ""
+            of = f" of the {NAMES[name]}" if len(verdicts) > 1 else ""
             lines.append(
                 f"Next-token loss{of}: {plus_minus(value)} nats; ln(vocabulary) is {chance:.3f}."
             )
+    return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
+
+
+def _named(name: str, verdicts: Mapping[str, Verdict]) -> str:
+    return f"{NAMES[name].capitalize()}: " if len(verdicts) > 1 else ""
+
+
+def headlines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
+    """The main ones of ``verdict_lines``, for which a figure's title has room.
+
+    Of each verdict the sentences up to the one that says how the curve grows.
+    """
+    lines = []
+    for name, verdict in verdicts.items():
+        said = SENTENCE_END.split(verdict.sentence)
+        grows = next((i for i, one in enumerate(said) if GROWTH.match(one)), 0)
+        lines.append(_named(name, verdicts) + " ".join(said[: grows + 1]))
+    lines += summary.get("comparison", [])[:1]
     return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
 
 

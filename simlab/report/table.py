@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from simlab.analysis.resampling import Estimate
 DIGITS = 4
 DEEP = 24  # sublayers; beyond, a row per block
 _MOST_ROWS = 34  # rows; beyond, every n-th block
+FALL = 0.8  # of the mean square before: a step that leaves less is shown, with the row before it
 
 
 def growth_table(frame: pd.DataFrame, name: str) -> Table:
@@ -104,9 +106,10 @@ MOST_BLOCKS = 12  # rows of the table of λ by block
 
 
 def block_table(values: Mapping[str, Any]) -> Table:
-    """λ by block: from the block before and from the first one. Beyond MOST_BLOCKS, every n-th.
+    """λ by block: from the block before and from the first one.
 
-    values: one curve's entry of ``lambda`` in summary.json. No rows where there is a single block.
+    Beyond MOST_BLOCKS some, as in ``shown_rows``. values: one curve's entry of ``lambda`` in
+    summary.json. No rows where there is a single block.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("block", justify="right")
@@ -117,20 +120,45 @@ def block_table(values: Mapping[str, Any]) -> Table:
                 columns.append(values[f"lambda_{key}{suffix}"])
                 table.add_column(f"{of}{head}", justify="right")
     blocks = len(columns[0]) + 1 if columns else 0
-    every = math.ceil((blocks - 1) / MOST_BLOCKS) if blocks else 1
-    for block in range(2, blocks + 1):
-        if (block - 2) % every == 0 or block == blocks:
-            table.add_row(str(block), *(short(column[block - 2], DIGITS) for column in columns))
+    if not blocks:
+        return table
+    grown = np.exp(2 * blocks * np.array(values["lambda_from_first"], float))  # of the mean square
+    for i in shown_rows(grown, range(len(grown)), fallen(grown), MOST_BLOCKS):
+        table.add_row(str(i + 2), *(short(column[i], DIGITS) for column in columns))
     return table
 
 
 def _shown(steps: pd.DataFrame) -> pd.DataFrame:
-    """All steps of a shallow curve; the embedding and the blocks' last steps of a deep one."""
+    """All steps of a shallow curve; of a deep one the blocks' ends, as in ``shown_rows``."""
     if len(steps) <= DEEP:
         return steps
-    ends = steps.groupby("block").tail(1)
-    ends = steps[(steps["kind"] == "embedding") | steps.index.isin(ends.index)]
-    every = math.ceil(len(ends) / _MOST_ROWS)
-    keep = (ends["block"].fillna(-1) + 1) % every == 0
-    keep.iloc[-1] = True
-    return ends[keep]
+    v = steps["mean_square"].to_numpy(float)
+    last_of_block = ~steps["block"].duplicated(keep="last").to_numpy()
+    resets = np.flatnonzero(steps["kind"] == "renorm")
+    falls = sorted({*resets.tolist(), *fallen(v)})
+    return steps.iloc[shown_rows(v, np.flatnonzero(last_of_block).tolist(), falls, _MOST_ROWS)]
+
+
+def fallen(v: np.ndarray) -> list[int]:
+    """The rows of a curve v (R,) that leave less than FALL of the row before."""
+    return (np.flatnonzero(v[1:] < FALL * v[:-1]) + 1).tolist()
+
+
+def shown_rows(v: np.ndarray, ends: Sequence[int], falls: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of a curve's rows, so that peaks and resets show.
+
+    The first, the last and the largest; each fall with the row before it, or every n-th fall where
+    there are too many; in the room that is left every n-th of ``ends``. v (R,).
+    """
+    last = len(v) - 1
+    always = {0, last, int(np.nanargmax(v)) if np.isfinite(v).any() else 0}
+    always |= {last - 1} if last in falls else set()
+    n = 1
+    while len(always | (pairs := {j for i in falls[::n] for j in (i - 1, i)})) > most:
+        n += 1
+    rows = always | pairs
+    rest = [i for i in ends if i not in rows and i not in falls]  # no reset without its peak
+    if rest and len(rows) < most:
+        every = math.ceil(len(rest) / (most - len(rows)))
+        rows |= set(rest[every - 1 :: every])
+    return sorted(rows)

@@ -131,7 +131,7 @@ def write(result: RunResult, folder: Path) -> list[Path]:
         clear(folder)  # of an earlier run there
     tables = write_tables(result, folder)
     title = console.title(result.config)
-    lines = console.verdict_lines(result.verdicts, result.summary)
+    lines = console.headlines(result.verdicts, result.summary)
     figures = {
         "growth": figure.growth_figure(result.curve, title, lines),
         "lambda": figure.lambda_figure(result.curve, result.config.shape.depth, title),

@@ -5,6 +5,7 @@ import io
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import tiny
 from rich.console import Console
@@ -14,10 +15,17 @@ from simlab.config import CONF_DIR
 from simlab.config.preset import changed
 from simlab.config.validate import compose
 from simlab.experiment import run
-from simlab.report.console import overflow_lines, title, verdict_lines
+from simlab.report.console import (
+    SENTENCE_END,
+    headlines,
+    overflow_lines,
+    show_result,
+    title,
+    verdict_lines,
+)  # fmt: skip
 from simlab.report.figure import growth_figure, lambda_figure
 from simlab.report.style import save
-from simlab.report.table import growth_table, lambda_table
+from simlab.report.table import block_table, fallen, growth_table, lambda_table, shown_rows
 
 matplotlib.use("Agg")
 
@@ -56,6 +64,74 @@ def test_table(depth, norm):
     assert "mean square" in lines[0]
     if norm == "reordered":  # the last block is always shown
         assert lines[-1].split()[:2] == [str(depth), "mlp"]
+
+
+def saw_tooth(depth, every):
+    """The rows of swin_renorm's curve by the additive law, of one seed."""
+    steps = [(0, pd.NA, "embedding", 0.01)]
+    for block in range(depth):
+        for half, kind in enumerate(("attention", "mlp"), start=1):
+            steps.append((2 * block + half, block, kind, steps[-1][3] + 1))
+        if (block + 1) % every == 0:
+            steps.append((2 * block + 2, block, "renorm", 1.0))
+    frame = pd.DataFrame(steps, columns=["sublayer", "block", "kind", "mean_square"])
+    frame["block"] = frame["block"].astype("Int64")
+    return frame.assign(curve="random", seed=0, branch_mean_square=1.0)
+
+
+@pytest.mark.parametrize("every", [4, 6, 8])
+@pytest.mark.parametrize("depth", [32, 40, 64])
+def test_tables_show_peaks_and_resets(depth, every):
+    """Every peak and reset in the table of rows, at least three in that of λ by block."""
+    frame = saw_tooth(depth, every)
+    table = growth_table(frame, "random")
+    shown = list(zip(*(column._cells for column in table.columns[:3]), strict=True))
+    assert len(shown) <= 34
+    resets = {str(block) for block in range(every, depth + 1, every)}
+    assert {block for block, kind, v in shown if (kind, v) == ("renorm", "1")} == resets
+    assert resets <= {block for block, kind, v in shown if kind == "mlp" and float(v) >= 2 * every}
+    ends = frame.loc[~frame["block"].duplicated(keep="last"), "mean_square"].to_numpy()[1:]
+    values = {"lambda_from_first": (np.log(ends / ends[0])[1:] / (2 * depth)).tolist()}
+    blocks = list(block_table(values).columns[0]._cells)
+    assert len(blocks) <= 12
+    assert blocks[-1] == str(depth)
+    assert len(resets & set(blocks)) >= 3
+
+
+def test_rows_of_a_table():
+    """The largest value is shown wherever it is; of too many falls every n-th."""
+    rising = np.arange(100.0)
+    assert shown_rows(rising, range(100), [], 12)[-1] == 99
+    peak = np.where(rising == 37, 1e3, rising)
+    assert fallen(peak) == [38]
+    assert {0, 37, 38, 99} <= set(shown_rows(peak, range(100), fallen(peak), 12))
+    saw = np.where(rising % 2 == 0, 1.0, 2.0 + rising)
+    for most in (7, 12, 34):
+        rows = shown_rows(saw, range(100), fallen(saw), most)
+        assert most - 3 <= len(rows) <= most
+        assert {0, 99} <= set(rows)
+        assert all({i - 1, i} <= set(rows) for i in rows if i in fallen(saw))
+    assert shown_rows(np.array([np.nan, np.nan]), range(2), [], 12) == [0, 1]
+
+
+def test_a_verdict_is_told_in_sentences(capsys):
+    """Before the tables, a sentence a line; the main ones are theory's and the growth's."""
+    result = run(tiny("depth=4", "norm=swin_renorm", "norm.every=2", "seeds=8", "gradients=true"))
+    show_result(result.curve, result.verdicts, result.summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    table = next(i for i, line in enumerate(lines) if line.startswith("block after"))
+    told = [line for line in lines[:table] if line]
+    starts = [line for line in told if not line.startswith("  ")]
+    sentence = result.summary["verdict"]["random"]["sentence"]
+    assert " ".join(" ".join(told).split()).startswith(sentence)
+    assert [start.split()[0] for start in starts[:2]] == ["The", "Mean"]
+    assert all(said.endswith(".") for said in SENTENCE_END.split(sentence))
+    (main,) = headlines(result.verdicts, result.summary)
+    assert sentence.startswith(main)
+    assert "Mean square" in main
+    assert "√2" not in main
+    assert "gradient" not in main
 
 
 def test_figure_elements():
