@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from simlab.theory.mean_field import recursion
@@ -16,6 +17,8 @@ from simlab.theory.mean_field.kernels import KernelStep
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
 
 from .record import Mutation, edit
+
+PREDICT = inspect.unwrap(recursion.predict)  # under np.errstate
 
 
 def getter(owner: type, name: str) -> Any:
@@ -213,7 +216,7 @@ STREAM = (
     Mutation(
         "head_not_tied",
         "a tied model's head by the head's own std",
-        edit(recursion.predict, 'laws["embedding" if model.tied else "head"]', 'laws["head"]'),
+        edit(PREDICT, 'laws["embedding" if model.tied else "head"]', 'laws["head"]'),
         "tied_head",
     ),
 )
