@@ -14,6 +14,7 @@ from simlab.schemes.placement import PLACEMENTS, Scheme
 from simlab.theory.mean_field import predict, unpredictable
 from simlab.theory.mean_field.averages import DEGREE, at_nodes, expand, gelu, saturation, silu
 from simlab.theory.mean_field.kernels import Input, KernelStep, State, state_of
+from simlab.theory.mean_field.mlp import UNITS, Unit
 
 SHAPE = [
     "depth=3", "width=128", "heads=4", "kv_heads=2", "d_ff=320", "vocab_size=30",
@@ -340,6 +341,16 @@ def test_huge_stds(norm):
     prediction = predict(config.shape, config.init, prepare(config).tokens, gradients=True)
     assert "beyond the range of floats" in prediction.ends
     assert all(math.isfinite(row.mean_square + row.band) for row in prediction.rows)
+
+
+def test_pre_norm_with_relu(monkeypatch):
+    """Xiong et al. 2020, Lemma 2: 1 + l/2 ≤ E‖x_l‖²/d ≤ 1 + 3l/2 after l blocks of Pre-LN."""
+    relu = Unit(lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float), False)
+    monkeypatch.setitem(UNITS, "gelu", relu)
+    config = tiny("model.mlp=gelu", "norm=pre", "init=fan_in", "depth=6", "init.truncate=null")
+    rows = predict(config.shape, config.init, np.arange(8)[None], with_band=False).rows
+    for blocks, row in enumerate(rows[::2]):
+        assert 1 + blocks / 2 <= row.mean_square <= 1 + 3 * blocks / 2
 
 
 def test_a_curve_that_explodes_ends():
