@@ -28,14 +28,16 @@ QUANTITIES = {  # column of the curve: where it is compared
 PERCENTILES = (50, 90, 99)
 
 
-def draw(rng: np.random.Generator) -> list[str]:
-    """The overrides of one random config."""
+def draw(
+    rng: np.random.Generator, widths: Sequence[int] = WIDTHS, most_blocks: int = 16
+) -> list[str]:
+    """The overrides of one random config, of one of the widths and 2 to ``most_blocks`` blocks."""
     from simlab.schemes.placement import PLACEMENTS
 
     def one(*options: Any) -> Any:
         return options[int(rng.integers(len(options)))]
 
-    width, head_dim = one(*WIDTHS), one(32, 64)
+    width, head_dim = one(*widths), one(32, 64)
     heads = width // head_dim
     kv_heads = max(1, heads // one(1, 1, 2, 4))
     batch, length = one((1, 64), (2, 32), (4, 16), (1, 16), (2, 8))
@@ -46,7 +48,7 @@ def draw(rng: np.random.Generator) -> list[str]:
     overrides = [
         "model=small", f"width={width}", f"heads={heads}", f"kv_heads={kv_heads}",
         f"model.head_dim={head_dim}", f"d_ff={int(width * rng.uniform(1.5, 4))}",
-        f"depth={int(rng.integers(2, 17))}", f"vocab_size={one(100, 1000, 30000)}",
+        f"depth={int(rng.integers(2, most_blocks + 1))}", f"vocab_size={one(100, 1000, 30000)}",
         f"norm={placement}", f"init={rule}", f"model.mlp={one('swiglu', 'swiglu', 'geglu', 'gelu')}",
         f"model.qk_norm={one('full', 'full', 'per_head', 'none')}",
         f"norm.type={one('rms', 'rms', 'layer')}", f"inputs={one('random', 'zipf')}",

@@ -42,6 +42,7 @@ MOST_CHANCE = (
     0.08  # of the range, or of a constant's level: where chance is larger, no word is right
 )
 DROP = 0.05  # of v: a norm of the stream that takes less away makes no saw-tooth
+SLACK = 1.5  # on the tolerances of theory's own word
 MOST_POWER = 6.0  # beyond, a power is a name for something else
 
 
@@ -129,7 +130,8 @@ def shape_of(
     step = start + 1 + int(np.abs(np.diff(v[start:])).argmax())
     extent, level = float(np.ptp(v[after])), float(np.abs(v[after]).mean())
     chance: Array = ERRORS * noise
-    if extent <= FLAT * level + min(float(chance[after].max()), MOST_CHANCE * level):
+    flat = FLAT if prior is None else FLAT * (SLACK if prior.word == "constant" else 1 / SLACK)
+    if extent <= flat * level + min(float(chance[after].max()), MOST_CHANCE * level):
         return GrowthShape("constant", extent / level if level else 0.0, start, held, step=step)
     if drops:
         shape = _saw_tooth(v, kinds, np.flatnonzero(resets), drops, start, chance)
@@ -177,7 +179,7 @@ def _word(
     """
     chance = np.minimum(chance, MOST_CHANCE * np.ptp(y))
     known = {prior: FAMILIES[prior]} if prior in FAMILIES else {}
-    for families, slack in ((known, 1.5), *((stage, 1.0) for stage in STAGES)):
+    for families, slack in ((known, SLACK), *((stage, 1.0) for stage in STAGES)):
         fits = {word: family(y, k, segment) for word, family in families.items()}
         fitting = [
             (_misfit(y, fit), word, fit)
