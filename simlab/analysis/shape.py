@@ -43,6 +43,7 @@ MOST_CHANCE = (
 )
 DROP = 0.05  # of v: a norm of the stream that takes less away makes no saw-tooth
 SLACK = 1.5  # on the tolerances of theory's own word
+_MOVED = ("constant", "saw-tooth")  # whose tolerance theory's word moves, besides the families'
 MOST_POWER = 6.0  # beyond, a power is a name for something else
 
 
@@ -123,15 +124,19 @@ def shape_of(
         return GrowthShape("unknown", start=start, held=held)
     size = float(np.abs(v[start:]).max()) or 1.0
     v, noise = v / size, noise / size
-    drops = [int(i) for i in np.flatnonzero(resets) if i > start and v[i - 1] > (1 + DROP) * v[i]]
+    slack = {name: SLACK if name == prior.word else 1 / SLACK for name in _MOVED} if prior else {}
+    drop = 1 + DROP / slack.get("saw-tooth", 1.0)
+    drops = [int(i) for i in np.flatnonzero(resets) if i > start and v[i - 1] > drop * v[i]]
     if not drops and resets[start:].any():  # norms of the stream keep it where it is
         start, held = int(np.flatnonzero(resets)[0]), held or "reset"
     after = np.arange(start, rows)
     step = start + 1 + int(np.abs(np.diff(v[start:])).argmax())
     extent, level = float(np.ptp(v[after])), float(np.abs(v[after]).mean())
     chance: Array = ERRORS * noise
-    flat = FLAT if prior is None else FLAT * (SLACK if prior.word == "constant" else 1 / SLACK)
-    if extent <= flat * level + min(float(chance[after].max()), MOST_CHANCE * level):
+    flat = FLAT * slack.get("constant", 1.0) * level
+    if prior is None or prior.word == "constant":  # chance doesn't hide a growth that is expected
+        flat += min(float(chance[after].max()), MOST_CHANCE * level)
+    if extent <= flat:
         return GrowthShape("constant", extent / level if level else 0.0, start, held, step=step)
     if drops:
         shape = _saw_tooth(v, kinds, np.flatnonzero(resets), drops, start, chance)
