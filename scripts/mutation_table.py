@@ -24,10 +24,12 @@ from mutations import MUTATIONS, SETTINGS, Mutation, applied
 
 from simlab import RunConfig, build_model, compose
 from simlab.analysis import LAWS
+from simlab.analysis.curve import PREDICTED
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.experiment import RunResult, measure, prepare
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import STATISTICS
+from simlab.regress.blame import norms_of
 from simlab.regress.cases import GATES
 from simlab.regress.gates import ROW_KEYS, Outcome, exact, statistical
 from simlab.regress.law_gate import law
@@ -36,7 +38,7 @@ SEEDS = 32  # recorded, and as many others
 MARKS = {True: "", False: "caught"}
 OF_A_STATE = ["norm", "mean_square", "mean", "mean_abs", "max_abs"]  # what parity compares
 NOT_STATISTICS = (
-    *ROW_KEYS, "max_token", "massive", "outside", *(law.column for law in LAWS.values())
+    *ROW_KEYS, "max_token", "massive", "outside", *(law.column for law in LAWS.values()), *PREDICTED
 )  # fmt: skip
 
 
@@ -92,13 +94,14 @@ def outcomes(
     again = [0] if "exact" in gates else []
     mistaken = result(setting, [*again, *range(first, first + seeds)], mutation)
     names, frame = quantities(recorded.curve), mistaken.curve
+    norms = norms_of(recorded.config.shape)
     by_gate = {}
     if "exact" in gates:
         old, new = (rows[rows["seed"] == 0] for rows in (recorded.curve, frame))
-        by_gate["exact"] = exact(old, new, names, "float32")
+        by_gate["exact"] = exact(old, new, names, "float32", norms)
     if "statistical" in gates:
         drawn = frame[frame["seed"] >= first]
-        by_gate["statistical"] = statistical(recorded.curve, drawn, names, "float32")
+        by_gate["statistical"] = statistical(recorded.curve, drawn, names, "float32", norms=norms)
     if "law" in gates and law_holds(setting):
         by_gate["law"] = law(frame, mistaken.verdicts["random"], gain(setting), "float32")
     return by_gate

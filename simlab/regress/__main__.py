@@ -1,7 +1,8 @@
 """``python -m simlab.regress``: do growth curves still look as recorded? Exit status 0, 1 or 2.
 
 A case is a file NAME.yaml beside its recorded curves NAME.csv (``regress.cases``); its gates
-(``regress.gates``) compare a new run with these. Only ``--update NAME --reason "…"`` records.
+(``regress.gates``) compare a new run with these, or with what theory predicts. Only
+``--update NAME --reason "…"`` records.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from simlab import __version__
 from simlab.analysis.resampling import enough
@@ -21,6 +22,7 @@ from simlab.budget.process import tune_process
 from simlab.config import ConfigError, RunConfig, nearest
 from simlab.config.cli_errors import MISTAKES, explain, in_one_line
 from simlab.config.validate import compose
+from simlab.regress.blame import norms_of
 from simlab.regress.cases import (
     Baseline,
     Case,
@@ -31,8 +33,12 @@ from simlab.regress.cases import (
 )
 from simlab.regress.gates import GATE_ALPHA, Outcome, exact, statistical
 from simlab.regress.law_gate import LAW_GATE_SEEDS, law
+from simlab.regress.theory_gate import THEORY_GATE_SEEDS, predicted_rows, theory
+from simlab.theory.mean_field import Prediction
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from simlab.experiment import Prepared, RunResult
 
 _BASELINES = Path("tests/baselines")
@@ -55,22 +61,29 @@ def configure(case: Case) -> RunConfig:
     for gate in case.gates:
         if gate != "exact" and not config.seeds:
             raise ConfigError(f"{case.name}: gate {gate} needs random inits: seeds=…")
+        if config.engine == "theory":
+            raise ConfigError(
+                f"{case.name}: engine=theory: gate {gate} needs curves that are measured"
+            )
     return config
 
 
 def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
-    """The run that holds a case against its record: ``exact`` draws its first random init again,
-    ``statistical`` and ``law`` as many others as are recorded.
+    """The run that holds a case against its record: ``exact`` draws its first random init again, the
+    other gates as many others as are recorded. Without a record it is the case's own run.
 
     alpha: the case's share of the statistical gate's false alarms.
     """
     seeds, count = config.seeds[:1] if "exact" in case.gates else (), len(config.seeds)
-    if {"statistical", "law"} & set(case.gates):
+    if not case.recorded:
+        seeds = config.seeds
+    elif set(case.gates) - {"exact"}:
         first = max(config.seeds) + 1
         seeds += tuple(range(first, first + count))
     needed = {
         "law": LAW_GATE_SEEDS - ("exact" in case.gates),
         "statistical": next(n for n in range(2, 1000) if enough(n, n, alpha)),
+        "theory": THEORY_GATE_SEEDS,
     }
     for gate, least in needed.items():
         if gate in case.gates and count < least:
@@ -78,30 +91,56 @@ def to_check(case: Case, config: RunConfig, alpha: float) -> RunConfig:
     return dataclasses.replace(config, seeds=seeds)
 
 
-def judge_case(
-    case: Case, recorded: Baseline, result: RunResult, about: Mapping[str, str], alpha: float
-) -> list[Outcome]:
-    """The outcome of each gate of a case for a new run."""
-    old, new, dtype = recorded.frame, result.curve, result.config.dtype
+class CasePlan(NamedTuple):
+    """A case to run: its record, the run, and the predicted curve where a gate needs it."""
+
+    case: Case
+    record: Baseline | None
+    ready: Prepared
+    prediction: Prediction | None
+
+    @property
+    def expected(self) -> pd.DataFrame:
+        """The recorded curves; without a record, the predicted one."""
+        if self.record:
+            return self.record.frame
+        assert self.prediction
+        return predicted_rows(self.prediction)
+
+
+def judge_case(plan: CasePlan, result: RunResult, alphas: Mapping[str, float]) -> list[Outcome]:
+    """The outcome of each gate of a case for a new run.
+
+    alphas: the case's share of the false alarms of the gates that share them.
+    """
+    case, new, dtype = plan.case, result.curve, result.config.dtype
     model = result.config.shape
-    outcomes = []
-    fresh = new[(new["curve"] == "random") & ~new["seed"].isin(old["seed"].unique())]
+    norms, outcomes = norms_of(model), []
+    random = new[new["curve"] == "random"]
     for gate in case.gates:
+        if gate == "theory":
+            assert plan.prediction
+            asked = case.quantities
+            outcomes.append(theory(random, plan.prediction, asked, dtype, alphas[gate], norms))
+            continue
+        assert plan.record
+        old, about = plan.record.frame, about_run(plan.ready)
+        again = new["seed"].isin(old["seed"].unique())
         if gate == "exact":
-            key = next((key for key in about if recorded.about.get(key) != about[key]), None)
+            was = plan.record.about
+            key = next((key for key in about if was.get(key) != about[key]), None)
             if key:
-                why = f"recorded with {key} {recorded.about.get(key)}, run with {about[key]}"
+                why = f"recorded with {key} {was.get(key)}, run with {about[key]}"
                 outcomes.append(Outcome(gate, False, f"other {key}", why))
                 continue
-            same = new[(new["curve"] != "random") | new["seed"].isin(old["seed"].unique())]
-            again = old[(old["curve"] != "random") | old["seed"].isin(result.config.seeds)]
-            outcomes.append(exact(again, same, case.quantities, dtype))
+            same = new[(new["curve"] != "random") | again]
+            first = old[(old["curve"] != "random") | old["seed"].isin(result.config.seeds)]
+            outcomes.append(exact(first, same, case.quantities, dtype, norms))
         elif gate == "statistical":
-            drawn = old[old["curve"] == "random"]
-            outcomes.append(statistical(drawn, fresh, case.quantities, dtype, alpha))
+            drawn, fresh = old[old["curve"] == "random"], new[(new["curve"] == "random") & ~again]
+            outcomes.append(statistical(drawn, fresh, case.quantities, dtype, alphas[gate], norms))
         else:
-            drawn = new[new["curve"] == "random"]
-            outcomes.append(law(drawn, result.verdicts["random"], model.norm.gain, dtype))
+            outcomes.append(law(random, result.verdicts["random"], model.norm.gain, dtype))
     return outcomes
 
 
@@ -119,32 +158,56 @@ def check(cases: Sequence[Case], show: Callable[[Checked], None]) -> list[Checke
 
     Raises ConfigError.
     """
-    from simlab.experiment import measure, prepare
+    from simlab.experiment import measure
     from simlab.report import progress
 
-    share = GATE_ALPHA / max(1, sum("statistical" in case.gates for case in cases))
-    plans = []
-    for case in cases:
-        recorded = read_baseline(case.curves, case.quantities)
-        old = recorded.about.get("overrides")
-        if old != case.command:
-            raise ConfigError(f"{case.name}: recorded with other overrides ({old}): --update it")
-        config, drawn = configure(case), recorded.frame[recorded.frame["curve"] == "random"]
-        if set(drawn["seed"]) != set(config.seeds):
-            raise ConfigError(f"{case.curves}: doesn't have the seeds {list(config.seeds)}")
-        with named(case):
-            plans.append((case, recorded, prepare(to_check(case, config, share))))
+    alphas = {
+        gate: GATE_ALPHA / max(1, sum(gate in case.gates for case in cases))
+        for gate in ("statistical", "theory")
+    }
+    plans = [plan_case(case, alphas["statistical"]) for case in cases]
     done = []
-    with progress.block_bar(sum(ready.blocks for *_, ready in plans)) as on_block:
-        for case, recorded, ready in plans:
+    with progress.block_bar(sum(plan.ready.blocks for plan in plans)) as on_block:
+        for plan in plans:
             start = time.perf_counter()
-            result = measure(ready, on_block)
-            outcomes = judge_case(case, recorded, result, about_run(ready), share)
-            done.append(
-                Checked(case, outcomes, recorded.frame, result.curve, time.perf_counter() - start)
-            )
+            result = measure(plan.ready, on_block)
+            outcomes, took = judge_case(plan, result, alphas), time.perf_counter() - start
+            done.append(Checked(plan.case, outcomes, plan.expected, result.curve, took))
             show(done[-1])
     return done
+
+
+def plan_case(case: Case, alpha: float) -> CasePlan:
+    """What is needed to run a case and to judge it. Raises ConfigError.
+
+    alpha: the case's share of the statistical gate's false alarms.
+    """
+    from simlab.experiment import prepare
+
+    kept, config = None, configure(case)
+    if case.recorded:
+        kept = read_baseline(case.curves, case.quantities)
+        old = kept.about.get("overrides")
+        if old != case.command:
+            raise ConfigError(f"{case.name}: recorded with other overrides ({old}): --update it")
+        if set(kept.frame.loc[kept.frame["curve"] == "random", "seed"]) != set(config.seeds):
+            raise ConfigError(f"{case.curves}: doesn't have the seeds {list(config.seeds)}")
+    with named(case):
+        ready = prepare(to_check(case, config, alpha))
+        prediction = whole_prediction(ready) if "theory" in case.gates else None
+    return CasePlan(case, kept, ready, prediction)
+
+
+def whole_prediction(ready: Prepared) -> Prediction:
+    """The predicted curve of a run's random inits. Raises ConfigError if theory can't say it all."""
+    from simlab.experiment.theory import predicted
+
+    prediction = predicted(ready)
+    reason = prediction.ends or (prediction.no_gradient if ready.config.gradients else None)
+    if reason:
+        what = "" if prediction.ends else "gradients=true: "
+        raise ConfigError(f"gate theory: {what}there is no prediction: {reason}")
+    return prediction
 
 
 def record(case: Case, reason: str) -> Sequence[str]:
@@ -153,6 +216,8 @@ def record(case: Case, reason: str) -> Sequence[str]:
     from simlab.regress.report import changes
     from simlab.report import progress
 
+    if not case.recorded:
+        raise ConfigError(f"{case.name}: gate theory needs no record: there is nothing to update")
     config = configure(case)
     to_check(case, config, GATE_ALPHA)
     with named(case):

@@ -6,7 +6,8 @@
     gates: [exact, statistical, law]
     quantities: [norm, cosine]                                          # optional
 
-The CSV has a few ``# key: value`` lines, then a row per curve × seed × step.
+The CSV has a few ``# key: value`` lines, then a row per curve × seed × step. A case whose only gate is
+``theory`` has none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from simlab.config.fields import Fields
 from simlab.regress.gates import QUANTITIES, ROW_KEYS, STEP, Outcome
 from simlab.store import write_atomically, write_text
 
-GATES = ("exact", "statistical", "law")
+GATES = ("exact", "statistical", "law", "theory")
 _RECORDED_DIGITS = 7  # of a recorded number: float32 has no more
 
 
@@ -48,6 +49,11 @@ class Case:
         return " ".join(" ".join(self.overrides).split())
 
     @property
+    def recorded(self) -> bool:
+        """True if a gate compares with recorded curves, or with as many seeds as they have."""
+        return self.gates != ("theory",)
+
+    @property
     def curves(self) -> Path:
         """The recorded curves' file."""
         return self.folder / f"{self.name}.csv"
@@ -63,7 +69,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Checked:
-    """A case that was run: the gates' outcomes, the recorded curves and the new ones."""
+    """A case that was run: the gates' outcomes, the recorded (or predicted) curves and the new ones."""
 
     case: Case
     outcomes: Sequence[Outcome]

@@ -20,6 +20,7 @@ import pandas as pd
 from simlab.analysis.numbers import short
 from simlab.analysis.resampling import deals_for, limit, permuted
 from simlab.analysis.verdict import ROUNDING
+from simlab.regress.blame import NormsOf, blame, first_row_off, told_of
 from simlab.theory.laws import Array
 
 # How far rounding may move a number of a curve, relative to its size. With other thread counts and
@@ -34,20 +35,18 @@ QUANTITIES = (
 )  # fmt: skip
 _LEAST_SIZE = 1e-6  # of |v| in ln |v|: below is rounding, as of the mean that LayerNorm subtracts
 GATE_ALPHA = 1e-3  # how often a run of the statistical gate, all cases together, is a false alarm
-TEN_ROUNDINGS = 10  # a norm takes about as many operations in the dtype
 ROW_KEYS = ["curve", "seed", "sublayer", "block", "kind"]
 STEP = ["sublayer", "block", "kind"]
-_ATTENTION_QUANTITIES = ("attention_entropy", "attention_max_logit", "attention_first")
-_TOKEN_SPREAD = ("mean_square_median", "mean_square_p05", "mean_square_p95", "mean_square_rest")
 
 
 @dataclass(frozen=True)
 class Finding:
     """Where new curves first leave the recorded ones.
 
-    size: the difference, in standard errors (statistical, law) or relative (exact); limit: the largest
-    size that passes. blame: attention, mlp, norm, embedding, residual add, loss, or structure (the
-    steps differ from the recorded ones). against: a law's column, if ``expected`` is that law's value.
+    size: the difference, in standard errors, or relative (exact); limit: the largest size that passes.
+    blame: embedding, attention, mlp, norm, residual add, or structure (other steps than recorded); two
+    of them, as ``attention or its norm``, where the curve can't tell; if only gradients differ, ``loss
+    or head`` or ``mlp or its norm, backward``. against: a law's column, if ``expected`` is its value.
     """
 
     sublayer: int
@@ -134,18 +133,21 @@ def _step(step: tuple[Any, ...] | None) -> str:
 
 
 def exact(
-    expected: pd.DataFrame, got: pd.DataFrame, quantities: Sequence[str], dtype: str
+    expected: pd.DataFrame,
+    got: pd.DataFrame,
+    quantities: Sequence[str],
+    dtype: str,
+    norms: NormsOf | None = None,
 ) -> Outcome:
     """Same curves, same numbers: |got − expected| ≤ RTOL·size, at every row and quantity.
 
     The size is |expected|; of a quantity in SIGNED, its rms over the curve. Either has the other's
-    curves and seeds.
+    curves and seeds. norms: the model's, for ``blame``.
     """
     expected, got = (frame.reset_index(drop=True) for frame in (expected, got))
     other = structure(expected, got, "exact")
     if other:
         return other
-    allowed, worst, first = RTOL[dtype], 0.0, None
     by_curve, new = (
         dict(list(frame.groupby(["curve", "seed"], sort=False))) for frame in (expected, got)
     )
@@ -154,35 +156,27 @@ def exact(
         return Outcome("exact", False, "other curves", f"{name} of seed {seed} {there}")
     if not new:
         return Outcome("exact", False, "no curve", "there is no curve to compare")
-    for key, rows in new.items():
-        old = by_curve[key]
-        off = np.stack([relative_error(old[q], rows[q], q in SIGNED) for q in quantities])  # (Q, R)
-        worst = max(worst, float(off.max()))
-        where, which = np.nonzero((off > allowed).T)
-        if len(where):
-            row = first_row_off(where, [quantities[int(i)] for i in which])
-            if first is None or row < first[0]:
-                first = (row, off, old, rows)
-    figure = f"{worst:.0e}"
-    if first is None:
+    allowed = RTOL[dtype]
+    off = {
+        key: np.stack([relative_error(by_curve[key][q], rows[q], q in SIGNED) for q in quantities])
+        for key, rows in new.items()
+    }  # (Q, R) each
+    figure = f"{max(float(of_curve.max()) for of_curve in off.values()):.0e}"
+    beyond = [
+        (key, int(row), quantities[which])
+        for key, of_curve in off.items()
+        for which, row in np.argwhere(of_curve > allowed)
+    ]
+    if not beyond:
         return Outcome("exact", True, figure)
-    row, off, old, rows = first
-    beyond = [q for q, size in zip(quantities, off[:, row], strict=True) if size > allowed]
-    finding = finding_at(
-        old, rows, row, quantities[int(off[:, row].argmax())], off[:, row].max(), allowed,
-        blame(old, rows.iloc[row], beyond, dtype),
-    )  # fmt: skip
-    return failed("exact", figure, finding, f"off by {finding.size:.1e} (limit {allowed:.0e})")
-
-
-def first_row_off(rows: np.ndarray, names: Sequence[str]) -> int:
-    """The row where a difference begins: the first, or the last if only gradients differ.
-
-    rows, names: the row and the quantity of every number that differs. Gradients flow back from the
-    loss, so theirs begin at the last row.
-    """
-    forward = [int(r) for r, n in zip(rows, names, strict=True) if not n.startswith("gradient")]
-    return min(forward) if forward else int(max(rows))
+    row = first_row_off([r for _, r, _ in beyond], [q for *_, q in beyond])
+    key = next(key for key, r, q in beyond if r == row and q in told_of([b[2] for b in beyond]))
+    here = told_of([q for of, r, q in beyond if (of, r) == (key, row)])
+    size, worst = max((float(off[key][quantities.index(q), row]), q) for q in here)
+    old, rows = by_curve[key], new[key]
+    to = blame(old, rows, row, here, dtype, norms)
+    finding = finding_at(old, rows, row, worst, size, allowed, to)
+    return failed("exact", figure, finding, f"off by {size:.1e} (limit {allowed:.0e})")
 
 
 def relative_error(old: pd.Series, new: pd.Series, signed: bool) -> Array:
@@ -213,61 +207,13 @@ def finding_at(
     )  # fmt: skip
 
 
-def blame(expected: pd.DataFrame, got: pd.Series, beyond: Sequence[str], dtype: str) -> str:
-    """The component to blame for the first row that differs.
-
-    expected: the recorded mean curve; got: the new curve's row; beyond: its quantities that differ.
-
-    - A re-norm's row: the norm. The embedding's row: the embedding.
-    - The last row, if only gradients differ: the loss.
-    - A sublayer's row, if branches are normed and the new one isn't g²·m/(m + eps), or if a gain
-      differs: the norm.
-    - A sublayer's row, if the stream differs and the branch doesn't: the residual add.
-    - Any other: the sublayer itself.
-    """
-    kind, off = str(got["kind"]), set(beyond)
-    if kind in ("renorm", "embedding"):
-        return "norm" if kind == "renorm" else kind
-    own = off & {*_ATTENTION_QUANTITIES, "branch_raw_mean_square", "cosine", "delta_cross"}
-    if all(name.startswith("gradient") for name in beyond):
-        return "loss" if got["sublayer"] == expected["sublayer"].max() else kind
-    of_norm = _off_norm(got, dtype) if _normed(expected) else None
-    if of_norm or off & {"gain_mean_square", "gain_max_abs"}:
-        return "norm"
-    added = off & {"branch_mean_square", "delta_branch", "eps_factor"}
-    if of_norm is None and added and not own:
-        return "norm"
-    if own or added or not off & {"norm", "mean_square", "variance", *_TOKEN_SPREAD}:
-        return kind
-    return "residual add"
-
-
-def _normed(expected: pd.DataFrame) -> bool:
-    """True if recorded branches were normed: their size is nearly constant, unlike the raw ones'."""
-    if "branch_mean_square" not in expected:
-        return False
-    b = expected["branch_mean_square"].dropna()
-    # Not everywhere: eps holds back the first ones. Not exactly: a trained norm's gains differ.
-    raw = expected.get("branch_raw_mean_square", pd.Series(math.nan, expected.index))[b.index]
-    alike, as_raw = abs(b - b.median()) < 0.1 * b.median(), abs(b - raw) < 0.01 * b
-    return bool(len(b) > 1 and alike.mean() > 0.7 and as_raw.mean() < 0.3)
-
-
-def _off_norm(got: pd.Series, dtype: str) -> bool | None:
-    """True if a branch isn't the output of a norm with one gain for all entries; None if unknown."""
-    names = ("branch_mean_square", "eps_factor", "gain_mean_square", "gain_max_abs")
-    b, c, square, largest = (float(got.get(name, math.nan)) for name in names)
-    if not abs(largest**2 - square) <= 1e-6 * square or not c > 0:
-        return None
-    return not abs(b / (square * c) - 1) < TEN_ROUNDINGS * ROUNDING[dtype]
-
-
 def statistical(
     expected: pd.DataFrame,
     got: pd.DataFrame,
     quantities: Sequence[str],
     dtype: str,
     alpha: float = GATE_ALPHA,
+    norms: NormsOf | None = None,
 ) -> Outcome:
     """Other seeds, same law: mean curves as near as chance brings them, at every row at once.
 
@@ -295,10 +241,10 @@ def statistical(
         return Outcome("statistical", True, figure)
     row = first_row_off(row_of[t > most], [names[i] for i in np.flatnonzero(t > most)])
     here = row_of == row
-    beyond = [names[i] for i in np.flatnonzero(here & (t > most))]
-    worst = int(np.flatnonzero(here)[t[here].argmax()])
+    beyond = told_of([names[i] for i in np.flatnonzero(here & (t > most))])
+    worst = max(np.flatnonzero(here), key=lambda i: (names[i] in beyond, t[i]))
     before, after = mean(expected), mean(got)
-    to = blame(before, after.iloc[row], beyond, dtype)
+    to = blame(before, after, row, beyond, dtype, norms)
     finding = finding_at(before, after, row, names[worst], t[worst], most, to)
     size = f"{short(finding.size, 2)} standard errors (limit {short(most, 2)})"
     return failed("statistical", figure, finding, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,14 +12,8 @@ from simlab.analysis.curve import laws_in
 from simlab.analysis.numbers import interval, off_by, short
 from simlab.analysis.resampling import Estimate, flipped, limit, t_quantile
 from simlab.analysis.verdict import ROUNDING, Verdict, linear
-from simlab.regress.gates import (
-    GATE_ALPHA,
-    TEN_ROUNDINGS,
-    Outcome,
-    failed,
-    finding_at,
-    mean,
-)
+from simlab.regress.blame import TEN_ROUNDINGS
+from simlab.regress.gates import GATE_ALPHA, Outcome, failed, finding_at, mean
 
 LAW_GATE_SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < GATE_ALPHA, not with fewer
 
@@ -39,13 +32,16 @@ def law(frame: pd.DataFrame, verdict: Verdict, gain: float, dtype: str) -> Outco
     """
     if verdict.seeds < LAW_GATE_SEEDS:
         raise ValueError(f"{verdict.seeds} seeds: {LAW_GATE_SEEDS} needed")
+    frame = frame.reset_index(drop=True)
+    expected = [law for law in laws_in(frame, expected=True) if law.exact]
+    if not expected:
+        why = "no law says anything of these curves; gate theory can hold them"
+        return Outcome("law", False, "no law", why)
     p = stretched(verdict.growth.exponent, verdict.seeds)
     shown = interval(p).replace(" ", "")
     figure = f"p {shown}"
     if passes(verdict):
         return Outcome("law", True, figure)
-    frame = frame.reset_index(drop=True)
-    expected = [law for law in laws_in(frame, expected=True) if law.exact]
     for law in expected:
         outcome = _broken(frame, law, figure, gain, dtype)
         if outcome:
@@ -73,7 +69,7 @@ def _broken(frame: pd.DataFrame, law: Law, figure: str, gain: float, dtype: str)
         return None
     row = int(beyond[0]) + 1
     got = mean(frame)
-    to = _law_blame(pd.DataFrame([rows.iloc[row] for _, rows in curves]), gain, dtype)
+    to = _law_blame(got, row, gain, dtype)
     says = got.assign(mean_square=got[law.column])
     finding = finding_at(says, got, row, "mean_square", t[row - 1], most, to)
     finding = replace(finding, against=law.column)
@@ -100,17 +96,17 @@ def stretched(p: Estimate, seeds: int) -> Estimate:
     )
 
 
-def _law_blame(rows: pd.DataFrame, gain: float, dtype: str) -> str:
-    """Name the part of Δv = ‖b‖²/d + 2⟨x, b⟩/d that departs from the law (means g²c and 0).
+def _law_blame(got: pd.DataFrame, row: int, gain: float, dtype: str) -> str:
+    """Name the part of Δv = ‖b‖²/d + 2⟨x, b⟩/d that departs from the law, of the mean curve's row.
 
-    rows: one step's, a row per seed.
+    The norm, if ‖b‖²/d isn't g²c; the residual add, if Δv isn't the sum of the two; else the sublayer,
+    whose branch isn't at right angles to the stream.
     """
-    kind = str(rows["kind"].iloc[0])
-    names = ["branch_mean_square", "eps_factor", "cosine"]
-    b, c, cosine = rows[names].to_numpy(np.float64).T
-    added = b.mean() / (gain**2 * c.mean())
-    if kind == "renorm" or abs(added - 1) > TEN_ROUNDINGS * ROUNDING[dtype]:
+    step, before = got.iloc[row], float(got["mean_square"].iloc[row - 1])
+    b, c = float(step["branch_mean_square"]), float(step["eps_factor"])
+    allowed = TEN_ROUNDINGS * ROUNDING[dtype]
+    if step["kind"] == "renorm" or abs(b / (gain**2 * c) - 1) > allowed:
         return "norm"
-    # Two standard errors: all that is left to choose from is the sublayer and the add.
-    error = cosine.std(ddof=1) / math.sqrt(len(cosine))
-    return kind if abs(cosine.mean()) > 2 * error else "residual add"
+    v = float(step["mean_square"])
+    added = b * (1 + float(step["delta_cross"]) / float(step["delta_branch"]))
+    return "residual add" if abs(v - before - added) > allowed * v else str(step["kind"])

@@ -67,8 +67,8 @@ def show_list(cases: Sequence[tuple[Case, Mapping[str, str]]]) -> None:
         print(f"{case.name}: {printable(case.description) or 'no description'}")
         print(wrapped(f"gates {', '.join(case.gates)}; of {', '.join(case.quantities)}"))
         print(wrapped(f"run {' '.join(case.overrides)}"))
-        reason = f"recorded: {about['reason']}" if "reason" in about else "not recorded yet"
-        print(wrapped(reason))
+        reason = "needs no record" if not case.recorded else "not recorded yet"
+        print(wrapped(f"recorded: {about['reason']}" if "reason" in about else reason))
 
 
 def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
@@ -87,6 +87,8 @@ def show_end(done: Sequence[Checked], files: Sequence[Path]) -> None:
         "statistical": "statistical: largest difference in standard errors / what chance explains"
         f" (of all cases together it is a false alarm in 1 run of {1 / GATE_ALPHA:.0f})",
         "law": f"law: {laws} hold{'s' if len(expected) == 1 else ''}, interval of the exponent p",
+        "theory": "theory: largest departure from the predicted curve, in standard errors / what"
+        f" chance explains (of all cases together a false alarm in 1 run of {1 / GATE_ALPHA:.0f})",
     }
     used = {outcome.gate for checked in done for outcome in checked.outcomes}
     for gate, line in says.items():
@@ -123,10 +125,12 @@ def draw_cases(done: Sequence[Checked], folder: Path, *, every: bool) -> list[Pa
 
 def figure(checked: Checked) -> Figure:
     """Expected and new curves of the quantity that differs first, and their difference by sublayer."""
-    findings = [o.finding for o in checked.outcomes if o.finding is not None]
-    finding = next((f for f in findings if f.quantity in checked.got), None)
-    name = finding.quantity if finding else checked.case.quantities[0]
     got, expected = checked.got, checked.expected
+    findings = [o.finding for o in checked.outcomes if o.finding is not None]
+    drawable = (f for f in findings if f.quantity in got and (f.against or f.quantity in expected))
+    finding = next(drawable, None)
+    there = [q for q in (*checked.case.quantities, "mean_square") if q in expected]
+    name = finding.quantity if finding else there[0]
     if finding and finding.against and name not in expected:  # a law's prediction, in the new rows
         expected = got[got["curve"] == "random"].assign(**{name: got[finding.against]})
     curve = "random" if (expected["curve"] == "random").any() else expected["curve"].iloc[0]

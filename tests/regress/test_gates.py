@@ -6,16 +6,8 @@ from conftest import GOLDEN
 from simlab.analysis.numbers import short
 from simlab.analysis.verdict import ROUNDING
 from simlab.experiment import run
-from simlab.regress.gates import (
-    QUANTITIES,
-    RTOL,
-    SIGNED,
-    blame,
-    exact,
-    first_row_off,
-    statistical,
-    structure,
-)
+from simlab.regress.blame import blame, first_row_off, norms_of
+from simlab.regress.gates import QUANTITIES, RTOL, SIGNED, exact, mean, statistical, structure
 from simlab.regress.law_gate import LAW_GATE_SEEDS, law, stretched
 
 DTYPE = "float32"
@@ -116,9 +108,10 @@ def test_other_seeds_pass(recorded, fresh):
         ("token_cosine", 5.0, "mlp"),
     ],
 )
-def test_statistical_says_where_and_what(recorded, fresh, column, factor, to):
+def test_statistical_says_where_and_what(measured, recorded, fresh, column, factor, to):
     got = from_sublayer(fresh, 4, column, lambda v: factor * v)
-    outcome = statistical(recorded, got, QUANTITIES, DTYPE)
+    norms = norms_of(measured.config.shape)
+    outcome = statistical(recorded, got, QUANTITIES, DTYPE, norms=norms)
     finding = outcome.finding
     assert not outcome.passed
     assert (finding.sublayer, finding.block, finding.kind) == (4, 1, "mlp")
@@ -148,14 +141,62 @@ def test_gradients_begin_at_the_loss():
     assert first_row_off(rows, ["gradient_norm", "norm", "cosine"]) == 3
 
 
-def test_blame_by_kind_or_quantity(recorded):
-    row = recorded.iloc[4]
-    assert blame(recorded, row.replace({"mlp": "renorm"}), ["norm"], DTYPE) == "norm"
-    assert blame(recorded, recorded.iloc[0], ["norm"], DTYPE) == "embedding"
-    assert blame(recorded, row, ["gain_max_abs"], DTYPE) == "norm"
-    last = recorded.iloc[8]
-    assert blame(recorded, last, ["gradient_norm"], DTYPE) == "loss"
-    assert blame(recorded, row, ["gradient_norm"], DTYPE) == "mlp"
+def test_a_forward_difference_comes_first(recorded):
+    """However small beside a gradient's of this row or an earlier one, of this seed or another."""
+    right = recorded.assign(gradient_rms=1.0)
+    got = right.copy()
+    got.loc[(got["seed"] == 1) & (got["sublayer"] >= 1), "gradient_rms"] = 2.0
+    got.loc[(got["seed"] == 2) & (got["sublayer"] == 6), "branch_raw_mean_square"] *= 1.001
+    got.loc[(got["seed"] == 2) & (got["sublayer"] == 6), "gradient_rms"] = 3.0
+    finding = exact(right, got, [*QUANTITIES, "gradient_rms"], DTYPE).finding
+    assert (finding.sublayer, finding.quantity) == (6, "branch_raw_mean_square")
+    assert finding.size == pytest.approx(1e-3)
+
+
+def test_blame_by_kind_or_quantity(measured, recorded):
+    curve = recorded[recorded["seed"] == 0].reset_index(drop=True)
+    norms = norms_of(measured.config.shape)
+
+    def to(row, *beyond, got=curve, norms=norms):
+        return blame(curve, got, row, beyond, DTYPE, norms)
+
+    assert to(4, "norm", got=curve.replace({"mlp": "renorm"})) == "norm"
+    assert to(0, "norm") == "embedding"
+    assert to(4, "gain_max_abs") == "norm"
+    assert to(4, "branch_raw_mean_square", "norm") == "mlp"
+    assert to(3, "branch_raw_mean_square") == "attention or its norm"  # QK-norm
+    assert to(4, "token_cosine", norms=None) == "mlp or its norm"  # of a stranger's model
+    assert to(4, "norm", "token_cosine") == "residual add"
+    assert to(8, "gradient_norm") == "loss or head"
+    assert (
+        to(4, "gradient_norm") == "attention or its norm, backward"
+    )  # block 3's, which comes next
+    assert to(4, "gradient_norm", "norm") == "residual add"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "quantity", "to"),
+    [
+        ("", "branch_mean_square", "norm"),
+        # The branch isn't normed after its sublayer, so what is seen is the input's norm.
+        ("norm=pre", "branch_raw_mean_square", "attention or its norm"),
+    ],
+)
+def test_another_eps_is_the_norm(overrides, quantity, to):
+    """Ten times eps, also in QK-norm: entropies differ first, and so do raw branches, by little."""
+    from conftest import tiny
+
+    given = ["depth=3", "init.std=0.1", "seeds=10", *filter(None, [overrides])]
+    right, other = (run(tiny(*given, f"norm.eps={eps}")) for eps in ("1e-4", "1e-3"))
+    norms = norms_of(right.config.shape)
+    outcomes = [
+        exact(right.curve, other.curve, QUANTITIES, DTYPE, norms),
+        statistical(right.curve, other.curve, QUANTITIES, DTYPE, norms=norms),
+    ]
+    for outcome in outcomes if to == "norm" else outcomes[:1]:  # the other is too small for chance
+        assert (outcome.finding.sublayer, outcome.finding.blame) == (1, to)
+    row = [mean(result.curve).iloc[1] for result in (right, other)]
+    assert abs(row[1][quantity] / row[0][quantity] - 1) > 0.05
 
 
 def test_the_law(measured):
@@ -164,29 +205,36 @@ def test_the_law(measured):
     assert outcome.short.startswith("p ")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "to"),
-    [(["norm=pre", "init.std=0.05"], "norm"), (["norm=residual_scale", "init.std=2"], "norm")],
-)
-def test_law_gate_fails_without_norm(overrides, to):
+def test_the_law_gate_where_there_is_no_law():
     from conftest import tiny
 
-    found = run(tiny("depth=4", f"seeds={LAW_GATE_SEEDS}", *overrides))
+    found = run(tiny("norm=pre", f"seeds={LAW_GATE_SEEDS}"))
     outcome = law(found.curve, found.verdicts["random"], 1.0, DTYPE)
     assert not outcome.passed
-    assert (outcome.finding.sublayer, outcome.finding.blame) == (1, to)
+    assert "no law says anything of these curves" in outcome.why
 
 
-def test_the_law_blames_the_add(measured):
-    """Rows in which the stream grows by what no branch has."""
+@pytest.mark.parametrize(
+    ("moved", "to"),
+    [([], "residual add"), (["branch_mean_square", "delta_branch"], "norm"),
+     (["delta_cross"], "attention")],
+)  # fmt: skip
+def test_the_law_blames(measured, moved, to):
+    """Rows whose stream grows by half as much again; with it nothing, the branch or the cross term."""
     from simlab.analysis.curve import curves_of
     from simlab.analysis.verdict import judge
 
-    got = from_sublayer(measured.curve.copy(), 3, "mean_square", lambda v: v + 0.5)
+    got = measured.curve.copy()
+    if moved == ["delta_cross"]:
+        width = (got["delta_branch"] / got["branch_mean_square"]).mean()
+        own = got.groupby("seed")["mean_square"].diff() - got["branch_mean_square"]
+        got.loc[got["sublayer"] == 3, "delta_cross"] = width * (own + 0.5)
+    for column in moved[: 2 * (to == "norm")]:
+        got = from_sublayer(got, 3, column, lambda v: v + 0.5 * v)
+    got = from_sublayer(got, 3, "mean_square", lambda v: v + 0.5)
     of_curve = curves_of(got, "random", gain=[1.0] * len(got), normalises=["branch"] * len(got))
-    verdict = judge(of_curve, DTYPE)
-    outcome = law(got, verdict, 1.0, DTYPE)
-    assert (outcome.finding.sublayer, outcome.finding.blame) == (3, "residual add")
+    outcome = law(got, judge(of_curve, DTYPE), 1.0, DTYPE)
+    assert (outcome.finding.sublayer, outcome.finding.blame) == (3, to)
     assert outcome.finding.size > 5
 
 

@@ -260,7 +260,7 @@ def _branch(step: KernelStep | None, normalises: str | None) -> tuple[float, flo
     if not step.branches:
         return math.nan, math.nan, float(step.norms[-1].saturation.mean())
     raw = step.kernels[1].diagonal()
-    if normalises is None:
+    if normalises is None or not step.norms:
         assert step.raw_spread is not None
         factor = saturation(step.moment * raw, step.raw_spread, step.eps)
     else:
