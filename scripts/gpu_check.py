@@ -17,7 +17,7 @@ doesn't reach are skipped. Exit status 1 if a part failed, 2 without a GPU.
 The Python that runs this needs torch 2.11 or newer built for CUDA, which stays as it is, and beside it
 simlab (pip install --no-deps .) with hydra-core, omegaconf, antlr4-python3-runtime (published as
 source: for a machine that is offline, make a wheel of it first), numpy, pandas, scipy, safetensors,
-huggingface_hub, PyYAML, rich, xxhash and pytest. transformers is optional.
+huggingface_hub, PyYAML, rich, threadpoolctl, xxhash and pytest. transformers is optional.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODULES = {  # what the machine's Python must have, and which package has it
     "torch": "torch", "simlab": "simlab", "hydra": "hydra-core", "omegaconf": "omegaconf",
     "antlr4": "antlr4-python3-runtime", "numpy": "numpy", "pandas": "pandas", "scipy": "scipy",
     "safetensors": "safetensors", "huggingface_hub": "huggingface_hub", "yaml": "PyYAML",
-    "rich": "rich", "xxhash": "xxhash", "pytest": "pytest",
+    "rich": "rich", "threadpoolctl": "threadpoolctl", "xxhash": "xxhash", "pytest": "pytest",
 }  # fmt: skip
 SMALL = ["depth=2", "width=64", "heads=4", "kv_heads=4", "d_ff=128", "vocab_size=500"]
 MARK = "GPU_CHECK "  # begins the line in which a part's process prints its numbers

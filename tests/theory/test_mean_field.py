@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import STANDARD_ERRORS, ids_of, placed, tiny
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from simlab.experiment import prepare, run
 from simlab.schemes.placement import PLACEMENTS, Scheme
-from simlab.theory.mean_field import predict, unpredictable
+from simlab.theory.mean_field import predict, recursion, unpredictable
 from simlab.theory.mean_field.averages import DEGREE, at_nodes, expand, gelu, saturation, silu
 from simlab.theory.mean_field.kernels import Input, KernelStep, State, state_of
 from simlab.theory.mean_field.mlp import UNITS, Unit
@@ -30,6 +31,22 @@ OWN = {
 def theory(config, **options):
     tokens = prepare(config).tokens
     return predict(config.shape, config.init, tokens, **options).rows
+
+
+def test_products_on_one_thread(monkeypatch):
+    """More would wait busily for each other."""
+    seen = []
+
+    def counting(*args):
+        seen.extend(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
+        return steps(*args)
+
+    steps = recursion._steps
+    monkeypatch.setattr(recursion, "_steps", counting)
+    with threadpool_limits(2, user_api="blas"):
+        theory(tiny(*SHAPE))
+        assert {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"} == {2}
+    assert set(seen) == {1}
 
 
 def column(rows, name):
