@@ -1,4 +1,4 @@
-"""How often chance does what the verdict says: python scripts/calibrate.py PART … [--groups N].
+"""How often intervals and tests err: python scripts/calibrate.py PART … [--groups N].
 
 intervals  how often the 95 % intervals of growth per sublayer, exponent p and rate r cover the truth,
            the statistic of the mean curve of all
