@@ -10,6 +10,9 @@ from dataclasses import asdict
 import pandas as pd
 
 from simlab.analysis.curve import Curves, curves_of, with_laws
+from simlab.analysis.numbers import gigabytes
+from simlab.budget.machine import available
+from simlab.budget.predicted import prediction_cost
 from simlab.config import ModelConfig
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.placement import at
@@ -20,6 +23,9 @@ def predicted(ready: Prepared) -> Prediction:
     """The prediction for a run's random inits; where there is none, no rows, and the reason."""
     model, ids = ready.config.shape, ready.tokens
     reason = unpredictable(model, ids)
+    (size, _), free = prediction_cost(ready.config), available("cpu")
+    if not reason and free is not None and size > free:
+        reason = f"it needs about {gigabytes(size)} of memory, and {gigabytes(free)} are free"
     if reason:
         return Prediction([], reason)
     return predict(model, ready.config.init, ids, gradients=ready.config.gradients)
