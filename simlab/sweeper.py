@@ -64,7 +64,9 @@ class Around(Callback):
             from simlab.sweep.sweeper import described
 
             if not is_ours(config):
-                write_json(folder / job.PLAN, described(folder, self.before))
+                write_json(
+                    folder / job.PLAN, described(folder, self.before, read_keep(config).answer)
+                )
             try:
                 whole = report(folder)
             except KeyboardInterrupt:

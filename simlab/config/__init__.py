@@ -2,6 +2,7 @@
 
 from simlab.config.errors import ConfigError, divides, nearest, printable
 from simlab.config.schema import (
+    ANSWERS,
     CONF_DIR,
     DEMO_DIR,
     DEMO_STEPS,
@@ -23,6 +24,7 @@ from simlab.config.schema import (
 )
 
 __all__ = [
+    "ANSWERS",
     "CONF_DIR",
     "DEMO_DIR",
     "DEMO_STEPS",

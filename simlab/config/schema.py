@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless", "theory")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
+ANSWERS = ("issue797",)  # the keys of simlab.report.answer.WRITERS
 MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS
 
 
@@ -168,12 +169,14 @@ class KeepConfig:
     """How a run keeps and reuses results.
 
     results: folder in which a sweep keeps each result under its hash. resume: reuse results that are
-    kept there. dry_run: print the time and memory that the run would take, and run nothing.
+    kept there. dry_run: print the time and memory that the run would take, and run nothing. answer:
+    one of ANSWERS, the text with which a sweep ends, or None.
     """
 
     results: str = "outputs/results"
     resume: bool = True
     dry_run: bool = False
+    answer: str | None = None
 
 
 def full_layers(depth: int, every: int | None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from simlab.config import (
+    ANSWERS,
     CONF_DIR,
     DEMO_STEPS,
     DTYPES,
@@ -244,16 +245,21 @@ def _device(reader: Fields) -> str:
     return value
 
 
+KEEP_KEYS = ("results", "resume", "dry_run", "answer")
+
+
 def _keep(top: Fields) -> KeepConfig:
     results = top.text("results")
     if not results:
         raise top.fail("results", results, "allowed: a folder")
-    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"))
+    # Configs written before this key existed haven't got it.
+    answer = None if top.take("answer") is None else top.choice("answer", ANSWERS)
+    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"), answer)
 
 
 def read_keep(config: DictConfig) -> KeepConfig:
     """Check the config's keys about results. Raises ConfigError."""
-    return _keep(Fields({key: config.get(key) for key in ("results", "resume", "dry_run")}))
+    return _keep(Fields({key: config.get(key) for key in KEEP_KEYS}))
 
 
 def read(config: DictConfig) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.text import Text
 
 from simlab.analysis.numbers import plus_minus
@@ -100,8 +101,9 @@ def show_sweep(
     failed: Sequence[Mapping[str, Any]],
     unfinished: int,
     files: Sequence[Path],
+    answer: str | None = None,
 ) -> None:
-    """A sweep's tables, its failed jobs, and the files' paths, the first figure last.
+    """A sweep's tables, its failed jobs, the files' paths with the first figure last, and the answer.
 
     table: a row per job × curve. summaries: by job. same: jobs by the weight hash that they share.
     """
@@ -128,6 +130,9 @@ def show_sweep(
         console.print(f"{count}; the sweep's command does what is missing")
     for path in (*files[:2], *files[2:][::-1]):
         console.print(str(path), soft_wrap=True, markup=False)
+    if answer:
+        console.print()
+        console.print(Markdown(answer))
 
 
 def show_result(

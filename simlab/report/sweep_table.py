@@ -102,15 +102,13 @@ def _square(row: Mapping[str, Any]) -> str:
 
 
 def _growth(row: Mapping[str, Any]) -> str:
-    """The exponent of a power, the rate of an exponential where it is known, else the shape."""
+    """The word for the shape; of a power its exponent, of an exponential its rate, where known."""
     shape, exponent, rate = row.get("shape"), row.get("exponent"), row.get("rate")
     if shape == "power" and pd.notna(exponent):
         return f"p = {exponent:.2f}"
     if shape == "exponential" and pd.notna(rate):
         return f"rate {rate:.3g}"
-    return {"exponential": "exponential", "constant": "constant", "power": "power"}.get(
-        str(shape), ""
-    )
+    return {"none": "no shape", "unknown": ""}.get(str(shape), str(shape))
 
 
 def _law(row: Mapping[str, Any], name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -24,6 +24,8 @@ from simlab.config.validate import read
 # curve.csv has a column ``norm``, the mean over tokens of ‖x‖, and ``seed``, each curve's own.
 TAKEN = {"norm": "norm_placement", "seed": "first_seed"}
 MOST_JOBS = 10_000
+STORED = ("source=checkpoint", "source=demo")
+SHAPE = ("model", "norm", "depth", "width", "heads", "kv_heads", "d_ff", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,43 @@ def plan_sweep(
     names = [column(key) for key in axes]
     swept = {column: tuple(dict.fromkeys(job.values[column] for job in jobs)) for column in names}
     return SweepPlan(tuple(jobs), swept)
+
+
+def plan_experiment(
+    loader: ConfigLoaderImpl,
+    name: str,
+    hydra_overrides: Sequence[str],
+    params: Sequence[str],
+    overrides: Sequence[str],
+) -> SweepPlan:
+    """The jobs of ``plan_sweep``, or random inits' and then checkpoints', where both are asked for.
+
+    params: an experiment's swept keys; overrides: the command line's. An experiment that sweeps what a
+    checkpoint decides itself (model, norm) keeps its jobs, of random inits; the command line's stored
+    source makes jobs of its own, in which such a key is ``from_checkpoint``.
+    """
+    keys = {text: text.split("=", 1)[0].lstrip("+~") for text in (*params, *overrides)}
+    stored = any(text in STORED for text in overrides)
+    if not stored or not any(_decided(keys[text]) for text in params):
+        return plan_sweep(loader, name, hydra_overrides, [*params, *overrides])
+    drawn = [text for text in overrides if keys[text].split(".")[0] != "source"]
+    both = [text for text in (*params, *overrides) if not _decided(keys[text])]
+    random = plan_sweep(loader, name, hydra_overrides, [*params, *drawn])
+    trained = plan_sweep(loader, name, hydra_overrides, both)
+    swept: dict[str, list[Any]] = {}
+    jobs: list[Job] = []
+    for each in (*random.jobs, *trained.jobs):
+        columns = dict.fromkeys([*random.swept, *trained.swept])
+        missing = {c: "from_checkpoint" if c in ("model", TAKEN["norm"]) else None for c in columns}
+        jobs.append(replace(each, number=len(jobs), values=missing | dict(each.values)))
+        for key, value in jobs[-1].values.items():
+            swept.setdefault(key, []).append(value)
+    return SweepPlan(tuple(jobs), {key: tuple(dict.fromkeys(v)) for key, v in swept.items()})
+
+
+def _decided(key: str) -> bool:
+    """True for a key of a model's shape, which a checkpoint's own config decides."""
+    return key.split(".")[0] in SHAPE
 
 
 def column(key: str) -> str:

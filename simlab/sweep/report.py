@@ -3,6 +3,7 @@
 sweep.parquet   every job's curve.csv, with the job's number and every swept key as a column
 jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which law holds
 *.png, *.svg    figures, chosen by what was swept
+answer.md       a written answer, where the sweep's config asks for one (``report.answer``)
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ import numpy as np
 import pandas as pd
 
 from simlab.config import ConfigError, printable
-from simlab.store import SUMMARY, read_csv, same_weights, write_atomically, write_csv
+from simlab.store import (
+    SUMMARY,
+    read_csv,
+    same_weights,
+    write_atomically,
+    write_csv,
+    write_text,
+)
 from simlab.sweep.job import PLAN, RECORD
 
 READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
 MOST_SHOWN = 40  # characters of a value in the heading
+ANSWER = "answer.md"
 LAMBDAS = (
     "lambda_paper", "lambda_token", "lambda_paper_gradient", "lambda_token_gradient",
 )  # fmt: skip
@@ -90,16 +99,22 @@ def _status(folder: Path) -> tuple[str, str]:
     return ("done", "") if (folder / SUMMARY).is_file() else ("unfinished", "")
 
 
+def _curve(each: Entry) -> pd.DataFrame:
+    """A job's curve.csv. Raises ConfigError."""
+    try:
+        frame = read_csv(each.folder / "curve.csv")
+        frame["block"] = frame["block"].astype("Int64")
+        frame[["curve", "seed", "sublayer", "kind", "mean_square"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{each.folder / 'curve.csv'}: not a curve ({error})") from error
+    return frame
+
+
 def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
     """The rows of sweep.parquet: every finished job's curve.csv, its number and swept values first."""
     frames = []
     for each in jobs:
-        try:
-            frame = read_csv(each.folder / "curve.csv")
-            frame["block"] = frame["block"].astype("Int64")
-            frame[["curve", "seed", "sublayer", "kind", "mean_square"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{each.folder / 'curve.csv'}: not a curve ({error})") from error
+        frame = _curve(each)
         keys = {"job": each.number} | {k: v for k, v in each.values.items() if k not in frame}
         front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
         frames.append(pd.concat([front, frame], axis=1))
@@ -188,6 +203,8 @@ def report(folder: Path) -> bool:
         write_csv(files[1], table)
         for name, figure in sweep_figures.figures(frame, table, keys, heading).items():
             files += style.save(figure, folder, name)
+    answer = _answer(folder, jobs)
+    files += [folder / ANSWER] if answer else []
     summaries = {str(each.number): each.summary for each in done}
     console.show_sweep(
         heading,
@@ -198,8 +215,29 @@ def report(folder: Path) -> bool:
         [{"job": e.number, "overrides": of_sweep(e), "error": e.error} for e in failed],
         len(jobs) - len(done) - len(failed),
         files,
+        answer,
     )
     return len(done) == len(jobs)
+
+
+def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
+    """Write the answer that a sweep's plan names, from its jobs' files; None where it names none."""
+    from simlab.report.answer import WRITERS, SweptJob
+
+    name = _read_object(folder / PLAN).get("answer")
+    if name is None:
+        return None
+    if name not in WRITERS:
+        raise ConfigError(f"{folder / PLAN}: not what a sweep writes")
+    outcomes = []
+    for each in jobs:
+        if each.status == "done":
+            outcomes.append(SweptJob(each.values, "", _curve(each), each.summary))
+        else:
+            outcomes.append(SweptJob(each.values, each.error))
+    text = WRITERS[name](outcomes)
+    write_atomically(folder / ANSWER, lambda path: write_text(path, text))
+    return text
 
 
 def _title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:

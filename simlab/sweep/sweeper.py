@@ -28,14 +28,14 @@ from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
 from simlab.sweep import job, launch
 from simlab.sweep.launch import Place
-from simlab.sweep.plan import Job, SweepPlan, column, plan_sweep
+from simlab.sweep.plan import Job, SweepPlan, column, plan_experiment
 
 if TYPE_CHECKING:
     from simlab.experiment import Prepared
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
 NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
-REPORT = ("heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
+REPORT = ("answer.md", "heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
 
 
 class Sweep:
@@ -61,8 +61,8 @@ class Sweep:
         settings: Any = OmegaConf.to_container(hydra, resolve=False)
         params = [f"{key}={value}" for key, value in (settings["sweeper"]["params"] or {}).items()]
         overrides = settings["overrides"]
-        planned = plan_sweep(
-            self.loader, hydra.job.config_name, overrides["hydra"], [*params, *overrides["task"]]
+        planned = plan_experiment(
+            self.loader, hydra.job.config_name, overrides["hydra"], params, overrides["task"]
         )
         from simlab.inputs import make_tokens
 
@@ -111,7 +111,7 @@ class Sweep:
             job.clear(place.folder)
             shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        store.write_json(folder / job.PLAN, description(planned, places))
+        store.write_json(folder / job.PLAN, description(planned, places, self.keep.answer))
         store.Results(Path(self.keep.results)).clean()
         for place in places:
             if place.stored:
@@ -252,9 +252,12 @@ def write_hydra(place: Place) -> None:
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def description(planned: SweepPlan, places: Sequence[Place]) -> dict[str, Any]:
-    """The content of sweep.json: the swept keys with their values, and every planned job."""
+def description(
+    planned: SweepPlan, places: Sequence[Place], answer: str | None = None
+) -> dict[str, Any]:
+    """The content of sweep.json: swept keys with their values, every planned job, the answer's name."""
     return {
+        "answer": answer,
         "swept": {key: list(values) for key, values in planned.swept.items()},
         "jobs": [
             {
@@ -273,7 +276,9 @@ def written_by_hydra(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob(".hydra/hydra.yaml")}
 
 
-def described(folder: Path, before: Mapping[Path, int]) -> dict[str, Any]:
+def described(
+    folder: Path, before: Mapping[Path, int], answer: str | None = None
+) -> dict[str, Any]:
     """As ``description``, for another sweeper's jobs: from the files that Hydra wrote for each.
 
     before: such files as were there before the sweep, with their times; they are another one's.
@@ -298,7 +303,7 @@ def described(folder: Path, before: Mapping[Path, int]) -> dict[str, Any]:
     swept = {key: values for key, values in of_key.items() if len(values) > 1}
     for each in jobs:
         each["values"] = {key: each["values"].get(key) for key in swept}
-    return {"swept": swept, "jobs": jobs}
+    return {"answer": answer, "swept": swept, "jobs": jobs}
 
 
 def estimated(each: Job | None, ready: Prepared, kept: bool) -> estimates.JobEstimate:

@@ -70,7 +70,7 @@ def test_an_error_of_ours_ends_the_command(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(sweeper, "plan_sweep", broken)
+    monkeypatch.setattr(sweeper, "plan_experiment", broken)
     with pytest.raises(RuntimeError, match="ours"):
         in_process("-m", *SMALL, "depth=1,2", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []

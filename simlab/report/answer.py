@@ -1,0 +1,418 @@
+"""The written answer with which a sweep ends: every number in it comes from the sweep's files.
+
+A writer takes a sweep's jobs and gives Markdown, a paragraph a line. ``WRITERS`` has them by the
+name that the config key ``answer`` picks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.agreement import Agreement
+from simlab.analysis.curve import INITS
+from simlab.analysis.numbers import off_by, percent, plus_minus, power_of_ten, short
+from simlab.analysis.resampling import Estimate, t_quantile
+
+MEANS = ("norm", "mean", "mean_abs", "variance", "mean_square", "law_mean_field")
+NEAR = 0.1  # of a growth exponent that is called near 0; the paper's own figures lie within
+CHANCE = 0.99  # of the interval around a mean of seeds in which 0 is chance
+
+
+@dataclass(frozen=True)
+class SweptJob:
+    """How a job of a sweep ended: with a curve.csv and a summary.json, or with an error, or not yet.
+
+    values: of the swept keys.
+    """
+
+    values: Mapping[str, Any]
+    error: str = ""
+    frame: pd.DataFrame | None = None
+    summary: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """One kind of curve of a job, as the means over its seeds after each step that all reach.
+
+    name: random, theory or checkpoint. stored: True if the job has a checkpoint.
+    """
+
+    name: str
+    summary: Mapping[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def stored(self) -> bool:
+        return bool(self.summary["config"]["source"]["kind"] != "random")
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.summary["config"]["model"]
+        return found
+
+    @property
+    def label(self) -> str:
+        """``7B`` for olmo2_7b; other models by their names."""
+        name = str(self.model["name"])
+        size = re.fullmatch(r"olmo2_(\d+b)", name)
+        return size[1].upper() if size else name
+
+    @property
+    def norms(self) -> str:
+        return str(self.model["norm"]["placement"])
+
+    @property
+    def verdict(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.summary["verdict"][self.name]
+        return found
+
+    @property
+    def exponents(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.summary["lambda"][self.name]
+        return found
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row per step: means over seeds of MEANS, and the seeds' least and largest mean."""
+        groups = self.rows.groupby(["sublayer", "kind"], sort=False)
+        known = {column: (column, "mean") for column in MEANS if column in self.rows}
+        extremes = {"low": ("mean", "min"), "high": ("mean", "max")} if "mean" in known else {}
+        steps = groups.agg(block=("block", "first"), count=("seed", "count"), **known, **extremes)
+        steps = steps.reset_index().astype({"block": float})
+        return steps[steps["count"] == steps["count"].max()].reset_index(drop=True)
+
+    @property
+    def resets(self) -> list[int]:
+        """The rows of re-norms; the row before each is a peak."""
+        return np.flatnonzero(self.steps["kind"] == "renorm").tolist()
+
+    @property
+    def first(self) -> int:
+        """The row of the first block's end."""
+        return int(np.flatnonzero(self.steps["block"] == 0)[-1])
+
+    @property
+    def top(self) -> int:
+        """The row that is spoken of: the largest peak of a saw-tooth, else the last row."""
+        peaks = [row - 1 for row in self.resets]
+        v = self.steps["mean_square"]
+        return max(peaks, key=lambda row: v[row]) if peaks else len(v) - 1
+
+    def cell(self, column: str) -> str:
+        """From the first block's end to the last; of a saw-tooth peaks, and what re-norms set."""
+        if column not in self.steps or self.steps[column].isna().all():
+            return "–"
+        values = self.steps[column]
+        before, after = [self.first], [len(values) - 1]
+        if self.resets:
+            before, after = [row - 1 for row in self.resets], self.resets
+        return f"{_span(values[before])} → {_span(values[after])}"
+
+    def mean_cell(self) -> str:
+        """The mean at that end (of a saw-tooth: at peaks), the seeds' least and largest."""
+        if "mean" not in self.steps:
+            return "–"
+        rows = [row - 1 for row in self.resets] or [len(self.steps) - 1]
+        low, high = self.steps["low"][rows].min(), self.steps["high"][rows].max()
+        return _span(pd.Series([low, high]), digits=2)
+
+    def claims(self) -> tuple[str, str, str]:
+        """What √2 per sublayer and 2·√2 per layer would have made of the mean square, and what it is.
+
+        At ``top``, from the last re-norm before it, or from the embedding.
+        """
+        v, kinds = self.steps["mean_square"], self.steps["kind"]
+        since = max((row for row in self.resets if row < self.top), default=0)
+        start = math.log10(v[since]) if v[since] > 0 else -math.inf
+        blocks = int((kinds[since + 1 : self.top + 1] == "mlp").sum())
+        said = (start + 2 * blocks * math.log10(2), start + blocks * math.log10(8))
+        sqrt2, layer = ("0" if math.isinf(x) else power_of_ten(x) for x in said)
+        return sqrt2, layer, short(v[self.top])
+
+    def law(self, name: str) -> Mapping[str, Any]:
+        """A law's fit: its status and log_error, None for one that isn't about this placement."""
+        found: Mapping[str, Any] = self.summary["theories"][self.name][name]
+        return found
+
+    @property
+    def agreement(self) -> Agreement | None:
+        held = self.verdict.get("theory")
+        return Agreement(**held) if held and held["largest"] is not None else None
+
+
+def _span(values: pd.Series, digits: int = 3) -> str:
+    low, high = (short(float(value), digits) for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _curves(jobs: Sequence[SweptJob]) -> Iterator[_Curve]:
+    for each in jobs:
+        if each.frame is None or each.summary is None:
+            continue
+        for name, rows in each.frame.groupby("curve", sort=False):
+            curve = _Curve(str(name), each.summary, rows)
+            if (curve.steps["block"] == 0).any():  # else it overflows within its first block
+                yield curve
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return " and ".join(([", ".join(texts[:-1])] if texts[:-1] else []) + list(texts[-1:]))
+
+
+def _each(curves: Sequence[_Curve], text_of: Callable[[_Curve], str], whole: bool = False) -> str:
+    """``1.99 (7B and 13B) and 2 (32B)``: a text of each curve, equal ones once.
+
+    whole: a text of them all needs no labels.
+    """
+    labels: dict[str, list[str]] = {}
+    for curve in curves:
+        labels.setdefault(text_of(curve), []).append(curve.label)
+    if len(labels) == 1 and whole:
+        return next(iter(labels))
+    return _listed([f"{text} ({_listed(names)})" for text, names in labels.items()])
+
+
+def issue797(jobs: Sequence[SweptJob]) -> str:
+    """What allenai/OLMo issue 797 asked, answered with a sweep's numbers."""
+    curves = list(_curves(jobs))
+    drawn = [c for c in curves if c.name in INITS]
+    alone = [c for c in drawn if not c.stored] or drawn
+    trained = [c for c in curves if c.name == "checkpoint"]
+    rising, saws = [c for c in alone if not c.resets], [c for c in alone if c.resets]
+    lines = [*_header(alone), *_table(drawn, trained)]
+    for norms in dict.fromkeys(c.norms for c in rising):
+        lines += _rising([c for c in rising if c.norms == norms], norms)
+    lines += [*_saw_tooth(saws), *_mean(alone), *_lambda(rising, saws), *_theory(alone)]
+    lines += [*_trained(trained), *_missing(jobs, curves)]
+    return "\n\n".join(lines) + "\n"
+
+
+def _header(curves: Sequence[_Curve]) -> Iterator[str]:
+    title = "**How do activations grow with depth in a random OLMo-2?**"
+    if not curves:
+        yield f"{title} No job has ended with a curve of random inits."
+        return
+    summary = curves[0].summary
+    config, (sequences, length) = summary["config"], summary["tokens"]
+    models = _listed(list(dict.fromkeys(f"{c.label} ({c.model['depth']} blocks)" for c in curves)))
+    what = f"{curves[0].steps['count'].max()} random inits each of {models}"
+    if curves[0].name == "theory":
+        what = f"The predicted curves of {models}"
+    rule, std = config["init"]["rule"], config["init"]["std"]
+    init = f"init {rule}{f'({std:g})' if std is not None else ''}"
+    tokens = f"{sequences} × {length} {config['inputs']['kind']} {summary['token_unit']}"
+    yield f"{title} {what}: {init}, {tokens}."
+
+
+def _table(drawn: Sequence[_Curve], trained: Sequence[_Curve]) -> Iterator[str]:
+    if not drawn and not trained:
+        return
+    rows = ["| | norm ‖x‖ | mean | mean \\|x\\| | variance | theory |", "|---|---|---|---|---|---|"]
+    for c in (*drawn, *trained):
+        who = "trained" if c.name == "checkpoint" else "re-normed" if c.resets else c.norms
+        who = f"{c.label} {who}"
+        who += ", beside it" if c.stored and c.name != "checkpoint" else ""
+        cells = (c.cell("norm"), c.mean_cell(), c.cell("mean_abs"), c.cell("variance"))
+        rows.append(f"| {' | '.join([who, *cells, c.cell('law_mean_field')])} |")
+    yield "\n".join(rows)
+    saws = (
+        "; with re-norms at the peaks → after the re-norms" if any(c.resets for c in drawn) else ""
+    )
+    yield (
+        f"Means over seeds after the first block → after the last{saws}. Of the mean the lowest to the "
+        "highest seed, after the last block or at the peaks. Theory: the mean square that it predicts, "
+        "which is the variance but for the mean's square."
+    )
+
+
+def _rising(curves: Sequence[_Curve], norms: str) -> Iterator[str]:
+    """Growth without re-norms: the word, the additive law, and what √2 would have meant."""
+    text = f"**`{norms}`{', the norms of OLMo-2' if norms == 'reordered' else ''}:**"
+    linear = [c for c in curves if c.verdict["shape"] == "linear"]
+    if linear:
+        rate = _each(linear, lambda c: plus_minus(Estimate(**c.verdict["per_sublayer"])))
+        text += f" the mean square grows linearly, by {rate} per sublayer"
+        holding = [c for c in linear if c.law("additive")["status"] == "holds"]
+        if holding:
+            size = _each(holding, lambda c: off_by(c.law("additive")["log_error"]))
+            text += (
+                ", because each sublayer adds a branch normed to 1 at right angles to the stream (this "
+                f"additive law holds to {size})"
+            )
+        text += "."
+    for c in curves:
+        if c not in linear:
+            v, word = c.steps["mean_square"], c.verdict["shape"]
+            shape = "no simple shape" if word in ("none", "unknown") else f"shape: {word}"
+            text += f" {c.label}: {short(v[c.first])} → {short(v[c.top])}, {shape}."
+    yield text + _claimed(curves, "after the last block")
+
+
+def _claimed(curves: Sequence[_Curve], where: str) -> str:
+    """What the thread's two rates would have made of curves that they may be about."""
+    curves = [c for c in curves if c.law("sqrt2")["log_error"] is not None]
+    if not curves:
+        return ""
+    sqrt2, layer, real = (_each(curves, lambda c, i=i: c.claims()[i]) for i in range(3))  # type: ignore[misc]
+    return (
+        f" √2 per sublayer would have led to {sqrt2} {where}, and “2·√2 per layer” to {layer}; it is "
+        f"{real}."
+    )
+
+
+def _saw_tooth(curves: Sequence[_Curve]) -> Iterator[str]:
+    if not curves:
+        return
+
+    def v(c: _Curve, rows: Sequence[int]) -> str:
+        return _span(c.steps["mean_square"][list(rows)])
+
+    every = _each(curves, lambda c: str(c.model["norm"]["every"]), whole=True)
+    back = _each(curves, lambda c: v(c, c.resets), whole=True)
+    peaks = _each(curves, lambda c: v(c, [row - 1 for row in c.resets]))
+    yield (
+        f"**A re-norm every {every} blocks** makes a saw-tooth: it sets the mean square back to "
+        f"{back}, from peaks of {peaks}.{_claimed(curves, 'at the highest peak')}"
+    )
+
+
+def _mean(curves: Sequence[_Curve]) -> Iterator[str]:
+    """The thread's question why the mean starts below zero."""
+    curves = [c for c in curves if "mean" in c.steps and c.steps["count"].max() > 2]
+    if not curves:
+        return
+    off = [c for c in curves if _off_zero(_after_first(c)["mean"])]
+    below = _each(
+        curves,
+        lambda c: f"{(_after_first(c)['mean'] < 0).sum()} of {len(_after_first(c))} inits",
+        whole=True,
+    )
+    text = "is zero but for chance"
+    if off:
+        names = _listed(list(dict.fromkeys(f"{c.label} {c.norms}" for c in off)))
+        text = f"differs from zero beyond chance for {names}"
+    yield (
+        f"**The mean** {text} (after the first block it is below zero in {below}); the mean of |x| is "
+        "what shows growth."
+    )
+
+
+def _after_first(c: _Curve) -> pd.DataFrame:
+    step = c.steps.iloc[c.first]
+    return c.rows[(c.rows["sublayer"] == step["sublayer"]) & (c.rows["kind"] == step["kind"])]
+
+
+def _off_zero(values: pd.Series) -> bool:
+    """True if 0 is outside the CHANCE interval of the mean of seeds."""
+    quantile = t_quantile((1 + CHANCE) / 2, len(values) - 1)
+    return bool(abs(values.mean()) > quantile * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+_LAMBDAS = {
+    "lambda_paper": "of the mean vector, the paper's",
+    "lambda_token": "of the tokens' norm",
+}
+
+
+def _lambda(rising: Sequence[_Curve], saws: Sequence[_Curve]) -> Iterator[str]:
+    known = [c for c in rising if all(c.exponents.get(key) for key in _LAMBDAS)]
+    text = ""
+    if known:
+        texts = []
+        for key, words in _LAMBDAS.items():
+            said = _each(known, lambda c, key=key: plus_minus(Estimate(**c.exponents[key])))  # type: ignore[misc]
+            texts.append(f"{said} {words}{_predicted(known, key)}")
+        near = all(abs(c.exponents[key]["value"]) < NEAR for c in known for key in _LAMBDAS)
+        ratio = _each(known, lambda c: short(_ratio(c)))
+        text = (
+            "**λ near 0, as in the paper, is no contradiction:** λ"
+            if near
+            else "**The exponent λ**"
+        )
+        text += f" from the first block to the last is {' and '.join(texts)}"
+        text += f", while the mean square changes by a factor of {ratio}"
+        if all(c.exponents.get("lambda_token_sqrt2") for c in known):
+            sqrt2 = _each(known, lambda c: short(c.exponents["lambda_token_sqrt2"]))
+            text += f"; √2 per sublayer would make λ {sqrt2}"
+        text += ". λ is a logarithm over the number of blocks"
+        linear = all(c.verdict["shape"] == "linear" for c in known)
+        text += ": of linear growth it tends to 0 with depth." if linear else "."
+    both = [c for c in saws if c.exponents.get("lambda_from_first")]
+    if both:
+        extremes = _each(
+            both, lambda c: _span(pd.Series(c.exponents["lambda_from_first"], dtype=float))
+        )
+        text += f" With re-norms it depends on the block where one stops: {extremes}."
+    if text:
+        yield text.strip()
+
+
+def _ratio(c: _Curve) -> float:
+    v = c.steps["mean_square"]
+    return float(v[c.top] / v[c.first])
+
+
+def _predicted(curves: Sequence[_Curve], key: str) -> str:
+    if any(c.exponents.get(f"{key}_mean_field") is None for c in curves):
+        return ""
+    return f" (theory: {_each(curves, lambda c: short(c.exponents[f'{key}_mean_field']))})"
+
+
+STATUSES = {
+    "agrees": "is what is measured, to chance; largest departure of the mean square: {}",
+    "near": "is near, but beyond chance off for {}",
+    "chance": "is off, which may be chance, for {}",
+    "fails": "fails for {}",
+    "none": "has no curve for {}",
+}
+
+
+def _theory(curves: Sequence[_Curve]) -> Iterator[str]:
+    held: dict[str, list[str]] = {}
+    for c in curves:
+        found = c.agreement
+        size = f"{percent(abs(found.largest))} " if found else ""
+        held.setdefault(found.status if found else "none", []).append(
+            f"{size}({c.label} {c.norms})"
+        )
+    if curves and curves[0].name != "theory" and set(held) != {"none"}:
+        said = [STATUSES[status].format(_listed(who)) for status, who in held.items()]
+        yield (
+            "**Theory**, a mean-field recursion that is given the config and the tokens alone, "
+            f"{'. It '.join(said)}."
+        )
+
+
+def _trained(curves: Sequence[_Curve]) -> Iterator[str]:
+    if not curves:
+        yield (
+            "**Trained weights are not in these numbers.** The same command with `source=checkpoint "
+            "source.path=A,B,C` (folders or hub ids) puts trained models beside the random ones."
+        )
+    for c in curves:
+        said = [c.verdict["sentence"], *c.summary.get("comparison", [])[:1]]
+        yield f"**{c.label}, trained:** {' '.join(said)}"
+
+
+def _missing(jobs: Sequence[SweptJob], curves: Sequence[_Curve]) -> Iterator[str]:
+    texts = []
+    for each in jobs:
+        if each.summary is None:
+            who = " ".join(str(v) for v in each.values.values() if v is not None)
+            texts.append(f"{who} ({each.error or 'not finished'})")
+        elif not any(c.summary is each.summary for c in curves):
+            texts.append(f"{each.summary['config']['model']['name']} (its curves overflow at once)")
+    if texts:
+        yield f"**Missing here:** {'; '.join(texts)}."
+
+
+WRITERS: dict[str, Callable[[Sequence[SweptJob]], str]] = {"issue797": issue797}

@@ -1,0 +1,234 @@
+"""The written answer: every number in it is computed anew here, from the run's files."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import in_process
+
+from simlab.config import ANSWERS
+from simlab.report.answer import WRITERS
+
+TINY = ["model=olmo2_1b,olmo2_7b", "width=48", "heads=4", "kv_heads=2", "d_ff=64", "vocab_size=97",
+        "inputs.length=16", "seeds=8", "device=cpu", "hydra.sweep.dir=sweep"]  # fmt: skip
+COLUMNS = ["norm", "mean_abs", "variance", "mean_square", "law_mean_field"]
+LABELS = re.compile(r"OLMo-2|2·√2|√2|\b(1|7)B\b|\|x\||‖x‖")
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?:·10\^\d+)?(?:\^\d+)?")
+
+
+@pytest.fixture(scope="module")
+def swept(one_thread, tmp_path_factory):
+    """The experiment at a tiny size, with the demo's checkpoint: the sweep's folder."""
+    cwd = tmp_path_factory.mktemp("issue797")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simlab.report.sweep_figures.figures", lambda *_: {})
+        done = in_process("+experiment=issue797", *TINY, "source=demo", cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")
+    (cwd / "stdout").write_text(done.stdout)
+    return cwd / "sweep"
+
+
+def said(text):
+    """The numbers of a text."""
+    numbers = []
+    for token in NUMBER.findall(LABELS.sub(" ", text)):
+        mantissa, _, power = token.rpartition("10^")
+        numbers.append(
+            float(f"{mantissa.rstrip('·') or 1}e{power}") if "^" in token else float(token)
+        )
+    return numbers
+
+
+def agrees(text, expected):
+    """True if a text's numbers are the expected ones, in order."""
+    numbers = said(text)
+    return len(numbers) == len(expected) and bool(np.allclose(numbers, expected, rtol=1e-9, atol=0))
+
+
+def digits(v, n=3):
+    """A value as ``n`` digits tell it; whole from 100 on, two digits below 10^-3."""
+    if v == 0 or abs(v) < 1e-3:
+        return float(f"{v:.1e}")
+    return float(f"{v:.0f}" if abs(v) >= 10 ** (n - 1) else f"{v:.{n}g}")
+
+
+def large(v):
+    """A value as a power of ten tells it: a digit from 10^4 on."""
+    return digits(v) if v < 1e4 else float(f"{v:.0e}")
+
+
+def estimate(e):
+    """An estimate's value and the half-width of its interval, with the half-width's first digit."""
+    half = (e["high"] - e["low"]) / 2
+    places = -int(np.floor(np.log10(half)))
+    return [round(e["value"], places), round(half, places)]
+
+
+def each(*texts):
+    """The numbers of two models, once where they are written alike."""
+    return (
+        texts[0] if all(text == texts[0] for text in texts) else [x for text in texts for x in text]
+    )
+
+
+def paragraphs(folder):
+    return (folder / "answer.md").read_text(encoding="utf-8").split("\n\n")
+
+
+def paragraph(folder, start):
+    (found,) = (part for part in paragraphs(folder) if part.startswith(start))
+    return found
+
+
+def of_job(folder, number):
+    """A job's curve: the means over seeds by step, its rows of random inits, and its summary."""
+    frame = pd.read_csv(folder / str(number) / "curve.csv")
+    rows = frame[frame["curve"] == "random"]
+    by = rows.groupby(["sublayer", "kind"], sort=False)
+    means = (
+        by[["norm", "mean_abs", "variance", "mean_square", "law_mean_field"]].mean().reset_index()
+    )
+    means["low"], means["high"] = (by["mean"].agg(how).to_numpy() for how in ("min", "max"))
+    return means, rows, json.loads((folder / str(number) / "summary.json").read_text())
+
+
+def span(values, n=3):
+    """``12 to 13.1``: one number where both are written alike."""
+    return list(dict.fromkeys([digits(min(values), n), digits(max(values), n)]))
+
+
+def table_row(folder, number):
+    means = of_job(folder, number)[0]
+    peaks = means.index[means["kind"] == "renorm"] - 1
+    rows = (peaks, peaks + 1) if len(peaks) else ([2], [len(means) - 1])
+    cells = {c: span(means[c][rows[0]]) + span(means[c][rows[1]]) for c in COLUMNS}
+    where = rows[0] if len(peaks) else rows[1]
+    mean = span([means["low"][where].min(), means["high"][where].max()], 2)
+    return [*cells["norm"], *mean, *cells["mean_abs"], *cells["variance"], *cells["law_mean_field"]]
+
+
+def test_every_answer_has_its_writer():
+    assert set(WRITERS) == set(ANSWERS)
+
+
+def test_table(swept):
+    """Norm, mean, mean |x|, variance and theory of every job, at the rows that the text names."""
+    rows = paragraph(swept, "| |").splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "1B reordered", "1B re-normed", "7B reordered", "7B re-normed",
+        "demo (final) reordered, beside it", "demo (final) trained",
+    ]  # fmt: skip
+    for number, row in enumerate(rows[:5]):
+        cells, expected = row.split("|", 2)[2], table_row(swept, number)
+        assert agrees(cells, expected), (cells, expected)
+        for i in range(len(expected)):  # the control: a number that is 2 % off is noticed
+            off = [x * (1.02 if i == j else 1) for j, x in enumerate(expected)]
+            assert not agrees(cells, off)
+
+
+def test_growth_and_the_claims_of_the_thread(swept):
+    jobs = [of_job(swept, number) for number in range(4)]
+    verdicts = [summary["verdict"]["random"] for *_, summary in jobs]
+    assert [verdict["shape"] for verdict in verdicts] == ["linear", "saw-tooth"] * 2
+    (v, _, one), (w, _, other) = jobs[0], jobs[2]
+    first, last = ([frame["mean_square"].iloc[row] for frame in (v, w)] for row in (0, -1))
+    expected = each(
+        *(estimate(summary["verdict"]["random"]["per_sublayer"]) for summary in (one, other))
+    )
+    for summary in (one, other):
+        assert (
+            summary["theories"]["random"]["additive"]["status"] != "holds"
+        )  # else there is its error
+    expected += each([large(first[0] * 2.0**32)], [large(first[1] * 2.0**64)])
+    expected += each([large(first[0] * 8.0**16)], [large(first[1] * 8.0**32)])
+    expected += each([digits(last[0])], [digits(last[1])])
+    text = paragraph(swept, "**`reordered`")
+    assert agrees(text, expected), (text, expected)
+    teeth = [
+        frame["mean_square"][frame.index[frame["kind"] == "renorm"] - 1]
+        for frame in (jobs[1][0], jobs[3][0])
+    ]
+    expected = [
+        6,
+        1,
+        *each(*map(span, teeth)),
+        4096,
+        3e5,
+        *each(*([digits(v.max())] for v in teeth)),
+    ]
+    text = paragraph(swept, "**A re-norm every 6 blocks**")
+    assert agrees(text, expected), (text, expected)
+
+
+def test_mean_exponents_and_theory(swept):
+    jobs = [of_job(swept, number) for number in range(4)]
+    text = paragraph(swept, "**The mean**")
+    for _, rows, _ in jobs:
+        after = rows[(rows["block"] == 0) & (rows["kind"] == "mlp")]["mean"]
+        assert f"{(after < 0).sum()} of 8 inits" in text
+    lambdas = [summary["lambda"]["random"] for *_, summary in jobs]
+    expected = []
+    for key in ("lambda_paper", "lambda_token"):
+        expected += each(*(estimate(lambdas[i][key]) for i in (0, 2)))
+        expected += each(*([digits(lambdas[i][f"{key}_mean_field"])] for i in (0, 2)))
+    v = [jobs[i][0]["mean_square"] for i in (0, 2)]
+    expected += each(*([digits(of.iloc[-1] / of[2])] for of in v))
+    expected += each(*([digits(lambdas[i]["lambda_token_sqrt2"])] for i in (0, 2)))
+    expected += each(*(span(lambdas[i]["lambda_from_first"]) for i in (1, 3)))
+    assert max(lambdas[0]["lambda_paper"]["value"], 0.1) > 0.1  # so this isn't called near 0
+    text = paragraph(swept, "**The exponent λ** from the first block").replace("to 0 with", "")
+    assert agrees(text, expected), (text, expected)
+    text = paragraph(swept, "**Theory**")
+    found = [
+        float(f"{100 * abs(job[2]['verdict']['random']['theory']['largest']):.2g}") for job in jobs
+    ]
+    assert sorted(said(text)) == sorted(found)
+
+
+def test_a_checkpoint_stands_beside(swept):
+    """Random inits' jobs as without it, and one of the checkpoint, whose sentences are its own."""
+    plan = json.loads((swept / "sweep.json").read_text())
+    assert len(plan["jobs"]) == 5
+    assert plan["swept"]["norm_placement"] == ["reordered", "swin_renorm", "from_checkpoint"]
+    text = paragraph(swept, "**demo (final), trained:**")
+    summary = json.loads((swept / "4" / "summary.json").read_text())
+    assert summary["verdict"]["checkpoint"]["sentence"] in text
+    assert summary["comparison"][0] in text
+    assert "not in these numbers" not in (swept / "answer.md").read_text()
+    stdout = (swept.parent / "stdout").read_text()
+    assert max(map(len, stdout.splitlines())) <= 80
+    assert "How do activations grow" in stdout.split("answer.md")[1]  # at the end
+
+
+def test_missing_jobs_are_named(swept, tmp_path, no_figures):
+    """A failed job and one that hasn't ended; another sweep in the folder removes the answer."""
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept, folder)
+    for name in ("curve.csv", "summary.json"):
+        for job in ("1", "4"):
+            (folder / job / name).unlink()
+    (folder / "1" / "job.json").unlink()
+    (folder / "1" / "job.json").write_text('{"status": "failed", "error": "it broke"}')
+    (folder / "4" / "job.json").unlink()
+    (folder / "answer.md").unlink()
+    done = in_process("sweep", cwd=tmp_path, command="sweep")
+    assert (done.returncode, done.stderr) == (1, "")
+    text = paragraph(folder, "**Missing here:**")
+    assert "olmo2_1b swin_renorm (it broke)" in text
+    assert "from_checkpoint from_checkpoint (not finished)" in text
+    assert "1B re-normed" not in paragraph(folder, "| |")
+    assert "(7B)" in paragraph(folder, "**A re-norm")
+    assert "**Trained weights are not in these numbers.**" in (folder / "answer.md").read_text()
+    few = [text for text in TINY if not text.startswith("model=")]
+    done = in_process("-m", "model=olmo2_1b", *few, "depth=1,2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "answer.md").exists()
+
+
+def test_an_unknown_answer_is_one_line(tmp_path):
+    done = in_process("-m", *TINY, "answer=issue79", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "answer=issue79: allowed: issue797" in done.stderr
