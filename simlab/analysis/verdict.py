@@ -84,6 +84,14 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     return Fit(error, p_value, "unknown", enough_seeds(scatter))
 
 
+def of_theory(found: Agreement | None) -> Fit:
+    """Theory's agreement with the curves as a law's ``Fit``: it allows for theory's own error."""
+    if found is None:
+        return Fit(math.nan, None, "unknown")
+    status = {"agrees": "holds", "chance": "unknown"}.get(found.status, "fails")
+    return Fit(abs(math.log1p(found.largest)), None, status)
+
+
 def linear(p: Estimate) -> bool:
     """True if the exponent's interval has 1 in it, to two hundredths.
 
@@ -105,11 +113,15 @@ def judge(
     """
     from simlab.analysis.sentences import verdict_sentences  # late: it words what is decided here
 
-    laws = {law.name: hold(curves, law.log_of(curves.rows), dtype) for law in LAWS.values()}
+    theory = agreement(curves)
+    laws = {
+        law.name: hold(curves, law.log_of(curves.rows), dtype) if law.exact else of_theory(theory)
+        for law in LAWS.values()
+    }
     v = curves.mean_square
     if massive and "mean_square_median" in curves.others:
         v = curves.others["mean_square_median"]
-    found, theory = shape_with_theory(curves, v), agreement(curves)
+    found = shape_with_theory(curves, v)
     start = max(found.start - 1, 0)
     grown = growth(v[:, start:], curves.kinds[start:], found.word)
     verdict = Verdict("", grown, laws, curves.count, found, theory)
