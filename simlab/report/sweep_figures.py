@@ -15,7 +15,7 @@ from simlab.analysis import Law
 from simlab.analysis.curve import basis, laws_in
 from simlab.report import sweep_scans
 from simlab.report.facets import GREY, Plan, grid, labelled, name_band, name_colours, plan
-from simlab.report.style import finish
+from simlab.report.style import BANDED, finish, predicted_band
 
 FEW = 24  # steps, up to which each has its dot
 DECADES = 2  # beyond, a log axis
@@ -111,6 +111,9 @@ def curves_figure(frame: pd.DataFrame, keys: Sequence[str], y: str, title: str) 
         room = (8 if laws else 1.6) if log else 1.1  # a law may use another decade
         ax.set_ylim(low.min() / 1.6 if log else 0, high.max() * room or 1)
     name_band(panels[0][0], lines["count"])
+    if y in BANDED and (lines["curve"] == "theory").any():
+        label = "theory: mean ± 2 std of seeds"
+        panels[0][0].fill_between([], [], [], color=".5", alpha=0.35, lw=0, label=label)
     caption = f"{WORDS[y].capitalize()} after each sublayer{', log axis' if log else ''}."
     if differ:
         caption += " Of a law that differs between colours the lowest and the highest are drawn."
@@ -118,12 +121,19 @@ def curves_figure(frame: pd.DataFrame, keys: Sequence[str], y: str, title: str) 
 
 
 def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
-    """Each group's mean, low, high over seeds, and its laws, against x; until its first seed ends."""
+    """Each group's mean, low, high over seeds, and its laws, against x; until its first seed ends.
+
+    Low and high of a predicted curve are its band.
+    """
     by = [*keys, "curve", "ink"]
-    means = {law.column: (law.column, "mean") for law in laws_in(layout.frame)}
-    groups = layout.frame.groupby([*by, "x"], observed=True)
+    frame = layout.frame.assign(low=layout.frame[y], high=layout.frame[y])
+    theory = frame["curve"] == "theory"
+    if y in BANDED and theory.any():
+        frame.loc[theory, "low"], frame.loc[theory, "high"] = predicted_band(frame[theory], y)
+    means = {law.column: (law.column, "mean") for law in laws_in(frame)}
+    groups = frame.groupby([*by, "x"], observed=True)
     lines = groups.agg(
-        mean=(y, "mean"), low=(y, "min"), high=(y, "max"), count=(y, "count"),
+        mean=(y, "mean"), low=("low", "min"), high=("high", "max"), count=(y, "count"),
         overflow=("overflow", "max"), **means,
     ).reset_index()  # fmt: skip
     lines["line"] = lines.groupby(by, observed=True).ngroup()

@@ -11,6 +11,7 @@ from simlab import compose
 from simlab.budget import predicted
 from simlab.config import ConfigError
 from simlab.experiment import prepare, run
+from simlab.report.figure import growth_figure
 from simlab.theory.mean_field import predict
 
 WIDE = ["width=128", "heads=4", "kv_heads=2", "d_ff=256", "init.std=0.05"]
@@ -38,6 +39,15 @@ def test_rows_are_the_prediction(both):
         np.testing.assert_array_equal(frame[name], theory[column], err_msg=name)
     assert frame["law_mean_field"].isna().all()  # the curve is that law
     assert set(frame) <= set(measured.curve)
+
+
+def test_the_figure_shows_the_predicted_band(both):
+    """Mean ± 2 std of seeds."""
+    frame = both[0].curve
+    low, high = (frame["mean_square"] + sign * 2 * frame["band_mean_field"] for sign in (-1, 1))
+    (band,) = growth_figure(frame, "", []).axes[0].collections[:1]
+    edges = np.concatenate([low, high])[:, None]
+    assert np.isclose(edges, band.get_paths()[0].vertices[:, 1], rtol=1e-9).any(1).all()
 
 
 @pytest.mark.parametrize("column", ["variance", "law_additive"])
