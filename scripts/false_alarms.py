@@ -3,7 +3,8 @@
 A pool of random inits of one small model is dealt into pairs of groups of the gate's sizes, which
 differ by chance alone; the share of alarms is printed for several alphas beside its 95 % upper bound
 (Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen.
-Then the law's gate, on a tenth as many groups of random inits, for which the law holds.
+Then the law's gate, on a tenth as many groups of random inits, for which the law holds, and theory's,
+on as many groups of every placement, with gradients.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from simlab import compose
 from simlab.analysis.curve import curves_of
 from simlab.analysis.resampling import limit, permuted
 from simlab.analysis.verdict import ROUNDING, judge
-from simlab.experiment import run
+from simlab.experiment import prepare, run
+from simlab.experiment.theory import predicted
 from simlab.regress.gates import QUANTITIES, stack
 from simlab.regress.law_gate import LAW_GATE_SEEDS, passes
+from simlab.regress.theory_gate import THEORY_GATE_SEEDS, against_chance, checks
+from simlab.schemes.placement import PLACEMENTS
 from simlab.theory.laws import Array
 
 RECORDED = 10  # seeds of simlab's own cases, and as many others
@@ -69,6 +73,32 @@ def law_alarms(runs: int, depth: int) -> int:
     return alarms
 
 
+def theory_alarms(placement: str, runs: int) -> dict[tuple[int, float], int] | None:
+    """The number of false alarms of the theory gate in ``runs`` groups, by their seeds and alpha.
+
+    None where theory has no prediction of the whole curve.
+    """
+    given = [
+        *MODEL, f"norm={placement}", "width=128", "inputs=zipf", "inputs.batch=2", "gradients=true",
+        f"seeds={POOL // 8}",
+    ]  # fmt: skip
+    config = compose(given)
+    prediction = predicted(prepare(config))
+    if prediction.ends:
+        return None
+    pooled = [rows for _, rows in run(config).curve.groupby("seed")]
+    generator = np.random.default_rng(3)
+    alarms = {(seeds, alpha): 0 for seeds in (THEORY_GATE_SEEDS, 16) for alpha in ALPHAS}
+    for seeds in (THEORY_GATE_SEEDS, 16):
+        for _ in range(runs):
+            picked = generator.choice(len(pooled), seeds, replace=False)
+            every = checks(pd.concat([pooled[i] for i in picked]), prediction, "float32")
+            for alpha in ALPHAS:
+                largest, most = against_chance(every, alpha)
+                alarms[seeds, alpha] += largest > most
+    return alarms
+
+
 def main() -> None:
     """Draw the pool, deal it, and count."""
     parser = argparse.ArgumentParser(
@@ -106,6 +136,19 @@ def main() -> None:
         failed, groups = law_alarms(runs // 10, depth), runs // 10
         print(f"law, depth {depth}: {failed} false alarms in {groups} groups", end=" ")
         print(f"(at most {upper(failed, groups):.2g} with 95 %)")
+    total = dict.fromkeys(((n, a) for n in (THEORY_GATE_SEEDS, 16) for a in ALPHAS), 0)
+    held = []
+    for placement in PLACEMENTS:
+        found = theory_alarms(placement, runs // 10)
+        if found:
+            held.append(placement)
+            for key, count in found.items():
+                total[key] += count
+    groups = len(held) * (runs // 10)
+    print(f"theory, {len(held)} placements ({', '.join(held)}):")
+    for (seeds, alpha), count in total.items():
+        print(f"  {seeds} seeds, alpha {alpha:g}: {count} false alarms in {groups} groups", end=" ")
+        print(f"(at most {upper(count, groups):.2g} with 95 %)")
 
 
 if __name__ == "__main__":

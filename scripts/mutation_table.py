@@ -27,12 +27,14 @@ from simlab.analysis import LAWS
 from simlab.analysis.curve import PREDICTED
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.experiment import RunResult, measure, prepare
+from simlab.experiment.theory import predicted
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import STATISTICS
 from simlab.regress.blame import norms_of
 from simlab.regress.cases import GATES
 from simlab.regress.gates import ROW_KEYS, Outcome, exact, statistical
 from simlab.regress.law_gate import law
+from simlab.regress.theory_gate import ACCURACY, theory
 
 SEEDS = 32  # recorded, and as many others
 MARKS = {True: "", False: "caught"}
@@ -69,6 +71,23 @@ def law_holds(setting: str) -> bool:
     return law(recorded.curve, recorded.verdicts["random"], gain(setting), "float32").passed
 
 
+def held_to_theory(setting: str, rows: pd.DataFrame, mutation: Mutation | None = None) -> Outcome:
+    """The theory gate's outcome for random inits (their rows), with the mistake also in what theory
+    shares with the model."""
+    with applied(mutation):
+        ready = prepare(config_of(setting))
+        prediction = predicted(ready)
+    if prediction.ends:
+        return Outcome("theory", False, "no prediction", prediction.ends)
+    return theory(rows, prediction, list(ACCURACY), "float32", norms=norms_of(ready.config.shape))
+
+
+@cache
+def theory_holds(setting: str) -> bool:
+    """True if the right model passes the theory gate, which then is one of the setting's."""
+    return held_to_theory(setting, right(setting).curve).passed
+
+
 def gain(setting: str) -> float:
     """The initial gain of the setting's sublayer norms."""
     return config_of(setting).shape.norm.gain
@@ -88,7 +107,7 @@ def outcomes(
 ) -> dict[str, Outcome]:
     """The outcome of each gate for a model with this mistake, its seeds counted from ``first``.
 
-    ``law``, which needs 11 seeds, only where the right model obeys it.
+    ``law``, which needs 11 seeds, and ``theory``, which needs 8, only where the right model obeys it.
     """
     recorded = right(setting)
     again = [0] if "exact" in gates else []
@@ -104,6 +123,8 @@ def outcomes(
         by_gate["statistical"] = statistical(recorded.curve, drawn, names, "float32", norms=norms)
     if "law" in gates and law_holds(setting):
         by_gate["law"] = law(frame, mistaken.verdicts["random"], gain(setting), "float32")
+    if "theory" in gates and theory_holds(setting):
+        by_gate["theory"] = held_to_theory(setting, frame, mutation)
     return by_gate
 
 
@@ -168,20 +189,22 @@ def main() -> None:
     parser.add_argument("name", nargs="*", help="only these mutations")
     names = parser.parse_args().name
     torch.set_num_threads(1)  # matrices this small are quicker so
-    print("| mutation | mistake | exact | statistical | law | parity | first seen at | blamed |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| mutation | mistake | {' | '.join(GATES)} | parity | first seen at | blamed |")
+    print("|---" * (len(GATES) + 5) + "|")
     for mutation in MUTATIONS:
         if names and mutation.name not in names:
             continue
         by_gate = judged(mutation)
         marks = [MARKS[by_gate[g].passed] if g in by_gate else "" for g in GATES]
-        odd = "" if by_gate["statistical"].passed != mutation.shifts else " (!)"
+        marks[GATES.index("statistical")] += (
+            "" if by_gate["statistical"].passed != mutation.shifts else " (!)"
+        )
         where = next((o.finding for o in reversed(by_gate.values()) if o.finding), None)
         cells = (
             f"{where.kind} {where.sublayer}, {where.quantity} | {where.blame}" if where else " | "
         )
         print(
-            f"| {mutation.name} | {mutation.mistake} | {marks[0]} | {marks[1]}{odd} | {marks[2]} "
+            f"| {mutation.name} | {mutation.mistake} | {' | '.join(marks)} "
             f"| {MARKS[not parity(mutation)]} | {cells} |",
             flush=True,
         )

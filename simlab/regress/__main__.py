@@ -203,10 +203,11 @@ def whole_prediction(ready: Prepared) -> Prediction:
     from simlab.experiment.theory import predicted
 
     prediction = predicted(ready)
-    reason = prediction.ends or (prediction.no_gradient if ready.config.gradients else None)
-    if reason:
-        what = "" if prediction.ends else "gradients=true: "
-        raise ConfigError(f"gate theory: {what}there is no prediction: {reason}")
+    if prediction.ends:
+        raise ConfigError(f"gate theory: there is no prediction: {prediction.ends}")
+    if ready.config.gradients and (prediction.no_gradient or ready.config.shape.tied):
+        reason = prediction.no_gradient or "a tied head's is known to 45 % only"
+        raise ConfigError(f"gate theory: gradients=true: there is no prediction: {reason}")
     return prediction
 
 

@@ -37,12 +37,14 @@ class Norms:
     """The norms of a sublayer's step.
 
     before: True if one acts on the sublayer's input, or on queries and keys. last: what the last one
-    acts on, the ``branch``, the ``stream`` or None. gain: the sublayer norms' initial gain.
+    acts on, the ``branch``, the ``stream`` or None. gain: the sublayer norms' initial gain. sums: if
+    the step is x + branch, of the stream as it comes.
     """
 
     before: bool
     last: str | None
     gain: float
+    sums: bool
 
 
 NormsOf = Callable[[int, str], Norms]  # by block (from 0) and kind
@@ -54,7 +56,12 @@ def norms_of(model: ModelConfig) -> NormsOf:
     def norms(block: int, kind: str) -> Norms:
         scheme = at(model, block, kind)
         inside = kind == "attention" and model.qk_norm != "none"
-        return Norms("norm_in" in scheme.norms or inside, scheme.normalises, model.norm.gain)
+        before, last = "norm_in" in scheme.norms or inside, scheme.normalises
+        as_they_are = dict.fromkeys(scheme.norms, lambda x: x)
+        of_x = scheme.step(
+            1.0, lambda x: 0.0 * x, lambda skip, branch: skip + branch, **as_they_are
+        )
+        return Norms(before, last, model.norm.gain, last != "stream" and of_x == 1.0)
 
     return norms
 
@@ -96,6 +103,7 @@ def blame(
     - Only gradients differ: the loss or the head in the last row; else the next step's backward pass.
     - A re-norm's row: the norm. The embedding's row: the embedding.
     - A gain differs, the new branch isn't g²·m/(m + eps), or another eps acts: the norm.
+    - The new stream isn't the one before plus the branch: the residual add.
     - Attention's weights or the raw branch differ: the sublayer, or a norm before or inside it.
     - What is added differs, and the raw branch is the same number: the norm after the sublayer. If that
       isn't sure (tokens may differ otherwise at one mean): the sublayer or its norm. Without such a
@@ -117,6 +125,8 @@ def blame(
     consistent = _is_norm(step, dtype) if last == "branch" else None
     if consistent is False or (last == "branch" and _other_eps(expected, got, row, of_step)):
         return "norm"
+    if of_step and of_step.sums and not adds_up(got, row, dtype):
+        return "residual add"
     if off & {*_ATTENTION_QUANTITIES, _RAW}:
         return sublayer
     if off & {"branch_mean_square", "delta_branch", "eps_factor"}:
@@ -157,6 +167,18 @@ def _is_norm(got: pd.Series, dtype: str) -> bool | None:
     if not abs(largest**2 - square) <= 1e-6 * square or not c > 0:
         return None
     return abs(b / (square * c) - 1) < TEN_ROUNDINGS * ROUNDING[dtype]
+
+
+def adds_up(got: pd.DataFrame, row: int, dtype: str) -> bool:
+    """True if a row's mean square is the one before plus ‖b‖²/d + 2⟨x, b⟩/d, or if that isn't measured.
+
+    So it is to rounding where the step is x + b, however the branch b came about.
+    """
+    names = ("mean_square", "branch_mean_square", "delta_branch", "delta_cross")
+    v, b, own, cross = (float(got.iloc[row].get(name, math.nan)) for name in names)
+    before = float(got.get("mean_square", pd.Series(math.nan, got.index)).iloc[row - 1])
+    missing = v - before - b * (1 + cross / own) if own > 0 else math.nan
+    return not abs(missing) > TEN_ROUNDINGS * ROUNDING[dtype] * (v + before + b)
 
 
 def _raw_moved(expected: pd.DataFrame, got: pd.DataFrame, row: int) -> float:

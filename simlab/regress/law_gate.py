@@ -12,7 +12,7 @@ from simlab.analysis.curve import laws_in
 from simlab.analysis.numbers import interval, off_by, short
 from simlab.analysis.resampling import Estimate, flipped, limit, t_quantile
 from simlab.analysis.verdict import ROUNDING, Verdict, linear
-from simlab.regress.blame import TEN_ROUNDINGS
+from simlab.regress.blame import TEN_ROUNDINGS, adds_up
 from simlab.regress.gates import GATE_ALPHA, Outcome, failed, finding_at, mean
 
 LAW_GATE_SEEDS = 11  # the sign-flip test reaches p = 2/2^11 < GATE_ALPHA, not with fewer
@@ -102,11 +102,8 @@ def _law_blame(got: pd.DataFrame, row: int, gain: float, dtype: str) -> str:
     The norm, if ‖b‖²/d isn't g²c; the residual add, if Δv isn't the sum of the two; else the sublayer,
     whose branch isn't at right angles to the stream.
     """
-    step, before = got.iloc[row], float(got["mean_square"].iloc[row - 1])
+    step = got.iloc[row]
     b, c = float(step["branch_mean_square"]), float(step["eps_factor"])
-    allowed = TEN_ROUNDINGS * ROUNDING[dtype]
-    if step["kind"] == "renorm" or abs(b / (gain**2 * c) - 1) > allowed:
+    if step["kind"] == "renorm" or abs(b / (gain**2 * c) - 1) > TEN_ROUNDINGS * ROUNDING[dtype]:
         return "norm"
-    v = float(step["mean_square"])
-    added = b * (1 + float(step["delta_cross"]) / float(step["delta_branch"]))
-    return "residual add" if abs(v - before - added) > allowed * v else str(step["kind"])
+    return str(step["kind"]) if adds_up(got, row, dtype) else "residual add"

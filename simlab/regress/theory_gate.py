@@ -30,14 +30,15 @@ from simlab.regress.gates import GATE_ALPHA, Outcome, failed, finding_at, mean, 
 from simlab.theory.laws import Array
 from simlab.theory.mean_field import Prediction
 
-# How far a prediction may be off, relative to it and absolutely (scripts/theory_error.py; the mean
-# square's is ``Prediction.accuracy``).
+# How far a prediction may be off, relative to it and absolutely. Of 92 random configs of widths 128 to
+# 2048 (scripts/theory_error.py) none is by more than this and chance in 40 seeds, tied heads' gradients
+# left out: those are off by up to 45 %. The mean square's own is ``Prediction.accuracy``.
 ACCURACY = {
-    "norm": (0.01, 0.0), "mean_vector_norm": (0.02, 0.0), "token_cosine": (0.04, 0.005),
-    "branch_raw_mean_square": (0.04, 0.0), "branch_mean_square": (0.04, 0.0),
-    "eps_factor": (0.01, 0.001), "gradient_rms": (0.06, 0.0), "gradient_norm": (0.06, 0.0),
+    "norm": (0.01, 0.0), "token_cosine": (0.04, 0.005), "branch_raw_mean_square": (0.04, 0.0),
+    "branch_mean_square": (0.04, 0.0), "cosine": (0.0, 1e-3), "eps_factor": (0.01, 0.001),
+    "gradient_rms": (0.2, 0.0),
 }  # fmt: skip
-BAND = 0.25
+BAND = 0.35
 _STD = "std of mean_square between seeds"
 THEORY_GATE_SEEDS = MIN_SEEDS
 _LEAST_BAND = 1e-4  # of the mean square: below, float32 rounds by more than seeds differ
@@ -61,22 +62,26 @@ class Check:
 
 
 def predicted_rows(prediction: Prediction) -> pd.DataFrame:
-    """The prediction as a curve ``random`` of one seed, with the columns that are predicted."""
+    """The prediction as a curve ``random`` of one seed, with the columns that are predicted.
+
+    The branch's cosine with the stream is 0: its last matrix is as likely with the other sign.
+    """
     frame = pd.DataFrame([asdict(row) for row in prediction.rows])
     frame["block"] = frame["block"].astype("Int64")
-    return frame.drop(columns="band").assign(curve="random", seed=0)
+    cosine = np.where(frame["branch_raw_mean_square"].notna(), 0.0, math.nan)
+    return frame.drop(columns="band").assign(curve="random", seed=0, cosine=cosine)
 
 
 def checks(frame: pd.DataFrame, prediction: Prediction, dtype: str) -> list[Check]:
     """Every predicted quantity of S random inits against the prediction. frame: all their rows."""
     curves = [rows for _, rows in frame.groupby("seed", sort=True)]
-    seeds, length = len(curves), len(prediction.rows)
+    seeds, predicted = len(curves), predicted_rows(prediction)
     rounding = TEN_ROUNDINGS * ROUNDING[dtype]
 
     def measured(name: str) -> Array:
         return np.stack([rows[name].to_numpy(np.float64) for rows in curves])  # (S, R)
 
-    v, band = (prediction.column(name, length) for name in ("mean_square", "band"))
+    v, band = predicted["mean_square"].to_numpy(), prediction.column("band", len(predicted))
     values = measured("mean_square")
     got, std = values.mean(0), values.std(0, ddof=1)
     excess = np.abs(got - v) - (prediction.accuracy + rounding) * v
@@ -93,16 +98,23 @@ def checks(frame: pd.DataFrame, prediction: Prediction, dtype: str) -> list[Chec
     for name, (relative, absolute) in ACCURACY.items():
         if name not in frame:
             continue
-        expected, values = prediction.column(name, length), measured(name)
+        expected, values = predicted[name].to_numpy(np.float64), measured(name)
         got, size = values.mean(0), np.abs(expected)
         excess = np.abs(got - expected) - (relative + rounding) * size - absolute
-        noise = np.maximum(values.std(0, ddof=1), 1e-9 * size) / math.sqrt(seeds)
+        noise = np.maximum(values.std(0, ddof=1), 1e-9 * size + 1e-300) / math.sqrt(seeds)
         with np.errstate(divide="ignore", invalid="ignore"):
             tail = stdtr(df, -np.maximum(excess, 0) / noise)
         errors = np.maximum(-ndtri(np.maximum(tail, _LEAST_P)), 0)
         errors[np.isnan(got) & ~np.isnan(expected)] = math.inf
         done.append(Check(name, expected, got, errors))
     return done
+
+
+def against_chance(chosen: Sequence[Check], alpha: float) -> tuple[float, float]:
+    """The largest number of standard errors, and the one that chance exceeds with at most ``alpha``."""
+    count = sum(int((~np.isnan(check.errors)).sum()) for check in chosen)
+    largest = max(float(np.nanmax(check.errors, initial=0)) for check in chosen)
+    return largest, float(-ndtri(alpha / (2 * count)))
 
 
 def theory(
@@ -131,17 +143,21 @@ def theory(
     asked = {"mean_square", _STD, "gradient_rms", *quantities}
     every = checks(frame, prediction, dtype)
     chosen = [check for check in every if check.quantity in asked]
-    count = sum(int((~np.isnan(check.errors)).sum()) for check in chosen)
-    most = float(-ndtri(alpha / (2 * count)))
-    largest = max(float(np.nanmax(check.errors, initial=0)) for check in chosen)
+    largest, most = against_chance(chosen, alpha)
     figure = f"{short(largest, 2)}/{short(most, 2)}"
     beyond = [(int(r), check) for check in chosen for r in np.flatnonzero(check.errors > most)]
     if not beyond:
         return Outcome("theory", True, figure)
+    # The spread only if all means are right: a stream that is another has another one.
+    beyond = (
+        [(r, c) for r, c in beyond if c.quantity not in (_STD, "gradient_rms")]
+        or [(r, c) for r, c in beyond if c.quantity == _STD]
+        or beyond
+    )
     row = first_row_off([r for r, _ in beyond], [check.quantity for _, check in beyond])
     here = [check for r, check in beyond if r == row]
-    told = told_of([check.quantity for check in here])
-    worst = max((c for c in here if c.quantity in told), key=lambda check: float(check.errors[row]))
+    told = [check.quantity for check in here]
+    worst = max(here, key=lambda check: float(check.errors[row]))
     got = mean(frame)
     to = _blame(expected, got, row, every, told, dtype, norms)
     says, shows = (

@@ -154,6 +154,8 @@ def test_a_forward_difference_comes_first(recorded):
 
 
 def test_blame_by_kind_or_quantity(measured, recorded):
+    from conftest import tiny
+
     curve = recorded[recorded["seed"] == 0].reset_index(drop=True)
     norms = norms_of(measured.config.shape)
 
@@ -167,6 +169,12 @@ def test_blame_by_kind_or_quantity(measured, recorded):
     assert to(3, "branch_raw_mean_square") == "attention or its norm"  # QK-norm
     assert to(4, "token_cosine", norms=None) == "mlp or its norm"  # of a stranger's model
     assert to(4, "norm", "token_cosine") == "residual add"
+    more = curve.assign(mean_square=curve["mean_square"] * np.where(curve["sublayer"] < 4, 1, 2))
+    assert (
+        to(4, "branch_raw_mean_square", got=more) == "residual add"
+    )  # x and b are more than their sum
+    scaled = norms_of(tiny("norm=residual_scale").shape)  # whose x isn't added as it is
+    assert to(4, "branch_raw_mean_square", got=more, norms=scaled) == "mlp or its norm"
     assert to(8, "gradient_norm") == "loss or head"
     assert (
         to(4, "gradient_norm") == "attention or its norm, backward"
