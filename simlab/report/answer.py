@@ -262,7 +262,7 @@ def _claimed(curves: Sequence[_Curve], where: str) -> str:
     curves = [c for c in curves if c.law("sqrt2")["log_error"] is not None]
     if not curves:
         return ""
-    sqrt2, layer, real = (_each(curves, lambda c, i=i: c.claims()[i]) for i in range(3))  # type: ignore[misc]
+    sqrt2, layer, real = (_each(curves, lambda c, i=i: c.claims()[i], whole=True) for i in range(3))  # type: ignore[misc]
     return (
         f" √2 per sublayer would have led to {sqrt2} {where}, and “2·√2 per layer” to {layer}; it is "
         f"{real}."

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from simlab.analysis.compare import departure
 from simlab.analysis.curve import basis, laws_in
-from simlab.report.style import COLOURS, LABELS, draw_curves, finish, subplots
+from simlab.report.style import COLOURS, LABELS, draw_curves, finish, law_band, subplots
 
 
 def relative(ax: Axes, frame: pd.DataFrame) -> None:
@@ -29,6 +29,9 @@ def relative(ax: Axes, frame: pd.DataFrame) -> None:
     for law in laws_in(frame, expected=True):
         says = (frame[law.column] / of)[frame["curve"] == basis(frame)].groupby(frame["x"]).mean()
         ax.plot(says.index, says, color=law.colour, ls=law.line, lw=1.6, zorder=3)
+        if law.name == "mean_field":
+            std = (frame["band_mean_field"] / of).groupby(frame["x"]).mean()
+            law_band(ax, says.index.to_series(), says, std, law)
     draw_curves(ax, frame, "x", "ratio")
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

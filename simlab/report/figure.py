@@ -9,11 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simlab.analysis import Law
+from simlab.analysis import LAWS, Law
 from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.exponents import per_block
 from simlab.report import checkpoint_figure
-from simlab.report.style import COLOURS, LABELS, draw_curves, finish, subplots
+from simlab.report.style import COLOURS, LABELS, draw_curves, finish, law_band, subplots
 
 
 def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
@@ -41,6 +41,8 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
     axes[0].set_ylabel("mean square of the residual stream")
     if gradients:
         ax = axes[-1]
+        if "law_gradient_rms" in frame and frame["law_gradient_rms"].notna().any():
+            _law(ax, LAWS["mean_field"], frame.groupby("x")["law_gradient_rms"].mean())
         draw_curves(ax, frame, "x", "gradient_rms")
         if (frame["gradient_rms"] > 0).any():
             ax.set_yscale("log")
@@ -108,6 +110,9 @@ def _laws(ax: Axes, frame: pd.DataFrame) -> None:
         mean = mean.clip(upper=1e6 * frame["mean_square"].max())  # off the axis, within float64
         mean[mean.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
         _law(ax, law, mean)
+        if law.name == "mean_field":
+            std = frame.groupby("x")["band_mean_field"].mean()
+            law_band(ax, mean.index.to_series(), mean, std, law)
 
 
 def _law(ax: Axes, law: Law, mean: pd.Series) -> None:

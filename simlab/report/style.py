@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from pandas.core.groupby import SeriesGroupBy
 
+from simlab.analysis import Law
 from simlab.store import write_atomically
 
+BAND = "theory: mean ± 2 std of a seed"  # a legend's name for the predicted band
 LABELS = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 _AXES = {"grid.color": ".92", "axes.edgecolor": ".6"}
-COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728", "theory": "#2ca02c"}
+COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728", "theory": "#15803d"}
 
 
 def subplots(
@@ -55,7 +57,20 @@ def draw_curves(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
             label += " (mean ± 2 std of seeds)"
             low, high = predicted_band(of_curve, y)
             ax.fill_between(of_curve[x], low, high, color=COLOURS[name], alpha=0.2, lw=0)
-        draw_band(ax, by_x, COLOURS[name], label=label, lw=2, marker=marker, ms=4, zorder=2)
+        # Laws are drawn over random inits, dashed: these are paler and show in the gaps.
+        alpha = 0.6 if name == "random" else 1.0
+        line = {"lw": 2.8, "alpha": alpha, "marker": marker, "ms": 4.5, "zorder": 2}
+        draw_band(ax, by_x, COLOURS[name], label=label, **line)
+
+
+FREE_LINES = 3  # of a title, for which a figure's height has room
+
+
+def law_band(ax: Axes, x: pd.Series, mean: pd.Series, std: pd.Series, law: Law) -> None:
+    """The predicted band of a seed around theory's mean, in the law's colour."""
+    ax.fill_between(
+        x, mean - 2 * std, mean + 2 * std, color=law.colour, alpha=0.15, lw=0, label=BAND, zorder=1
+    )
 
 
 BANDED = ("mean_square", "ratio")  # columns whose predicted band is known
@@ -79,6 +94,8 @@ def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure
         )
     width = round(figure.get_figwidth() * 13)
     wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
+    # 0.17 inches a line: a longer title doesn't take room from the panels.
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, len(wrapped) - FREE_LINES))
     figure.suptitle("\n".join(wrapped), fontsize=10.5, x=0.01, ha="left")
     return figure
 

@@ -15,7 +15,7 @@ from simlab.analysis import Law
 from simlab.analysis.curve import basis, laws_in
 from simlab.report import sweep_scans
 from simlab.report.facets import GREY, Plan, grid, labelled, name_band, name_colours, plan
-from simlab.report.style import BANDED, finish, predicted_band
+from simlab.report.style import BANDED, finish, law_band, predicted_band
 
 FEW = 24  # steps, up to which each has its dot
 DECADES = 2  # beyond, a log axis
@@ -130,7 +130,8 @@ def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
     theory = frame["curve"] == "theory"
     if y in BANDED and theory.any():
         frame.loc[theory, "low"], frame.loc[theory, "high"] = predicted_band(frame[theory], y)
-    means = {law.column: (law.column, "mean") for law in laws_in(frame)}
+    columns = [*(law.column for law in laws_in(frame)), "band_mean_field"]
+    means = {name: (name, "mean") for name in columns if name in frame}
     groups = frame.groupby([*by, "x"], observed=True)
     lines = groups.agg(
         mean=(y, "mean"), low=("low", "min"), high=("high", "max"), count=(y, "count"),
@@ -141,7 +142,10 @@ def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
 
 
 def _law(ax: Axes, law: Law, part: pd.DataFrame, top: float) -> bool:
-    """Draw a law, the lowest and highest where a panel's curves differ; True if others are left out."""
+    """Draw a law, the lowest and highest where a panel's curves differ; True if others are left out.
+
+    Theory is drawn beside every curve, with its band.
+    """
     part = part[part["curve"] == basis(part)]
     table = part.pivot(index="x", columns="line", values=law.column).dropna(axis=1, how="all")
     shared = table.dropna()
@@ -149,8 +153,15 @@ def _law(ax: Axes, law: Law, part: pd.DataFrame, top: float) -> bool:
         return False
     ends = shared.iloc[-1]
     differ = bool(ends.max() > 1.1 * ends.min())
-    for line in [ends.idxmin(), ends.idxmax()] if differ else [table.count().idxmax()]:
+    lines = [ends.idxmin(), ends.idxmax()] if differ else [table.count().idxmax()]
+    theory = law.name == "mean_field"
+    if theory and differ:
+        lines = list(table)
+    for line in lines:
         says = table[line].dropna().clip(upper=1e6 * top)
         says[says.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
         ax.plot(says.index, says, color=law.colour, ls=law.line, lw=1.4, zorder=4, label=law.label)
-    return differ and table.shape[1] > 2
+        if theory:
+            std = part[part["line"] == line].set_index("x")["band_mean_field"].reindex(says.index)
+            law_band(ax, says.index.to_series(), says, std, law)
+    return differ and table.shape[1] > 2 and not theory

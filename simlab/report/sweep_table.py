@@ -19,6 +19,8 @@ from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
 WIDTH = 80
 _MOST_ROWS = 40  # rows; beyond, some of them
 _LEAST_COLUMNS = 5  # columns of a swept key, below which it is left out
+LEAST_TOLD = ("λ token", "per subl.")  # columns that give way to swept keys, in this order
+ROOMY = 11  # columns of a swept key: as many as a placement's name
 LEFT = ("curve", "growth")
 LONGEST = 400  # characters of an error
 
@@ -38,13 +40,19 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
     columns = _measured(rows)
     keys = [key for key in (*swept, *SEEDS) if key in rows and rows[key].nunique(dropna=False) > 1]
     given = {key: [value_text(value) for value in rows[key]] for key in dict.fromkeys(keys)}
-    room = WIDTH - sum(_wide(head, cells) + 1 for head, cells in columns.items())
-    widths = _widths(given, room)
+    for least in ("", *LEAST_TOLD):  # swept keys come first: without them rows can't be told apart
+        columns.pop(least, None)
+        room = WIDTH - sum(_wide(head, cells) + 1 for head, cells in columns.items())
+        widths = _widths(given, room)
+        if all(widths.get(k, 0) >= min(_wide(_head(k, given), given[k]), ROOMY) for k in given):
+            break
     if len(widths) < len(given):
         names = ", ".join(key_text(key) for key in given if key not in widths)
         notes.append(f"No room for {names}.")
     if (rows.get("overflow", pd.Series(dtype=float)) > 0).any():
         notes.append("×: curves overflow; their last finite value.")
+    if "peak" in rows and rows["peak"].notna().any():
+        notes.append("≤: a saw-tooth, its largest peak.")
     table = Table(
         box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold",
         caption=Text(" ".join(notes)) if notes else None, caption_justify="left",
@@ -97,7 +105,9 @@ def _measured(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _square(row: Mapping[str, Any]) -> str:
-    over = row.get("overflow")
+    over, peak = row.get("overflow"), row.get("peak")
+    if peak is not None and pd.notna(peak):
+        return f"≤ {short(peak)}"
     return short(row.get("mean_square")) + (" ×" if over and over > 0 else "")
 
 

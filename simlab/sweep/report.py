@@ -147,6 +147,7 @@ def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
         row |= {key: row.get(key, model[key]) for key in ("depth", "width")}
         row |= {
             "mean_square": level.get((each.number, name), np.nan),
+            "peak": _peak(verdict),
             "per_sublayer": _number(verdict["per_sublayer"]["value"]),
             "exponent": _number(verdict["exponent"]["value"]),
             "rate": _number(verdict["rate"]["value"]),
@@ -163,6 +164,12 @@ def _rows_of(each: Entry, level: pd.Series) -> Iterator[dict[str, Any]]:
             "sentence": verdict["sentence"],
         }
         yield row
+
+
+def _peak(verdict: Mapping[str, Any]) -> float:
+    """The largest peak of a saw-tooth, else NaN."""
+    teeth = (verdict.get("fit") or {}).get("teeth")
+    return _number(teeth["high"]) if teeth else np.nan
 
 
 def _laws(theories: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

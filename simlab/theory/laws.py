@@ -125,12 +125,13 @@ class Law:
         return f"law_{self.name}"
 
 
+# Where they coincide, the additive law's dots lie in the gaps between theory's dashes.
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
         Law(
             "additive", additive, "additive", "additive law", "the additive law",
-            "#222222", (0, (1.2, 1.2)), expected=True, applies=normed,
+            "#222222", (2.7, (1.4, 6.6)), expected=True, applies=normed,
         ),
         Law(
             "sqrt2", sqrt2, "√2 law", "√2 per sublayer", "√2 per sublayer",
@@ -138,7 +139,7 @@ LAWS: dict[str, Law] = {
         ),
         Law(
             "mean_field", mean_field, "theory", "theory (mean field)", "theory",
-            "#2ca02c", (0, (4, 1.2)), expected=True, exact=False, applies=has_prediction,
+            "#15803d", (0, (4, 4)), expected=True, exact=False, applies=has_prediction,
         ),
     )
 }  # fmt: skip

@@ -140,7 +140,13 @@ def test_figure_elements():
     linear, log = figure.axes
     assert (linear.get_yscale(), log.get_yscale()) == ("linear", "log")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["additive law", "√2 per sublayer", "random init (3 seeds: mean, min to max)"]
+    theory = ["theory (mean field)", "theory: mean ± 2 std of a seed"]
+    seeds = "random init (3 seeds: mean, min to max)"
+    assert sorted(labels) == sorted(["additive law", "√2 per sublayer", *theory, seeds])
+    one = result.curve[result.curve["seed"] == 0]
+    edges = one["law_mean_field"] - 2 * one["band_mean_field"]
+    corners = np.concatenate([path.vertices for c in linear.collections for path in c.get_paths()])
+    assert all(np.isclose(corners[:, 1], edge).any() for edge in edges[one["kind"] != "renorm"])
     for ax in figure.axes:
         assert ax.collections  # the band
         low, high = ax.get_ylim()
@@ -196,6 +202,9 @@ def test_gradient_panel_column_and_line(norm, seeds):
     figure = growth_figure(result.curve, "t", [])
     assert len(figure.axes) == 3
     assert figure.axes[2].get_yscale() == "log"
+    heights = [np.asarray(line.get_ydata(), float) for line in figure.axes[2].lines]
+    one = result.curve[result.curve["seed"] == 0].drop_duplicates(["sublayer", "kind"])
+    assert any(np.allclose(y, one["law_gradient_rms"]) for y in heights)  # theory's
     lines = lines_of(growth_table(result.curve, "random"))
     assert max(map(len, lines)) <= 80
     assert lines[0].split()[-2:] == ["grad.", "rms"]
@@ -215,7 +224,10 @@ def test_lambda_figure(tmp_path, deep, gradients):
     assert len(figure.axes) == (4 if gradients else 2)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     mean = "random init, of the mean vector (paper)"
-    assert labels == ["additive law", "√2 per sublayer", "random init", mean]
+    theory = "theory (mean field)"
+    assert sorted(labels) == sorted(
+        ["additive law", "√2 per sublayer", theory, "random init", mean]
+    )
     pairwise = figure.axes[0]
     low, high = pairwise.get_ylim()
     values = blocks.loc[(blocks["curve"] == "random") & (blocks["of"] == "activation")]
