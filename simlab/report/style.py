@@ -21,7 +21,7 @@ from pandas.core.groupby import SeriesGroupBy
 from simlab.analysis import Law
 from simlab.store import write_atomically
 
-BAND = "theory: mean ± 2 std of a seed"  # a legend's name for the predicted band
+_BAND = "theory: mean ± 2 std of a seed"  # a legend's name for the predicted band
 LABELS = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 _AXES = {"grid.color": ".92", "axes.edgecolor": ".6"}
 COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728", "theory": "#15803d"}
@@ -69,7 +69,7 @@ FREE_LINES = 3  # of a title, for which a figure's height has room
 def law_band(ax: Axes, x: pd.Series, mean: pd.Series, std: pd.Series, law: Law) -> None:
     """The predicted band of a seed around theory's mean, in the law's colour."""
     ax.fill_between(
-        x, mean - 2 * std, mean + 2 * std, color=law.colour, alpha=0.15, lw=0, label=BAND, zorder=1
+        x, mean - 2 * std, mean + 2 * std, color=law.colour, alpha=0.15, lw=0, label=_BAND, zorder=1
     )
 
 

@@ -57,7 +57,7 @@ def test_tables_fit_80_columns():
         source__path=[f"/some/where/far/off/in/a/folder/step{i}" for i in range(20)]
     )
     assert max(map(len, lines_of(jobs_table(paths, keys)))) <= 80
-    many, keys = made_up(**{f"a_long_key_{i}": [1, 2] for i in range(5)})
+    many, keys = made_up(**{f"a_long_key_{i}": [1, 2] for i in range(7)})
     many["overflow"] = 1
     lines = lines_of(jobs_table(many, keys))
     assert max(map(len, lines)) <= 80
@@ -65,6 +65,22 @@ def test_tables_fit_80_columns():
     assert "No room for" in " ".join(lines)
     nothing = many.assign(**dict.fromkeys(many.select_dtypes("float"), np.nan))
     assert max(map(len, lines_of(jobs_table(nothing, keys)))) <= 80
+
+
+def test_swept_keys_come_before_lambda_and_growth():
+    """Else the rows of +experiment=issue797 can't be told apart; a saw-tooth's value is its peak."""
+    jobs, swept = made_up(
+        model=("olmo2_7b", "olmo2_13b"), norm_placement=("reordered", "swin_renorm")
+    )
+    saw = jobs["norm_placement"] == "swin_renorm"
+    jobs["peak"] = np.where(saw, 13.1, np.nan)
+    jobs["shape"] = np.where(saw, "saw-tooth", "linear")
+    jobs = jobs.assign(mean_field="holds", mean_field_error=0.0123)
+    lines = lines_of(jobs_table(jobs, swept))
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split()[:5] == ["0", "olmo2_7b", "reordered", "1.5", "linear"]
+    assert lines[2].split()[:6] == ["1", "olmo2_7b", "swin_renorm", "≤", "13.1", "saw-tooth"]
+    assert lines[-1] == "≤: a saw-tooth, its largest peak."
 
 
 def test_failed_jobs_and_their_errors():
