@@ -75,11 +75,18 @@ def test_swept_keys_come_before_lambda_and_growth():
     saw = jobs["norm_placement"] == "swin_renorm"
     jobs["peak"] = np.where(saw, 13.1, np.nan)
     jobs["shape"] = np.where(saw, "saw-tooth", "linear")
-    jobs = jobs.assign(mean_field="holds", mean_field_error=0.0123)
+    laws = {
+        "additive": "holds",
+        "additive_error": 0.0123,
+        "mean_field": "holds",
+        "mean_field_error": 0.01,
+    }
+    jobs = jobs.assign(**laws)
     lines = lines_of(jobs_table(jobs, swept))
     assert max(map(len, lines)) <= 80
-    assert lines[1].split()[:5] == ["0", "olmo2_7b", "reordered", "1.5", "linear"]
-    assert lines[2].split()[:6] == ["1", "olmo2_7b", "swin_renorm", "≤", "13.1", "saw-tooth"]
+    assert "λ" not in lines[0]
+    assert lines[1].split()[:6] == ["0", "olmo2_7b", "reordered", "1.5", "1.02", "linear"]
+    assert lines[2].split()[:5] == ["1", "olmo2_7b", "swin_renorm", "≤", "13.1"]
     assert lines[-1] == "≤: a saw-tooth, its largest peak."
 
 
