@@ -51,7 +51,8 @@ def test_main_job(tmp_path):
     keys = {"config_hash", "engine", "device", "dtype", "versions", "theories", "verdict"}
     assert keys <= summary.keys()
     statuses = {law: fit["status"] for law, fit in summary["theories"]["random"].items()}
-    assert statuses == {"additive": "holds", "sqrt2": "fails"}
+    # So narrow, eight seeds don't tell the laws to 5 %: neither holds nor fails.
+    assert statuses == {"additive": "unknown", "sqrt2": "fails", "mean_field": "unknown"}
     in_process(*run, "hydra.run.dir=again", cwd=tmp_path)
     for file in FILES:
         assert (tmp_path / "again" / file).read_bytes() == (out / file).read_bytes(), file
