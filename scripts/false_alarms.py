@@ -4,7 +4,7 @@ A pool of random inits of one small model is dealt into pairs of groups of the g
 differ by chance alone; the share of alarms is printed for several alphas beside its 95 % upper bound
 (Clopper and Pearson). The power is printed too: how often a std that is a few per cent off is seen.
 Then the law's gate, on a tenth as many groups of random inits, for which the law holds, and theory's,
-on as many groups of every placement, with gradients.
+on a two hundredth as many groups of every placement, with gradients.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ def main() -> None:
     total = dict.fromkeys(((n, a) for n in (THEORY_GATE_SEEDS, 16) for a in ALPHAS), 0)
     held = []
     for placement in PLACEMENTS:
-        found = theory_alarms(placement, runs // 10)
+        found = theory_alarms(placement, runs // 200)
         if found:
             held.append(placement)
             for key, count in found.items():
                 total[key] += count
-    groups = len(held) * (runs // 10)
+    groups = len(held) * (runs // 200)
     print(f"theory, {len(held)} placements ({', '.join(held)}):")
     for (seeds, alpha), count in total.items():
         print(f"  {seeds} seeds, alpha {alpha:g}: {count} false alarms in {groups} groups", end=" ")

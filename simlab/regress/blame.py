@@ -130,10 +130,15 @@ def blame(
     if off & {*_ATTENTION_QUANTITIES, _RAW}:
         return sublayer
     if off & {"branch_mean_square", "delta_branch", "eps_factor"}:
+        raw, added = (_moved(expected, got, row, name) for name in (_RAW, "branch_mean_square"))
+        if (
+            last in (None, "stream") and abs(raw - added) < _SAME
+        ):  # no norm of the branch: one number
+            of_sum = last == "stream" and not off & {"branch_mean_square", "delta_branch"}
+            return "residual add or its norm" if of_sum else sublayer
         if last in (None, "stream"):
-            scaled = off & {"branch_mean_square", "delta_branch"} or last is None
-            return "residual add" if scaled else "residual add or its norm"
-        return "norm" if _raw_moved(expected, got, row) < _SAME else f"{kind} or its norm"
+            return "residual add"
+        return "norm" if abs(raw) < _SAME else f"{kind} or its norm"
     if "cosine" in off:
         return f"{kind} or its norm" if last == "branch" else sublayer
     if off & {*_SIZES, "delta_cross"}:
@@ -181,10 +186,10 @@ def adds_up(got: pd.DataFrame, row: int, dtype: str) -> bool:
     return not abs(missing) > TEN_ROUNDINGS * ROUNDING[dtype] * (v + before + b)
 
 
-def _raw_moved(expected: pd.DataFrame, got: pd.DataFrame, row: int) -> float:
-    """|Δ ln m| of a row's raw branch; inf where it isn't measured."""
-    old, new = (float(f[_RAW].iloc[row]) if _RAW in f else 0.0 for f in (expected, got))
-    return abs(math.log(new / old)) if old > 0 and new > 0 else math.inf
+def _moved(expected: pd.DataFrame, got: pd.DataFrame, row: int, name: str) -> float:
+    """Δ ln v of a row's number; NaN where it isn't measured."""
+    old, new = (float(f[name].iloc[row]) if name in f else 0.0 for f in (expected, got))
+    return math.log(new / old) if old > 0 and new > 0 else math.nan
 
 
 def _other_eps(expected: pd.DataFrame, got: pd.DataFrame, row: int, norms: Norms | None) -> bool:

@@ -64,11 +64,11 @@ class Check:
 def predicted_rows(prediction: Prediction) -> pd.DataFrame:
     """The prediction as a curve ``random`` of one seed, with the columns that are predicted.
 
-    The branch's cosine with the stream is 0: its last matrix is as likely with the other sign.
+    A branch's cosine with the stream is 0: its last matrix is as likely with the other sign.
     """
     frame = pd.DataFrame([asdict(row) for row in prediction.rows])
     frame["block"] = frame["block"].astype("Int64")
-    cosine = np.where(frame["branch_raw_mean_square"].notna(), 0.0, math.nan)
+    cosine = np.where(frame["branch_mean_square"] > 0, 0.0, math.nan)
     return frame.drop(columns="band").assign(curve="random", seed=0, cosine=cosine)
 
 

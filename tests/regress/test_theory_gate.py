@@ -46,6 +46,12 @@ def test_right_curves_pass(right):
     assert {"mean_square", "gradient_rms", "eps_factor", *QUANTITIES[:3]} <= names
 
 
+def test_branches_of_nothing_pass():
+    """ReZero's are 0 at init, and have no cosine."""
+    ready = prepare(tiny("norm=rezero", "seeds=8"))
+    assert theory(measure(ready).curve, predicted(ready), QUANTITIES, "float32").passed
+
+
 @pytest.mark.parametrize(
     ("column", "factor", "sublayers", "to"),
     [
