@@ -184,7 +184,10 @@ def _word(
     """
     chance = np.minimum(chance, MOST_CHANCE * np.ptp(y))
     known = {prior: FAMILIES[prior]} if prior in FAMILIES else {}
-    for families, slack in ((known, SLACK), *((stage, 1.0) for stage in STAGES)):
+    strict = 1.0
+    if prior == "none":  # chance doesn't make a word of a curve that deserves none
+        chance, strict = np.zeros_like(chance), 1 / SLACK
+    for families, slack in ((known, SLACK), *((stage, strict) for stage in STAGES)):
         fits = {word: family(y, k, segment) for word, family in families.items()}
         fitting = [
             (_misfit(y, fit), word, fit)
