@@ -32,6 +32,9 @@ Array32 = NDArray[np.float32]
 # varies by 0.02 % (reordered) or 0.17 % (pre, fan-in), a cosine by 0.3 and 0.6 %.
 HEADS = 16
 FIRST_HEADS = 128  # in the first two blocks, whose error every later row carries
+# Gradients have heavy tails where the softmax is sharp, so a batch of few tokens draws more heads for
+# them: GRADIENT_TOKENS/N times as many, at most MOST_GRADIENT times.
+GRADIENT_TOKENS, MOST_GRADIENT = 256, 16
 HEAD_GROUPS = 8  # of heads with a common Ĥ
 POOL = 1 << 21
 IN_CACHE = 1 << 16  # entries of q that are drawn together: more leave the cache
@@ -361,6 +364,7 @@ class AttentionBranch:
         attention, context = self.attention, self.attention.context
         model, stds, draws = context.model, attention.stds, context.draws
         groups, count = attention.counts()
+        count *= int(np.clip(GRADIENT_TOKENS // len(gradient), 1, MOST_GRADIENT))
         upstream = model.width * stds["o_proj"] ** 2 * gradient
         if not upstream.diagonal().any():
             return np.zeros_like(gradient)

@@ -19,6 +19,7 @@ from simlab.theory.mean_field.attention import AttentionKernel, Context
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import band
 from simlab.theory.mean_field.gradient import (
+    loss_error,
     loss_gradient,
     own_probability,
     pull_gradient,
@@ -41,6 +42,7 @@ MOST_TOKENS = 512
 # Of the seeds' std over their mean. Beyond, the mean is carried by rare seeds, and the recursion, which
 # is linear in the seeds' deviations, is low: by 4 % at this bound, 12 % at twice it (measured).
 SPREAD = 0.25
+LOSS_ERROR = 0.02  # of the gradient's square: 1 % of its rms
 OWN_PROBABILITY = 0.1  # of a tied head; beyond, a gradient is off by more than a few percent
 
 
@@ -178,6 +180,8 @@ def predict(
         head = laws["embedding" if model.tied else "head"].std
         if model.tied and _tied_head_knows(model, passed, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
+        elif loss_error(passed[-1].state.kernel, model, head) > LOSS_ERROR:
+            no_gradient = "logits differ so much that few tokens share the probability"
         else:
             for value, squares in zip(values, _gradients(context, passed, head, ids), strict=True):
                 roots = np.sqrt(np.maximum(squares, 0))
