@@ -112,8 +112,8 @@ def linear(curve: Curve, found: re.Match[str], start: int) -> bool:
     x = (rows - start).astype(float)
     sign = 1 if found[1] == "grows" else -1
     per_row = (curve.v[-1] - curve.v[start]) / (len(curve.v) - 1 - start)
-    amount = sign * number(found[2]) / (2 if found[3] == "block" else 1)
-    right = abs(amount / per_row - 1) < 0.03
+    per_step = sign * per_row * (2 if found[3] == "block" else 1)
+    right = near(found[2], per_step, 0.03)
     if found[4]:
         steps = np.diff(curve.v[start:])
         for group, kind in ((4, "attention"), (5, "mlp")):
@@ -172,15 +172,19 @@ def constant(curve: Curve, found: re.Match[str], start: int) -> bool:
 def saw_tooth(curve: Curve, found: re.Match[str], start: int) -> bool:
     """Where v falls by 5 %: to what, from what, how often."""
     v, kinds = curve.v, curve.kinds
-    falls = [i for i in range(start + 1, len(v)) if v[i] < v[i - 1] / 1.05]
+    falls = [i for i in range(start + 1, len(v)) if v[i] < v[i - 1] / 1.02]
     if found[1] == "re-norm":
         falls = [i for i in falls if kinds[i] == "renorm"]
     if not falls:
         return False
     peaks = v[np.array(falls) - 1]
-    right = near(found[2], v[falls].mean())
-    right &= near(found[4], peaks.min() if found[5] else peaks.max())
-    right &= not found[5] or near(found[5], peaks.max())
+    large = peaks[
+        peaks > 1.06 * v[falls]
+    ]  # of a fall by 2 to 6 % the sentence may or may not speak
+    right = near(found[2], v[falls].mean()) and near(found[5] or found[4], peaks.max())
+    if found[5]:
+        right &= any(near(found[4], peak) for peak in peaks)
+        right &= not len(large) or number(found[4]) <= 1.006 * large.min()
     if found[3] and len(falls) > 1:
         right &= set(np.diff(curve.sublayers[falls])) == {int(found[3])}
     return right
@@ -199,8 +203,8 @@ def no_shape(curve: Curve, found: re.Match[str], start: int) -> bool:
     """No line through v or ln v, nor a constant, fits."""
     rows = points(curve, start)
     y = curve.v[rows]
-    no_line = line_error(rows, y) > 0.025
-    no_rate = (y <= 0).any() or line_error(rows, np.log(y)) > 0.025 or np.ptp(np.log(y)) < 0.5
+    no_line = line_error(rows, y) > 0.019
+    no_rate = (y <= 0).any() or line_error(rows, np.log(y)) > 0.019 or np.ptp(np.log(y)) < 0.5
     flat = np.ptp(y) < 0.015 * y.mean()
     ends = near(found[1], curve.v[start]) and near(found[2], curve.v[-1])
     return bool(no_line and no_rate and not flat) and ends
@@ -251,7 +255,7 @@ def gradient(curve: Curve, found: re.Match[str], start: int) -> bool:
 def false_claims(sentence: str, frame: pd.DataFrame) -> Iterator[str]:
     """The claims of a verdict that the rows of curve.csv don't bear out, and a verdict without any."""
     curve, start = Curve.of(frame), 1
-    if found := re.search(r"from sublayer (\d+) on", sentence):
+    if found := re.search(r"from sublayer (\d+) on(?: \(before|, where)", sentence):
         start = curve.row(int(found[1]))
     elif found := re.search(r"after sublayer (\d+) \(until there norms", sentence):
         start = curve.row(int(found[1])) + 1

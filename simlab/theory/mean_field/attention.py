@@ -32,9 +32,7 @@ Array32 = NDArray[np.float32]
 # varies by 0.02 % (reordered) or 0.17 % (pre, fan-in), a cosine by 0.3 and 0.6 %.
 HEADS = 16
 FIRST_HEADS = 128  # in the first two blocks, whose error every later row carries
-# Gradients have heavy tails where the softmax is sharp, so a batch of few tokens draws more heads for
-# them: GRADIENT_TOKENS/N times as many, at most MOST_GRADIENT times.
-GRADIENT_TOKENS, MOST_GRADIENT = 256, 16
+GRADIENT_TOKENS, MOST_GRADIENT = 256, 16  # heavy tails: few tokens have 256/N ≤ 16 times the heads
 HEAD_GROUPS = 8  # of heads with a common Ĥ
 POOL = 1 << 21
 IN_CACHE = 1 << 16  # entries of q that are drawn together: more leave the cache
