@@ -203,7 +203,8 @@ def no_shape(curve: Curve, found: re.Match[str], start: int) -> bool:
     """No line through v or ln v, nor a constant, fits."""
     rows = points(curve, start)
     y = curve.v[rows]
-    no_line = line_error(rows, y) > 0.019
+    line = np.polyval(np.polyfit(rows, y, 1), rows)
+    no_line = line_error(rows, y) > 0.019 or np.abs(line / y - 1).max() > 0.16
     no_rate = (y <= 0).any() or line_error(rows, np.log(y)) > 0.019 or np.ptp(np.log(y)) < 0.5
     flat = np.ptp(y) < 0.015 * y.mean()
     ends = near(found[1], curve.v[start]) and near(found[2], curve.v[-1])

@@ -12,7 +12,7 @@ the word is ``none``. Families, simplest first, k the sublayer:
     jump          one step is REACHED of all that v moves, and the rest is flat
 
 Rows that obey another rule are set aside first: those that eps holds back (m/(m + eps) < HELD at the
-norm of the branch), and post-norm blocks before others (``mix_ln``), which keep v at 1. Where norms of
+norm of the branch), and post-norm blocks before others, which keep v at 1. Where norms of
 the stream come again and again the word is ``saw-tooth``, and the families describe the stretches
 between. Attention and MLP may add different amounts, so points are the blocks' ends where there are at
 least LEAST_BLOCKS.

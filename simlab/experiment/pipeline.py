@@ -50,8 +50,10 @@ def measure(
     ``measured_curves``; a sweep gives one that shares work between jobs (``sharing``).
     """
     config = ready.config
-    theory = predicted(ready) if config.seeds else None
     measured = _measured(ready, on_block, curves_of) if config.measures else []
+    theory = (
+        predicted(ready) if config.seeds else None
+    )  # after it: its memory isn't part of the peak
     frame, cuts = pd.DataFrame(), Cuts([], [])
     verdicts: dict[str, Verdict] = {}
     if measured:

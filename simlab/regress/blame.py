@@ -143,6 +143,8 @@ def blame(
         return f"{kind} or its norm" if last == "branch" else sublayer
     if off & {*_SIZES, "delta_cross"}:
         return "residual add or its norm" if last == "stream" else "residual add"
+    if last == "branch":  # LayerNorm for RMSNorm, say
+        return f"{kind} or its norm"
     return f"{kind} or residual add" if last == "stream" else sublayer
 
 

@@ -73,6 +73,7 @@ import resource, sys
 from simlab.budget.process import tune_process
 tune_process()
 from simlab import compose, experiment
+from simlab.experiment import batches, pipeline  # torch, which INTERPRETER counts
 def peak():
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

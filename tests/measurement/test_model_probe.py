@@ -79,8 +79,14 @@ def test_rows_match_layer_submodules(kind):
     assert frame["block"].tolist() == [pd.NA, 0, 0, 1, 1, 2, 2]
     if kind != "Olmo":  # its norm has no gain, and its eps is no attribute
         assert frame["eps_factor"].iloc[1] < 0.999  # eps is seen
-        assert frame["law_additive"].notna().all()
+        normed = frame["law_additive"].notna().all()  # a law only where branches are
+        assert normed == (kind in ("Olmo2", "Olmo3", "Gemma2", "Gemma3"))
     assert frame["attention_max_logit"].isna().all()
+
+
+def without_theory(frame):
+    """A probed model's init isn't known, so nothing is predicted."""
+    return frame.drop(columns=["law_mean_field", "band_mean_field"])
 
 
 def test_olmo2_rows_match_the_engine(tmp_path):
@@ -99,14 +105,14 @@ def test_olmo2_rows_match_the_engine(tmp_path):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_own_model_rows_match_the_engine(placement):
     config = tiny(*placed(placement), "init.std=0.1")
-    engine = run(config).curve
+    engine = without_theory(run(config).curve)
     ids = ids_of(config)
     model = build_model(config)
-    frame = probe(model, ids, curve="random").rows()
+    frame = without_theory(probe(model, ids, curve="random").rows())
     pd.testing.assert_frame_equal(frame, engine, check_exact=True)
     with probe(model, curve="random") as probing:  # with autograd on
         model(ids).sum().backward()
-    pd.testing.assert_frame_equal(probing.rows(), engine, check_exact=True)
+    pd.testing.assert_frame_equal(without_theory(probing.rows()), engine, check_exact=True)
 
 
 @pytest.mark.parametrize(
