@@ -186,7 +186,7 @@ def saw_tooth(curve: Curve, found: re.Match[str], start: int) -> bool:
         right &= any(near(found[4], peak) for peak in peaks)
         right &= not len(large) or number(found[4]) <= 1.006 * large.min()
     if found[3] and len(falls) > 1:
-        right &= set(np.diff(curve.sublayers[falls])) == {int(found[3])}
+        right &= not (np.diff(curve.sublayers[falls]) % int(found[3])).any()
     return right
 
 

@@ -51,16 +51,15 @@ def measure(
     """
     config = ready.config
     measured = _measured(ready, on_block, curves_of) if config.measures else []
-    theory = (
-        predicted(ready) if config.seeds else None
-    )  # after it: its memory isn't part of the peak
+    # After measuring, so that its memory isn't part of the measurement's peak.
+    theory = predicted(ready) if config.seeds else None
     frame, cuts = pd.DataFrame(), Cuts([], [])
     verdicts: dict[str, Verdict] = {}
     if measured:
         frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
-        massive = set(frame.loc[frame["massive"] == 1, "curve"])
+        outliers = set(frame.loc[frame["massive"] == 1, "curve"]) & {"checkpoint"}
         verdicts = {
-            name: judge(of_curve, config.dtype, name, massive=name in massive)
+            name: judge(of_curve, config.dtype, name, massive=name in outliers)
             for name, of_curve in by_curve.items()
         }
     instead = theory if config.engine == "theory" else None
