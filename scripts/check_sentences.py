@@ -22,6 +22,9 @@ import numpy as np
 import pandas as pd
 from theory_error import draw
 
+from simlab.config import ModelConfig
+from simlab.theory.mean_field import PredictedRow
+
 NUMBER = r"(\(?-?\d[\d.,]*(?:e-?\d+)?(?: ± [\d.e-]+\)?)?(?:·10\^-?\d+)?|10\^-?\d+)"
 WIDTHS = (64, 128, 256, 512)
 
@@ -112,7 +115,11 @@ def linear(curve: Curve, found: re.Match[str], start: int) -> bool:
     x = (rows - start).astype(float)
     sign = 1 if found[1] == "grows" else -1
     per_row = (curve.v[-1] - curve.v[start]) / (len(curve.v) - 1 - start)
-    per_step = sign * per_row * (2 if found[3] == "block" else 1)
+    per_step = sign * per_row
+    if found[3] == "block":
+        ends = np.flatnonzero(curve.kinds == "mlp")
+        ends = ends[ends >= start]
+        per_step = sign * (curve.v[ends[-1]] - curve.v[ends[0]]) / (len(ends) - 1)
     right = near(found[2], per_step, 0.03)
     if found[4]:
         steps = np.diff(curve.v[start:])
@@ -322,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(false > 0)
 
 
-def normalises_of(model: object, rows: Sequence[object]) -> list[str | None]:
+def normalises_of(model: ModelConfig, rows: Sequence[PredictedRow]) -> list[str | None]:
     """What each predicted row's last norm acts on, as the scheme says it."""
     from simlab.schemes.placement import at
 

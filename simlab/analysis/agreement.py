@@ -79,6 +79,8 @@ def agreement(curves: Curves) -> Agreement | None:
         return None
     predicted, band = (theory.column(name, rows) for name in ("mean_square", "band"))
     known = int(np.isfinite(predicted).sum())
+    if known < 2:  # no sublayer to compare
+        return None
     v, predicted, band = curves.mean_square[:, :known], predicted[:known], band[:known]
     mean = v.mean(0)
     spread = np.maximum(band, v.std(0, ddof=1)) if curves.count >= MIN_SEEDS else band
@@ -96,10 +98,10 @@ def agreement(curves: Curves) -> Agreement | None:
 
 
 def component(curves: Curves, row: int) -> str:
-    """What is off in the first row that departs: embedding, attention, mlp, norm or residual add.
+    """What is off in the first row that departs: embedding, attention, mlp, norm, or branch or add.
 
     A sublayer, if its output before norms isn't what theory predicts; a norm, if the output is and what
-    is added isn't; else the add, of a branch that isn't at right angles to the stream.
+    is added isn't; else the branch, by less than BLAMED, or the add, which can't be told apart.
     """
     kind = curves.kinds[row]
     if kind == "embedding":
@@ -108,7 +110,7 @@ def component(curves: Curves, row: int) -> str:
         row and curves.normalises[row] == "stream" and _off(curves, row) is None
     ):
         return "norm"
-    return _off(curves, row) or "residual add"
+    return _off(curves, row) or "branch or the residual add"
 
 
 def _off(curves: Curves, row: int) -> str | None:

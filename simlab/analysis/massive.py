@@ -85,7 +85,7 @@ def token_changes(rows: pd.DataFrame, sequences: int, length: int) -> list[Chang
             same = token[of] == token[other]
             factor = ratio["first" if every[of] and not same else "max"][k]
             beyond = factor / median if of > other else median / factor
-            if beyond >= JUMP:
+            if beyond >= JUMP and (factor > 1 if of > other else 0 < factor < 1):
                 sequence, position = divmod(int(token[of]), length)
                 found.append(
                     Change(

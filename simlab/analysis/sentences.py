@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from simlab.analysis.agreement import MATTERS, Agreement, enough_seeds
 from simlab.analysis.curve import Curves
 from simlab.analysis.numbers import interval, off_by, percent, plus_minus, power_of_ten, short
-from simlab.analysis.resampling import MIN_SEEDS, Estimate
+from simlab.analysis.resampling import MIN_SEEDS, Estimate, jackknife
 from simlab.analysis.shape import HELD
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
@@ -86,16 +88,21 @@ def _theory(curves: Curves, found: Agreement | None) -> Iterator[str]:
     if theory is None:
         return
     if found is None:
-        yield f"Theory predicts no curve here: {theory.ends}."
+        if theory.ends and len(theory.rows) < 2:
+            yield f"Theory predicts no curve here: {theory.ends}."
         return
+    curve = "The curve"
+    if found.known < curves.whole:
+        curve = f"Up to sublayer {_sublayer(curves, found.known - 1)} the curve"
     size, errors = percent(abs(found.largest)), f"{found.errors:.1f} joint standard errors"
     if found.status == "agrees":
-        yield f"The curve is what theory predicts: off by at most {size} and {errors}."
+        yield f"{curve} is what theory predicts: off by at most {size} and {errors}."
     elif found.status == "chance":
         seeds = enough_seeds(found.reach * math.sqrt(curves.count))
+        tell = f"; {seeds} seeds would tell to {percent(MATTERS)}" if seeds > curves.count else ""
         yield (
-            f"The curve may be what theory predicts: it is off by at most {size} and {errors}, which "
-            f"chance explains; {seeds} seeds would tell to {percent(MATTERS)}."
+            f"{curve} may be what theory predicts: it is off by at most {size} and {errors}, which "
+            f"chance and theory's own error explain{tell}."
         )
     else:
         assert found.first is not None
@@ -103,18 +110,18 @@ def _theory(curves: Curves, found: Agreement | None) -> Iterator[str]:
         where = f"first at {row_place(curves, found.first)}, where {_blame(found.component)} off"
         if found.status == "near":
             yield (
-                f"The curve is within {size} of what theory predicts, but off beyond chance "
+                f"{curve} is within {size} of what theory predicts, but off beyond chance "
                 f"({errors}), {where}."
             )
         else:
-            yield f"The curve is not what theory predicts: off by {size} ({errors}), {where}."
-    if theory.ends is not None:
+            yield f"{curve} is not what theory predicts: off by {size} ({errors}), {where}."
+    if theory.ends is not None and found.known == len(theory.rows):
         yield f"Theory ends before the model: {theory.ends}."
 
 
 def _blame(component: str) -> str:
     return {
-        "norm": "the norm is", "residual add": "the residual add is", "embedding": "it is",
+        "norm": "the norm is", "embedding": "it is",
         "attention": "attention's output is", "mlp": "the MLP's output is",
     }.get(component, f"the {component} is")  # fmt: skip
 
@@ -122,6 +129,7 @@ def _blame(component: str) -> str:
 def _grows(curves: Curves, v: Array, verdict: Verdict) -> str:
     """The growth clause: the word, its numbers, how well it fits, and the rows that are set aside."""
     shape, mean = verdict.shape, v.mean(0)
+    curves = replace(curves, mean_square=v)
     text = _CLAUSES[shape.word](curves, mean, verdict)
     if shape.held == "eps":
         first = _sublayer(curves, shape.start)
@@ -149,18 +157,29 @@ def _linear(curves: Curves, mean: Array, verdict: Verdict) -> str:
 
 
 def _amount(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    """``1.00 ± 0.01 per sublayer``, or per block where attention and MLP add different amounts."""
+    """``1.00 ± 0.01 per sublayer``, or per block where attention and MLP add different amounts.
+
+    Per block: over pairs of blocks' ends without a norm of the stream between.
+    """
     size = _positive(verdict.growth.per_sublayer)
-    start, kinds = verdict.shape.start, np.array(curves.kinds)
-    steps = np.diff(mean[start - 1 :])[1:]
-    by_kind = {kind: steps[kinds[start + 1 :] == kind] for kind in ("attention", "mlp")}
-    added = {kind: float(own.mean()) for kind, own in by_kind.items() if len(own)}
-    if len(added) < 2 or abs(np.diff(list(added.values()))[0]) < 0.2 * 2 * size.value:
+    kinds = curves.kinds
+    ends = [i for i in range(verdict.shape.start, len(mean)) if kinds[i] == "mlp"]
+    pairs = [
+        (i, j) for i, j in itertools.pairwise(ends) if kinds[i + 1 : j + 1] == ["attention", "mlp"]
+    ]
+    if not pairs:
         return f"{plus_minus(size)} per sublayer"
-    both = Estimate(2 * size.value, *(None if x is None else 2 * x for x in (size.low, size.high)))
+    first, second = (np.array(rows) for rows in zip(*pairs, strict=True))
+    added = (
+        float((mean[first + 1] - mean[first]).mean()),
+        float((mean[second] - mean[first + 1]).mean()),
+    )
+    if abs(added[0] - added[1]) < 0.4 * size.value:
+        return f"{plus_minus(size)} per sublayer"
+    block = jackknife(curves.mean_square, lambda w: (w[..., second] - w[..., first]).mean(-1))
     return (
-        f"{plus_minus(both)} per block (attention adds {short(added['attention'])}, "
-        f"the MLP {short(added['mlp'])})"
+        f"{plus_minus(_positive(block))} per block (attention adds {short(added[0])}, "
+        f"the MLP {short(added[1])})"
     )
 
 
@@ -242,9 +261,11 @@ def _faster(v: Array) -> str:
     """What may be said of growth by decades: that it is faster than exponential."""
     if (v <= 0).any() or len(v) < 6:
         return ""
-    half, logs = len(v) // 2, np.log(v)
-    first, second = logs[half] - logs[0], logs[-1] - logs[half]
-    faster = second > 1.5 * max(first, 0) and logs[-1] - logs[0] > math.log(100)
+    logs = np.log(v)[np.linspace(0, len(v) - 1, 5).round().astype(int)]  # growth by quarters
+    steps = np.diff(logs)
+    faster = (
+        steps[0] > 0 and (steps[1:] > 1.2 * steps[:-1]).all() and logs[-1] - logs[0] > math.log(100)
+    )
     return "; it grows faster than exponentially" if faster else ""
 
 
@@ -301,6 +322,8 @@ def _sqrt2(curves: Curves, verdict: Verdict) -> Iterator[str]:
     ends = [i for i, kind in enumerate(curves.kinds) if kind == "mlp"] or [len(mean) - 1]
     row = max(ends, key=lambda i: mean[i]) if verdict.shape.word == "saw-tooth" else ends[-1]
     said = float(law.predict(curves.rows)[:, row].mean()) / math.log(10)
+    if not math.isfinite(said):  # an embedding of zeros
+        return
     # 2·√2 per layer: the mean square times 8 per block, from the last re-norm on.
     since = max((i for i in range(row) if curves.kinds[i] == "renorm"), default=0)
     steps = sum(kind == "mlp" for kind in curves.kinds[since + 1 : row + 1])
@@ -343,7 +366,8 @@ def _gradients(curves: Curves) -> Iterator[str]:
         predicted = theory.column("gradient_rms", len(curves.kinds))[first : last + 1]
         if np.isfinite(predicted).any():
             error = float(np.nanmax(np.abs(logs - np.log(predicted))))
-            text += f"; theory predicts it to {off_by(error)}"
+            right = error < math.log1p(2 * MATTERS)
+            text += f"; theory {'predicts it to' if right else 'is off by'} {off_by(error)}"
         elif theory.no_gradient:
             text += f"; theory predicts none: {theory.no_gradient}"
     yield f"{text}."

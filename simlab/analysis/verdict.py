@@ -81,7 +81,8 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
     if error <= math.log1p(MATTERS):
         return Fit(error, p_value, "holds")
     scatter = float(gap[:, worst].std(ddof=1) / np.abs(np.exp(mean_v - unit)[worst]))
-    return Fit(error, p_value, "unknown", enough_seeds(scatter))
+    enough = enough_seeds(scatter)
+    return Fit(error, p_value, "unknown", enough if enough > curves.count else 0)
 
 
 def of_theory(found: Agreement | None) -> Fit:

@@ -245,7 +245,7 @@ def _rising(curves: Sequence[_Curve], norms: str) -> Iterator[str]:
         if holding:
             size = _each(holding, lambda c: off_by(c.law("additive")["log_error"]))
             text += (
-                ", because each sublayer adds a branch normed to 1 at right angles to the stream (this "
+                ", because each sublayer adds a normed branch at right angles to the stream (this "
                 f"additive law holds to {size})"
             )
         text += "."

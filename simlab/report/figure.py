@@ -111,7 +111,7 @@ def _laws(ax: Axes, frame: pd.DataFrame) -> None:
         mean[mean.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
         _law(ax, law, mean)
         if law.name == "mean_field":
-            std = frame.groupby("x")["band_mean_field"].mean()
+            std = frame[frame["curve"] == basis(frame)].groupby("x")["band_mean_field"].mean()
             law_band(ax, mean.index.to_series(), mean, std, law)
 
 

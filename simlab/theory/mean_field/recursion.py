@@ -175,7 +175,7 @@ def predict(
         steps = [(one.step, one.out) for one in passed]
         for value, std in zip(values, band(steps, kernel, flat, fourth, model.width), strict=True):
             value["band"] = float(std)
-    no_gradient = None
+    no_gradient = "the predicted curve ends early" if gradients and ends else None
     if gradients and ends is None:
         head = laws["embedding" if model.tied else "head"].std
         if model.tied and _tied_head_knows(model, passed, head):
