@@ -122,9 +122,10 @@ def linear(curve: Curve, found: re.Match[str], start: int) -> bool:
         per_step = sign * (curve.v[ends[-1]] - curve.v[ends[0]]) / (len(ends) - 1)
     right = near(found[2], per_step, 0.03)
     if found[4]:
-        steps = np.diff(curve.v[start:])
+        first = int(ends[0])  # whole blocks
+        steps, kinds = np.diff(curve.v[first:]), curve.kinds[first + 1 :]
         for group, kind in ((4, "attention"), (5, "mlp")):
-            own = steps[curve.kinds[start + 1 :] == kind].mean()
+            own = steps[kinds == kind].mean()
             right &= near(found[group], own, 0.02)
     misfit = 100 * line_error(x, curve.v[rows])
     return right and misfit < 15 and abs(number(found[6]) - misfit) < 0.06 * misfit + 0.011
