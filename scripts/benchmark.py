@@ -224,10 +224,10 @@ def crossover(overrides: Sequence[str]) -> None:
                     def work(weights: object = weights) -> object:
                         return measure_curves(
                             weights,  # type: ignore[arg-type]
-                            ids,  # noqa: B023
+                            ids,  # noqa: B023 (called within the loop's own turn)
                             torch.device("cpu"),
                             torch.float32,
-                            gradients,  # noqa: B023
+                            gradients,  # noqa: B023 (as above)
                         )
 
                     seconds[name] = min(timed(work), seconds.get(name, np.inf))

@@ -98,7 +98,7 @@ def agreement(curves: Curves) -> Agreement | None:
 
 
 def component(curves: Curves, row: int) -> str:
-    """What is off in the first row that departs: embedding, attention, mlp, norm, or branch or add.
+    """The component that is off in a row: embedding, attention, mlp, norm, or branch or add.
 
     A sublayer, if its output before norms isn't what theory predicts; a norm, if the output is and what
     is added isn't; else the branch, by less than BLAMED, or the add, which can't be told apart.

@@ -184,7 +184,7 @@ def _direction(of: Split) -> str:
 
 
 def _terms(own: Split, drawn: Split | None) -> str:
-    """What the alignment of a checkpoint's branches adds to their size, and that of random inits'."""
+    """A sentence on how the branches' alignment changes the growth, beside that of random inits."""
 
     def change(of: Split, size: str) -> str:
         aligned = short(abs(of.alignment))

@@ -46,7 +46,7 @@ class Change:
 
     @property
     def token(self) -> tuple[int, int, bool]:
-        """What tells tokens apart: one position 0 stands for every sequence's."""
+        """The token's identity; position 0 of all sequences counts as one token if ``every``."""
         return (0 if self.every else self.sequence, self.position, self.every)
 
     @property

@@ -258,7 +258,7 @@ def _none(curves: Curves, mean: Array, verdict: Verdict) -> str:
 
 
 def _faster(v: Array) -> str:
-    """What may be said of growth by decades: that it is faster than exponential."""
+    """A clause that says that v (n,) grows faster than exponentially, or an empty text."""
     if (v <= 0).any() or len(v) < 6:
         return ""
     logs = np.log(v)[np.linspace(0, len(v) - 1, 5).round().astype(int)]  # growth by quarters
@@ -314,7 +314,7 @@ def _claim(name: str, fit: Fit, certain: bool) -> str:
 
 
 def _sqrt2(curves: Curves, verdict: Verdict) -> Iterator[str]:
-    """What the thread's two sentences would have meant, at the row where the curve is largest."""
+    """The mean squares that both rates of the discussion would give, at the end or the highest peak."""
     law = LAWS["sqrt2"]
     if not law.applies(curves.rows) or len(curves.kinds) < 3:
         return
@@ -322,12 +322,12 @@ def _sqrt2(curves: Curves, verdict: Verdict) -> Iterator[str]:
     ends = [i for i, kind in enumerate(curves.kinds) if kind == "mlp"] or [len(mean) - 1]
     row = max(ends, key=lambda i: mean[i]) if verdict.shape.word == "saw-tooth" else ends[-1]
     said = float(law.predict(curves.rows)[:, row].mean()) / math.log(10)
-    if not math.isfinite(said):  # an embedding of zeros
-        return
     # 2·√2 per layer: the mean square times 8 per block, from the last re-norm on.
     since = max((i for i in range(row) if curves.kinds[i] == "renorm"), default=0)
+    if not math.isfinite(said) or not mean[since] > 0:  # an embedding of zeros
+        return
     steps = sum(kind == "mlp" for kind in curves.kinds[since + 1 : row + 1])
-    layer = power_of_ten(float(np.log10(max(mean[since], 1e-300))) + steps * math.log10(8))
+    layer = power_of_ten(math.log10(mean[since]) + steps * math.log10(8))
     blocks = sum(kind == "mlp" for kind in curves.kinds[: row + 1])
     where = f"after {blocks} block{'s' if blocks > 1 else ''}"
     yield (
@@ -365,7 +365,8 @@ def _gradients(curves: Curves) -> Iterator[str]:
     if theory is not None:
         predicted = theory.column("gradient_rms", len(curves.kinds))[first : last + 1]
         if np.isfinite(predicted).any():
-            error = float(np.nanmax(np.abs(logs - np.log(predicted))))
+            with np.errstate(divide="ignore"):  # a prediction of 0 is off by any factor
+                error = float(np.nanmax(np.abs(logs - np.log(predicted))))
             right = error < math.log1p(2 * MATTERS)
             text += f"; theory {'predicts it to' if right else 'is off by'} {off_by(error)}"
         elif theory.no_gradient:

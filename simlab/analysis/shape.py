@@ -38,9 +38,8 @@ REACHED = 0.8
 LEAST_BLOCKS = 5
 LEAST_POINTS = 4  # fewer fit anything
 ERRORS = 2.0  # standard errors that chance may move a point by
-MOST_CHANCE = (
-    0.08  # of the range, or of a constant's level: where chance is larger, no word is right
-)
+# Of the range, or of a constant's level: where chance is larger, no word is right.
+MOST_CHANCE = 0.08
 DROP = 0.05  # of v: a norm of the stream that takes less away makes no saw-tooth
 SLACK = 1.5  # on the tolerances of theory's own word
 _MOVED = ("constant", "saw-tooth")  # whose tolerance theory's word moves, besides the families'

@@ -90,7 +90,8 @@ def of_theory(found: Agreement | None) -> Fit:
     if found is None:
         return Fit(math.nan, None, "unknown")
     status = {"agrees": "holds", "chance": "unknown"}.get(found.status, "fails")
-    return Fit(abs(math.log1p(found.largest)), None, status)
+    error = math.inf if found.largest == -1 else abs(math.log1p(found.largest))  # -1: all is zero
+    return Fit(error, None, status)
 
 
 def linear(p: Estimate) -> bool:

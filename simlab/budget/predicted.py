@@ -1,4 +1,4 @@
-"""What a predicted curve (``engine=theory``) costs; the constants are measured on one busy CPU core."""
+"""Memory and time of a predicted curve (``engine=theory``), by constants measured on one busy core."""
 
 from __future__ import annotations
 

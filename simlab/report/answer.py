@@ -224,9 +224,9 @@ def _table(drawn: Sequence[_Curve], trained: Sequence[_Curve]) -> Iterator[str]:
         cells = (c.cell("norm"), c.mean_cell(), c.cell("mean_abs"), c.cell("variance"))
         rows.append(f"| {' | '.join([who, *cells, c.cell('law_mean_field')])} |")
     yield "\n".join(rows)
-    saws = (
-        "; with re-norms at the peaks → after the re-norms" if any(c.resets for c in drawn) else ""
-    )
+    saws = ""
+    if any(c.resets for c in drawn):
+        saws = "; with re-norms at the peaks → after the re-norms"
     yield (
         f"Means over seeds after the first block → after the last{saws}. Of the mean the lowest to the "
         "highest seed, after the last block or at the peaks. Theory: the mean square that it predicts, "
@@ -262,7 +262,9 @@ def _claimed(curves: Sequence[_Curve], where: str) -> str:
     curves = [c for c in curves if c.law("sqrt2")["log_error"] is not None]
     if not curves:
         return ""
-    sqrt2, layer, real = (_each(curves, lambda c, i=i: c.claims()[i], whole=True) for i in range(3))  # type: ignore[misc]
+    sqrt2 = _each(curves, lambda c: c.claims()[0], whole=True)
+    layer = _each(curves, lambda c: c.claims()[1], whole=True)
+    real = _each(curves, lambda c: c.claims()[2], whole=True)
     return (
         f" √2 per sublayer would have led to {sqrt2} {where}, and “2·√2 per layer” to {layer}; it is "
         f"{real}."
@@ -329,15 +331,12 @@ def _lambda(rising: Sequence[_Curve], saws: Sequence[_Curve]) -> Iterator[str]:
     if known:
         texts = []
         for key, words in _LAMBDAS.items():
-            said = _each(known, lambda c, key=key: plus_minus(Estimate(**c.exponents[key])))  # type: ignore[misc]
-            texts.append(f"{said} {words}{_predicted(known, key)}")
+            texts.append(f"{_exponents(known, key)} {words}{_predicted(known, key)}")
         near = all(abs(c.exponents[key]["value"]) < NEAR for c in known for key in _LAMBDAS)
         ratio = _each(known, lambda c: short(_ratio(c)))
-        text = (
-            "**λ near 0, as in the paper, is no contradiction:** λ"
-            if near
-            else "**The exponent λ**"
-        )
+        text = "**The exponent λ**"
+        if near:
+            text = "**λ near 0, as in the paper, is no contradiction:** λ"
         text += f" from the first block to the last is {' and '.join(texts)}"
         text += f", while the mean square changes by a factor of {ratio}"
         if all(c.exponents.get("lambda_token_sqrt2") for c in known):
@@ -346,11 +345,10 @@ def _lambda(rising: Sequence[_Curve], saws: Sequence[_Curve]) -> Iterator[str]:
         text += ". λ is a logarithm over the number of blocks"
         linear = all(c.verdict["shape"] == "linear" for c in known)
         text += ": of linear growth it tends to 0 with depth." if linear else "."
-    both = [c for c in saws if c.exponents.get("lambda_from_first")]
+    first = "lambda_from_first"
+    both = [c for c in saws if c.exponents.get(first)]
     if both:
-        extremes = _each(
-            both, lambda c: _span(pd.Series(c.exponents["lambda_from_first"], dtype=float))
-        )
+        extremes = _each(both, lambda c: _span(pd.Series(c.exponents[first], dtype=float)))
         text += f" With re-norms it depends on the block where one stops: {extremes}."
     if text:
         yield text.strip()
@@ -359,6 +357,10 @@ def _lambda(rising: Sequence[_Curve], saws: Sequence[_Curve]) -> Iterator[str]:
 def _ratio(c: _Curve) -> float:
     v = c.steps["mean_square"]
     return float(v[c.top] / v[c.first])
+
+
+def _exponents(curves: Sequence[_Curve], key: str) -> str:
+    return _each(curves, lambda c: plus_minus(Estimate(**c.exponents[key])))
 
 
 def _predicted(curves: Sequence[_Curve], key: str) -> str:

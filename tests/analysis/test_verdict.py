@@ -328,7 +328,10 @@ def test_growth_per_block():
 
 
 def test_zero_embedding_and_plateau():
-    assert "√2" not in judge(made(np.zeros((8, 17))), "float32").sentence
+    v = np.r_[4e-4, np.arange(1.0, 17)]
+    nothing = judge(made(np.zeros((8, 17)), theory=predicted(v, 0.05 * v)), "float32")
+    assert "√2" not in nothing.sentence
+    assert nothing.laws["mean_field"].log_error == np.inf
     v = np.r_[np.ones(10), 100, np.full(6, 200.0)]
     assert "faster than exp" not in judge(made(v[None]), "float32", "checkpoint").sentence
     v = np.exp(0.02 * np.arange(17.0) ** 2.4)
