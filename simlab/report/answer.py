@@ -7,168 +7,26 @@ name that the config key ``answer`` picks.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import pandas as pd
 
-from simlab.analysis.agreement import Agreement
 from simlab.analysis.curve import INITS
-from simlab.analysis.numbers import off_by, percent, plus_minus, power_of_ten, short
+from simlab.analysis.numbers import off_by, percent, plus_minus, short
 from simlab.analysis.resampling import Estimate, t_quantile
+from simlab.report.swept import SweptCurve, SweptJob, span, swept_curves
 
-MEANS = ("norm", "mean", "mean_abs", "variance", "mean_square", "law_mean_field")
 NEAR = 0.1  # of a growth exponent that is called near 0; the paper's own figures lie within
 CHANCE = 0.99  # of the interval around a mean of seeds in which 0 is chance
-
-
-@dataclass(frozen=True)
-class SweptJob:
-    """How a job of a sweep ended: with a curve.csv and a summary.json, or with an error, or not yet.
-
-    values: of the swept keys.
-    """
-
-    values: Mapping[str, Any]
-    error: str = ""
-    frame: pd.DataFrame | None = None
-    summary: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Curve:
-    """One kind of curve of a job, as the means over its seeds after each step that all reach.
-
-    name: random, theory or checkpoint. stored: True if the job has a checkpoint.
-    """
-
-    name: str
-    summary: Mapping[str, Any]
-    rows: pd.DataFrame
-
-    @property
-    def stored(self) -> bool:
-        return bool(self.summary["config"]["source"]["kind"] != "random")
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.summary["config"]["model"]
-        return found
-
-    @property
-    def label(self) -> str:
-        """``7B`` for olmo2_7b; other models by their names."""
-        name = str(self.model["name"])
-        size = re.fullmatch(r"olmo2_(\d+b)", name)
-        return size[1].upper() if size else name
-
-    @property
-    def norms(self) -> str:
-        return str(self.model["norm"]["placement"])
-
-    @property
-    def verdict(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.summary["verdict"][self.name]
-        return found
-
-    @property
-    def exponents(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.summary["lambda"][self.name]
-        return found
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """A row per step: means over seeds of MEANS, and the seeds' least and largest mean."""
-        groups = self.rows.groupby(["sublayer", "kind"], sort=False)
-        known = {column: (column, "mean") for column in MEANS if column in self.rows}
-        extremes = {"low": ("mean", "min"), "high": ("mean", "max")} if "mean" in known else {}
-        steps = groups.agg(block=("block", "first"), count=("seed", "count"), **known, **extremes)
-        steps = steps.reset_index().astype({"block": float})
-        return steps[steps["count"] == steps["count"].max()].reset_index(drop=True)
-
-    @property
-    def resets(self) -> list[int]:
-        """The rows of re-norms; the row before each is a peak."""
-        return np.flatnonzero(self.steps["kind"] == "renorm").tolist()
-
-    @property
-    def first(self) -> int:
-        """The row of the first block's end."""
-        return int(np.flatnonzero(self.steps["block"] == 0)[-1])
-
-    @property
-    def top(self) -> int:
-        """The row that is spoken of: the largest peak of a saw-tooth, else the last row."""
-        peaks = [row - 1 for row in self.resets]
-        v = self.steps["mean_square"]
-        return max(peaks, key=lambda row: v[row]) if peaks else len(v) - 1
-
-    def cell(self, column: str) -> str:
-        """From the first block's end to the last; of a saw-tooth peaks, and what re-norms set."""
-        if column not in self.steps or self.steps[column].isna().all():
-            return "–"
-        values = self.steps[column]
-        before, after = [self.first], [len(values) - 1]
-        if self.resets:
-            before, after = [row - 1 for row in self.resets], self.resets
-        return f"{_span(values[before])} → {_span(values[after])}"
-
-    def mean_cell(self) -> str:
-        """The mean at that end (of a saw-tooth: at peaks), the seeds' least and largest."""
-        if "mean" not in self.steps:
-            return "–"
-        rows = [row - 1 for row in self.resets] or [len(self.steps) - 1]
-        low, high = self.steps["low"][rows].min(), self.steps["high"][rows].max()
-        return _span(pd.Series([low, high]), digits=2)
-
-    def claims(self) -> tuple[str, str, str]:
-        """What √2 per sublayer and 2·√2 per layer would have made of the mean square, and what it is.
-
-        At ``top``, from the last re-norm before it, or from the embedding.
-        """
-        v, kinds = self.steps["mean_square"], self.steps["kind"]
-        since = max((row for row in self.resets if row < self.top), default=0)
-        start = math.log10(v[since]) if v[since] > 0 else -math.inf
-        blocks = int((kinds[since + 1 : self.top + 1] == "mlp").sum())
-        said = (start + 2 * blocks * math.log10(2), start + blocks * math.log10(8))
-        sqrt2, layer = ("0" if math.isinf(x) else power_of_ten(x) for x in said)
-        return sqrt2, layer, short(v[self.top])
-
-    def law(self, name: str) -> Mapping[str, Any]:
-        """A law's fit: its status and log_error, None for one that isn't about this placement."""
-        found: Mapping[str, Any] = self.summary["theories"][self.name][name]
-        return found
-
-    @property
-    def agreement(self) -> Agreement | None:
-        held = self.verdict.get("theory")
-        return Agreement(**held) if held and held["largest"] is not None else None
-
-
-def _span(values: pd.Series, digits: int = 3) -> str:
-    low, high = (short(float(value), digits) for value in (values.min(), values.max()))
-    return low if low == high else f"{low} to {high}"
-
-
-def _curves(jobs: Sequence[SweptJob]) -> Iterator[_Curve]:
-    for each in jobs:
-        if each.frame is None or each.summary is None:
-            continue
-        for name, rows in each.frame.groupby("curve", sort=False):
-            curve = _Curve(str(name), each.summary, rows)
-            if (curve.steps["block"] == 0).any():  # else it overflows within its first block
-                yield curve
 
 
 def _listed(texts: Sequence[str]) -> str:
     return " and ".join(([", ".join(texts[:-1])] if texts[:-1] else []) + list(texts[-1:]))
 
 
-def _each(curves: Sequence[_Curve], text_of: Callable[[_Curve], str], whole: bool = False) -> str:
+def _each(
+    curves: Sequence[SweptCurve], text_of: Callable[[SweptCurve], str], whole: bool = False
+) -> str:
     """``1.99 (7B and 13B) and 2 (32B)``: a text of each curve, equal ones once.
 
     whole: a text of them all needs no labels.
@@ -183,7 +41,7 @@ def _each(curves: Sequence[_Curve], text_of: Callable[[_Curve], str], whole: boo
 
 def issue797(jobs: Sequence[SweptJob]) -> str:
     """What allenai/OLMo issue 797 asked, answered with a sweep's numbers."""
-    curves = list(_curves(jobs))
+    curves = list(swept_curves(jobs))
     drawn = [c for c in curves if c.name in INITS]
     alone = [c for c in drawn if not c.stored] or drawn
     trained = [c for c in curves if c.name == "checkpoint"]
@@ -196,7 +54,7 @@ def issue797(jobs: Sequence[SweptJob]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _header(curves: Sequence[_Curve]) -> Iterator[str]:
+def _header(curves: Sequence[SweptCurve]) -> Iterator[str]:
     title = "**How do activations grow with depth in a random OLMo-2?**"
     if not curves:
         yield f"{title} No job has ended with a curve of random inits."
@@ -213,7 +71,7 @@ def _header(curves: Sequence[_Curve]) -> Iterator[str]:
     yield f"{title} {what}: {init}, {tokens}."
 
 
-def _table(drawn: Sequence[_Curve], trained: Sequence[_Curve]) -> Iterator[str]:
+def _table(drawn: Sequence[SweptCurve], trained: Sequence[SweptCurve]) -> Iterator[str]:
     if not drawn and not trained:
         return
     rows = ["| | norm ‖x‖ | mean | mean \\|x\\| | variance | theory |", "|---|---|---|---|---|---|"]
@@ -234,7 +92,7 @@ def _table(drawn: Sequence[_Curve], trained: Sequence[_Curve]) -> Iterator[str]:
     )
 
 
-def _rising(curves: Sequence[_Curve], norms: str) -> Iterator[str]:
+def _rising(curves: Sequence[SweptCurve], norms: str) -> Iterator[str]:
     """Growth without re-norms: the word, the additive law, and what √2 would have meant."""
     text = f"**`{norms}`{', the norms of OLMo-2' if norms == 'reordered' else ''}:**"
     linear = [c for c in curves if c.verdict["shape"] == "linear"]
@@ -257,7 +115,7 @@ def _rising(curves: Sequence[_Curve], norms: str) -> Iterator[str]:
     yield text + _claimed(curves, "after the last block")
 
 
-def _claimed(curves: Sequence[_Curve], where: str) -> str:
+def _claimed(curves: Sequence[SweptCurve], where: str) -> str:
     """What the thread's two rates would have made of curves that they may be about."""
     curves = [c for c in curves if c.law("sqrt2")["log_error"] is not None]
     if not curves:
@@ -271,12 +129,12 @@ def _claimed(curves: Sequence[_Curve], where: str) -> str:
     )
 
 
-def _saw_tooth(curves: Sequence[_Curve]) -> Iterator[str]:
+def _saw_tooth(curves: Sequence[SweptCurve]) -> Iterator[str]:
     if not curves:
         return
 
-    def v(c: _Curve, rows: Sequence[int]) -> str:
-        return _span(c.steps["mean_square"][list(rows)])
+    def v(c: SweptCurve, rows: Sequence[int]) -> str:
+        return span(c.steps["mean_square"][list(rows)])
 
     every = _each(curves, lambda c: str(c.model["norm"]["every"]), whole=True)
     back = _each(curves, lambda c: v(c, c.resets), whole=True)
@@ -287,7 +145,7 @@ def _saw_tooth(curves: Sequence[_Curve]) -> Iterator[str]:
     )
 
 
-def _mean(curves: Sequence[_Curve]) -> Iterator[str]:
+def _mean(curves: Sequence[SweptCurve]) -> Iterator[str]:
     """The thread's question why the mean starts below zero."""
     curves = [c for c in curves if "mean" in c.steps and c.steps["count"].max() > 2]
     if not curves:
@@ -308,7 +166,7 @@ def _mean(curves: Sequence[_Curve]) -> Iterator[str]:
     )
 
 
-def _after_first(c: _Curve) -> pd.DataFrame:
+def _after_first(c: SweptCurve) -> pd.DataFrame:
     step = c.steps.iloc[c.first]
     return c.rows[(c.rows["sublayer"] == step["sublayer"]) & (c.rows["kind"] == step["kind"])]
 
@@ -325,7 +183,7 @@ _LAMBDAS = {
 }
 
 
-def _lambda(rising: Sequence[_Curve], saws: Sequence[_Curve]) -> Iterator[str]:
+def _lambda(rising: Sequence[SweptCurve], saws: Sequence[SweptCurve]) -> Iterator[str]:
     known = [c for c in rising if all(c.exponents.get(key) for key in _LAMBDAS)]
     text = ""
     if known:
@@ -348,22 +206,22 @@ def _lambda(rising: Sequence[_Curve], saws: Sequence[_Curve]) -> Iterator[str]:
     first = "lambda_from_first"
     both = [c for c in saws if c.exponents.get(first)]
     if both:
-        extremes = _each(both, lambda c: _span(pd.Series(c.exponents[first], dtype=float)))
+        extremes = _each(both, lambda c: span(pd.Series(c.exponents[first], dtype=float)))
         text += f" With re-norms it depends on the block where one stops: {extremes}."
     if text:
         yield text.strip()
 
 
-def _ratio(c: _Curve) -> float:
+def _ratio(c: SweptCurve) -> float:
     v = c.steps["mean_square"]
     return float(v[c.top] / v[c.first])
 
 
-def _exponents(curves: Sequence[_Curve], key: str) -> str:
+def _exponents(curves: Sequence[SweptCurve], key: str) -> str:
     return _each(curves, lambda c: plus_minus(Estimate(**c.exponents[key])))
 
 
-def _predicted(curves: Sequence[_Curve], key: str) -> str:
+def _predicted(curves: Sequence[SweptCurve], key: str) -> str:
     if any(c.exponents.get(f"{key}_mean_field") is None for c in curves):
         return ""
     return f" (theory: {_each(curves, lambda c: short(c.exponents[f'{key}_mean_field']))})"
@@ -378,7 +236,7 @@ STATUSES = {
 }
 
 
-def _theory(curves: Sequence[_Curve]) -> Iterator[str]:
+def _theory(curves: Sequence[SweptCurve]) -> Iterator[str]:
     held: dict[str, list[str]] = {}
     for c in curves:
         found = c.agreement
@@ -394,7 +252,7 @@ def _theory(curves: Sequence[_Curve]) -> Iterator[str]:
         )
 
 
-def _trained(curves: Sequence[_Curve]) -> Iterator[str]:
+def _trained(curves: Sequence[SweptCurve]) -> Iterator[str]:
     if not curves:
         yield (
             "**Trained weights are not in these numbers.** The same command with `source=checkpoint "
@@ -405,7 +263,7 @@ def _trained(curves: Sequence[_Curve]) -> Iterator[str]:
         yield f"**{c.label}, trained:** {' '.join(said)}"
 
 
-def _missing(jobs: Sequence[SweptJob], curves: Sequence[_Curve]) -> Iterator[str]:
+def _missing(jobs: Sequence[SweptJob], curves: Sequence[SweptCurve]) -> Iterator[str]:
     texts = []
     for each in jobs:
         if each.summary is None:

@@ -229,7 +229,8 @@ def report(folder: Path) -> bool:
 
 def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
     """Write the answer that a sweep's plan names, from its jobs' files; None where it names none."""
-    from simlab.report.answer import WRITERS, SweptJob
+    from simlab.report.answer import WRITERS
+    from simlab.report.swept import SweptJob
 
     name = _read_object(folder / PLAN).get("answer")
     if name is None:

@@ -1,0 +1,164 @@
+"""A sweep's curves as a written answer speaks of them: a kind of curve of a job, its seeds' means."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.agreement import Agreement
+from simlab.analysis.numbers import power_of_ten, short
+
+MEANS = ("norm", "mean", "mean_abs", "variance", "mean_square", "law_mean_field")
+
+
+@dataclass(frozen=True)
+class SweptJob:
+    """How a job of a sweep ended: with a curve.csv and a summary.json, or with an error, or not yet.
+
+    values: of the swept keys.
+    """
+
+    values: Mapping[str, Any]
+    error: str = ""
+    frame: pd.DataFrame | None = None
+    summary: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SweptCurve:
+    """One kind of curve of a job, as the means over its seeds after each step that all reach.
+
+    name: random, theory or checkpoint.
+    """
+
+    name: str
+    summary: Mapping[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def stored(self) -> bool:
+        """True if the job has a checkpoint."""
+        return bool(self.summary["config"]["source"]["kind"] != "random")
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The shape in the job's config."""
+        found: Mapping[str, Any] = self.summary["config"]["model"]
+        return found
+
+    @property
+    def label(self) -> str:
+        """``7B`` for olmo2_7b; other models by their names."""
+        name = str(self.model["name"])
+        size = re.fullmatch(r"olmo2_(\d+b)", name)
+        return size[1].upper() if size else name
+
+    @property
+    def norms(self) -> str:
+        """The norm placement."""
+        return str(self.model["norm"]["placement"])
+
+    @property
+    def verdict(self) -> Mapping[str, Any]:
+        """Its verdict in the summary."""
+        found: Mapping[str, Any] = self.summary["verdict"][self.name]
+        return found
+
+    @property
+    def exponents(self) -> Mapping[str, Any]:
+        """Its λ's in the summary."""
+        found: Mapping[str, Any] = self.summary["lambda"][self.name]
+        return found
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row per step: means over seeds of MEANS, and the seeds' least and largest mean."""
+        groups = self.rows.groupby(["sublayer", "kind"], sort=False)
+        known = {column: (column, "mean") for column in MEANS if column in self.rows}
+        extremes = {"low": ("mean", "min"), "high": ("mean", "max")} if "mean" in known else {}
+        steps = groups.agg(block=("block", "first"), count=("seed", "count"), **known, **extremes)
+        steps = steps.reset_index().astype({"block": float})
+        return steps[steps["count"] == steps["count"].max()].reset_index(drop=True)
+
+    @property
+    def resets(self) -> list[int]:
+        """The rows of re-norms; the row before each is a peak."""
+        return np.flatnonzero(self.steps["kind"] == "renorm").tolist()
+
+    @property
+    def first(self) -> int:
+        """The row of the first block's end."""
+        return int(np.flatnonzero(self.steps["block"] == 0)[-1])
+
+    @property
+    def top(self) -> int:
+        """The row that is spoken of: the largest peak of a saw-tooth, else the last row."""
+        peaks = [row - 1 for row in self.resets]
+        v = self.steps["mean_square"]
+        return max(peaks, key=lambda row: v[row]) if peaks else len(v) - 1
+
+    def cell(self, column: str) -> str:
+        """From the first block's end to the last; of a saw-tooth peaks, and what re-norms set."""
+        if column not in self.steps or self.steps[column].isna().all():
+            return "–"
+        values = self.steps[column]
+        before, after = [self.first], [len(values) - 1]
+        if self.resets:
+            before, after = [row - 1 for row in self.resets], self.resets
+        return f"{span(values[before])} → {span(values[after])}"
+
+    def mean_cell(self) -> str:
+        """The mean at that end (of a saw-tooth: at peaks), the seeds' least and largest."""
+        if "mean" not in self.steps:
+            return "–"
+        rows = [row - 1 for row in self.resets] or [len(self.steps) - 1]
+        low, high = self.steps["low"][rows].min(), self.steps["high"][rows].max()
+        return span(pd.Series([low, high]), digits=2)
+
+    def claims(self) -> tuple[str, str, str]:
+        """What √2 per sublayer and 2·√2 per layer would have made of the mean square, and what it is.
+
+        At ``top``, from the last re-norm before it, or from the embedding.
+        """
+        v, kinds = self.steps["mean_square"], self.steps["kind"]
+        since = max((row for row in self.resets if row < self.top), default=0)
+        start = math.log10(v[since]) if v[since] > 0 else -math.inf
+        blocks = int((kinds[since + 1 : self.top + 1] == "mlp").sum())
+        said = (start + 2 * blocks * math.log10(2), start + blocks * math.log10(8))
+        sqrt2, layer = ("0" if math.isinf(x) else power_of_ten(x) for x in said)
+        return sqrt2, layer, short(v[self.top])
+
+    def law(self, name: str) -> Mapping[str, Any]:
+        """A law's fit: its status and log_error, None for one that isn't about this placement."""
+        found: Mapping[str, Any] = self.summary["theories"][self.name][name]
+        return found
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """How it agrees with theory; None where nothing is predicted."""
+        held = self.verdict.get("theory")
+        return Agreement(**held) if held and held["largest"] is not None else None
+
+
+def span(values: pd.Series, digits: int = 3) -> str:
+    """``12 to 13.1``: the least and the largest value, one where both are written alike."""
+    low, high = (short(float(value), digits) for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def swept_curves(jobs: Sequence[SweptJob]) -> Iterator[SweptCurve]:
+    """The curves of the jobs that have ended, but those that overflow within their first block."""
+    for each in jobs:
+        if each.frame is None or each.summary is None:
+            continue
+        for name, rows in each.frame.groupby("curve", sort=False):
+            curve = SweptCurve(str(name), each.summary, rows)
+            if (curve.steps["block"] == 0).any():
+                yield curve
