@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from simlab.analysis.agreement import ALPHA, MATTERS
 from simlab.analysis.curve import INITS
 from simlab.analysis.numbers import off_by, percent, plus_minus, short
-from simlab.analysis.resampling import Estimate, t_quantile
-from simlab.report.swept import SweptCurve, SweptJob, span, swept_curves
+from simlab.analysis.resampling import MIN_SEEDS, Estimate, t_quantile
+from simlab.report.swept import SweptCurve, SweptJob, ends_of, span, swept_curves
 
 NEAR = 0.1  # of a growth exponent that is called near 0; the paper's own figures lie within
-CHANCE = 0.99  # of the interval around a mean of seeds in which 0 is chance
 
 
 def _listed(texts: Sequence[str]) -> str:
@@ -98,21 +100,68 @@ def _rising(curves: Sequence[SweptCurve], norms: str) -> Iterator[str]:
     linear = [c for c in curves if c.verdict["shape"] == "linear"]
     if linear:
         rate = _each(linear, lambda c: plus_minus(Estimate(**c.verdict["per_sublayer"])))
-        text += f" the mean square grows linearly, by {rate} per sublayer"
-        holding = [c for c in linear if c.law("additive")["status"] == "holds"]
-        if holding:
-            size = _each(holding, lambda c: off_by(c.law("additive")["log_error"]))
-            text += (
-                ", because each sublayer adds a normed branch at right angles to the stream (this "
-                f"additive law holds to {size})"
-            )
-        text += "."
+        text += f" the mean square grows linearly, by {rate} per sublayer{_additive(linear)}."
+        for c in linear:
+            text += f" {c.label} {_until(c)}." if _until(c) else ""
     for c in curves:
         if c not in linear:
             v, word = c.steps["mean_square"], c.verdict["shape"]
-            shape = "no simple shape" if word in ("none", "unknown") else f"shape: {word}"
+            shape = "in no simple shape" if word in ("none", "unknown") else f"shape: {word}"
+            shape += f"; it {_until(c)}" if _until(c) else ""
             text += f" {c.label}: {short(v[c.first])} → {short(v[c.top])}, {shape}."
-    yield text + _claimed(curves, "after the last block")
+    yield text + _claimed([c for c in curves if not _until(c)], "after the last block")
+
+
+def _until(c: SweptCurve) -> str:
+    """Where a curve ends, if that is before the model does."""
+    last, whole = int(c.steps["sublayer"].iloc[-1]), 2 * c.model["depth"]
+    return f"ends after sublayer {last} of {whole}" if last < whole else ""
+
+
+def _additive(curves: Sequence[SweptCurve]) -> str:
+    """Why they grow linearly, as far as the additive law's test lets one say so; from a comma on."""
+    held: dict[str, list[SweptCurve]] = {}
+    for c in curves:
+        law = c.law("additive")
+        if law["log_error"] is None:  # no law for this placement
+            continue
+        status = law["status"]
+        if c.name == "theory":  # without chance: its error is all there is to say
+            status = "same" if law["log_error"] <= math.log1p(MATTERS) else "other"
+        elif status == "unknown" and law["p_value"] is None:
+            status = "untested"
+        held.setdefault(status, []).append(c)
+    if not held:
+        return ""
+    said = [words.format(_each(held[k], _law_error)) for k, words in ADDITIVE.items() if k in held]
+    how = "because"
+    if not {"holds", "same"} & set(held):
+        how = "but not as where" if set(held) <= {"fails", "other"} else "as where"
+    return (
+        f", {how} each sublayer adds a normed branch at right angles to the stream (this additive law "
+        f"{'; it '.join(said)}{_enough(held.get('unknown', []))})"
+    )
+
+
+def _enough(curves: Sequence[SweptCurve]) -> str:
+    """How many seeds would tell the law's error from chance, if that is known of all these curves."""
+    enough = [c.law("additive")["enough"] for c in curves]
+    return f" ({max(enough)} seeds would tell)" if enough and all(enough) else ""
+
+
+# By how the law was tested. Last the one of which the number of seeds is said that would tell.
+ADDITIVE = {
+    "holds": "holds to {}",
+    "same": "gives the predicted curve to {}",
+    "other": "is off by {}",
+    "fails": "fails beyond chance, off by {}",
+    "untested": f"is off by {{}}, and fewer than {MIN_SEEDS} seeds can't tell that from chance",
+    "unknown": "is off by {}, which may be chance",
+}
+
+
+def _law_error(c: SweptCurve) -> str:
+    return off_by(c.law("additive")["log_error"])
 
 
 def _claimed(curves: Sequence[SweptCurve], where: str) -> str:
@@ -150,7 +199,8 @@ def _mean(curves: Sequence[SweptCurve]) -> Iterator[str]:
     curves = [c for c in curves if "mean" in c.steps and c.steps["count"].max() > 2]
     if not curves:
         return
-    off = [c for c in curves if _off_zero(_after_first(c)["mean"])]
+    after = [_after_first(c)["mean"].to_numpy() for c in curves]
+    off = [c for c, away in zip(curves, off_zero(after), strict=True) if away]
     below = _each(
         curves,
         lambda c: f"{(_after_first(c)['mean'] < 0).sum()} of {len(_after_first(c))} inits",
@@ -171,10 +221,17 @@ def _after_first(c: SweptCurve) -> pd.DataFrame:
     return c.rows[(c.rows["sublayer"] == step["sublayer"]) & (c.rows["kind"] == step["kind"])]
 
 
-def _off_zero(values: pd.Series) -> bool:
-    """True if 0 is outside the CHANCE interval of the mean of seeds."""
-    quantile = t_quantile((1 + CHANCE) / 2, len(values) - 1)
-    return bool(abs(values.mean()) > quantile * values.std(ddof=1) / math.sqrt(len(values)))
+def off_zero(groups: Sequence[NDArray[np.float64]]) -> list[bool]:
+    """Of each group of seeds' values: True if their mean differs from 0 beyond chance.
+
+    Student's t at ALPHA for all groups together, by Bonferroni: sizes of one seed may depend on each
+    other.
+    """
+    quantiles = (t_quantile(1 - ALPHA / (2 * len(groups)), len(values) - 1) for values in groups)
+    return [
+        bool(abs(values.mean()) > quantile * values.std(ddof=1) / math.sqrt(len(values)))
+        for values, quantile in zip(groups, quantiles, strict=True)
+    ]
 
 
 _LAMBDAS = {
@@ -229,23 +286,27 @@ def _predicted(curves: Sequence[SweptCurve], key: str) -> str:
 
 STATUSES = {
     "agrees": "is what is measured, to chance; largest departure of the mean square: {}",
-    "near": "is near, but beyond chance off for {}",
-    "chance": "is off, which may be chance, for {}",
-    "fails": "fails for {}",
-    "none": "has no curve for {}",
+    "near": "is near, but beyond chance off by {}",
+    "chance": "is off by {}, which may be chance",
+    "fails": "fails, off by {}",
 }
 
 
 def _theory(curves: Sequence[SweptCurve]) -> Iterator[str]:
+    """How theory agrees with what is measured; where its curve is short or missing, why."""
     held: dict[str, list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for c in curves:
-        found = c.agreement
-        size = f"{percent(abs(found.largest))} " if found else ""
-        held.setdefault(found.status if found else "none", []).append(
-            f"{size}({c.label} {c.norms})"
-        )
-    if curves and curves[0].name != "theory" and set(held) != {"none"}:
-        said = [STATUSES[status].format(_listed(who)) for status, who in held.items()]
+        who, found = f"{c.label} {c.norms}", c.agreement
+        if found:
+            size = percent(abs(found.largest))
+            held.setdefault(STATUSES[found.status], []).append(f"{size} ({who})")
+        if c.ends:
+            known = "ends before the model" if found or c.name == "theory" else "has no curve"
+            missing.setdefault((known, c.ends), []).append(who)
+    said = [words.format(_listed(who)) for words, who in held.items()]
+    said += [f"{known} for {_listed(who)}: {why}" for (known, why), who in missing.items()]
+    if said:
         yield (
             "**Theory**, a mean-field recursion that is given the config and the tokens alone, "
             f"{'. It '.join(said)}."
@@ -270,7 +331,9 @@ def _missing(jobs: Sequence[SweptJob], curves: Sequence[SweptCurve]) -> Iterator
             who = " ".join(str(v) for v in each.values.values() if v is not None)
             texts.append(f"{who} ({each.error or 'not finished'})")
         elif not any(c.summary is each.summary for c in curves):
-            texts.append(f"{each.summary['config']['model']['name']} (its curves overflow at once)")
+            ends = ends_of(each.summary) if each.summary["engine"] == "theory" else None
+            why = f"theory: {ends}" if ends else "its curves overflow at once"
+            texts.append(f"{each.summary['config']['model']['name']} ({why})")
     if texts:
         yield f"**Missing here:** {'; '.join(texts)}."
 

@@ -112,7 +112,7 @@ class SweptCurve:
         before, after = [self.first], [len(values) - 1]
         if self.resets:
             before, after = [row - 1 for row in self.resets], self.resets
-        return f"{span(values[before])} → {span(values[after])}"
+        return f"{span(values[before])} → {span(values[after]) or '–'}"
 
     def mean_cell(self) -> str:
         """The mean at that end (of a saw-tooth: at peaks), the seeds' least and largest."""
@@ -141,10 +141,20 @@ class SweptCurve:
         return found
 
     @property
+    def ends(self) -> str | None:
+        """``ends_of`` its job."""
+        return ends_of(self.summary)
+
+    @property
     def agreement(self) -> Agreement | None:
         """How it agrees with theory; None where nothing is predicted."""
         held = self.verdict.get("theory")
         return Agreement(**held) if held and held["largest"] is not None else None
+
+
+def ends_of(summary: Mapping[str, Any]) -> str | None:
+    """Why a job's predicted curve ends before the model, or why there is none; None for a whole one."""
+    return (summary.get("mean_field") or {}).get("ends")
 
 
 def span(values: pd.Series, digits: int = 3) -> str:
