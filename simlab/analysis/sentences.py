@@ -25,7 +25,7 @@ LOGARITHMIC = 0.1  # a smaller exponent of k^p is a logarithm within a hundredth
 _KINDS = {"attention": "the attention", "mlp": "the MLP", "renorm": "the re-norm"}
 
 
-def verdict_sentences(
+def main_sentences(
     curves: Curves,
     v: Array,
     verdict: Verdict,
@@ -33,7 +33,10 @@ def verdict_sentences(
     massive: bool,
     prediction: Prediction | None,
 ) -> Iterator[str]:
-    """The verdict on curves; v (S, R): the mean squares that the shape is about. Else as ``judge``."""
+    """How curves agree with theory, and last how they grow.
+
+    v (S, R): the mean squares that the shape is about. The others as for ``judge``.
+    """
     yield from _predicted(prediction) if prediction else _theory(curves, verdict.agreement)
     subject = "mean square" if not massive else "the median token's mean square"
     if len(curves.kinds) < curves.whole:
@@ -49,6 +52,12 @@ def verdict_sentences(
         seeds = "1 seed is" if curves.count == 1 else f"{curves.count} seeds are"
         text += f" ({seeds} too few for intervals and tests: {MIN_SEEDS} needed)"
     yield f"{text[0].upper()}{text[1:]}."
+
+
+def further_sentences(
+    curves: Curves, verdict: Verdict, name: str, prediction: Prediction | None
+) -> Iterator[str]:
+    """What √2 would have meant, how gradients change, and why none is predicted; as for ``judge``."""
     if name != "checkpoint":
         yield from _sqrt2(curves, verdict)
     yield from _gradients(curves)
@@ -301,7 +310,9 @@ def _claim(name: str, fit: Fit, certain: bool) -> str:
     if not (law.expected and law.exact) or math.isnan(fit.log_error):
         return ""
     size = off_by(fit.log_error)
-    if fit.status == "holds" or (certain and fit.log_error <= math.log1p(MATTERS)):
+    if certain and fit.log_error <= math.log1p(MATTERS):
+        return f"{law.phrase} gives the same to {size}"
+    if fit.status == "holds":
         return f"{law.phrase} holds to {size}"
     if fit.status == "unknown":
         if fit.p_value is None:

@@ -44,14 +44,28 @@ class Fit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The sentences, joined, and their numbers."""
+    """The sentences and their numbers.
 
-    sentence: str
+    main: on theory and, last, on the growth. further: on √2, the gradients and what isn't predicted.
+    """
+
+    main: tuple[str, ...]
+    further: tuple[str, ...]
     growth: Growth
     laws: Mapping[str, Fit]
     seeds: int
     shape: GrowthShape
     agreement: Agreement | None = None
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All of them, in the order in which they are told."""
+        return self.main + self.further
+
+    @property
+    def sentence(self) -> str:
+        """All of them, joined."""
+        return " ".join(self.sentences)
 
 
 def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
@@ -113,7 +127,8 @@ def judge(
     massive: a checkpoint has massive activations, so its shape is that of the median token. prediction:
     of a curve ``theory``, all that was predicted.
     """
-    from simlab.analysis.sentences import verdict_sentences  # late: it words what is decided here
+    # Late: they word what is decided here.
+    from simlab.analysis.sentences import further_sentences, main_sentences
 
     theory = agreement(curves)
     laws = {
@@ -126,9 +141,12 @@ def judge(
     found = shape_with_theory(curves, v)
     start = max(found.start - 1, 0)
     grown = growth(v[:, start:], curves.kinds[start:], found.word)
-    verdict = Verdict("", grown, laws, curves.count, found, theory)
-    text = " ".join(verdict_sentences(curves, v, verdict, name, massive, prediction))
-    return replace(verdict, sentence=text)
+    verdict = Verdict((), (), grown, laws, curves.count, found, theory)
+    return replace(
+        verdict,
+        main=tuple(main_sentences(curves, v, verdict, name, massive, prediction)),
+        further=tuple(further_sentences(curves, verdict, name, prediction)),
+    )
 
 
 def shape_with_theory(curves: Curves, v: Array) -> GrowthShape:

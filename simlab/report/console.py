@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -27,9 +26,6 @@ from simlab.report.table import block_table, departures_table, growth_table, lam
 NAMES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 # The fields of NormConfig that every placement has; the others are a placement's own.
 COMMON_NORM_KEYS = ("placement", "type", "eps", "gain")
-SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z√])")
-# The sentence of a verdict that says how the curve grows; what is before it is about theory.
-GROWTH = re.compile(r"(until a curve ends .*, )?(the median token's )?mean square ", re.IGNORECASE)
 
 
 def title(config: RunConfig) -> str:
@@ -143,10 +139,9 @@ def show_result(
     """The verdict, a sentence a line, the main ones bold, and then every curve's tables."""
     console = Console(highlight=False)
     main = headlines(verdicts, summary)
-    for line in verdict_lines(verdicts, summary):
-        for sentence in SENTENCE_END.split(line):
-            style = "bold" if any(sentence in each for each in main) else ""
-            console.print(Text(_indented(sentence, console.width), style=style))
+    for sentence in verdict_lines(verdicts, summary):
+        style = "bold" if any(sentence in each for each in main) else ""
+        console.print(Text(_indented(sentence, console.width), style=style))
     if "weight_hash" in summary:
         console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
     console.print()
@@ -179,8 +174,11 @@ def show_files(files: Sequence[Path]) -> None:
 
 
 def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
-    """The verdict sentences, with the curve's name if there are several, the loss, and any overflow."""
-    lines = [_named(name, verdicts) + v.sentence for name, v in verdicts.items()]
+    """The verdicts' sentences, with the curve's name if there are several, the loss, and overflows."""
+    lines = []
+    for name, verdict in verdicts.items():
+        first, *others = verdict.sentences
+        lines += [_named(name, verdicts) + first, *others]
     lines += summary.get("comparison", [])
     for name, loss in summary.get("loss", {}).items():
         value = Estimate(**loss)
@@ -200,13 +198,9 @@ def _named(name: str, verdicts: Mapping[str, Verdict]) -> str:
 def headlines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
     """The main ones of ``verdict_lines``, for which a figure's title has room.
 
-    Of each verdict the sentences up to the one that says how the curve grows.
+    Of each verdict those on theory and on the growth, in one line.
     """
-    lines = []
-    for name, verdict in verdicts.items():
-        said = SENTENCE_END.split(verdict.sentence)
-        grows = next((i for i, one in enumerate(said) if GROWTH.match(one)), 0)
-        lines.append(_named(name, verdicts) + " ".join(said[: grows + 1]))
+    lines = [_named(name, verdicts) + " ".join(v.main) for name, v in verdicts.items()]
     lines += summary.get("comparison", [])[:1]
     return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
 
