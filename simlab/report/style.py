@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 from pandas.core.groupby import SeriesGroupBy
 
 from simlab.analysis import Law
@@ -100,11 +101,30 @@ def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure
     return figure
 
 
+class _PlainPowers(LogFormatter):
+    """Ticks of a log axis as plain text. Formulas take a fifth of a figure's time (measured)."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """``10³`` of 1000, ``2·10³`` of 2000, ``20`` of 20; nothing where matplotlib has no label."""
+        if not super().__call__(x, pos):
+            return ""
+        if 0.01 <= x < 1000:
+            return f"{x:g}"
+        digits, power = f"{x:.0e}".split("e")
+        raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{'' if digits == '1' else digits + '·'}10{raised}"
+
+
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """NAME.png and NAME.svg; the same figure gives the same bytes."""
-    for text in figure.findobj(Text):  # a user's own may have a dollar: only ticks are mathematics
-        if "$" in text.get_text() and "mathdefault" not in text.get_text():
-            text.set_parse_math(False)
+    for text in figure.findobj(Text):  # a user's own may have a dollar
+        text.set_parse_math(False)
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+                axis.set_major_formatter(_PlainPowers())
+            if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+                axis.set_minor_formatter(_PlainPowers())
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     # Canvases themselves: ``savefig`` draws everything twice, once to find the layout.
     with matplotlib.rc_context({"svg.hashsalt": "simlab"}):

@@ -171,7 +171,10 @@ def test_odd_curves_draw(tmp_path, request, case):
     lines = headlines(result.verdicts, result.summary)
     figure = growth_figure(result.curve, title(result.config), lines)
     if case == "deep":
+        figure.axes[0].set_title("a $ and a $")
         save(figure, tmp_path, "growth")
+        svg = (tmp_path / "growth.svg").read_text("utf-8")
+        assert all(f"<!-- {text} -->" in svg for text in ("a $ and a $", "0.1", "10⁵")), "plain"
     mean = result.curve.groupby(["sublayer", "kind"], sort=False)["mean_square"].mean()
     for ax in figure.axes:
         (low, high), (left, right) = ax.get_ylim(), ax.get_xlim()
