@@ -142,7 +142,10 @@ def write_olmo(folder: Path, kind: str = "Olmo2", shards: str = "5GB", **changes
     """A random checkpoint written by transformers, with nothing at its default; and the model."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**CHECKPOINT | changes)
+    keys = CHECKPOINT | changes
+    if kind == "Olmo":  # its norm has an eps of its own
+        del keys["rms_norm_eps"]
+    config = getattr(transformers, f"{kind}Config")(**keys)
     torch.manual_seed(1)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():  # gains away from 1, weights large enough for attention to matter

@@ -153,15 +153,16 @@ class Fields:
                 )
 
     def must_be(self, **wanted: object) -> None:
-        """Refuse a field with another value than null and the one given here.
+        """Refuse a field with another value than the one given here.
 
-        That value is the one for which simlab computes the model as its authors do.
+        That value is the one for which simlab computes the model as its authors do. Null stands for it
+        too, except for true: null counts as false where a library asks if the field is set.
         """
         for key, allowed in wanted.items():
             value = self.values.get(key)
-            if value is not None and (
-                isinstance(value, bool) != isinstance(allowed, bool) or value != allowed
-            ):
+            if value is None and (allowed is not True or key not in self.values):
+                continue
+            if isinstance(value, bool) != isinstance(allowed, bool) or value != allowed:
                 why = f"not supported; allowed: {as_typed(allowed)}"
                 raise self.fail(key, value, why)
 

@@ -178,8 +178,6 @@ REFUSED = [
     ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5", "1.0"),
     ("Llama", {"quantization_config": {"bits": 4}}, "quantization_config", "null"),
     ("Llama", {"model_type": "gemma2"}, "model_type='gemma2'", "olmo, olmo2, olmo3, llama, qwen3"),
-    ("Llama", {"model_type": "qwen2"}, "model_type='qwen2'", "did you mean qwen3"),
-    ("Llama", {"model_type": "olmoe"}, "model_type='olmoe'", "did you mean olmo"),
     ("Olmo", {"clip_qkv": 8.0}, "clip_qkv=8.0", "null"),
     ("Qwen3", {"use_sliding_window": True}, "use_sliding_window=True", "false"),
     ("Qwen3", {"layer_types": ["sliding_attention"] * 5}, "layer_types", "full_attention"),

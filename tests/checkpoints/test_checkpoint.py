@@ -68,7 +68,7 @@ def test_wrong_tensors_are_named(checkpoint):
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'"]),
         ({"rope_parameters": {"rope_theta": 0}}, ["rope_theta=0"]),
         ({"rope_parameters": {"rope_theta": 1.0}}, ["rope_theta=1.0"]),
-        ({"rope_parameters": {"sliding_attention": 5}}, ["sliding_attention=5", "object"]),
+        ({"rope_parameters": {"sliding_attention": 5}}, ["sliding_attention=5", "no such key"]),
         ({"rope_parameters": YARN | {"factor": 0}}, ["factor=0"]),
         ({"rope_parameters": YARN | {"beta_fast": 0}}, ["beta_fast=0"]),
         ({"rope_parameters": YARN | {"beta_slow": 1e-320}}, ["beta_slow=1e-320"]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from simlab.checkpoints.formats.hugging_face_rope import read_transformers_rope
+from simlab.checkpoints.formats.hugging_face_keys import read_family
+from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.storage import StoredTensor
 from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
@@ -45,7 +46,8 @@ KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
 class Architecture:
     """A model type: its architecture, and transformers' defaults for keys that its config omits.
 
-    eps: None where the file's ``rms_norm_eps`` isn't read. fixed: keys that may have one value only.
+    reads_eps: False where the family's code has its own eps. Which keys there may be:
+    ``hugging_face_keys``.
     """
 
     keys: dict[str, str]
@@ -57,37 +59,31 @@ class Architecture:
     theta: float = 10_000.0
     head_dim: int | None = None
     kv_heads: int | None = None
-    fixed: dict[str, object] = field(default_factory=dict)
 
 
 ARCHITECTURES = {
     # LayerNorm without parameters: norms that no key names have gain 1.
-    "olmo": Architecture(
-        _SHARED, "pre", "none", norm_type="layer", eps=1e-5, reads_eps=False,
-        fixed={"clip_qkv": None},
-    ),
+    "olmo": Architecture(_SHARED, "pre", "none", norm_type="layer", eps=1e-5, reads_eps=False),
     "olmo2": Architecture(KEYS, "reordered", "full", eps=1e-5),
     "olmo3": Architecture(KEYS, "reordered", "full", eps=1e-5, theta=500_000.0),
     # transformers rounds to bfloat16 before the gain in these two and in float32 after it in OLMo's;
     # simlab always after. In float32 there is no difference.
-    "llama": Architecture(
-        _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", fixed={"mlp_bias": False}
-    ),
+    "llama": Architecture(_SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none"),
     "qwen3": Architecture(
-        _SHARED | _FINAL_NORM | _NORMS_IN | _QK_NORM, "pre", "per_head", head_dim=128, kv_heads=32,
-        fixed={"use_sliding_window": False},
+        _SHARED | _FINAL_NORM | _NORMS_IN | _QK_NORM, "pre", "per_head", head_dim=128, kv_heads=32
     ),
 }  # fmt: skip
 
 
-def _full_layers(fields: Fields, depth: int) -> tuple[int, ...]:
+def _full_layers(fields: Fields, depth: int, window: int | None) -> tuple[int, ...]:
+    """The layers that see every token, none named where all do. Raises ConfigError."""
     kinds = fields.take("layer_types")
     if kinds is None:  # transformers' rule for OLMo 3: every fourth layer sees everything
-        return tuple(range(3, depth, 4))
-    allowed = ("sliding_attention", "full_attention")
+        return tuple(range(3, depth, 4)) if window else ()
+    allowed = LAYER_TYPES if window else LAYER_TYPES[:1]
     if not isinstance(kinds, list) or len(kinds) != depth or any(k not in allowed for k in kinds):
         raise ConfigError(f"{fields.prefix}layer_types: must be {depth} of {', '.join(allowed)}")
-    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention") if window else ()
 
 
 def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
@@ -95,26 +91,24 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
 
     tensors: how many the checkpoint holds; more blocks than that are refused. A missing key
     has transformers' default for that model type. Raises ConfigError for an architecture or a
-    value that simlab doesn't compute.
+    value that simlab doesn't compute, and for a key that it doesn't know.
     """
     values = read_json(path)
-    kind = fields_of(values, path).choice("model_type", ARCHITECTURES)
+    kind = read_family(values, fields_of(values, path))
     its = ARCHITECTURES[kind]
-    defaults = {"head_dim": its.head_dim} if its.head_dim else {}
+    defaults: dict[str, object] = {"head_dim": its.head_dim} if its.head_dim else {}
+    if kind == "olmo3":
+        defaults["sliding_window"] = 4096
     fields = fields_of(defaults | values, path)
     fields.choice("hidden_act", ("silu",), "silu")
-    fields.must_be(attention_bias=False, quantization_config=None, **its.fixed)
     heads = read_heads(
         fields,
         ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
         None if "num_key_value_heads" in values else its.kv_heads,
     )
     depth = layers(fields, "num_hidden_layers", tensors)
-    window = fields.integer("sliding_window", default=4096) if kind == "olmo3" else None
-    kinds = values.get("layer_types")
-    if not window and isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
-        raise ConfigError(f"{path}: layer_types: allowed for {kind}: full_attention")
-    theta, yarn, llama3 = read_transformers_rope(fields, its.theta)
+    window = fields.integer("sliding_window") if kind == "olmo3" else None
+    theta, yarn, llama3 = read_transformers_rope(fields, its.theta, by_layer=kind == "olmo3")
     eps = fields.number("rms_norm_eps", 0.0, default=its.eps) if its.reads_eps else its.eps
     model = ModelConfig(
         name=path.parent.name,
@@ -128,7 +122,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         yarn=yarn,
         llama3=llama3,
         window=window,
-        full_attention=_full_layers(fields, depth) if window else (),
+        full_attention=_full_layers(fields, depth, window),
         tied=fields.boolean("tie_word_embeddings", False),
     )
     return model, its.keys

@@ -5,42 +5,61 @@ from __future__ import annotations
 from simlab.config import ConfigError, Llama3RopeConfig, YarnConfig
 from simlab.config.fields import REQUIRED, Fields
 
-ROPE_TYPES = ("default", "yarn", "llama3")
+_ORIGINAL = "original_max_position_embeddings"
+# The scalings, and the keys of each; transformers ignores another's keys, and warns.
+ROPE_KEYS = {
+    "default": "",
+    "yarn": f"factor {_ORIGINAL} attention_factor beta_fast beta_slow truncate mscale mscale_all_dim",
+    "llama3": f"factor {_ORIGINAL} low_freq_factor high_freq_factor",
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_transformers_rope(
-    fields: Fields, default_theta: float
+    fields: Fields, default_theta: float, by_layer: bool = False
 ) -> tuple[float, YarnConfig | None, Llama3RopeConfig | None]:
     """``rope_theta`` and ``rope_scaling`` before transformers 5, ``rope_parameters`` since.
 
-    For OLMo 3 the latter are by layer type, and only full attention is scaled. Raises ConfigError
-    for scaling that simlab doesn't compute.
+    by_layer: the latter may be by layer type, of which full attention alone is scaled (OLMo 3). A file
+    may have both spellings, if they don't contradict each other. Of such a file transformers 5.23
+    forgets the θ in ``rope_parameters``, and of an OLMo 3 with ``rope_theta`` it gives that θ to full
+    attention alone: here the config's θ holds, for every layer. Raises ConfigError for scaling that
+    simlab doesn't compute.
     """
-    new = fields.node("rope_parameters", {})
-    scaling, sliding = new.node("full_attention", {}), new.node("sliding_attention", {})
-    if not scaling.values and "sliding_attention" not in new.values:
-        scaling = new
-    if not scaling.values:
-        scaling = fields.node("rope_scaling", {})
-    given = fields.take("rope_theta", default_theta)
-    theta = scaling.number("rope_theta", 1.0, above=True, default=given)
-    if sliding.number("rope_theta", 1.0, above=True, default=theta) != theta:
+    new, old = fields.node("rope_parameters", {}), fields.node("rope_scaling", {})
+    full, sliding = new, Fields({})
+    top = fields.number("rope_theta", 1.0, above=True, default=None)
+    default = None
+    if by_layer and not new.values.keys().isdisjoint(LAYER_TYPES):
+        new.only("RoPE by layer type", LAYER_TYPES)
+        full, sliding = (new.node(name, {}) for name in LAYER_TYPES)
+        default = top or default_theta
+    kinds = [_kind(section) for section in (full, old, sliding)]
+    if kinds[2] != "default":
+        raise sliding.fail("rope_type", kinds[2], "not supported; allowed: default")
+    thetas = {
+        section.number("rope_theta", 1.0, above=True, default=default)
+        for section in (full, sliding)
+    }
+    thetas = (thetas | {top, old.number("rope_theta", 1.0, above=True, default=None)}) - {None}
+    if len(thetas) > 1:
         raise ConfigError(
-            f"{new.prefix}rope_theta differs between layer types, which is not supported"
+            f"{fields.prefix}rope_theta differs between sections or layer types, which is not supported"
         )
-    for rope in (fields, scaling, sliding):
-        rope.must_be(partial_rotary_factor=1.0)
-    sliding.must_be(rope_type="default")
-    spelling = "rope_type" if "rope_type" in scaling.values else "type"
-    kind = scaling.choice(spelling, ROPE_TYPES, "default")
-    if kind == "default":
+    theta = next(iter(thetas), None) or default_theta
+    scaled = [(s, kind) for s, kind in zip((full, old), kinds, strict=False) if kind != "default"]
+    if not scaled:
         return theta, None, None
+    if len(scaled) > 1 and _scaling(full) != _scaling(old):
+        raise ConfigError(
+            f"{fields.prefix}rope_parameters and rope_scaling scale RoPE in different ways: leave one"
+        )
+    scaling, kind = scaled[0]
     longest = fields.take("max_position_embeddings")
-    original = scaling.integer("original_max_position_embeddings", default=longest or REQUIRED)
+    original = scaling.integer(_ORIGINAL, default=longest or REQUIRED)
     factor = scaling.number("factor", 1.0)
     if kind == "llama3":
         return theta, None, read_llama3(scaling, factor, original)
-    scaling.must_be(truncate=True, mscale=None, mscale_all_dim=None)
     yarn = YarnConfig(
         factor=factor,
         original_length=original,
@@ -49,6 +68,25 @@ def read_transformers_rope(
         attention_factor=scaling.number("attention_factor", 1e-6, default=None),
     )
     return theta, yarn, None
+
+
+def _scaling(section: Fields) -> dict[str, object]:
+    kind = {"type": section.values.get("rope_type") or section.values.get("type")}
+    return {k: v for k, v in section.values.items() if k not in ("rope_theta", "rope_type")} | kind
+
+
+def _kind(section: Fields) -> str:
+    """A section's type of RoPE, after a check of its keys. Raises ConfigError."""
+    section.must_be(partial_rotary_factor=1.0, truncate=True, mscale=None, mscale_all_dim=None)
+    named = [key for key in ("rope_type", "type") if section.values.get(key) is not None]
+    kinds = [section.choice(key, ROPE_KEYS) for key in named]
+    if len(set(kinds)) > 1:
+        raise section.fail("type", kinds[1], f"must be rope_type={kinds[0]}, or not be there")
+    kind = kinds[0] if kinds else "default"
+    there = {key: value for key, value in section.values.items() if value is not None}
+    known = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[kind].split())
+    Fields(there, section.prefix, section.shown).only(f"rope_type={kind}", known)
+    return kind
 
 
 def read_llama3(scaling: Fields, factor: float, original: int) -> Llama3RopeConfig:

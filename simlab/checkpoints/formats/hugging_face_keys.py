@@ -1,0 +1,114 @@
+"""What each key of transformers' configs means for a forward pass, family by family.
+
+After transformers 5.23's config classes and models, and the keys that older versions and other tools
+write into a config.json. ``tests/checkpoints/test_config_keys.py`` holds the lists against the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from simlab.checkpoints.formats.keys import Keys
+from simlab.config.fields import Fields
+
+# Parameters of generation, which older versions kept in config.json.
+_GENERATION = (
+    "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens "
+    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty "
+    "forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length "
+    "no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups "
+    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
+    "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p "
+    "use_cache cache_implementation"
+)
+_OUTPUTS = (
+    "output_attentions output_hidden_states return_dict tie_last_hidden_states "
+    "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix"
+)
+_TOKENS = (
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class "
+    "model_max_length max_sequence_length"
+)
+# dtype: a run has its own. The rest is about training, about who wrote the file, or about how (and not
+# what) is computed: pretraining_tp and chunk_size_feed_forward cut a product into parts.
+_OTHER = (
+    "dtype torch_dtype torchscript use_bfloat16 tf_legacy_loss is_decoder attention_dropout "
+    "initializer_range gradient_checkpointing pretraining_tp chunk_size_feed_forward "
+    "attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled "
+    "_name_or_path name_or_path _commit_hash transformers_version transformers.js_config "
+    "unsloth_fixed unsloth_version unsloth_training_dtype is_llama_config"
+)
+# original_max_position_embeddings isn't here, though transformers takes it from here for YaRN and
+# Llama 3: it belongs to RoPE's section.
+_SHARED = Keys(
+    "model_type architectures hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim hidden_act vocab_size tie_word_embeddings layer_types "
+    "rope_parameters rope_scaling rope_theta max_position_embeddings",
+    f"{_GENERATION} {_OUTPUTS} {_TOKENS} {_OTHER}",
+    {
+        "is_causal": True,
+        "attention_bias": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+        "pruned_heads": {},
+        "is_encoder_decoder": False,
+        "add_cross_attention": False,
+        "tie_encoder_decoder": False,
+        "rope_interleaved": False,
+    },
+)
+_RMS = Keys("rms_norm_eps")
+MODEL_TYPES: Mapping[str, Keys] = {
+    "olmo": _SHARED | Keys("", fixed={"clip_qkv": None}),
+    "olmo2": _SHARED | _RMS,
+    "olmo3": _SHARED | _RMS | Keys("sliding_window"),
+    # Falcon 3 is a Llama that says what its activation is once more.
+    "llama": _SHARED | _RMS | Keys("", fixed={"mlp_bias": False, "activation": "swiglu"}),
+    # transformers drops the window, and the layers that would have it, unless use_sliding_window.
+    "qwen3": _SHARED
+    | _RMS
+    | Keys("", "sliding_window max_window_layers", {"use_sliding_window": False}),
+}
+_CLASSES = {"olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3"}
+_HEADS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification")
+_HF_OLMO = (
+    "the first OLMo repositories' own layout, which needs their code: use the repository whose name "
+    "ends in -hf"
+)
+_ELSEWHERE = {
+    "hf_olmo": _HF_OLMO,
+    "olmo_1124": "OLMo 2's name before transformers had it: use the repository as it is today (olmo2)",
+}
+
+
+def read_family(values: dict[str, object], fields: Fields) -> str:
+    """The model type, after a check of every key. Raises ConfigError.
+
+    Names of architectures that are written alike compute different things: only another spelling of a
+    name that simlab reads is a hint.
+    """
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind in _ELSEWHERE:
+        raise fields.fail("model_type", kind, _ELSEWHERE[kind])
+    if kind not in list(MODEL_TYPES):
+        plain = "".join(filter(str.isalnum, kind[:60])).lower() if isinstance(kind, str) else ""
+        hint = f"; did you mean {plain}?" if plain in MODEL_TYPES else ""
+        raise fields.fail("model_type", kind, f"allowed: {', '.join(MODEL_TYPES)}{hint}")
+    assert isinstance(kind, str)
+    if kind == "olmo" and "hidden_size" not in values and "d_model" in values:
+        raise fields.fail("d_model", values["d_model"], _HF_OLMO)
+    if values.get("auto_map"):
+        why = "the repository computes this model with its own code, which simlab doesn't run"
+        raise fields.fail("auto_map", values["auto_map"], why)
+    MODEL_TYPES[kind].check(fields)
+    _check_classes(values.get("architectures") or [], kind, fields)
+    return kind
+
+
+def _check_classes(names: object, kind: str, fields: Fields) -> None:
+    allowed = [f"{_CLASSES[kind]}{head}" for head in _HEADS]
+    known = [name.lower() for name in allowed]
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or name.lower() not in known:  # "LLaMAForCausalLM" is of 2023
+            raise fields.fail("architectures", names, f"allowed for {kind}: {', '.join(allowed)}")
