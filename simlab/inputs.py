@@ -5,18 +5,14 @@ from __future__ import annotations
 import codecs
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simlab.checkpoints.untrusted.tokenizer import encode, vocabulary_size
 from simlab.config import ConfigError, InputsConfig, nearest
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 TEXT_BATCH, TEXT_LENGTH = 4, 256  # of inputs=text where the user gives none
-TOKENIZER_LIMIT = 256 << 20  # bytes
 BYTES_PER_TOKEN = 64  # bytes of a file that are read per token asked for: tokens are shorter
 
 Ids = NDArray[np.int64]  # (batch, length)
@@ -34,7 +30,7 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
     assert inputs.batch is not None
     assert inputs.length is not None
     if tokenizer is not None:
-        vocab_size = min(vocab_size, _load(tokenizer).get_vocab_size())
+        vocab_size = min(vocab_size, vocabulary_size(tokenizer))
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     shape = (inputs.batch, inputs.length)
     if inputs.kind == "random":
@@ -44,44 +40,17 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
     return generator.choice(vocab_size, size=shape, p=weights / weights.sum())
 
 
-def _load(path: Path) -> Tokenizer:
-    """The tokenizer, which neither truncates nor pads, whatever its file says.
-
-    A tokenizer.json holds regular expressions and no code.
-    """
-    from tokenizers import Tokenizer  # late: few runs need it
-
-    if path.stat().st_size > TOKENIZER_LIMIT:
-        raise ConfigError(f"{path}: larger than {TOKENIZER_LIMIT >> 20} MiB, not a tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    except Exception as error:  # tokenizers raises Exception itself, nothing narrower
-        raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
-    if tokenizer.get_vocab_size() < 1:
-        raise ConfigError(f"{path}: the tokenizer has no vocabulary")
-    return tokenizer
-
-
-def _encode(path: Path, text: str) -> list[int]:
-    tokenizer = _load(path)
-    try:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-    except Exception as error:  # as above
-        raise ConfigError(f"{path}: the tokenizer can't encode the text ({error})") from error
-
-
 def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
     batch, length = inputs.batch or TEXT_BATCH, inputs.length or TEXT_LENGTH
     data = _bytes(inputs, BYTES_PER_TOKEN * batch * length)
     if tokenizer is None:
         ids, unit = list(data[: batch * length]), "bytes"
     else:
-        text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
-        ids, unit = _encode(tokenizer, text), "tokens"
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the last letter may be cut
+        ids, unit = encode(tokenizer, text, batch * length), "tokens"
     if not ids:
-        raise ConfigError("inputs=text: the text is empty")
+        why = f"{tokenizer}: the tokenizer makes no tokens of it" if data else "the text is empty"
+        raise ConfigError(f"inputs=text: {why}")
     if inputs.length is None:
         length = min(length, len(ids) // (inputs.batch or 1))
     if inputs.batch is None:
@@ -99,7 +68,10 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
 
 
 def _bytes(inputs: InputsConfig, most: int) -> bytes:
-    """The prompt's or the file's first bytes."""
+    """The prompt's or the file's first bytes, which are UTF-8 but for a letter that is cut at the end.
+
+    A byte order mark is left out. Raises ConfigError for text in another encoding.
+    """
     if inputs.prompt is not None:
         return inputs.prompt.encode()
     assert inputs.path is not None
@@ -108,8 +80,21 @@ def _bytes(inputs: InputsConfig, most: int) -> bytes:
         raise ConfigError(f"inputs.path={inputs.path}: not a file")
     try:
         with path.open("rb") as file:
-            return file.read(min(most, path.stat().st_size))
+            data = file.read(most)
+            whole = not file.read(1)
     except OSError as error:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = nearest(path.name, (entry.name for entry in beside if entry.is_file()))
         raise ConfigError(f"inputs.path={inputs.path}: {error.strerror}{hint}") from error
+    save = "not UTF-8 text; convert it to UTF-8, or give another file"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"inputs.path={inputs.path}: UTF-16, {save}")
+    if 0 in data:
+        raise ConfigError(f"inputs.path={inputs.path}: byte {data.index(0)} is 0: {save}")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data, whole)
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise ConfigError(f"inputs.path={inputs.path}: {where}: {save}") from error
+    return data

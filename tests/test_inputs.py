@@ -1,9 +1,13 @@
+import json
+import sys
+
 import numpy as np
 import pytest
 from conftest import write_olmo
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from simlab import compose
+from simlab.checkpoints.untrusted import tokenizer as child
 from simlab.config import ConfigError, InputsConfig
 from simlab.experiment import prepare
 from simlab.inputs import make_tokens
@@ -44,6 +48,18 @@ def test_bytes_where_there_is_no_tokenizer(tmp_path):
     assert bytes(text(prompt="Größe").flatten().tolist()) == "Größe".encode()
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "t").write_bytes("Größe".encode("utf-8-sig"))
+    assert bytes(text(path=str(tmp_path / "t")).flatten().tolist()) == "Größe".encode()
+
+
+def test_only_the_first_bytes_of_a_file_are_read(tmp_path):
+    """64 bytes per token, wherever that cuts a letter."""
+    (tmp_path / "t").write_bytes(b"x" + "ö".encode() * 100)
+    ids = text(path=str(tmp_path / "t"), batch=1, length=2)
+    assert bytes(ids.flatten().tolist()) == b"x\xc3"
+
+
 def test_shape_follows_the_text(tmp_path):
     (tmp_path / "t").write_text(TEXT)  # 1920 bytes
     assert text(path=str(tmp_path / "t")).shape == (4, 256)
@@ -60,9 +76,16 @@ def test_shape_follows_the_text(tmp_path):
         ({"prompt": "abc", "batch": 4}, r"inputs\.batch=4: the text has only 3 bytes"),
         ({"path": "/nowhere/x"}, "No such file"),
         ({"path": "/"}, "not a file"),
+        ({"path": "Größe".encode("latin-1")}, r"byte 2 is 0xf6: not UTF-8"),
+        ({"path": "Größe".encode("utf-16")}, "UTF-16, not UTF-8"),
+        ({"path": "Paris".encode("utf-16-be")}, "byte 0 is 0: not UTF-8"),
+        ({"path": "Größe".encode()[:3]}, "byte 2 is 0xc3: not UTF-8"),  # cut at its end
     ],
 )
-def test_unusable_texts(values, match):
+def test_unusable_texts(tmp_path, values, match):
+    if isinstance(data := values.get("path"), bytes):
+        (tmp_path / "t").write_bytes(data)
+        values = {"path": str(tmp_path / "t")}
     with pytest.raises(ConfigError, match=match):
         text(**values)
 
@@ -113,3 +136,56 @@ def test_a_broken_tokenizer_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json: not a readable"):
         text(prompt="a", tokenizer=tmp_path / "tokenizer.json")
+
+
+def edited(path, model=(), **changes):
+    """The file with parts of it replaced."""
+    values = json.loads(path.read_text())
+    values["model"] |= dict(model)
+    path.write_text(json.dumps(values | changes))
+    return path
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def test_dropout_of_a_tokenizer_is_off(tokenizer):
+    """It is for training, and random: the same seed would give other tokens each time."""
+    plain = text(prompt=TEXT, tokenizer=tokenizer)
+    edited(tokenizer, {"dropout": 0.5})
+    own = Tokenizer.from_file(str(tokenizer))
+    assert own.encode(TEXT).ids != own.encode(TEXT).ids  # negative control
+    assert np.array_equal(text(prompt=TEXT, tokenizer=tokenizer), plain)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        # It made a process abort after it had taken 3 GB.
+        ({"normalizer": {"type": "Sequence", "normalizers": [replace("a", "a" * 100)] * 6}},
+         r"can't encode the text \(it needs more than 128 MiB of memory\)"),
+        ({"model": {"continuing_subword_prefix": "é" * 50}}, "not a readable.*out of range"),  # panics
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "can't encode.*non-zero"),  # so too
+        ({"normalizer": replace("a", "")}, "makes no tokens of it"),
+    ],
+)  # fmt: skip
+def test_hostile_tokenizers_are_one_line(tokenizer, changes, match):
+    with pytest.raises(ConfigError, match=match) as caught:
+        text(prompt="a" * 50, tokenizer=edited(tokenizer, **changes))
+    assert str(caught.value).isprintable()
+
+
+def test_a_tokenizer_that_takes_too_long(tokenizer, monkeypatch):
+    """By its processor time where the system holds that, else by the clock."""
+    monkeypatch.setattr(child, "SECONDS", 0.1)
+    monkeypatch.setattr(child, "SECONDS_OF_FILE", 0.0)
+    monkeypatch.setattr(child, "SECONDS_OF_TEXT", 0.0)
+    slow = {"type": "Sequence", "normalizers": [replace("a", "b"), replace("b", "a")] * 5000}
+    with pytest.raises(ConfigError, match=r"can't encode the text \(it takes longer than 0\.1 s"):
+        text(prompt="a" * 60_000, tokenizer=edited(tokenizer, normalizer=slow))
+    monkeypatch.setattr(child, "SECONDS", 100)
+    monkeypatch.setattr(child, "BUSY", 0.01)
+    with pytest.raises(ConfigError, match="takes longer than 1 s"):
+        text(prompt="a" * 60_000, tokenizer=tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,24 @@ JSON_LIMIT = 64 << 20  # bytes; an index of a million tensors is smaller
 YAML_LIMIT = 1 << 20  # the largest official one has 0.2 MiB
 
 
-def read_text(path: Path, limit: int) -> str:
-    """A small text file. Raises ConfigError."""
+def read_bytes(path: Path, limit: int, what: str) -> bytes:
+    """A small file. Raises ConfigError, also where it has more than ``limit`` bytes."""
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
-        if path.stat().st_size > limit:
-            raise ConfigError(f"{path}: larger than {limit >> 20} MiB, not a config or an index")
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    if len(data) > limit:
+        raise ConfigError(f"{path}: larger than {limit >> 20} MiB, not {what}")
+    return data
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A small text file. Raises ConfigError."""
+    try:
+        return read_bytes(path, limit, "a config or an index").decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text") from error
 

@@ -1,0 +1,135 @@
+"""A stranger's tokenizer.json, parsed and used in a process of its own, whose limits are low.
+
+The tokenizers library is Rust: a file can make it panic, abort, allocate without an end or work for
+ever, and none of these is an exception that a program can rely on. Here each ends a child, and is one
+line.
+
+Linux holds all three limits: memory, processor time, and time on the clock. macOS doesn't hold
+the first, Windows neither of the first two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from simlab.checkpoints.untrusted.files import read_bytes
+from simlab.config import ConfigError, printable
+
+FILE_LIMIT = 64 << 20  # bytes; the largest of a known model, Gemma 3's, has 33 MB
+# Memory and seconds that a child may take, in all, per byte of the file and per byte of the text.
+# Measured with tokenizers 0.23: a vocabulary of 262,000 takes 13 bytes and 75 ns per byte of its file
+# (three times the bytes where the JSON has no spaces), random words 110 bytes and 2 µs per byte.
+MEMORY, MEMORY_OF_FILE, MEMORY_OF_TEXT, MOST_OF_FILE = 128 << 20, 40, 400, 1 << 30
+SECONDS, SECONDS_OF_FILE, SECONDS_OF_TEXT = 1.5, 3e-7, 10e-6
+BUSY = 20  # seconds on the clock for one of work, where others keep the machine busy
+# Rust's libraries: no threads of their own, whose stacks would count as memory.
+ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
+
+
+def vocabulary_size(path: Path) -> int:
+    """How many tokens a tokenizer.json knows. Raises ConfigError."""
+    return _ask(path, "", 0)[0]
+
+
+def encode(path: Path, text: str, most: int) -> list[int]:
+    """The first ``most`` token ids of a text, without special tokens. Raises ConfigError.
+
+    The same text gives the same ids, neither cut nor padded, whatever the file says: a BPE model's
+    dropout, which is for training, is off.
+    """
+    return _ask(path, text, most)[1]
+
+
+def _ask(path: Path, text: str, most: int) -> tuple[int, list[int]]:
+    """The size of the vocabulary and the ids, from a child. Raises ConfigError."""
+    file, data = read_bytes(path, FILE_LIMIT, "a tokenizer"), text.encode()
+    memory = MEMORY + min(MEMORY_OF_FILE * len(file), MOST_OF_FILE) + MEMORY_OF_TEXT * len(data)
+    seconds = SECONDS + SECONDS_OF_FILE * len(file) + SECONDS_OF_TEXT * len(data)
+    about = {"file": len(file), "most": most, "memory": memory, "seconds": seconds}
+    search = os.pathsep.join(filter(None, sys.path))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__],
+            input=b"".join([json.dumps(about).encode(), b"\n", file, data]),
+            capture_output=True,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": search},
+            timeout=BUSY * (1 + seconds),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"{path}: the tokenizer takes longer than {error.timeout:.0f} s"
+        ) from None
+    lines = done.stdout.splitlines()
+    complaints = done.stderr.decode(errors="replace").strip().splitlines()
+    if not lines:  # the child's imports have failed: not the file's fault
+        last = complaints[-1] if complaints else f"status {done.returncode}"
+        raise ConfigError(f"the tokenizers library can't be used: {printable(last)[:200]}")
+    if done.returncode:
+        why = _reason(done.returncode, complaints, memory, seconds)
+        what = "can't encode the text" if len(lines) > 1 else "not a readable tokenizer.json"
+        raise ConfigError(f"{path}: {what} ({why})")
+    size = int(lines[1])
+    if size < 1:
+        raise ConfigError(f"{path}: the tokenizer has no vocabulary")
+    return size, json.loads(lines[2])
+
+
+def _reason(status: int, complaints: list[str], memory: int, seconds: float) -> str:
+    """Why a child failed, from its exit status and what it wrote to stderr."""
+    if any("memory allocation of" in line or "MemoryError" in line for line in complaints):
+        return f"it needs more than {memory >> 20} MiB of memory"
+    if sys.platform != "win32" and -status in (signal.SIGXCPU, signal.SIGKILL):
+        return f"it takes longer than {seconds:.1f} s, or more memory than there is"
+    if status < 0:
+        return f"the tokenizers library crashes: signal {-status}"
+    return printable(complaints[-1].partition(": ")[2])[:200] if complaints else f"status {status}"
+
+
+def _limit(memory: int, seconds: float) -> None:
+    """Hold this process to so many more bytes of memory and seconds of work, where the system can."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    most = [(resource.RLIMIT_CORE, 0)]
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most.append((resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + seconds)))
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most.append((resource.RLIMIT_AS, pages * resource.getpagesize() + memory))
+    for which, limit in most:
+        soft, hard = resource.getrlimit(which)
+        low = [limit, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY)]
+        resource.setrlimit(which, (min(low), hard))
+
+
+def main() -> None:
+    """The child: a line of JSON, the file and the text come in; a line for each step done goes out.
+
+    No exception is caught: the parent reads the last line of its traceback.
+    """
+    from tokenizers import Tokenizer, models
+
+    about = json.loads(sys.stdin.buffer.readline())
+    file = sys.stdin.buffer.read(about["file"])
+    text = sys.stdin.buffer.read().decode()
+    print("ready", flush=True)
+    _limit(about["memory"], about["seconds"])
+    tokenizer = Tokenizer.from_buffer(file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
+    print(tokenizer.get_vocab_size(), flush=True)
+    print(tokenizer.encode(text, add_special_tokens=False).ids[: about["most"]] if text else [])
+
+
+if __name__ == "__main__":
+    main()
