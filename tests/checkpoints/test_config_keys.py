@@ -9,6 +9,7 @@ import transformers
 from conftest import assert_parity, edit_json, refused, write_olmo
 from test_architectures import IDS, YARN, assert_same, sublayer_states
 
+from simlab.checkpoints.formats import olmo_core_keys
 from simlab.checkpoints.formats.hugging_face import read_config
 from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES
 from simlab.config import ConfigError
@@ -103,6 +104,45 @@ def test_scaling_beside_rope_parameters(tmp_path, kind):
         edit_json(path, rope_parameters={"rope_theta": 77.0}, rope_scaling=scaling)
         read, _ = read_config(path, 100)
         assert (read.rope_theta, read.yarn.factor) == (77.0, 8.0)
+
+
+def test_every_key_of_olmo_core_is_listed():
+    from olmo_core.nn import attention, feed_forward, layer_norm, lm_head, rope, transformer
+
+    sections = {
+        transformer.TransformerConfig: olmo_core_keys.MODEL,
+        transformer.TransformerBlockConfig: olmo_core_keys.BLOCK,
+        attention.AttentionConfig: olmo_core_keys.ATTENTION,
+        attention.SlidingWindowAttentionConfig: olmo_core_keys.WINDOW,
+        layer_norm.LayerNormConfig: olmo_core_keys.NORM,
+        feed_forward.FeedForwardConfig: olmo_core_keys.MLP,
+        lm_head.LMHeadConfig: olmo_core_keys.HEAD,
+        rope.RoPEConfig: olmo_core_keys.ROPE,
+    } | {getattr(rope, name): keys for name, keys in olmo_core_keys.SCALINGS.items()}
+    for config, keys in sections.items():
+        theirs = {field.name for field in fields(config)} | {"_CLASS_"}
+        assert (config, theirs - keys.names) == (config, set())
+
+
+def test_olmo_cores_keys_without_effect_have_none():
+    """ai2-olmo-core's own logits are the same with these keys at another value."""
+    from olmo_core.nn.transformer import InitMethod
+    from write_olmo_core import configs
+
+    config = configs()["olmo2"]
+    model = config.build(init_device="cpu").eval()
+    model.init_weights(device=torch.device("cpu"), max_seq_len=23)
+    changed = config.copy()
+    changed.init_method, changed.init_seed, changed.init_std = InitMethod.fan_in, 5, 0.5
+    changed.embedding_init_std, changed.freeze_params = 0.5, ["embeddings.*"]
+    block, mixer = changed.block, changed.block.sequence_mixer
+    block.dropout = 0.9  # not the mixer's, which 3.0.0 makes use of in inference too
+    mixer.use_recompute_qkv_prep = True
+    mixer.rope.full_precision = block.layer_norm.full_precision = False
+    other = changed.build(init_device="cpu").eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_parity(other(IDS), model(IDS))
 
 
 HF_OLMO = "-hf"

@@ -196,6 +196,8 @@ REFUSED = [
     ({"mlp_hidden_size": 161}, "mlp_hidden_size=161", "even"),
     ({"n_layers": 10**9}, "n_layers=1000000000", "holds"),
     ({"embedding_size": None}, "shape (61, 48)", "(55, 48)"),
+    ({"complex_rope": True}, "complex_rope=True", "doesn't know this key"),
+    ({"rope": None}, "rope=None", "true"),
 ]
 
 

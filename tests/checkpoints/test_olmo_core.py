@@ -61,11 +61,11 @@ def test_other_spellings_of_the_config(olmo2, written):
     model["block"]["attention"] = model["block"].pop("sequence_mixer")
     edit_json(olmo2 / "config.json", model=model)
     assert_states(olmo2, written / "olmo2")
-    edit_json(olmo2 / "config.json", **model)
+    (olmo2 / "config.json").write_text(json.dumps(model))
     assert_states(olmo2, written / "olmo2")
     block = before["block"]
     model = before | {"block": {"a": block, "b": block}, "block_pattern": ["a", "b", "a"]}
-    edit_json(olmo2 / "config.json", model=model)
+    (olmo2 / "config.json").write_text(json.dumps({"model": model}))
     assert_states(olmo2, written / "olmo2")
 
 
@@ -100,7 +100,10 @@ REFUSED = [
     ("lm_head.bias", None, "false"), ("lm_head.name", "normalized", "default"),
     ("lm_head.layer_norm", None, "null"), ("n_layers", 10**9, "holds"), ("d_model", "x", "integer"),
     ("block_overrides", {"9": {}}, "layer"), ("block_overrides", {"1": {"name": "default"}}, "false"),
-    ("block_pattern", ["a"], "names of blocks"),
+    ("block_pattern", ["a"], "names of blocks"), ("new_thing", False, "doesn't know this key"),
+    ("block.attention", {"n_heads": 4}, "old name"), (f"{MIXER}.new_thing", False, "doesn't know"),
+    (f"{MIXER}.rope.new_thing", 3, "doesn't know"), (f"{MIXER}.sliding_window", {"a": 1}, "doesn't"),
+    (f"{MIXER}.rope.scaling", {"_CLASS_": "x.ABFRoPEScalingConfig", "factor": 2.0}, "doesn't know"),
 ]  # fmt: skip
 
 

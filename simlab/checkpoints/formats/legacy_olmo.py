@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from simlab.checkpoints.formats.keys import Keys
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.untrusted.files import fields_of
 from simlab.checkpoints.untrusted.safetensors import read_header
@@ -31,6 +32,26 @@ _QK_NORM_KEYS = {
     "blocks.{}.attention.sublayer.q_norm.weight": "transformer.blocks.{}.q_norm.weight",
     "blocks.{}.attention.sublayer.k_norm.weight": "transformer.blocks.{}.k_norm.weight",
 }
+# Every key of the ``model`` section: olmo/config.py's ModelConfig, and keys of its older versions.
+SECTION = Keys(
+    "d_model n_heads n_kv_heads head_dim n_layers mlp_ratio mlp_hidden_size activation_type block_type "
+    "multi_query_attention attention_layer_norm attention_layer_norm_with_affine layer_norm_type "
+    "layer_norm_with_affine layer_norm_eps norm_after rope_theta vocab_size embedding_size "
+    "weight_tying",
+    "rope_full_precision alibi_bias_max flash_attention attention_dropout residual_dropout "
+    "embedding_dropout max_sequence_length eos_token_id pad_token_id precision low_cpu_fsdp "
+    "init_device init_fn init_std init_cutoff_factor emb_init_std scale_emb_init",
+    {
+        "rope": True,
+        "alibi": False,
+        "include_bias": False,
+        "bias_for_layer_norm": False,
+        "clip_qkv": None,
+        "scale_logits": False,
+        "embedding_layer_norm": False,
+        "block_group_size": 1,
+    },
+)
 _NORM_TYPES = {"rms": "rms", "default": "layer", "low_precision": "layer"}
 
 
@@ -70,20 +91,9 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     fields = fields_of({"rope": False, "include_bias": True} | values, path)
     fields.choice("activation_type", ("swiglu",), "swiglu")
     fields.choice("block_type", ("sequential",), "sequential")
-    fields.must_be(
-        rope=True,
-        alibi=False,
-        include_bias=False,
-        bias_for_layer_norm=False,
-        clip_qkv=None,
-        scale_logits=False,
-        embedding_layer_norm=False,
-        scale_emb_init=False,
-        block_group_size=1,
-    )
-    for name in ("rope", "include_bias"):
-        if fields.values[name] is None:
-            raise ConfigError(f"{path}: {name}: must be {'true' if name == 'rope' else 'false'}")
+    SECTION.check(fields)
+    if fields.values["include_bias"] is None:
+        raise ConfigError(f"{path}: include_bias: must be false")
     affine = fields.boolean("layer_norm_with_affine", True)
     qk_norm = fields.boolean("attention_layer_norm", False)
     where = "norm_out" if fields.boolean("norm_after", False) else "norm_in"

@@ -1,8 +1,8 @@
 """OLMo-core's layout: config.json, and a torch distributed checkpoint in model_and_optim/.
 
 Also that folder alone, with config.json in it or beside it. The tensors' places: ``untrusted.dcp``.
-Meaning and defaults of config.json's keys: ai2-olmo-core 3.0.0, olmo_core/nn. A key that changes the
-computation and isn't read here is refused by name.
+Meaning and defaults of config.json's keys: ai2-olmo-core 3.0.0, olmo_core/nn. A key that isn't in the
+lists of ``olmo_core_keys`` is refused by name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from simlab.checkpoints.formats import olmo_core_keys as keys
 from simlab.checkpoints.formats.olmo_core_rope import Rope, read_olmo_core_rope
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.untrusted import dcp
@@ -59,14 +60,6 @@ _NORM_TYPES = {
     "default": "layer",
 }  # fmt: skip
 STATE = "model_and_optim"
-IRRELEVANT = ("_CLASS_", "dtype", "init_device", "dropout")  # keys without effect in float32
-
-
-def refuse_unknown(fields: Fields, keys: str) -> None:
-    """Refuse keys of a section that aren't read and aren't off. Raises ConfigError."""
-    for key, value in fields.values.items():
-        if key not in IRRELEVANT and key not in keys.split() and value not in (None, False):
-            raise fields.fail(brief(key), value, "not supported")
 
 
 def no_bias(fields: Fields) -> None:
@@ -80,7 +73,7 @@ def read_norm_section(fields: Fields, key: str) -> tuple[str, float, bool]:
     norm = fields.node(key, {})
     if not norm.values:
         raise ConfigError(f"{fields.prefix}{key}=null: a model without it is not supported")
-    refuse_unknown(norm, "name eps bias elementwise_affine full_precision")
+    keys.NORM.check(norm)
     gain = norm.boolean("elementwise_affine", True)
     if gain:
         no_bias(norm)
@@ -93,6 +86,7 @@ def read_windows(attention: Fields, depth: int) -> list[int | None]:
     window = attention.node("sliding_window", {})
     if not window.values:
         return [None] * depth
+    keys.WINDOW.check(window)
     pattern = window.take("pattern")
     sizes = pattern if isinstance(pattern, list) else []
     if not sizes or any(type(n) is not int or not (n == -1 or 0 < n <= 10**9) for n in sizes):
@@ -119,6 +113,10 @@ def block_sections(fields: Fields, depth: int) -> list[Fields]:
                 raise ConfigError(f"{overrides.prefix}{brief(layer)}: must be a layer")
             blocks[int(layer)] = overrides.node(layer)
         return blocks
+    if overrides.values:
+        raise ConfigError(
+            f"{fields.prefix}block_overrides: must be null where a block_pattern is given"
+        )
     names = pattern if isinstance(pattern, list) else []
     if not names or any(not isinstance(n, str) or n not in block.values for n in names):
         raise fields.fail("block_pattern", pattern, "must be names of blocks")
@@ -138,24 +136,20 @@ class ReadBlock:
 
 def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str) -> ReadBlock:
     """One block's section; name: the model's. Raises ConfigError for what simlab doesn't compute."""
-    refuse_unknown(
-        block,
-        "name sequence_mixer attention layer_norm feed_forward attention_residual_alpha "
-        "feed_forward_residual_alpha",
-    )  # fmt: skip
-    block.must_be(attention_residual_alpha=1.0, feed_forward_residual_alpha=1.0)
-    placement, keys = _BLOCK_TYPES[block.choice("name", _BLOCK_TYPES, "default")]
-    mixer = "attention" if block.values.get("attention") is not None else "sequence_mixer"
+    keys.BLOCK.check(block)
+    placement, norm_keys = _BLOCK_TYPES[block.choice("name", _BLOCK_TYPES, "default")]
+    mixers = [key for key in ("attention", "sequence_mixer") if block.values.get(key) is not None]
+    if len(mixers) > 1:
+        raise ConfigError(
+            f"{block.prefix}attention: is sequence_mixer's old name: leave one of them"
+        )
+    mixer = mixers[0] if mixers else "sequence_mixer"
     attention = block.node(mixer, {})
-    refuse_unknown(
-        attention,
-        "name type n_heads n_kv_heads head_dim bias rope qk_norm use_head_qk_norm sliding_window "
-        "backend use_flash use_recompute_qkv_prep mxfp8_save_qkv_for_backward",
-    )  # fmt: skip
+    keys.ATTENTION.check(attention)
     attention.choice("type", ("attention",), "attention")
     attention.choice("name", ("default",), "default")
     mlp = block.node("feed_forward", {})
-    refuse_unknown(mlp, "name hidden_size bias activation")
+    keys.MLP.check(mlp)
     mlp.choice("name", ("default",), "default")
     mlp.choice("activation", ("silu",), "silu")
     for part in (attention, mlp, head):
@@ -170,7 +164,7 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
             raise ConfigError(
                 f"{model.prefix}{which}: must be the norm that layer_norm is, and its eps"
             )
-    present = KEYS | (keys if norm[2] else {})
+    present = KEYS | (norm_keys if norm[2] else {})
     if "qk_norm" in norms and norms["qk_norm"][2]:
         present |= _QK_NORM_KEYS
     if not norms["lm_head.layer_norm"][2]:
@@ -210,9 +204,9 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     if not model.values:
         raise ConfigError(f"{path}: has no model: not a config of OLMo-core")
     model.choice("name", ("default",), "default")
-    model.must_be(embedding_norm=None, embed_scale=1.0)
+    keys.MODEL.check(model)
     head = model.node("lm_head", {})
-    refuse_unknown(head, "name layer_norm bias loss_implementation")
+    keys.HEAD.check(head)
     head.choice("name", ("default",), "default")
     depth = layers(model, "n_layers", tensors)
     read: dict[int, ReadBlock] = {}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from simlab.checkpoints.formats.olmo_core_keys import ROPE, SCALINGS
 from simlab.config import ConfigError, Llama3RopeConfig, YarnConfig
 from simlab.config.fields import Fields
-
-SCALINGS = ("YaRNRoPEScalingConfig", "StepwiseRoPEScalingConfig", "ABFRoPEScalingConfig")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def read_olmo_core_rope(attention: Fields, head_dim: int) -> Rope:
     if not rope.values:
         raise ConfigError(f"{attention.prefix}rope=null: attention without RoPE is not supported")
     rope.choice("name", ("default",), "default")
-    rope.must_be(no_global_rope=False, partial_rotary_factor=1.0)
+    ROPE.check(rope)
     theta = rope.number("theta", 1.0, above=True, default=500_000.0)
     scaling = rope.node("scaling", {})
     if not scaling.values:
@@ -35,9 +34,9 @@ def read_olmo_core_rope(attention: Fields, head_dim: int) -> Rope:
     kind = name.rpartition(".")[2] if isinstance(name, str) else ""
     if kind not in SCALINGS:
         raise scaling.fail("_CLASS_", name, f"allowed: {', '.join(SCALINGS)}")
+    SCALINGS[kind].check(scaling)
     if kind == "YaRNRoPEScalingConfig":
         return Rope(theta, yarn=_yarn(scaling, theta, head_dim))
-    scaling.must_be(attention_rescale_factor=1.0)
     if kind == "ABFRoPEScalingConfig":  # only another θ
         return Rope(scaling.number("new_theta", 1.0, above=True, default=8_000_000.0))
     low = scaling.number("low_freq_proportion", 0.0, default=0.0)
