@@ -1,7 +1,7 @@
 """Estimates of memory and time beside what runs take: python scripts/benchmark_estimates.py [WORD].
 
 Each case is a fresh process with the settings of the command's, one after another on the CPU. Memory:
-the peak beyond the interpreter with everything imported. Time: of the measuring alone, against the
+the peak beyond the interpreter with everything imported. Time: of measuring and predicting, against the
 rates that the machine has in the second before. Ratios are estimate to measured. WORD: only cases that
 contain it. All of them take about ten minutes on two cores that nobody else uses.
 
@@ -41,9 +41,9 @@ took = clock() - start
 print("RESULT", json.dumps({
     "interpreter": before,
     "peak": peak() - before,
-    "memory": max(map(memory.peak, curves)),
+    "memory": max(ready.prediction[0], *map(memory.peak, curves)),
     "took": took,
-    "seconds": sum(cost.seconds(curve, rates) for curve in curves),
+    "seconds": ready.prediction[1] + sum(cost.seconds(curve, rates) for curve in curves),
     "rates": dataclasses.asdict(rates),
 }))
 """

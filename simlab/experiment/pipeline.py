@@ -46,13 +46,13 @@ def measure(
 ) -> RunResult:
     """Measure every curve of a run, predict the random inits', and judge.
 
-    on_block: called after each block of each measured curve. curves_of: measures the curves, by default
+    on_block: called after each block of each curve. curves_of: measures the curves, by default
     ``measured_curves``; a sweep gives one that shares work between jobs (``sharing``).
     """
     config = ready.config
     measured = _measured(ready, on_block, curves_of) if config.measures else []
     # After measuring, so that its memory isn't part of the measurement's peak.
-    theory = predicted(ready) if config.seeds else None
+    theory = predicted(ready, on_block) if config.seeds else None
     frame, cuts = pd.DataFrame(), Cuts([], [])
     verdicts: dict[str, Verdict] = {}
     if measured:

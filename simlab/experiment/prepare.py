@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from simlab.budget.predicted import prediction_cost, refuse_prediction
+from simlab.analysis.numbers import gigabytes
+from simlab.budget.machine import available
+from simlab.budget.predicted import WITHOUT_TORCH, prediction_cost, refuse_prediction
 from simlab.config import ConfigError, RunConfig
 from simlab.inputs import Ids, make_tokens
 from simlab.theory.mean_field import unpredictable
@@ -57,22 +59,38 @@ class Prepared:
     def blocks(self) -> int:
         """How many blocks the run will pass through, over all its curves, forward and backward.
 
-        A predicted curve counts as one.
+        A predicted curve passes forward, back for its band, and back for gradients.
         """
-        curves = len(self.config.seeds) + (self.checkpoint is not None)
-        return self.config.shape.depth * curves * (1 + self.config.gradients)
+        drawn = len(self.config.seeds) if self.config.engine != "theory" else 0
+        curves, backward = drawn + (self.checkpoint is not None), int(self.config.gradients)
+        predicted = bool(self.config.seeds) and not self.unpredicted
+        return self.config.shape.depth * (curves * (1 + backward) + predicted * (2 + backward))
+
+    @property
+    def unpredicted(self) -> str | None:
+        """Why there is no predicted curve of the random inits, or None where there is one."""
+        (size, _), free = prediction_cost(self.config), available("cpu")
+        reason = unpredictable(self.config.shape, self.tokens)
+        if not reason and free is not None and size > free:
+            reason = f"it needs about {gigabytes(size)} of memory, and {gigabytes(free)} are free"
+        return reason
+
+    @property
+    def prediction(self) -> tuple[int, float]:
+        """Bytes and seconds that the predicted curve takes; 0 and 0 where there is none."""
+        if not self.config.seeds or self.unpredicted:
+            return 0, 0.0
+        return prediction_cost(self.config)
 
     @property
     def estimate(self) -> tuple[int, float]:
-        """Peak bytes of the process, and seconds of measuring on this machine; both are estimates.
+        """Peak bytes of the process, and seconds of measuring and predicting; both are estimates.
 
         NaN seconds where this machine hasn't the device.
         """
-        size, time = 0, 0.0
-        if self.config.engine == "theory":
-            size, time = prediction_cost(self.config)
+        size, time = self.prediction
         if not self.config.measures:
-            return size, time
+            return size + WITHOUT_TORCH, time
         import torch
 
         from simlab.budget.cost import curves_to_measure, seconds
@@ -80,7 +98,7 @@ class Prepared:
         from simlab.measurement.engine import resolve_device
 
         threads = torch.get_num_threads()
-        size = max(size, needed(self.config, threads) + INTERPRETER)
+        size = max(size, needed(self.config, threads)) + INTERPRETER
         try:
             resolve_device(self.config.device)
         except ConfigError:

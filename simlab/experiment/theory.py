@@ -5,30 +5,29 @@ With ``engine=theory`` it stands in place of measured ones, as the curve ``theor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pandas as pd
 
 from simlab.analysis.curve import Curves, curves_of, with_laws
-from simlab.analysis.numbers import gigabytes
-from simlab.budget.machine import available
-from simlab.budget.predicted import prediction_cost
 from simlab.config import ModelConfig
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.placement import at
-from simlab.theory.mean_field import Prediction, predict, unpredictable
+from simlab.theory.mean_field import Prediction, predict
 
 
-def predicted(ready: Prepared) -> Prediction:
-    """The prediction for a run's random inits; where there is none, no rows, and the reason."""
-    model, ids = ready.config.shape, ready.tokens
-    reason = unpredictable(model, ids)
-    (size, _), free = prediction_cost(ready.config), available("cpu")
-    if not reason and free is not None and size > free:
-        reason = f"it needs about {gigabytes(size)} of memory, and {gigabytes(free)} are free"
-    if reason:
+def predicted(ready: Prepared, on_block: Callable[[], None] = lambda: None) -> Prediction:
+    """The prediction for a run's random inits; where there is none, no rows, and the reason.
+
+    on_block: as for ``predict``.
+    """
+    if reason := ready.unpredicted:
         return Prediction([], reason)
-    return predict(model, ready.config.init, ids, gradients=ready.config.gradients)
+    config = ready.config
+    return predict(
+        config.shape, config.init, ready.tokens, gradients=config.gradients, on_block=on_block
+    )
 
 
 def predicted_curve(ready: Prepared, theory: Prediction) -> tuple[pd.DataFrame, Curves]:

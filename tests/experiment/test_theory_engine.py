@@ -10,7 +10,7 @@ from conftest import STANDARD_ERRORS, in_process, tiny
 from simlab import compose
 from simlab.budget import predicted
 from simlab.config import ConfigError
-from simlab.experiment import prepare, run
+from simlab.experiment import measure, prepare, run
 from simlab.report.figure import growth_figure
 from simlab.theory.mean_field import predict
 
@@ -140,3 +140,29 @@ def test_dry_run_of_theory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" theory ") == 2
     assert prepare(tiny("engine=theory")).estimate[1] > 0
+
+
+def test_an_estimate_counts_the_prediction_beside_simulated_runs(monkeypatch):
+    """Which there is for up to 512 tokens of random inits."""
+    monkeypatch.setattr("simlab.budget.cost.seconds", lambda *_: 100.0)
+    of = {}
+    for gradients in ("false", "true"):
+        ready = prepare(tiny("seeds=2", f"gradients={gradients}"))
+        of[gradients] = predicted.prediction_cost(ready.config)[1]
+        assert ready.estimate[1] == 100 + of[gradients]
+    assert 0 < of["false"] < of["true"]
+    assert prepare(tiny("inputs.batch=1", "inputs.length=513")).estimate[1] == 100
+
+
+@pytest.mark.parametrize("gradients", ["false", "true"])
+def test_progress_of_a_prediction(gradients):
+    """A block of the curve, of its band and of the gradient each; none where nothing is predicted."""
+    asked = ["norm=swin_renorm", "norm.every=2", "depth=4", f"gradients={gradients}"]
+    for engine in ("theory", "dense"):
+        ready, done = prepare(tiny(*asked, f"engine={engine}")), []
+        measure(ready, lambda done=done: done.append(None))
+        passes = (2 if gradients == "false" else 3) + (engine == "dense") * (
+            1 + (gradients == "true")
+        )
+        assert len(done) == ready.blocks == 4 * passes
+    assert prepare(tiny("inputs.batch=1", "inputs.length=513", "depth=4")).blocks == 4

@@ -14,6 +14,7 @@ A step's variance is a quadratic form, so it takes a matrix (J, J) over the basi
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,12 @@ def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
 
 def band(
     steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float,
-    width: int,
+    width: int, on_step: Callable[[], None] = lambda: None,
 ) -> Array:  # fmt: skip
     """Std between seeds of every row's mean square, (rows,), the embedding's first.
 
     start: the embedding's kernel (N, N). ids (N,). fourth: (κ − 3)·σ⁴ of an embedding's entries, κ
-    their kurtosis.
+    their kurtosis. on_step: called after each step, from the last to the first.
     """
     tokens, rows = len(start), len(steps) + 1
     mean_square = np.eye(tokens)[None] / tokens
@@ -162,6 +163,7 @@ def band(
         grown = np.zeros((taken + 1, len(basis)))
         grown[:-1, :-1], grown[-1, -1] = coefficients, 1.0
         coefficients, basis = reduced(grown, basis, step.start)
+        on_step()
     functionals = np.tensordot(coefficients, basis, 1)
     product = products(functionals, start)
     variance += 2 * np.einsum("rij,rji->r", product, product) / width

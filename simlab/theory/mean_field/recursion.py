@@ -133,12 +133,13 @@ def one_thread() -> Iterator[None]:
 @np.errstate(over="ignore", invalid="ignore")  # the prediction ends there
 def predict(
     model: ModelConfig, init: InitConfig, ids: NDArray[np.int64], with_band: bool = True,
-    gradients: bool = False,
+    gradients: bool = False, on_block: Callable[[], None] = lambda: None,
 ) -> Prediction:  # fmt: skip
     """Predict the curve of a model's random inits on given tokens (B, T).
 
     with_band: also the std between seeds. gradients: also the gradient's rms and norm, of a curve that
-    reaches the end. Raises ValueError where ``unpredictable`` says that there is no prediction.
+    reaches the end. on_block: called after each block, of the curve, then of the band, then of the
+    gradient. Raises ValueError where ``unpredictable`` says that there is no prediction.
     """
     if reason := unpredictable(model, ids):
         raise ValueError(reason)
@@ -170,10 +171,18 @@ def predict(
         passed.append(one)
         place = sublayer, one.block, one.kind
         rows.append(_row(*place, one.state, ids, model.width, one.step, one.normalises))
+        if one.kind == "mlp":
+            on_block()
     values = [dict(vars(row)) for row in rows]
     if with_band:
-        steps = [(one.step, one.out) for one in passed]
-        for value, std in zip(values, band(steps, kernel, flat, fourth, model.width), strict=True):
+        steps, done = [(one.step, one.out) for one in passed], reversed(passed)
+
+        def on_step() -> None:
+            if next(done).kind == "attention":
+                on_block()
+
+        stds = band(steps, kernel, flat, fourth, model.width, on_step)
+        for value, std in zip(values, stds, strict=True):
             value["band"] = float(std)
     no_gradient = "the predicted curve ends early" if gradients and ends else None
     if gradients and ends is None:
@@ -183,7 +192,8 @@ def predict(
         elif loss_error(passed[-1].state.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
         else:
-            for value, squares in zip(values, _gradients(context, passed, head, ids), strict=True):
+            pulled = _gradients(context, passed, head, ids, on_block)
+            for value, squares in zip(values, pulled, strict=True):
                 roots = np.sqrt(np.maximum(squares, 0))
                 value["gradient_rms"] = math.sqrt(np.square(roots).mean())
                 value["gradient_norm"] = math.sqrt(model.width) * roots.mean()
@@ -225,14 +235,17 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
 
 
 def _gradients(
-    context: Context, passed: list[Passed], head: float, ids: NDArray[np.int64]
-) -> list[Array]:
+    context: Context, passed: list[Passed], head: float, ids: NDArray[np.int64],
+    on_block: Callable[[], None],
+) -> list[Array]:  # fmt: skip
     """Every row's mean squares of the gradient (N,), the embedding's first."""
     gradient = loss_gradient(passed[-1].state.kernel, context.model, head, ids)
     squares = [gradient.diagonal()]
     for one in reversed(passed):
         gradient = pull_gradient(one.step, one.out, gradient)
         squares.append(gradient.diagonal())
+        if one.kind == "attention":
+            on_block()
     return squares[::-1]
 
 
