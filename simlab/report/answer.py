@@ -17,6 +17,7 @@ from simlab.analysis.agreement import ALPHA, MATTERS
 from simlab.analysis.curve import INITS
 from simlab.analysis.numbers import off_by, percent, plus_minus, short
 from simlab.analysis.resampling import MIN_SEEDS, Estimate, t_quantile
+from simlab.config import printable
 from simlab.report.swept import SweptCurve, SweptJob, ends_of, span, swept_curves
 
 NEAR = 0.1  # of a growth exponent that is called near 0; the paper's own figures lie within
@@ -329,7 +330,7 @@ def _missing(jobs: Sequence[SweptJob], curves: Sequence[SweptCurve]) -> Iterator
     for each in jobs:
         if each.summary is None:
             who = " ".join(str(v) for v in each.values.values() if v is not None)
-            texts.append(f"{who} ({each.error or 'not finished'})")
+            texts.append(f"{who} ({printable(each.error) or 'not finished'})")
         elif not any(c.summary is each.summary for c in curves):
             ends = ends_of(each.summary) if each.summary["engine"] == "theory" else None
             why = f"theory: {ends}" if ends else "its curves overflow at once"

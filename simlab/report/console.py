@@ -99,7 +99,7 @@ def show_sweep(
     files: Sequence[Path],
     answer: str | None = None,
 ) -> None:
-    """A sweep's tables, its failed jobs, the files' paths with the first figure last, and the answer.
+    """A sweep's tables, the files' paths with the first figure last, the answer; last what is missing.
 
     table: a row per job × curve. summaries: by job. same: jobs by the weight hash that they share.
     """
@@ -116,19 +116,18 @@ def show_sweep(
     for weights, jobs in same.items():
         named = f"Jobs {', '.join(jobs)} have the same embedding and blocks"
         console.print(f"{named} (weight hash {weights[:12]})", soft_wrap=True)
-    if failed:
-        count = f"{len(failed)} job{'s' if len(failed) > 1 else ''} failed"
-        console.print(Text(count, style="bold"))
-        console.print(failed_table(failed))
-        console.print()
-    if unfinished:
-        count = f"{unfinished} job{'s are' if unfinished > 1 else ' is'} not finished"
-        console.print(f"{count}; the sweep's command does what is missing")
     for path in (*files[:2], *files[2:][::-1]):
         console.print(str(path), soft_wrap=True, markup=False)
     if answer:
         console.print()
         console.print(Markdown(answer))
+    if unfinished:
+        count = f"{unfinished} job{'s are' if unfinished > 1 else ' is'} not finished"
+        console.print(f"\n{count}; the sweep's command does what is missing")
+    if failed:
+        count = f"{len(failed)} job{'s' if len(failed) > 1 else ''} failed"
+        console.print(Text(f"\n{count}", style="bold"))
+        console.print(failed_table(failed))
 
 
 def show_result(

@@ -228,7 +228,10 @@ def report(folder: Path) -> bool:
 
 
 def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
-    """Write the answer that a sweep's plan names, from its jobs' files; None where it names none."""
+    """Write the answer that a sweep's plan names, from its jobs' files; None where it names none.
+
+    Gives the text for the screen, where the report itself says which jobs failed or aren't finished.
+    """
     from simlab.report.answer import WRITERS
     from simlab.report.swept import SweptJob
 
@@ -245,7 +248,8 @@ def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
             outcomes.append(SweptJob(each.values, each.error))
     text = WRITERS[name](outcomes)
     write_atomically(folder / ANSWER, lambda path: write_text(path, text))
-    return text
+    done = [each for each in outcomes if each.summary is not None]
+    return WRITERS[name](done) if len(done) < len(outcomes) else text
 
 
 def _title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:

@@ -213,7 +213,10 @@ def test_a_checkpoint_stands_beside(swept):
 
 
 def test_missing_jobs_are_named(swept, tmp_path, no_figures):
-    """A failed job and one that hasn't ended; another sweep in the folder removes the answer."""
+    """A failed job and one that hasn't ended; another sweep in the folder removes the answer.
+
+    On the screen they are named once, at the end.
+    """
     folder = tmp_path / "sweep"
     shutil.copytree(swept, folder)
     for name in ("curve.csv", "summary.json"):
@@ -225,6 +228,10 @@ def test_missing_jobs_are_named(swept, tmp_path, no_figures):
     (folder / "answer.md").unlink()
     done = in_process("sweep", cwd=tmp_path, command="sweep")
     assert (done.returncode, done.stderr) == (1, "")
+    answer, end = done.stdout.split("1 job is not finished; ")
+    assert "How do activations grow" in answer
+    assert (answer.count("it broke"), answer.count("Missing here")) == (0, 0)
+    assert end.count("it broke") == 1
     text = paragraph(folder, "**Missing here:**")
     assert "olmo2_1b swin_renorm (it broke)" in text
     assert "from_checkpoint from_checkpoint (not finished)" in text

@@ -233,8 +233,10 @@ def test_a_failed_job_takes_no_other_down(tmp_path, monkeypatch, no_figures):
         patch.setattr(experiment, "measure", broken)
         done = in_process(*run, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "1 job failed" in done.stdout
-    assert "RuntimeError: it broke in two lines" in done.stdout
+    told = done.stdout.split("1 job failed\n")
+    assert len(told) == 2
+    assert "sweep.parquet" in told[0]  # the failure comes last
+    assert told[1].rstrip().endswith("RuntimeError: it broke in two lines")
     record = tmp_path / "sweep" / "0" / "job.json"
     assert json.loads(record.read_text())["status"] == "failed"
     assert "in broken" in json.loads(record.read_text())["traceback"]
