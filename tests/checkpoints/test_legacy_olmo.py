@@ -131,6 +131,44 @@ def test_shared_storage_and_parameters(tmp_path, olmo2):
     Checkpoint(str(tmp_path / "m"))  # with tying the head is not read
 
 
+def test_a_negated_view_is_refused(tmp_path, olmo2):
+    """torch keeps the sign as a bit of the tensor: the file's bytes are the negative of its values."""
+    name = "transformer.blocks.2.ff_proj.weight"
+    tensors = fused(olmo2)
+    tensors[name] = torch._neg_view(-tensors[name])
+    write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
+    refused(tmp_path / "m", name, "negation")
+    tensors[name] = tensors[name].resolve_neg()
+    write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
+    assert_same(tmp_path / "m", *sublayer_states(olmo2, IDS))
+
+
+class WithState:
+    """A tensor that is pickled with the state of another, which torch's ``__setstate__`` puts in."""
+
+    def __init__(self, tensor, other):
+        self.tensor, self.other = tensor, other
+
+    def __reduce__(self):
+        storage = self.other.untyped_storage()
+        typed = torch.storage.TypedStorage(
+            wrap_storage=storage, dtype=torch.float32, _internal=True
+        )
+        build, args = self.tensor.__reduce_ex__(2)
+        return build, args, (typed, 0, tuple(self.other.shape), self.other.stride())
+
+
+def test_a_tensor_set_to_another_is_refused(tmp_path, olmo2):
+    name = "transformer.blocks.2.attn_norm.weight"
+    tensors = fused(olmo2)
+    original = tensors[name]
+    tensors[name] = WithState(original, original + 5)
+    write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
+    read = torch.load(tmp_path / "m" / "model.pt", weights_only=False)[name]
+    assert torch.equal(read, original + 5)  # negative control: torch's values are the state's
+    refused(tmp_path / "m", name, "state")
+
+
 def test_swapped_gate_is_detected(tmp_path, olmo2):
     """Negative control: (gate, up) instead of (up, gate) is beyond the tolerance."""
     tensors = fused(olmo2)

@@ -18,7 +18,7 @@ from typing import IO, Any
 from simlab.checkpoints.storage import StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
 from simlab.checkpoints.untrusted.files import checked_name
-from simlab.checkpoints.untrusted.pickle import StorageLabel
+from simlab.checkpoints.untrusted.pickle import PickledObject, StorageLabel
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
@@ -154,9 +154,16 @@ def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense."""
     what = f"{archive.path}: tensor {brief(name)}"
     args = pickles.arguments_of(value, "_rebuild_parameter")
-    args = pickles.arguments_of(args[0] if args else value, "_rebuild_tensor_v2")
+    inner = args[0] if args else value
+    args = pickles.arguments_of(inner, "_rebuild_tensor_v2")
     if len(args) not in (6, 7):
         raise ConfigError(f"{what}: not a tensor")
+    if len(args) == 7 and args[6]:  # torch then reads the bytes with another sign
+        raise ConfigError(
+            f"{what}: has torch's negation or conjugation bit; save it again after resolve_neg()"
+        )
+    if any(isinstance(v, PickledObject) and v.state is not None for v in (value, inner)):
+        raise ConfigError(f"{what}: has a state beside its storage, which torch would set it to")
     storage, start = args[:2]
     shape, strides = (pickles.dimensions(args[i], what) for i in (2, 3))
     plain = isinstance(storage, StorageLabel) and type(start) is int
