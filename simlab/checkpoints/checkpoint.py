@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Checkpoint(Weights):
         by_name = parameter_shapes(self.model)
         ends: dict[str, int] = {}
         for name, theirs in self.opened.keys.items():
-            if self.model.tied and name == "head.weight":
+            if name == "head.weight" and (self.model.tied or theirs not in self.opened.tensors):
                 continue
             start = ends.get(theirs, 0)
             ends[theirs] = start + by_name[name][0]
@@ -99,9 +100,11 @@ class Checkpoint(Weights):
         """Compare the files' tensors with the architecture's, then check where their bytes are."""
         tensors, config = self.opened.tensors, self.opened.config
         expected = dict(self.expected())
+        others = sorted(tensors.keys() - expected.keys())
         for name in sorted(expected.keys() - tensors.keys()):
-            raise ConfigError(f"{self.folder}: tensor {name} is missing")
-        for name in sorted(tensors.keys() - expected.keys()):
+            there = f", and {others[0]} is not part of this architecture" if others else ""
+            raise ConfigError(f"{self.folder}: tensor {name} is missing{there}")
+        for name in others:
             where = tensors[name].pieces[0].path if tensors[name].pieces else self.folder
             raise ConfigError(f"{where}: tensor {name} is not part of this architecture")
         for name, shape in expected.items():
@@ -111,10 +114,42 @@ class Checkpoint(Weights):
                 )
         check_pieces(tensors.values())
 
+    @cached_property
+    def head_name(self) -> str:
+        """The parameter that the head is: itself, or the embedding that it is tied to.
+
+        Raises ConfigError where the files hold no head, or another one than the config says. A forward
+        pass through the blocks reads none: only gradients and whole models need it.
+        """
+        theirs = self.opened.keys["head.weight"]
+        if not self.model.tied:
+            if "head.weight" not in self.parts:
+                raise ConfigError(
+                    f"{self.folder}: holds no {theirs}: gradients and the loss need the head"
+                )
+            return "head.weight"
+        embedding, head = self.stored("embedding.weight")[0], self.opened.head
+        if head is not None and not self._same(head, embedding):
+            raise ConfigError(
+                f"{self.opened.config}: ties the head to the embedding, but the files hold another "
+                f"{theirs}: remove it, or untie them (transformers 5 uses the stored one, 4 does not)"
+            )
+        return "embedding.weight"
+
+    def _same(self, a: StoredTensor, b: StoredTensor) -> bool:
+        """True if two stored tensors have the same values."""
+        if a.pieces == b.pieces or a.shape != b.shape:
+            return a.shape == b.shape
+        check_pieces([a, b])
+        return all(
+            torch.equal(self.files.rows(a, *run).double(), self.files.rows(b, *run).double())
+            for run in row_runs(a, 0, a.shape[0])
+        )
+
     def stored(self, name: str) -> tuple[StoredTensor, int, int]:
         """A parameter's stored tensor, and start and stop of its rows. A tied head is the embedding."""
-        if name == "head.weight" and self.model.tied:
-            name = "embedding.weight"
+        if name == "head.weight":
+            name = self.head_name
         ours, layer = by_block(name)
         theirs, start, stop = self.parts[ours]
         return self.opened.tensors[theirs.format(layer)], start, stop

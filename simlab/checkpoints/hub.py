@@ -17,12 +17,16 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
+from simlab.checkpoints.formats.hugging_face_keys import read_family
+from simlab.checkpoints.formats.layouts import instead
 from simlab.checkpoints.formats.olmo_core import STATE
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names
+from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, nearest
 
 # httpx's, under the name by which huggingface_hub has it: what a broken download raises.
 HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
+_ADAPTER = "adapter_config.json"
 INDEX, SINGLE, PICKLED = "model.safetensors.index.json", "model.safetensors", "model.pt"
 
 
@@ -55,12 +59,19 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     fetched = (_fetch_if_any(repo, name, revision) for name in names)
     config = next(filter(None, itertools.chain(cached, fetched)), None)
     if config is None:
-        raise ConfigError(f"source.path={repo}: the repository has no config.json or config.yaml")
+        adapter = _fetch_if_any(repo, _ADAPTER, revision)
+        found = instead([_ADAPTER] if adapter else [])
+        raise ConfigError(
+            f"source.path={repo}: the repository has no config.json or config.yaml{found}"
+        )
     legacy = config.name == "config.yaml"
     folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
+    if not legacy and "model_type" in (values := read_json(config)):
+        read_family(values, fields_of(values, config))  # refused before its weights are fetched
     if _complete(folder):
         return folder
-    _fetch_if_any(repo, "tokenizer.json", folder.name)  # before the weights: they may be cut short
+    for file in ("tokenizer.json", _ADAPTER):  # before the weights: they may be cut short
+        _fetch_if_any(repo, file, folder.name)
     index = None if legacy else _fetch_if_any(repo, INDEX, folder.name)
     if index is not None:
         for file in _shards(index):

@@ -133,6 +133,8 @@ def prepare(
         from simlab.experiment.build import open_checkpoint
 
         checkpoint = open_checkpoint(config.source)
+        if config.gradients:
+            _ = checkpoint.head_name  # an error, if any, before anything is measured
         config = replace(config, model=checkpoint.model)
     tokenizer = checkpoint.tokenizer if checkpoint else None
     tokens = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)

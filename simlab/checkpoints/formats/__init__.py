@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simlab.checkpoints.formats import hugging_face, legacy_olmo, olmo_core
+from simlab.checkpoints.formats.layouts import instead, unwrapped
 from simlab.checkpoints.formats.opened import Opened
 from simlab.config import ConfigError
 
@@ -23,11 +24,11 @@ def open_folder(folder: Path) -> Opened:
     for matches, opener in FORMATS.values():
         if matches(folder):
             opened = opener(folder)
-            if not opened.model.tied:
-                return opened
-            head = opened.keys[
-                "head.weight"
-            ]  # a tied head is the embedding: a stored one isn't read
-            rest = {name: t for name, t in opened.tensors.items() if name != head}
-            return replace(opened, tensors=rest)
-    raise ConfigError(f"{folder}: holds no checkpoint: no config.json, config.yaml or .metadata")
+            tensors = unwrapped(opened.tensors, folder)
+            # Where the head is tied, a stored one is only read to see that it is the embedding.
+            head = tensors.pop(opened.keys["head.weight"], None) if opened.model.tied else None
+            return replace(opened, tensors=tensors, head=head)
+    raise ConfigError(
+        f"{folder}: holds no checkpoint: no config.json, config.yaml or .metadata"
+        f"{instead(entry.name for entry in folder.iterdir())}"
+    )

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
+from simlab.checkpoints.formats.layouts import instead, refuse_beside, unwrapped
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
-from simlab.checkpoints.storage import StoredTensor
+from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
 from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.config import ConfigError, ModelConfig, NormConfig
 from simlab.config.fields import Fields, brief
+from simlab.schemes.rope import inverse_frequencies
 
 # Ours to theirs; {} is the block. What every model type has, and then its norms.
 _SHARED = {
@@ -39,6 +43,7 @@ _NORMS_IN = {  # the second is "post attention" because it comes after: it is th
     "blocks.{}.attention.norm_in.weight": "model.layers.{}.input_layernorm.weight",
     "blocks.{}.mlp.norm_in.weight": "model.layers.{}.post_attention_layernorm.weight",
 }
+_BUFFER = ".rotary_emb.inv_freq"  # not learned: it follows from the config
 KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
 
 
@@ -137,11 +142,39 @@ def matches(folder: Path) -> bool:
 def open_folder(folder: Path) -> Opened:
     """Raises ConfigError for what is missing, malformed or not supported."""
     path = folder / "config.json"
-    read_json(path)  # first: without a config there is no use in looking for weights
-    held = tensors(folder)
+    values = read_json(path)
+    read_family(
+        values, fields_of(values, path)
+    )  # first: there is no use in looking for its weights
+    refuse_beside(folder)
+    held = _by_full_name(unwrapped(tensors(folder), folder))
     model, keys = read_config(path, len(held))
-    learned = {n: t for n, t in held.items() if not n.endswith(".rotary_emb.inv_freq")}
+    learned = {name: t for name, t in held.items() if not name.endswith(_BUFFER)}
+    for name in sorted(held.keys() - learned.keys()):
+        _check_frequencies(held[name], model, path)
     return Opened("hugging_face", model, keys, learned, path)
+
+
+def _by_full_name(held: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A base model's tensors (``AutoModel.save_pretrained``) by the names in a model with a head."""
+    if "embed_tokens.weight" not in held:
+        return held
+    return {n if n.startswith("lm_head.") else f"model.{n}": t for n, t in held.items()}
+
+
+def _check_frequencies(stored: StoredTensor, model: ModelConfig, path: Path) -> None:
+    """Refuse a stored RoPE that isn't the config's. Files of before 2023 hold this buffer."""
+    check_pieces([stored])
+    theirs = MappedFiles().rows(stored, 0, *stored.shape) if len(stored.shape) == 1 else None
+    pairs = torch.arange(model.head_dim / 2)
+    ours, _ = inverse_frequencies(pairs, model.head_dim, model.rope_theta, model.yarn, model.llama3)
+    # To what bfloat16 rounds to, and float16 near 0.
+    if (
+        theirs is None
+        or theirs.shape != ours.shape
+        or not theirs.float().allclose(ours, 2**-7, 1e-7)
+    ):
+        raise ConfigError(f"{path}: its RoPE isn't that of the tensor {stored.name} in the files")
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -153,7 +186,8 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if single.is_file():
         return {single: None}
     if not index.is_file():
-        raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}")
+        found = instead(entry.name for entry in folder.iterdir())
+        raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}{found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: has no weight_map")
@@ -179,5 +213,7 @@ def tensors(folder: Path) -> dict[str, StoredTensor]:
         held = read_header(path)
         for name in sorted((claimed or set()) - held.keys()):
             raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
-        places |= {n: t for n, t in held.items() if claimed is None or n in claimed}
+        for name in sorted(held.keys() - (held.keys() if claimed is None else claimed)):
+            raise ConfigError(f"{path}: holds {brief(name)}, which the index doesn't put there")
+        places |= held
     return places

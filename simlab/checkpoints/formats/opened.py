@@ -19,7 +19,7 @@ class Opened:
     keys: our parameter names to the file's, {} standing for the block. Several of ours with one of
     theirs are stacked in it by rows, in the map's order (a fused q‖k‖v). A norm without an entry has
     no gain: it is 1. tensors: the file's names to where their bytes are, optimizer state left out.
-    config: the file that says the shape.
+    config: the file that says the shape. head: the one that the files hold although it is tied.
     """
 
     format: str
@@ -27,6 +27,7 @@ class Opened:
     keys: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
     config: Path
+    head: StoredTensor | None = None
 
 
 def layers(fields: Fields, key: str, tensors: int) -> int:

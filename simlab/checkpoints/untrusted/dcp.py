@@ -15,7 +15,7 @@ import torch
 
 from simlab.checkpoints.storage import Piece, StoredTensor
 from simlab.checkpoints.untrusted import pickle as pickles
-from simlab.checkpoints.untrusted.files import checked_name, plain_name
+from simlab.checkpoints.untrusted.files import checked_name, plain_name, refuse_pointer_file
 from simlab.checkpoints.untrusted.pickle import PickledObject
 from simlab.checkpoints.untrusted.torch_zip import open_archive, stored_tensor
 from simlab.config import ConfigError
@@ -95,6 +95,7 @@ def _load(folder: Path) -> Any:
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
+        refuse_pointer_file(path)
         if path.stat().st_size > METADATA_LIMIT:
             raise ConfigError(f"{path}: larger than {METADATA_LIMIT >> 20} MiB")
         return pickles.load(path.read_bytes(), path, _PICKLE_STEPS)
@@ -153,6 +154,7 @@ def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple
     for path, here in by_path.items():  # all of them first: else one run could be read for ever
         if not path.is_file():
             raise ConfigError(f"{path}: no such file, and {here[0].name} is in it")
+        refuse_pointer_file(path)
         size, end = path.stat().st_size, 0
         for chunk in sorted(here, key=lambda c: c.offset):
             what = f"{path}: tensor {brief(chunk.name)}"

@@ -14,6 +14,23 @@ JSON_LIMIT = 64 << 20  # bytes; an index of a million tensors is smaller
 YAML_LIMIT = 1 << 20  # the largest official one has 0.2 MiB
 
 
+def refuse_pointer(head: bytes, path: Path) -> None:
+    """Refuse a file, by its first bytes, that git-lfs stands in for. Raises ConfigError."""
+    if head.startswith(b"version https://git-lfs"):
+        raise ConfigError(
+            f"{path}: a git-lfs pointer, not the file: run git lfs pull in its folder"
+        )
+
+
+def refuse_pointer_file(path: Path) -> None:
+    """``refuse_pointer`` of a file. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            refuse_pointer(file.read(64), path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
 def read_bytes(path: Path, limit: int, what: str) -> bytes:
     """A small file. Raises ConfigError, also where it has more than ``limit`` bytes."""
     try:
@@ -23,6 +40,7 @@ def read_bytes(path: Path, limit: int, what: str) -> bytes:
             data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    refuse_pointer(data, path)
     if len(data) > limit:
         raise ConfigError(f"{path}: larger than {limit >> 20} MiB, not {what}")
     return data

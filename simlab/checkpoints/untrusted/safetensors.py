@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from simlab.checkpoints.storage import StoredTensor, in_one_piece
-from simlab.checkpoints.untrusted.files import checked_name
+from simlab.checkpoints.untrusted.files import checked_name, refuse_pointer_file
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
@@ -27,6 +27,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+    refuse_pointer_file(path)
     try:
         with safe_open(path, framework="pt"):
             pass

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from simlab.checkpoints.storage import StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
-from simlab.checkpoints.untrusted.files import checked_name
+from simlab.checkpoints.untrusted.files import checked_name, refuse_pointer_file
 from simlab.checkpoints.untrusted.pickle import PickledObject, StorageLabel
 from simlab.config import ConfigError
 from simlab.config.fields import brief
@@ -183,6 +183,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file that ``torch.save(state_dict, path)`` wrote. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+    refuse_pointer_file(path)
     try:
         with path.open("rb") as file:
             archive = open_archive(file, path, 0, path.stat().st_size)

@@ -1,0 +1,75 @@
+"""Layouts that are the same model under other names, and what to use instead of those that aren't."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from simlab.checkpoints.storage import StoredTensor
+from simlab.config import ConfigError
+from simlab.config.fields import brief
+
+# Modules around a model, or around its layers, that torch.compile, DDP, FSDP and checkpointing leave in
+# the names of a state dict.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_MERGE = (
+    "merge it into its base model (peft's merge_and_unload), and give the folder saved from that"
+)
+# What a folder without readable weights may hold, and what to do; the first that is there is named.
+_INSTEAD = (
+    (
+        "model-*-of-*.safetensors",
+        "a shard, and model.safetensors.index.json isn't there: get that too",
+    ),
+    ("adapter_model.*", f"an adapter alone: {_MERGE}"),
+    ("adapter_config.json", f"an adapter alone: {_MERGE}"),
+    (
+        "pytorch_model*.bin*",
+        "a pickle: load it with transformers, whose save_pretrained avoids those",
+    ),
+    (
+        "consolidated*.pth",
+        "Meta's layout: use the repository whose name ends in -hf, or transformers'",
+    ),
+    ("*.gguf", "for llama.cpp: use the repository that it was made from"),
+    ("*.safetensors", "under another name: simlab reads model.safetensors"),
+    ("tf_model.h5", "TensorFlow's: load it with transformers and save it from there"),
+    ("flax_model.msgpack", "Flax's: load it with transformers and save it from there"),
+)
+# Files beside the weights with which they aren't the model any more.
+_BESIDE = {
+    "adapter_config.json": f"an adapter beside the weights, which transformers applies: {_MERGE}",
+    "quantize_config.json": "says that the weights are quantised: use the repository that isn't",
+    "quant_config.json": "says that the weights are quantised: use the repository that isn't",
+    "hf_quant_config.json": "says that the weights are quantised: use the repository that isn't",
+}
+
+
+def instead(names: Iterable[str]) -> str:
+    """``"; NAME is …"`` for the first telling one of a folder's file names, else an empty string."""
+    there = sorted(names)
+    for pattern, advice in _INSTEAD:
+        for name in fnmatch.filter(there, pattern):
+            return f"; {brief(name)} is {advice}"
+    return ""
+
+
+def refuse_beside(folder: Path) -> None:
+    """Refuse files beside the weights that change what a model computes. Raises ConfigError."""
+    for name, why in _BESIDE.items():
+        if (folder / name).is_file():
+            raise ConfigError(f"{folder / name}: {why}")
+
+
+def unwrapped(tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The tensors by the names that they have in an unwrapped model. Raises ConfigError for doubles."""
+    plain: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in plain:
+            raise ConfigError(
+                f"{folder}: tensors {plain[short].name} and {name} are one in a model"
+            )
+        plain[short] = tensor
+    return plain

@@ -1,0 +1,154 @@
+"""Files that are the same model under other names, and what is said of those that aren't."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import edit_json, refused, write_olmo
+from safetensors.torch import load_file, save_file
+from test_architectures import IDS, PLAIN, assert_same, sublayer_states
+from test_legacy_olmo import OLMO2, fused, write_legacy
+
+from simlab import build_model, compose
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.config import ConfigError
+from simlab.experiment import run
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def rewrite(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def source(folder):
+    return ["source=checkpoint", f"source.path={folder}", "seeds=0", "inputs.length=8"]
+
+
+def curve(folder):
+    """What is measured of a checkpoint without gradients, as numbers; its weights' hash."""
+    result = run(compose(source(folder)))
+    return result.curve.mean_square.tolist(), result.summary["weight_hash"]
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("Olmo2", False), ("Qwen3", True)])
+def test_a_base_models_files(tmp_path, kind, tied):
+    """``AutoModel.save_pretrained`` leaves out ``model.`` and the head, which gradients need."""
+    model = write_olmo(tmp_path / "m", kind, head_dim=8, tie_word_embeddings=tied, **TINY)
+    model.model.save_pretrained(tmp_path / "base")
+    assert curve(tmp_path / "base") == curve(tmp_path / "m")
+    if tied:
+        norms_out = kind == "Olmo2"
+        return assert_same(tmp_path / "base", *sublayer_states(model, IDS, norms_out))
+    for use in (run, build_model):
+        with pytest.raises(ConfigError, match=r"holds no lm_head\.weight"):
+            use(compose([*source(tmp_path / "base"), "gradients=true"]))
+    return None
+
+
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "_fsdp_wrapped_module.module."])
+def test_a_wrapped_models_names(tmp_path, before):
+    model = write_olmo(tmp_path / "m", "Llama", **TINY)
+    rewrite(tmp_path / "m", lambda t: {before + name: value for name, value in t.items()})
+    assert_same(tmp_path / "m", *sublayer_states(model, IDS, norms_out=False))
+
+
+def test_wrapped_layers_names(tmp_path):
+    """Also where each layer is wrapped, and in the old trainer's files."""
+    model = write_olmo(tmp_path / "hf", rope_parameters=PLAIN)
+    tensors = {
+        name.replace("blocks.1.", "blocks.1._orig_mod."): value
+        for name, value in fused(model).items()
+    }
+    write_legacy(tmp_path / "m", tensors, OLMO2, "pt")
+    assert_same(tmp_path / "m", *sublayer_states(model, IDS))
+    name = "transformer.blocks.1.attn_norm.weight"
+    write_legacy(tmp_path / "m", tensors | {name: torch.ones(48)}, OLMO2, "pt")
+    refused(tmp_path / "m", "blocks.1.attn_norm.weight", "are one in a model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_frequencies(tmp_path, dtype):
+    """Files of before 2023 hold RoPE's frequencies: they must be the config's."""
+    write_olmo(tmp_path / "m", "Llama", rope_parameters=PLAIN, **TINY)
+    rope = 900.0 ** -(torch.arange(0, 8, 2) / 8)
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    rewrite(tmp_path / "m", lambda t: t | {name: rope.to(dtype)})
+    Checkpoint(str(tmp_path / "m"))
+    edit_json(tmp_path / "m" / "config.json", rope_parameters=PLAIN | {"rope_theta": 1000.0})
+    refused(tmp_path / "m", name, "RoPE")
+
+
+def test_a_tied_models_other_head(tmp_path):
+    """A stored head that isn't the embedding: refused where the head is needed, as in gradients."""
+    write_olmo(tmp_path / "m", **TINY)
+    before = curve(tmp_path / "m")
+    edit_json(tmp_path / "m" / "config.json", tie_word_embeddings=True)
+    assert curve(tmp_path / "m") == before
+    for use in (run, build_model):
+        with pytest.raises(ConfigError, match=r"another lm_head\.weight"):
+            use(compose([*source(tmp_path / "m"), "gradients=true"]))
+    rewrite(
+        tmp_path / "m", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}
+    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert_same(tmp_path / "m", *sublayer_states(reference, IDS))
+
+
+def test_a_tensor_that_the_index_leaves_out(tmp_path):
+    write_olmo(tmp_path / "m", shards="20KB", **TINY)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    del values["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(values))
+    refused(tmp_path / "m", "model.norm.weight", "index doesn't put there")
+
+
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ("model-00001-of-00002.safetensors", ["model.safetensors.index.json isn't there"]),
+        ("adapter_model.safetensors", ["an adapter alone", "merge"]),
+        ("pytorch_model.bin", ["a pickle", "save_pretrained"]),
+        ("pytorch_model-00001-of-00002.bin", ["a pickle", "save_pretrained"]),
+        ("m.Q4_K_M.gguf", ["llama.cpp"]),
+        ("consolidated.00.pth", ["-hf"]),
+        ("model.fp16.safetensors", ["under another name"]),
+    ],
+)
+def test_other_weights_are_named(tmp_path, file, parts):
+    write_olmo(tmp_path / "m", **TINY)
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / file)
+    refused(tmp_path / "m", "holds neither model.safetensors", file, *parts)
+    (tmp_path / "m" / "config.json").unlink()
+    refused(tmp_path / "m", "holds no checkpoint", file, *parts)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "quantize_config.json"])
+def test_files_that_change_the_model(tmp_path, file):
+    write_olmo(tmp_path / "m", **TINY)
+    (tmp_path / "m" / file).write_text("{}")
+    refused(tmp_path / "m", file)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4\n"
+
+
+def test_git_lfs_pointers_are_named(tmp_path, written):
+    write_olmo(tmp_path / "hf", **TINY)
+    write_legacy(tmp_path / "pt", fused(write_olmo(tmp_path / "x")), OLMO2, "pt")
+    shutil.copytree(written / "olmo2", tmp_path / "core")
+    for file in ("hf/model.safetensors", "hf/config.json", "pt/config.yaml"):
+        (tmp_path / file).write_text(POINTER)
+        refused((tmp_path / file).parent, file, "git lfs pull")
+    write_legacy(tmp_path / "pt", {}, OLMO2, "pt")
+    (tmp_path / "pt" / "model.pt").write_text(POINTER)
+    refused(tmp_path / "pt", "model.pt", "git lfs pull")
+    for file in ("__0_0.distcp", ".metadata"):
+        (tmp_path / "core" / "model_and_optim" / file).write_text(POINTER)
+        refused(tmp_path / "core", file, "git lfs pull")
