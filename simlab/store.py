@@ -1,7 +1,7 @@
 """Results on disk: written aside, flushed, renamed; known by the hash of what made them.
 
-``Results`` keeps a sweep's results by that hash, a folder each, which appears whole or not at all; a
-job's own folder gets links to its files.
+``Results`` keeps a sweep's results by that hash, a folder each, which appears whole or not at all, and
+is used only while its files are the ones that were kept; a job's own folder gets copies.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import hashlib
 import json
 import math
 import os
+import platform
+import re
+import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +29,22 @@ from simlab.config import RunConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+try:
+    import fcntl
+except ImportError:  # Windows has neither such locks nor reflinks
+    fcntl = None  # type: ignore[assignment]  # a module's name, for where there is none
+
 SUMMARY = "summary.json"  # written last: where it is, the result is whole
+# What its writer locks while it fills it. A lock is seen on one machine for sure, hence the name in it.
 PARTIAL = ".partial-"
-STALE = 3600.0  # seconds; what a killed process has left is then removed
+HERE = f"{PARTIAL}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
+STALE = 3600.0  # seconds; where no lock can tell, what is older was left by a killed process
+FICLONE = (
+    0x40049409  # Linux's ioctl that gives a file the blocks of another, until either is written
+)
+# The keys that keeping a result adds to its summary.
+FILES, KEY, SEAL = "files", "result_key", "summary_hash"
+UNSEALED = f"{SUMMARY} has no hashes, as of an earlier version"
 # Rooms (and modules at the root) that no result depends on: their code isn't part of a result's key. A
 # test shows that the measuring code imports nothing from them.
 NOT_RESULTS = (
@@ -79,43 +94,45 @@ class Results:
     """Results by key, a folder each. Safe with any number of processes, on a shared disk too.
 
     A folder is filled under another name, flushed to disk, and renamed: a process that is killed at any
-    moment leaves a whole result or none.
+    moment leaves a whole result or none. spoiled: why a result that is there isn't used, by its key.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.spoiled: dict[str, str] = {}
 
     def find(self, key: str, weights: Callable[[], str] | None = None) -> Path | None:
-        """The folder of a result, if there is one.
+        """The folder of a result, if there is one and its files are the ones that were kept.
 
         weights: a checkpoint's weight hash, asked for only where a result is there to be compared.
         """
         folder = self.root / key
-        try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-            whole = isinstance(summary, dict) and (folder / "curve.csv").stat().st_size > 0
-        except (OSError, ValueError):
+        if not os.path.lexists(folder):
             return None
-        if not whole:
+        try:
+            summary = verified(folder)
+            if summary.get(KEY) != key:
+                raise ValueError(f"{SUMMARY} is another result's")
+        except (OSError, ValueError) as error:
+            self.spoiled[key] = _reason(error)
             return None
         if weights is not None and summary.get("weight_hash") != weights():
             return None
         return folder
 
-    def put(self, key: str, fill: Callable[[Path], None]) -> Path:
-        """Let ``fill`` write a result's files into an empty folder, and keep that."""
+    def put(self, key: str, fill: Callable[[Path], object], summary: Mapping[str, Any]) -> Path:
+        """Let ``fill`` write a result's tables into an empty folder, and keep it with its summary."""
         self.root.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{key}-", dir=self.root))
         folder = self.root / key
-        try:
+        with _aside(self.root, key, Path.mkdir) as aside:
             fill(aside)
-            aside.chmod(0o755)
+            hashes = {path.name: file_hash(path) for path in sorted(aside.iterdir())}
+            sealed = {**summary, KEY: key, FILES: hashes}
+            write_json(aside / SUMMARY, sealed | {SEAL: _content_hash(sealed)})
             for path in aside.iterdir():
-                path.chmod(0o444)
+                path.chmod(path.stat().st_mode & 0o444)
             flush(aside)
             self._replace(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         return folder
 
     def _replace(self, aside: Path, folder: Path) -> None:
@@ -125,40 +142,93 @@ class Results:
                 aside.rename(folder)
                 return
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-            old = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}old-", dir=self.root))
-            with contextlib.suppress(OSError):  # another process has moved it
+            with (
+                _aside(self.root, "old", Path.mkdir) as old,
+                contextlib.suppress(OSError),  # another process has moved it
+            ):
                 folder.rename(old / "old")
-            shutil.rmtree(old, ignore_errors=True)
         raise OSError(f"{folder}: can't be replaced")
 
     def clean(self) -> None:
-        """Remove files that killed processes left behind."""
-        for path in self.root.glob(f"{PARTIAL}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE:
-                    shutil.rmtree(path, ignore_errors=True)
+        """Remove what killed processes left behind."""
+        remove_left(self.root)
 
 
-def link(result: Path, folder: Path) -> None:
-    """Give ``folder`` the files of a kept result, its summary last: hard links, so nothing is written.
+def file_hash(path: Path) -> str:
+    """A file's SHA-256, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    The files are read-only: editing one would edit the other. On another disk they are copies.
+
+def _content_hash(summary: Mapping[str, Any]) -> str:
+    """The SHA-256 of a summary's content, whatever its layout as a file."""
+    content = json.loads(json.dumps(_plain(dict(summary))))
+    content.pop(SEAL, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def verified(folder: Path) -> dict[str, Any]:
+    """The summary in a kept result's or a job's folder, once it and its files fit their hashes.
+
+    Raises OSError, and ValueError with what doesn't fit.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{SUMMARY} is not JSON") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{SUMMARY} is not a JSON object")
+    files = summary.get(FILES)
+    if not isinstance(files, dict) or "curve.csv" not in files or SEAL not in summary:
+        raise ValueError(UNSEALED)
+    if summary[SEAL] != _content_hash(summary):
+        raise ValueError(f"{SUMMARY} has changed")
+    for name, known in files.items():
+        if Path(name).name != name or file_hash(folder / name) != known:
+            raise ValueError(f"{name} has changed")
+    return summary
+
+
+def spoiled(folder: Path) -> str | None:
+    """Why the files in a job's folder aren't the ones that it wrote; None where they are.
+
+    Files of an earlier version, which have no hashes, are taken as they are.
+    """
+    try:
+        verified(folder)
+    except (OSError, ValueError) as error:
+        return None if str(error) == UNSEALED else _reason(error)
+    return None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why a result can't be used, in words that several results may share."""
+    if isinstance(error, OSError):
+        name = Path(error.filename).name if error.filename else SUMMARY
+        return f"{name}: {error.strerror}"
+    return str(error)
+
+
+def copy_result(result: Path, folder: Path) -> None:
+    """Give ``folder`` copies of a kept result's files, its summary last.
+
+    A copy takes no room until it is edited, where the disk has reflinks. Not hard links: whoever edits
+    one edits the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(path for path in result.iterdir() if path.name != SUMMARY)
-    for path in [*files, result / SUMMARY]:
-        target = folder / path.name
-        target.unlink(missing_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:
-            write_atomically(target, functools.partial(_copy, path))
+    summary = json.loads((result / SUMMARY).read_text(encoding="utf-8"))
+    for name in [*summary[FILES], SUMMARY]:  # nothing else that may lie there
+        write_atomically(folder / name, functools.partial(_copy, result / name), durable=False)
 
 
 def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+        except (AttributeError, OSError):  # no such call, or another kind of disk
+            shutil.copyfileobj(old, new)
 
 
 def flush(folder: Path) -> None:
@@ -171,23 +241,92 @@ def flush(folder: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def _aside(folder: Path, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder in ``folder``, made by ``make``, locked in this block and then removed.
+
+    ``name`` ends its name. What killed processes left in ``folder`` goes.
+    """
+    remove_left(folder)
+    while True:
+        path = folder / f"{HERE}{secrets.token_hex(6)}-{name}"
+        make(path)
+        try:
+            with locked(path) as mine:
+                if mine is not False and path.exists():  # nobody removed it before it was locked
+                    yield path
+                    return
+        finally:
+            remove(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool | None]:
+    """Lock a file or folder for this block, or until this process dies.
+
+    Yields True, or False where another process has locked it, or None where there are no locks.
+    """
+    handle, mine = None, None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # it has just been removed
+            handle = os.open(path, os.O_RDONLY)
+    try:
+        if handle is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = True
+            except BlockingIOError:
+                mine = False
+            except OSError:  # some network disks have none, or none of folders
+                pass
+        yield mine
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder, and nothing that is being written."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError), locked(path) as mine:
+            known = mine is not None and path.name.startswith(HERE)
+            old = time.time() - path.stat().st_mtime > STALE
+            if mine if known else old and mine is not False:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def make_way(path: Path) -> None:
+    """Rename what stands where simlab must write: whose it is, isn't known, so it stays beside."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
+        number += 1
+    path.rename(aside)
+
+
 def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk, rename it to ``path``.
 
     durable: flush; a file that can be made again at no cost needn't be.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _aside(path.parent, path.name, functools.partial(Path.touch, exist_ok=False)) as temporary:
         write(temporary)
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.replace(path)
+        except IsADirectoryError:
+            make_way(path)
+            temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:

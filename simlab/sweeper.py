@@ -61,14 +61,15 @@ class Around(Callback):
         folder = Path(config.hydra.sweep.dir)
         with or_exit():
             from simlab.sweep.report import report
-            from simlab.sweep.sweeper import described
+            from simlab.sweep.sweeper import alone_in, described
 
             if not is_ours(config):
                 write_json(
                     folder / job.PLAN, described(folder, self.before, read_keep(config).answer)
                 )
             try:
-                whole = report(folder)
+                with alone_in(folder):
+                    whole = report(folder)
             except KeyboardInterrupt:
                 print(
                     f"simlab: interrupted; the jobs are kept, python -m simlab.sweep {folder} reports",

@@ -1,8 +1,11 @@
 """What is kept is whole, and known by what made it."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import typing
@@ -18,18 +21,14 @@ from test_imports import imports
 from simlab import experiment, store
 from simlab.config import Llama3RopeConfig, YarnConfig
 from simlab.config.validate import compose
-from simlab.store import Results, config_hash, link, read_csv, result_key, write_csv
+from simlab.store import Results, config_hash, copy_result, read_csv, result_key, write_csv
 from simlab.sweep.job import key_of
 
 ROOT = Path(store.__file__).parent
 
 
 def fill(value):
-    def write(folder):
-        (folder / "curve.csv").write_text(value)
-        (folder / "summary.json").write_text(json.dumps({"value": value}))
-
-    return write
+    return lambda folder: (folder / "curve.csv").write_text(value)
 
 
 def test_results_are_atomic(tmp_path):
@@ -41,29 +40,28 @@ def test_results_are_atomic(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        results.put("k", breaks)
+        results.put("k", breaks, {})
     assert results.find("k") is None
     assert list((tmp_path / "results").iterdir()) == []
-    assert results.put("k", fill("a")) == results.find("k")
-    results.put("k", fill("b"))
-    assert json.loads((results.find("k") / "summary.json").read_text()) == {"value": "b"}
-    (results.root / "k" / "summary.json").chmod(0o644)
-    (results.root / "k" / "summary.json").write_text("{")  # a broken file is no result
-    assert results.find("k") is None
+    assert results.put("k", fill("a"), {"n": 1}) == results.find("k")
+    results.put("k", fill("b"), {"n": 2})
+    assert json.loads((results.find("k") / "summary.json").read_text())["n"] == 2
+    assert results.spoiled == {}
 
 
 def test_concurrent_writes_of_one_result(tmp_path):
     results = Results(tmp_path)
-    threads = [
-        threading.Thread(target=lambda i=i: [results.put("k", fill(str(i))) for _ in range(20)])
-        for i in range(4)
-    ]
+
+    def put(i):
+        for _ in range(20):
+            results.put("k", fill(str(i)), {"value": str(i)})
+
+    threads = [threading.Thread(target=put, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for _ in range(50):
-        found = results.find("k")
-        if found is not None:
-            time.sleep(0.001)
+        results.find("k")
+        time.sleep(0.001)
     for thread in threads:
         thread.join()
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
@@ -74,49 +72,168 @@ def test_concurrent_writes_of_one_result(tmp_path):
     )
 
 
-def test_stale_partial_results_are_removed(tmp_path):
+CURVE = "block,mean_square\n0,1.25\n1,2.5\n"
+
+
+def rewrite(path, old, new):
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace(old, new))
+
+
+# What may happen to a kept result, and what is said then.
+DAMAGE = {
+    "untouched": (lambda _: None, None),
+    "rows missing": (lambda r: rewrite(r / "k/curve.csv", "1,2.5\n", ""), "curve.csv has changed"),
+    "a digit": (lambda r: rewrite(r / "k/curve.csv", "2.5", "2.6"), "curve.csv has changed"),
+    "no curve": (lambda r: (r / "k/curve.csv").unlink(), "curve.csv: No such file or directory"),
+    "weights": (lambda r: rewrite(r / "k/weights.csv", "3", "4"), "weights.csv has changed"),
+    "a number of the summary":
+        (lambda r: rewrite(r / "k/summary.json", "1.5", "1.6"), "summary.json has changed"),
+    "another job's summary":
+        (lambda r: (r / "other/summary.json").replace(r / "k/summary.json"),
+         "curve.csv has changed"),
+    "another job's files":
+        (lambda r: [(r / "other" / n).replace(r / "k" / n) for n in ("curve.csv", "summary.json")],
+         "summary.json is another result's"),
+    "half a summary":
+        (lambda r: rewrite(r / "k/summary.json", "}\n", ""), "summary.json is not JSON"),
+    "an earlier version's":
+        (lambda r: rewrite(r / "k/summary.json", "summary_hash", "x"),
+         "summary.json has no hashes, as of an earlier version"),
+    "a file": (lambda r: ((r / "k").rename(r / "moved"), (r / "k").write_text("")),
+               "summary.json: Not a directory"),
+    "a stray folder beside": (lambda r: (r / "k" / "plots").mkdir(), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_kept_results_are_verified(tmp_path, damage):
+    """What isn't as it was kept is not used, and why; another result can take its place."""
     results = Results(tmp_path)
-    old, new = tmp_path / ".partial-k-1", tmp_path / ".partial-k-2"
-    for folder in (old, new):
-        folder.mkdir()
-        (folder / "curve.csv").write_text("half")
-    os.utime(old, (time.time() - 2 * store.STALE,) * 2)
-    results.clean()
-    assert [path.name for path in tmp_path.iterdir()] == [new.name]
+
+    def tables(folder):
+        (folder / "curve.csv").write_text(CURVE)
+        (folder / "weights.csv").write_text("tensor,std\nembedding,3\n")
+
+    results.put("k", tables, {"verdict": {"value": 1.5}, "nan": float("nan"), "seeds": (1, 2)})
+    results.put("other", fill("block,mean_square\n0,9\n"), {"verdict": {"value": 1.5}})
+    change, why = DAMAGE[damage]
+    change(tmp_path)
+    found = results.find("k")
+    assert results.spoiled.get("k") == why
+    assert (found is None) == (why is not None)
+    kept = results.put("k", tables, {})
+    assert results.find("k") == kept
+    copy_result(kept, tmp_path / "job")
+    assert {p.name for p in (tmp_path / "job").iterdir()} == {
+        "curve.csv", "summary.json", "weights.csv",
+    }  # fmt: skip
+
+
+# Half-written, by a process that was killed, by one that lives, on another machine.
+LEFT = {
+    "killed": (f"{store.HERE}1-k", False, 0, False),
+    "alive": (f"{store.HERE}2-k", True, 0, True),
+    "alive for long": (f"{store.HERE}3-k", True, 2 * store.STALE, True),
+    "elsewhere": (f"{store.PARTIAL}elsewhere-4-k", False, 0, True),
+    "elsewhere, long ago": (f"{store.PARTIAL}elsewhere-5-k", False, 2 * store.STALE, False),
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_half_written_files_are_removed(tmp_path, folder):
+    """By whoever writes there next; what is being written stays."""
+    with contextlib.ExitStack() as stack:
+        for name, alive, age, _ in LEFT.values():
+            path = tmp_path / name
+            if folder:
+                path.mkdir()
+                (path / "curve.csv").write_text("half")
+            else:
+                path.write_text("half")
+            os.utime(path, (time.time() - age,) * 2)
+            if alive:
+                stack.enter_context(store.locked(path))
+        store.write_atomically(tmp_path / "job.json", lambda path: path.write_text("{}"))
+        left = {name for name, *_, stays in LEFT.values() if stays}
+        assert {path.name for path in tmp_path.iterdir()} == {*left, "job.json"}
+    Results(tmp_path).clean()  # their processes have ended
+    left = {LEFT["elsewhere"][0]}
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "job.json"}
+
+
+def test_a_killed_write_is_cleaned_up(tmp_path):
+    """A real process, killed while it writes; and one that writes on meanwhile."""
+    code = (
+        "import sys, time, pathlib, simlab.store as s\n"
+        "s.write_atomically(pathlib.Path(sys.argv[1]),\n"
+        "    lambda p: (p.write_text('half'), time.sleep(60)))"
+    )
+
+    def start(name):
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / name])
+        while not list(tmp_path.glob(f"{store.HERE}*{name}")):
+            time.sleep(0.01)
+        return process
+
+    with start("a") as a, start("b") as b:
+        a.kill()
+        a.wait()
+        Results(tmp_path).clean()
+        (left,) = tmp_path.iterdir()
+        assert left.name.endswith("-b")
+        b.kill()
+
+
+def test_a_stray_folder_makes_way(tmp_path):
+    (tmp_path / "curve.csv").mkdir()
+    (tmp_path / "curve.csv" / "mine").write_text("mine")
+    store.write_atomically(tmp_path / "curve.csv", lambda path: path.write_text("a"))
+    assert (tmp_path / "curve.csv").read_text() == "a"
+    assert (tmp_path / "curve.csv.aside-1" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("umask", "modes"), [(0o022, "755 444 644"), (0o007, "770 440 660")])
+def test_modes_follow_umask(tmp_path, umask, modes):
+    before = os.umask(umask)
+    try:
+        kept = Results(tmp_path / "results").put("k", fill("a"), {})
+        copy_result(kept, tmp_path / "job")
+    finally:
+        os.umask(before)
+    seen = [kept, kept / "curve.csv", tmp_path / "job/curve.csv"]
+    assert " ".join(f"{path.stat().st_mode & 0o777:o}" for path in seen) == modes
+    assert (tmp_path / "job/summary.json").stat().st_mode == seen[2].stat().st_mode
 
 
 def test_results_of_other_weights_are_not_found(tmp_path):
     results = Results(tmp_path)
-
-    def with_weights(folder):
-        (folder / "curve.csv").write_text("a")
-        (folder / "summary.json").write_text(json.dumps({"weight_hash": "abc"}))
-
-    results.put("k", with_weights)
+    results.put("k", fill("a"), {"weight_hash": "abc"})
     assert results.find("k", lambda: "abc") is not None
     assert results.find("k", lambda: "abd") is None
+    assert results.spoiled == {}  # the checkpoint has changed, not the result
 
 
-def test_links_are_read_only(tmp_path):
-    kept = Results(tmp_path / "results").put("k", fill("a"))
-    link(kept, tmp_path / "job")
-    link(kept, tmp_path / "job")  # again is fine
-    file = tmp_path / "job" / "curve.csv"
-    assert file.samefile(kept / "curve.csv")
-    assert file.stat().st_mode & 0o777 == 0o444
-    store.write_atomically(file, lambda path: path.write_text("b") and None)
-    assert (kept / "curve.csv").read_text() == "a"
+@pytest.mark.parametrize("reflinks", [True, False])
+def test_copies_are_apart(tmp_path, monkeypatch, reflinks):
+    """Whoever edits a job's file leaves the kept one as it is; blocks are shared where they can be."""
+    asked = []
 
+    def ioctl(new, request, old):
+        asked.append(request)
+        if not reflinks:
+            raise OSError(95, "Operation not supported")
+        os.write(new, os.pread(old, 1000, 0))
 
-def test_links_to_another_disk_are_copies(tmp_path, monkeypatch):
-    def elsewhere(*_):
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", elsewhere)
-    kept = Results(tmp_path / "results").put("k", fill("a"))
-    link(kept, tmp_path / "job")
+    monkeypatch.setattr(store.fcntl, "ioctl", ioctl)
+    results = Results(tmp_path / "results")
+    kept = results.put("k", fill("a"), {})
+    copy_result(kept, tmp_path / "job")
+    copy_result(kept, tmp_path / "job")  # again is fine
+    assert asked == [store.FICLONE] * 4
     assert (tmp_path / "job" / "curve.csv").read_text() == "a"
-    assert not (tmp_path / "job" / "curve.csv").samefile(kept / "curve.csv")
+    (tmp_path / "job" / "curve.csv").write_text("b")
+    assert results.find("k") == kept
 
 
 def leaves(config, replaced=lambda changed: changed):

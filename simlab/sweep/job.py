@@ -1,12 +1,15 @@
 """One job: a run that ends with tables, figures and a verdict, or a sweep's, which ends with a record.
 
-A sweep's job is computed where no result of its key is kept; its folder gets links to the kept one.
+A sweep's job is computed where no result of its key is kept; its folder gets copies of the kept files.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,7 +23,14 @@ from omegaconf import DictConfig
 from simlab.budget.process import tune_process
 from simlab.config import ConfigError, KeepConfig, RunConfig
 from simlab.config.validate import read, read_keep
-from simlab.store import SUMMARY, Results, link, result_key, write_csv, write_json
+from simlab.store import (
+    SUMMARY,
+    Results,
+    copy_result,
+    result_key,
+    write_csv,
+    write_json,
+)
 from simlab.sweep.gpu_lock import own_gpu
 
 if TYPE_CHECKING:
@@ -70,8 +80,9 @@ def run_files(folder: Path) -> dict[Path, int]:
 
 def clear(folder: Path) -> None:
     """Remove the results in a run's folder, the summary first: what is left is never a whole one."""
-    for name in (SUMMARY, RECORD, *TABLES, *FIGURES):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / name for name in (SUMMARY, RECORD, *TABLES, *FIGURES)):
+        if path.is_file() or path.is_symlink():  # a folder of that name isn't ours
+            path.unlink()
 
 
 def remove_empty(folder: Path) -> None:
@@ -104,7 +115,9 @@ def task(config: DictConfig) -> None:
         return
     keep = replace(keep, results=str(Path(hydra.runtime.cwd) / keep.results))
     tune_process()
-    sweep_job(read(config), folder, keep)
+    spoiled = sweep_job(read(config), folder, keep)
+    if not str(hydra.sweeper._target_).endswith(".SimlabSweeper"):  # which has said it
+        tell_spoiled(spoiled, keep)
 
 
 def run_job(config: RunConfig, folder: Path) -> None:
@@ -143,7 +156,7 @@ def write(result: RunResult, folder: Path) -> list[Path]:
 
 
 def write_tables(result: RunResult, folder: Path) -> list[Path]:
-    """curve.csv, and of a checkpoint weights.csv."""
+    """Write curve.csv, and of a checkpoint weights.csv."""
     frames = {"curve.csv": result.curve, "weights.csv": result.weights}
     written = []
     for name, frame in frames.items():
@@ -183,8 +196,10 @@ def sweep_job(
     on_block: Callable[[], None] = lambda: None,
     tokens_of: Callable[..., Ids] | None = None,
     curves_of: Callable[..., MeasuredCurves] | None = None,
-) -> None:
+) -> dict[str, str]:
     """One job of a sweep: its result in its folder, and how it ended in RECORD.
+
+    Returns why a kept result, by its key, wasn't used though it is there.
 
     tokens_of: as for ``experiment.prepare``. curves_of: measures the curves, by default
     ``experiment.measured_curves``. Whatever is raised ends this job and not the sweep; what a
@@ -205,23 +220,32 @@ def sweep_job(
                 stored = find_result(key, ready, results) if keep.resume else None
                 if stored is None:
                     result = experiment.measure(ready, on_block, curves_of)
-                    stored = results.put(key, lambda aside: _fill(result, aside))
-            link(stored, folder)
+                    stored = results.put(
+                        key, functools.partial(write_tables, result), result.summary
+                    )
+            copy_result(stored, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart
             record = failure(error)
     with suppress(OSError):  # a full disk: a job without a record counts as unfinished
         write_json(folder / RECORD, record, durable=False)
+    return results.spoiled
 
 
 def use_result(stored: Path, folder: Path) -> None:
-    """Link a stored result into a job's folder, and record the job as done."""
-    link(stored, folder)
+    """Copy a stored result into a job's folder, and record the job as done."""
+    copy_result(stored, folder)
     write_json(folder / RECORD, {"status": "done"}, durable=False)
 
 
-def _fill(result: RunResult, folder: Path) -> None:
-    write_tables(result, folder)
-    write_json(folder / SUMMARY, result.summary)
+def tell_spoiled(spoiled: Mapping[str, str], keep: KeepConfig) -> None:
+    """Say on stderr, in a line per reason, which kept results aren't used, by their keys."""
+    for why, count in Counter(spoiled.values()).items():
+        key = next(key for key, reason in spoiled.items() if reason == why)
+        others = f" and {count - 1} other{'s' if count > 2 else ''}" if count > 1 else ""
+        print(
+            f"simlab: {Path(keep.results) / key}{others}: not used, {why}; measured again",
+            file=sys.stderr,
+        )
 
 
 def failure(error: Exception) -> dict[str, Any]:

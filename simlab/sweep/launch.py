@@ -45,7 +45,7 @@ class Place:
     @property
     def ended(self) -> bool:
         """True if the job has left its record."""
-        return (self.folder / job.RECORD).exists()
+        return (self.folder / job.RECORD).is_file()
 
 
 def executor(launcher: Launcher) -> str:

@@ -22,6 +22,7 @@ from simlab.store import (
     SUMMARY,
     read_csv,
     same_weights,
+    spoiled,
     write_atomically,
     write_csv,
     write_text,
@@ -38,7 +39,10 @@ LAMBDAS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A job of a sweep as its files have it: ``status`` is done, failed or unfinished."""
+    """A job of a sweep as its files have it: ``status`` is done, failed or unfinished.
+
+    A job whose files aren't the ones that it wrote has failed, too.
+    """
 
     number: int
     folder: Path
@@ -96,7 +100,10 @@ def _status(folder: Path) -> tuple[str, str]:
         record = _read_object(folder / RECORD)
         if record.get("status") == "failed":
             return "failed", str(record.get("error", ""))
-    return ("done", "") if (folder / SUMMARY).is_file() else ("unfinished", "")
+    if not (folder / SUMMARY).is_file():
+        return "unfinished", ""
+    why = spoiled(folder)
+    return ("failed", f"{why}; the sweep's command writes it again") if why else ("done", "")
 
 
 def _curve(each: Entry) -> pd.DataFrame:

@@ -66,6 +66,7 @@ class Sweep:
         )
         from simlab.inputs import make_tokens
 
+        self.results = store.Results(Path(self.keep.results))
         self.tokens_of = functools.lru_cache(4)(make_tokens)  # jobs often have the same
         folder = Path(hydra.sweep.dir)
         places, rows = [], []
@@ -73,6 +74,7 @@ class Sweep:
             places.append(place)
             if self.keep.dry_run:
                 rows.append(estimated(place.job, ready, place.stored is not None))
+        job.tell_spoiled(self.results.spoiled, self.keep)
         if self.keep.dry_run:
             estimates.show_estimates(rows, launch.at_once(self.launcher))
             return
@@ -80,6 +82,12 @@ class Sweep:
             raise ConfigError("hydra.sweep.subdir: gives several jobs the same folder")
         if any(Path(p.subdir).is_absolute() or ".." in Path(p.subdir).parts for p in places):
             raise ConfigError("hydra.sweep.subdir: leads out of the sweep's folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            self.start(planned, places, folder)
+
+    def start(self, planned: SweepPlan, places: Sequence[Place], folder: Path) -> None:
+        """Lay the sweep out and launch it. Raises OSError, SystemExit after Ctrl-C, which is told."""
         laid_out = False
         try:
             self.lay_out(planned, places, folder)
@@ -105,14 +113,16 @@ class Sweep:
 
     def lay_out(self, planned: SweepPlan, places: Sequence[Place], folder: Path) -> None:
         """Write the sweep's plan and stored results into its folder; remove an earlier sweep's."""
-        folder.mkdir(parents=True, exist_ok=True)
+        self.results.root.mkdir(parents=True, exist_ok=True)  # or this is said now
+        self.results.clean()
         forget(folder)
         for place in places:
+            if place.folder.is_file():
+                store.make_way(place.folder)
             job.clear(place.folder)
-            shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
+            store.remove(place.folder / ".hydra")
         OmegaConf.save(self.config, folder / "multirun.yaml")
         store.write_json(folder / job.PLAN, description(planned, places, self.keep.answer))
-        store.Results(Path(self.keep.results)).clean()
         for place in places:
             if place.stored:
                 write_hydra(place)
@@ -122,13 +132,14 @@ class Sweep:
         """Prepare every job, as far as this machine can. Raises ConfigError."""
         from simlab.experiment import prepare
 
-        results = store.Results(Path(self.keep.results))
         local = self.in_process or launch.is_local(self.launcher)
         for each in planned.jobs:
             for device in possible_devices(each.config, local):
                 ready = prepare(each.config, self.tokens_of, device)
                 stored = (
-                    job.find_result(job.key_of(ready), ready, results) if self.keep.resume else None
+                    job.find_result(job.key_of(ready), ready, self.results)
+                    if self.keep.resume
+                    else None
                 )
                 if stored:
                     break
@@ -221,11 +232,26 @@ def possible_devices(config: RunConfig, local: bool) -> list[str]:
     return [str(resolve_device(config.device))]
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder for this block. Raises ConfigError where another sweep holds it.
+
+    Both would write the same jobs' folders, and each would report on the other's jobs.
+    """
+    with store.locked(folder) as mine:
+        if mine is False:
+            raise ConfigError(
+                f"hydra.sweep.dir={folder}: another sweep runs in this folder; give this one its own"
+            )
+        yield
+
+
 def forget(folder: Path) -> None:
     """Remove an earlier sweep's plan and report from the folder."""
     for pattern in (job.PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
         for path in folder.glob(pattern):
-            path.unlink()
+            if path.is_file() or path.is_symlink():  # a folder of that name isn't ours
+                path.unlink()
 
 
 def installed(target: str) -> None:
