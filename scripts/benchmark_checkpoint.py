@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmark import CURVE, median, process
+from benchmarks.timing import CURVE, median, process
 
 READ = """
 import mmap, torch

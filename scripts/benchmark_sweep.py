@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-from benchmark import process
+from benchmarks.timing import process
 
 SHAPE = ["model=small", "width=1024", "heads=16", "kv_heads=16", "d_ff=4096", "vocab_size=50304"]
 INPUTS = ["inputs.batch=1", "inputs.length=64", "device=cpu"]

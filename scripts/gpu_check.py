@@ -38,7 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark import timed
+from benchmarks.timing import timed
 
 if TYPE_CHECKING:
     import torch

@@ -129,5 +129,5 @@ def test_public_names_are_unique():
 
 
 def test_no_file_is_too_long():
-    for path in [*modules(), *(ROOT.parent / "scripts").glob("*.py")]:
+    for path in [*modules(), *(ROOT.parent / "scripts").rglob("*.py")]:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path
