@@ -19,6 +19,7 @@ print("RESULT", time.perf_counter() - start, peak)
 CURVE = """
 from simlab.budget.process import tune_process
 tune_process()  # as the command does
+import simlab.experiment.batches  # and with it torch, whose import isn't the work
 from simlab import compose
 from simlab.experiment import run
 config = compose(sys.argv[1:])
