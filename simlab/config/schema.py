@@ -19,6 +19,7 @@ ENGINES = ("auto", "dense", "weightless", "theory")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
 ANSWERS = ("issue797",)  # the keys of simlab.report.answer.WRITERS
+FROM_CHECKPOINT = "from_checkpoint"  # a choice of model, norm and init: read from the checkpoint
 MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS
 
 
@@ -90,11 +91,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """The rule that draws random weights; ``std`` only for the rules that have one."""
+    """The rule that draws random weights; ``std`` only for the rules that have one.
+
+    rule: FROM_CHECKPOINT until the checkpoint's own has been read; fields that aren't None are then
+    kept. truncate: in standard deviations, None for whole normals. embedding_std: in place of the
+    rule's own.
+    """
 
     rule: str
     std: float | None
     truncate: float | None
+    embedding_std: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from simlab.config import (
     DEMO_STEPS,
     DTYPES,
     ENGINES,
+    FROM_CHECKPOINT,
     MLP_NAMES,
     NORM_TYPES,
     QK_NORMS,
@@ -58,7 +59,7 @@ def known_keys() -> dict[str, list[str]]:
         assert isinstance(loaded, dict)
         top = path.parent == CONF_DIR
         group = "" if top else path.parent.name
-        choice = [] if top or path.stem == "from_checkpoint" else [f"{group}={path.stem}"]
+        choice = [] if top or path.stem == FROM_CHECKPOINT else [f"{group}={path.stem}"]
         whole = "# @package _global_" in path.read_text(encoding="utf-8").splitlines()
         choices.setdefault(group or "seeds", [])
         for key, value in loaded.items():
@@ -83,7 +84,7 @@ def _keys_of(group: str, name: str) -> list[str]:
 def _norm(reader: Fields) -> NormConfig:
     if reader.values.get("placement", "") is None:
         raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
-    names = [name for name in options("norm") if name != "from_checkpoint"]
+    names = [name for name in options("norm") if name != FROM_CHECKPOINT]
     placement = reader.choice("placement", names)
     reader.only(f"norm={placement}", _keys_of("norm", placement))
     norm = NormConfig(
@@ -156,15 +157,25 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
     return model
 
 
-def _init(reader: Fields) -> InitConfig:
-    rule = reader.choice("rule", options("init"))
+def _init(reader: Fields, stored: bool) -> InitConfig:
+    """stored: True if there is a checkpoint, whose own init is then a choice."""
+    names = [name for name in options("init") if name != FROM_CHECKPOINT]
+    if reader.values.get("rule", "") is None:
+        if not stored:
+            raise ConfigError("init=from_checkpoint: only with source=checkpoint")
+        rule = FROM_CHECKPOINT
+        reader.take("rule")
+    else:
+        rule = reader.choice("rule", names)
     reader.only(f"init={rule}", _keys_of("init", rule))
     has_std = "std" in reader.values
+    unsaid = None if rule == FROM_CHECKPOINT else REQUIRED
     init = InitConfig(
         rule=rule,
-        std=reader.number("std", 1e-12, above=True) if has_std else None,
+        std=reader.number("std", 1e-12, above=True, default=unsaid) if has_std else None,
         # Numbers beyond the cut are drawn again: nearer than this, most would be.
         truncate=reader.number("truncate", 0.5, 100.0, default=None),
+        embedding_std=reader.number("embedding_std", 1e-12, above=True, default=None),
     )
     reader.done()
     return init
@@ -288,7 +299,7 @@ def read(config: DictConfig) -> RunConfig:
     seed = top.integer("seed", 0)
     run = RunConfig(
         model=model,
-        init=_init(init),
+        init=_init(init, checked_source.stored),
         source=checked_source,
         inputs=_inputs(inputs, text),
         seeds=_seeds(top, seed, lowest=0 if checked_source.stored else 1),
@@ -320,7 +331,7 @@ def refuse_empty_choices(overrides: Sequence[str]) -> None:
     for override in overrides:
         group, _, value = override.partition("=")
         if group in GROUPS and not re.search(r"[A-Za-z]", value.replace("null", "")):
-            names = [name for name in options(group) if name != "from_checkpoint"]
+            names = [name for name in options(group) if name != FROM_CHECKPOINT]
             raise ConfigError(f"{override}: allowed: {', '.join(names)}")
 
 

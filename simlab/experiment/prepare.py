@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from simlab.analysis.numbers import gigabytes
 from simlab.budget.machine import available
 from simlab.budget.predicted import WITHOUT_TORCH, prediction_cost, refuse_prediction
-from simlab.config import ConfigError, RunConfig
+from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
 from simlab.inputs import Ids, make_tokens
 from simlab.theory.mean_field import unpredictable
 from simlab.theory.size import parameters_on_paper
 
 if TYPE_CHECKING:
     from simlab.checkpoints.checkpoint import Checkpoint
+    from simlab.checkpoints.formats.own_init import OwnInit
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Prepared:
     """A run that can start: everything the user named has been found, opened and checked.
 
     ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one. With
-    ``theory`` they are one predicted curve, and ``config.seeds`` is (seed,).
+    ``theory`` they are one predicted curve, and ``config.seeds`` is (seed,). ``init_origin`` says where
+    an init that the user left to the checkpoint comes from, None of one that the user gave.
     """
 
     config: RunConfig
     tokens: Ids
     checkpoint: Checkpoint | None
     reason: str
+    init_origin: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -128,7 +131,7 @@ def prepare(
         from simlab.measurement.engine import resolve_device
 
         where = str(resolve_device(config.device))
-    checkpoint = None
+    checkpoint, origin = None, None
     if config.source.stored:
         from simlab.experiment.build import open_checkpoint
 
@@ -136,6 +139,8 @@ def prepare(
         if config.gradients:
             _ = checkpoint.head_name  # an error, if any, before anything is measured
         config = replace(config, model=checkpoint.model)
+        if config.init.rule == FROM_CHECKPOINT:
+            config, origin = _own_init(config, checkpoint.opened.init)
     tokenizer = checkpoint.tokenizer if checkpoint else None
     tokens = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
     inputs = replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
@@ -160,7 +165,23 @@ def prepare(
         from simlab.budget.memory import refuse
 
         refuse(config, torch.get_num_threads())
-    return Prepared(config, tokens, checkpoint, reason)
+    return Prepared(config, tokens, checkpoint, reason, origin)
+
+
+def _own_init(config: RunConfig, own: OwnInit) -> tuple[RunConfig, str]:
+    """The config with the checkpoint's init, and where that comes from; what the user gave is kept."""
+    given = {key: value for key, value in asdict(config.init).items() if value is not None}
+    del given["rule"]
+    if "std" in given and own.config.std is None:
+        raise ConfigError(
+            f"init.std={given['std']:g}: the checkpoint's init is {own.config.rule}, which has no std; "
+            "init= picks another"
+        )
+    origin = f"the checkpoint's own init: {own.origin}"
+    if own.guess:
+        origin = f"the init beside the checkpoint is a guess: {own.origin}; init= picks another"
+    asked = "".join(f", {key} {value:g} as asked" for key, value in given.items())
+    return replace(config, init=replace(own.config, **given)), origin + asked
 
 
 def _cheaper(config: RunConfig, tokens: int) -> tuple[RunConfig, str]:

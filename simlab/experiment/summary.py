@@ -44,6 +44,7 @@ def summarise(
         "engine": config.engine if config.seeds else "dense",
         "engines": ready.engines,
         "engine_reason": ready.reason,
+        **({"init_origin": ready.init_origin} if ready.init_origin else {}),
         "device": config.device,
         "dtype": config.dtype,
         "versions": versions(),

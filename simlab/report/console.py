@@ -51,11 +51,13 @@ def title(config: RunConfig) -> str:
 
 
 def announce(
-    config: RunConfig, parameters: int, unit: str, engines: Mapping[str, str], reason: str
-) -> None:
+    config: RunConfig, parameters: int, unit: str, engines: Mapping[str, str], reason: str,
+    init_origin: str | None = None,
+) -> None:  # fmt: skip
     """The header: the model, inputs and device of a run. unit: of the ids, tokens or bytes.
 
-    engines: of each kind of curve; reason: why the random inits' is what it is.
+    engines: of each kind of curve; reason: why the random inits' is what it is. init_origin: where
+    their init comes from, if it is the checkpoint's.
     """
     model, inputs = config.shape, config.inputs
     heads = f"{model.heads} heads" + (
@@ -85,7 +87,10 @@ def announce(
         engine = "theory engine (nothing is drawn: seeds, device and dtype aren't used)"
     if len(set(engines.values())) > 1:
         engine += " for random inits, dense for the checkpoint"
-    console.print(engine + "\n")
+    console.print(engine)
+    if init_origin and config.seeds:
+        console.print(init_origin)
+    console.print()
 
 
 def show_sweep(

@@ -12,8 +12,10 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 | llama_depth | 1, whole  | σ       | σ/√(2(l+1))    | σ    | as o      | as o              | 1/√d  |
 | fan_in      | 1, whole  | 1/√d    | 1/√(heads·C)   | 1/√d | 1/√d      | 1/√d_ff           | 1/√d  |
 | gpt2        | σ         | σ       | σ/√(2L)        | σ    | σ         | σ/√(2L)           | σ     |
+| megatron    | σ         | σ       | σ/√(2L)        | σ    | σ         | σ/√(2L)           | 1/√d  |
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
+``init.embedding_std``, where given, stands in place of the embedding's σ.
 
 An MLP without a gate has the columns up and down. Biases are 0 and norms' gains 1 (``norm.gain`` where
 a sublayer's norm has it), as in all of these trainers.
@@ -94,6 +96,10 @@ def _gpt2(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
     return dict.fromkeys(ROLES, sigma) | {"o_proj": out, "down_proj": out}
 
 
+def _megatron(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    return _gpt2(model, sigma, layer) | {"head": model.width**-0.5}
+
+
 RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "normal": _normal,
     "mitchell": _mitchell,
@@ -101,6 +107,7 @@ RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "llama_depth": _llama_depth,
     "fan_in": _fan_in,
     "gpt2": _gpt2,
+    "megatron": _megatron,
 }
 WHOLE_EMBEDDING = ("llama", "llama_depth", "fan_in")
 
@@ -111,6 +118,8 @@ def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gau
     The placement's own factor (DeepNorm's β) is applied. Pure: the same input, the same table.
     """
     sigmas = RULES[init.rule](model, init.std or 0.0, layer)
+    if init.embedding_std is not None:
+        sigmas["embedding"] = init.embedding_std
     attention, mlp = (at(model, layer, kind) for kind in ("attention", "mlp"))
 
     def scale(role: str) -> float:

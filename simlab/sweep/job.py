@@ -128,7 +128,10 @@ def run_job(config: RunConfig, folder: Path) -> None:
     STARTED.setdefault(folder, run_files(folder))
     with own_gpu(config.device if config.measures else "cpu"):
         ready = experiment.prepare(config)
-        console.announce(ready.config, ready.parameters, ready.unit, ready.engines, ready.reason)
+        console.announce(
+            ready.config, ready.parameters, ready.unit, ready.engines, ready.reason,
+            ready.init_origin,
+        )  # fmt: skip
         with progress.block_bar(ready.blocks) as advance:
             result = experiment.measure(ready, advance)
         console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second

@@ -157,7 +157,7 @@ def test_config_defaults_match_transformers(tmp_path, kind):
 
     theirs = transformers.AutoConfig.for_model(kind, **SHAPE)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **SHAPE}))
-    ours, _ = read_config(tmp_path / "config.json", 100)
+    ours, *_ = read_config(tmp_path / "config.json", 100)
     rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
     assert ours.norm.eps == getattr(theirs, "rms_norm_eps", 1e-5)
     assert ours.rope_theta == rope["rope_theta"]

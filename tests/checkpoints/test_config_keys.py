@@ -102,7 +102,7 @@ def test_scaling_beside_rope_parameters(tmp_path, kind):
     scaling = {key: value for key, value in YARN.items() if key != "rope_theta"}
     if kind != "olmo3":
         edit_json(path, rope_parameters={"rope_theta": 77.0}, rope_scaling=scaling)
-        read, _ = read_config(path, 100)
+        read, *_ = read_config(path, 100)
         assert (read.rope_theta, read.yarn.factor) == (77.0, 8.0)
 
 

@@ -86,10 +86,10 @@ def test_transformers_computes_the_same():
 def test_step_0_is_the_init():
     about = provenance()
     config = demo("0")
-    model = prepare(config).config.shape
-    drawn = RandomWeights(model, config.init, about["seed"])
+    own = prepare(config).config
+    drawn = RandomWeights(own.shape, own.init, about["seed"])
     stored = build_model(config).state_dict()
-    assert (config.init.std, config.init.truncate) == (0.02, 3.0)
+    assert (own.init.std, own.init.truncate) == (0.02, 3.0)
     for name, tensor in stored.items():
         fresh = drawn.tensor(name, tensor.shape, torch.device("cpu"), torch.float32)
         assert torch.equal(tensor, fresh.to(torch.bfloat16).float()), name

@@ -31,6 +31,9 @@ EXPECTED = {
         dict.fromkeys(ROLES, D**-0.5) | {"embedding": 1, "o_proj": HC**-0.5, "down_proj": FF**-0.5}
     ),
     "gpt2": lambda n: dict.fromkeys(("o_proj", "down_proj"), S / math.sqrt(2 * L)),
+    "megatron": lambda n: (
+        dict.fromkeys(("o_proj", "down_proj"), S / math.sqrt(2 * L)) | {"head": D**-0.5}
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
 from simlab.checkpoints.formats.layouts import instead, refuse_beside, unwrapped
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
+from simlab.checkpoints.formats.own_init import OwnInit, transformers_init
 from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
 from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
 from simlab.checkpoints.untrusted.safetensors import read_header
@@ -91,8 +92,8 @@ def _full_layers(fields: Fields, depth: int, window: int | None) -> tuple[int, .
     return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention") if window else ()
 
 
-def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
-    """The architecture from a Hugging Face config.json, and its key map.
+def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], OwnInit]:
+    """The architecture from a Hugging Face config.json, its key map and its init.
 
     tensors: how many the checkpoint holds; more blocks than that are refused. A missing key
     has transformers' default for that model type. Raises ConfigError for an architecture or a
@@ -130,7 +131,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         full_attention=_full_layers(fields, depth, window),
         tied=fields.boolean("tie_word_embeddings", False),
     )
-    return model, its.keys
+    return model, its.keys, transformers_init(fields, kind)
 
 
 def matches(folder: Path) -> bool:
@@ -148,11 +149,11 @@ def open_folder(folder: Path) -> Opened:
     )  # first: there is no use in looking for its weights
     refuse_beside(folder)
     held = _by_full_name(unwrapped(tensors(folder), folder))
-    model, keys = read_config(path, len(held))
+    model, keys, init = read_config(path, len(held))
     learned = {name: t for name, t in held.items() if not name.endswith(_BUFFER)}
     for name in sorted(held.keys() - learned.keys()):
         _check_frequencies(held[name], model, path)
-    return Opened("hugging_face", model, keys, learned, path)
+    return Opened("hugging_face", model, keys, learned, path, init)
 
 
 def _by_full_name(held: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

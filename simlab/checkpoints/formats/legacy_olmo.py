@@ -9,6 +9,7 @@ from pathlib import Path
 
 from simlab.checkpoints.formats.keys import Keys
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
+from simlab.checkpoints.formats.own_init import OwnInit, legacy_olmo_init
 from simlab.checkpoints.untrusted.files import fields_of
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.checkpoints.untrusted.torch_zip import read_torch_file
@@ -80,8 +81,8 @@ def _kv_heads(fields: Fields, path: Path) -> int | None:
     return 1 if multi else None
 
 
-def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
-    """The architecture from the ``model`` section of a config.yaml, and its key map.
+def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], OwnInit]:
+    """The architecture from the ``model`` section of a config.yaml, its key map and its init.
 
     tensors: how many the checkpoint holds; more blocks than that are refused. Raises ConfigError for
     what is malformed or not computed by simlab.
@@ -124,7 +125,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         rope_theta=fields.number("rope_theta", 1.0, above=True, default=10_000.0),
         tied=fields.boolean("weight_tying", True),
     )
-    return model, keys
+    return model, keys, legacy_olmo_init(fields)
 
 
 def matches(folder: Path) -> bool:
@@ -139,5 +140,5 @@ def open_folder(folder: Path) -> Opened:
     if not single.is_file() and not pickled.is_file():
         raise ConfigError(f"{folder}: holds neither {single.name} nor {pickled.name}")
     tensors = read_header(single) if single.is_file() else read_torch_file(pickled)
-    model, keys = read_config(path, len(tensors))
-    return Opened("legacy_olmo", model, keys, tensors, path)
+    model, keys, init = read_config(path, len(tensors))
+    return Opened("legacy_olmo", model, keys, tensors, path, init)

@@ -13,6 +13,7 @@ from pathlib import Path
 from simlab.checkpoints.formats import olmo_core_keys as keys
 from simlab.checkpoints.formats.olmo_core_rope import Rope, read_olmo_core_rope
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
+from simlab.checkpoints.formats.own_init import OwnInit, olmo_core_init
 from simlab.checkpoints.untrusted import dcp
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, ModelConfig, NormConfig
@@ -192,8 +193,8 @@ def read_block(block: Fields, model: Fields, head: Fields, depth: int, name: str
     return ReadBlock(one, present, rope, read_windows(attention, depth))
 
 
-def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
-    """The architecture from a config.json, and its key map.
+def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], OwnInit]:
+    """The architecture from a config.json, its key map and its init.
 
     tensors: how many the checkpoint holds; more blocks than that are refused before any is read.
     Raises ConfigError for what is malformed or not computed by simlab.
@@ -215,7 +216,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
         if id(block) not in read:
             read[id(block)] = read_block(block, model, head, depth, path.parent.name)
         each.append(read[id(block)])
-    return _merged(each, path), each[0].keys
+    return _merged(each, path), each[0].keys, olmo_core_init(model)
 
 
 def _merged(each: list[ReadBlock], path: Path) -> ModelConfig:
@@ -263,5 +264,5 @@ def open_folder(folder: Path) -> Opened:
             f"{folder}: a distributed checkpoint without its config.json, here or above"
         )
     tensors = dcp.read_distributed_checkpoint(state, without=("optim.",))
-    model, keys = read_config(config, len(tensors))
-    return Opened("olmo_core", model, keys, tensors, config)
+    model, keys, init = read_config(config, len(tensors))
+    return Opened("olmo_core", model, keys, tensors, config, init)

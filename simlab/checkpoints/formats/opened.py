@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.storage import StoredTensor
 from simlab.config import ConfigError, ModelConfig, divides
 from simlab.config.fields import LARGEST_INTEGER, Fields
@@ -19,7 +20,8 @@ class Opened:
     keys: our parameter names to the file's, {} standing for the block. Several of ours with one of
     theirs are stacked in it by rows, in the map's order (a fused q‖k‖v). A norm without an entry has
     no gain: it is 1. tensors: the file's names to where their bytes are, optimizer state left out.
-    config: the file that says the shape. head: the one that the files hold although it is tied.
+    config: the file that says the shape. init: how its weights were drawn before training. head: the
+    one that the files hold although it is tied.
     """
 
     format: str
@@ -27,6 +29,7 @@ class Opened:
     keys: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
     config: Path
+    init: OwnInit
     head: StoredTensor | None = None
 
 
