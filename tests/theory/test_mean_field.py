@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from conftest import STANDARD_ERRORS, ids_of, placed, tiny
+from scipy.integrate import quad
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from simlab.experiment import prepare, run
@@ -81,6 +83,19 @@ def test_averages_of_silu():
     square = expand(at_nodes(silu, np.array([1.0, 9.0, 1e-4]))).square
     np.testing.assert_allclose(square[:2], [0.355776, 4.24941], rtol=2e-6)
     assert square[2] == pytest.approx(1e-4 / 4 + 3e-8 / 16, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu"])
+def test_slopes_of_large_variances(name):
+    """E φ'(√a z)² at a = 100, where φ' is nearly a step, by adaptive quadrature (1e-9)."""
+    slope, a = UNITS[name].slope, 100.0
+    density = math.sqrt(2 * math.pi * a)
+    edges = (-120.0, -12.0, 0.0, 12.0, 120.0)
+    parts = [
+        quad(lambda u: slope(u) ** 2 * math.exp(-u * u / (2 * a)) / density, *ends, epsabs=1e-11)[0]
+        for ends in pairwise(edges)
+    ]
+    assert expand(at_nodes(slope, np.array([a]))).square[0] == pytest.approx(sum(parts), rel=1e-8)
 
 
 @pytest.mark.parametrize("phi", [silu, gelu])

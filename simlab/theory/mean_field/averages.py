@@ -19,12 +19,20 @@ import numpy as np
 from simlab.theory.laws import Array
 
 DEGREE = 24
-NODES = 120  # of the Gauss–Hermite quadrature: exact for polynomials up to degree 239
+NODES, FINEST, FARTHEST = 160, 0.15, 13.0  # of ``_quadrature``
 
 
-def _quadrature(nodes: int) -> tuple[Array, Array]:
-    """Nodes and weights (n,) of an average over a standard normal."""
-    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+def _quadrature() -> tuple[Array, Array]:
+    """Nodes and weights (NODES,) of an average over a standard normal.
+
+    The trapezoidal rule in t, z = FINEST·sinh(t) (Trefethen & Weideman, SIAM Review 56, 2014, §14): its
+    nodes are densest at 0, where an activation of a large variance a bends within 1/√a. There 120
+    nodes of Gauss–Hermite were off by 1 % of E gelu'² at a = 30 and 5 % at 100; these are by less than
+    10⁻¹¹ up to a = 3000, 10⁻⁵ at 10⁴ and 0.2 % beyond, and by 10⁻⁹ of polynomials' products.
+    """
+    t = np.linspace(-1, 1, NODES) * math.asinh(FARTHEST / FINEST)
+    z = FINEST * np.sinh(t)
+    weights = np.exp(-(z**2) / 2) * np.cosh(t)
     return z, weights / weights.sum()
 
 
@@ -36,7 +44,7 @@ def _polynomials(z: Array) -> Array:
     return np.stack(values)
 
 
-Z, WEIGHTS = _quadrature(NODES)
+Z, WEIGHTS = _quadrature()
 HERMITE = _polynomials(Z)
 
 
@@ -109,7 +117,7 @@ def at_nodes(phi: Callable[[Array], Array], a: Array) -> Array:
     return phi(np.sqrt(a)[:, None] * Z)
 
 
-LOGNORMAL = _quadrature(16)
+LOGNORMAL = np.polynomial.hermite_e.hermegauss(16)
 
 
 def saturation(mean: Array, relative_variance: Array, eps: float) -> Array:
@@ -117,5 +125,5 @@ def saturation(mean: Array, relative_variance: Array, eps: float) -> Array:
     z, weights = LOGNORMAL
     sigma = np.sqrt(np.log1p(np.maximum(relative_variance, 0)))[:, None]
     m = mean[:, None] * np.exp(sigma * z - sigma**2 / 2)
-    out: Array = (m / (m + eps)) @ weights
+    out: Array = (m / (m + eps)) @ weights / weights.sum()
     return out
