@@ -4,8 +4,10 @@ Random configs over placements, inits, stds, MLPs, QK-norms, widths, depths, con
 are measured by the weightless engine, with gradients, and predicted by ``simlab.theory.mean_field``.
 The folder gets errors.csv (a row per config and sublayer), theory_error.md (percentiles of
 |theory/mean − 1| per quantity, width and placement) and theory_error.png (the error against width).
-The seeds' noise is part of the error, so more seeds make it smaller. 100 configs of 40 seeds take about
-an hour on two cores.
+The seeds' noise is part of the error, so more seeds make it smaller. Config n has seeds of its own,
+from 1000·n on: with the same for all, their luck is every config's. 100 configs of 40 seeds take about
+an hour on two cores. A band needs more seeds, and no gradients: --configs 111 --seeds 120
+--widths 1024,2048 --no-gradients.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ QUANTITIES = {  # column of the curve: where it is compared
     "branch_raw_mean_square": 1e-12, "eps_factor": 1e-3, "gradient_rms": 0.0, "gradient_norm": 0.0,
 }  # fmt: skip
 PERCENTILES = (50, 90, 99)
+SEEDS_APART = 1000  # of the first seeds of two configs
 
 
 def draw(
@@ -61,16 +64,17 @@ def draw(
     return overrides
 
 
-def compare(overrides: Sequence[str], seeds: int) -> pd.DataFrame:
+def compare(overrides: Sequence[str], seeds: Sequence[int], gradients: bool = True) -> pd.DataFrame:
     """Every row of a config's curve: the seeds' mean, its standard error, and theory's value."""
     from simlab import compose
     from simlab.experiment import prepare, run
     from simlab.theory.mean_field import predict
 
-    config = compose([*overrides, f"seeds={seeds}", "engine=weightless", "gradients=true"])
+    asked = [f"seeds={list(seeds)}".replace(" ", ""), f"gradients={str(gradients).lower()}"]
+    config = compose([*overrides, *asked, "engine=weightless"])
     ready = prepare(config)
     start = time.perf_counter()
-    prediction = predict(config.shape, config.init, ready.tokens, gradients=True)
+    prediction = predict(config.shape, config.init, ready.tokens, gradients=gradients)
     took = time.perf_counter() - start
     curve = run(config).curve
     grouped = curve.groupby(["sublayer", "kind"], sort=False)
@@ -79,6 +83,8 @@ def compare(overrides: Sequence[str], seeds: int) -> pd.DataFrame:
     rows = prediction.rows
     frame = mean.reset_index()[["sublayer", "kind"]].iloc[: len(rows)]
     for name in QUANTITIES:
+        if name not in mean:  # gradients that weren't asked for
+            continue
         table[name] = mean[name].to_numpy()[: len(rows)]
         table[f"{name}_sem"] = sem[name].to_numpy()[: len(rows)]
         table[f"{name}_theory"] = [getattr(row, name) for row in rows]
@@ -98,6 +104,8 @@ def errors(frame: pd.DataFrame) -> pd.DataFrame:
     """
     parts = []
     for name, least in QUANTITIES.items():
+        if name not in frame:
+            continue
         measured, theory = frame[name].abs(), frame[f"{name}_theory"]
         error = 100 * (theory / frame[name] - 1).abs()
         keep = (measured > least) & theory.notna()
@@ -146,19 +154,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--configs", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="seed of the first config's draw")
+    widths = ",".join(map(str, WIDTHS))
+    parser.add_argument("--widths", default=widths, help="measure the drawn configs of these alone")
+    parser.add_argument("--no-gradients", dest="gradients", action="store_false")
     parser.add_argument("--output", type=Path, default=Path("outputs/theory_error"))
     args = parser.parse_args(argv)
+    if args.seeds < 2 or args.seeds > SEEDS_APART:
+        parser.error(f"--seeds {args.seeds}: 2 to {SEEDS_APART}")
+    wanted = set(args.widths.split(","))
+    if unknown := wanted - set(widths.split(",")):
+        parser.error(f"--widths {','.join(sorted(unknown))}: allowed are {widths}")
     args.output.mkdir(parents=True, exist_ok=True)
     frames = []
     for number in range(args.first, args.first + args.configs):
         overrides = draw(np.random.default_rng(number))
-        frame = compare(overrides, args.seeds).assign(config=number)
+        if dict(item.split("=", 1) for item in overrides)["width"] not in wanted:
+            continue
+        seeds = range(SEEDS_APART * number, SEEDS_APART * number + args.seeds)
+        frame = compare(overrides, seeds, args.gradients).assign(config=number)
         worst = 100 * (frame["mean_square_theory"] / frame["mean_square"] - 1).abs().max()
         print(
             f"{number}: mean square off by at most {worst:.2f} %: {' '.join(overrides)}", flush=True
         )
         frames.append(frame)
         pd.concat(frames).to_csv(args.output / "errors.csv", index=False)
+    if not frames:
+        parser.error(f"none of {args.configs} configs has a width of {args.widths}")
     table = errors(pd.concat(frames))
     text = f"Percentiles {PERCENTILES} of |theory/mean of {args.seeds} seeds − 1|, in %.\n"
     for by in ("width", "placement"):
