@@ -43,28 +43,44 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
 def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
     batch, length = inputs.batch or TEXT_BATCH, inputs.length or TEXT_LENGTH
     data = _bytes(inputs, BYTES_PER_TOKEN * batch * length)
+    before: list[int] = []
     if tokenizer is None:
         ids, unit = list(data[: batch * length]), "bytes"
     else:
         text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the last letter may be cut
-        ids, unit = encode(tokenizer, text, batch * length), "tokens"
+        encoded, unit = encode(tokenizer, text, batch * length), "tokens"
+        ids = encoded.ids
+        if inputs.special_tokens is not False:
+            before, ids = encoded.before, ids + encoded.after
+    if inputs.special_tokens and not before:
+        why = f"{tokenizer} puts none before a text" if tokenizer else "there is no tokenizer.json"
+        raise ConfigError(f"inputs.special_tokens=true: {why}")
     if not ids:
         why = f"{tokenizer}: the tokenizer makes no tokens of it" if data else "the text is empty"
         raise ConfigError(f"inputs=text: {why}")
+    # Every sequence is a text of its own to the model: each begins as the tokenizer begins a text.
+    if inputs.length is not None and inputs.length <= len(before):
+        raise ConfigError(
+            f"inputs.length={inputs.length}: the tokenizer's own {len(before)} tokens before a text "
+            "leave no room; inputs.special_tokens=false leaves them out"
+        )
+    size = length - len(before)
     if inputs.length is None:
-        length = min(length, len(ids) // (inputs.batch or 1))
+        size = min(size, len(ids) // (inputs.batch or 1))
     if inputs.batch is None:
-        batch = min(batch, len(ids) // length)
-    if not 0 < batch * length <= len(ids):
+        batch = min(batch, len(ids) // max(size, 1))
+    if not 0 < batch * size <= len(ids):
         asked = {"inputs.batch": inputs.batch, "inputs.length": inputs.length}
         given = " ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
         raise ConfigError(f"{given}: the text has only {len(ids)} {unit}")
-    ids = ids[: batch * length]
-    if max(ids) >= vocab_size:
+    ids = ids[: batch * size]
+    if max(ids + before) >= vocab_size:
         raise ConfigError(
-            f"vocab_size={vocab_size}: the text has the id {max(ids)}; ids must be below vocab_size"
+            f"vocab_size={vocab_size}: the text has the id {max(ids + before)}; ids must be below "
+            "vocab_size"
         )
-    return np.array(ids, np.int64).reshape(batch, length)
+    sequences = np.array(ids, np.int64).reshape(batch, size)
+    return np.hstack([np.tile(np.array(before, np.int64), (batch, 1)), sequences])
 
 
 def _bytes(inputs: InputsConfig, most: int) -> bytes:

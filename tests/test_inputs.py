@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import write_olmo
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from simlab import compose
 from simlab.checkpoints.untrusted import tokenizer as child
@@ -114,6 +114,42 @@ def test_the_checkpoints_own_tokenizer(tmp_path, tokenizer):
     expected = own.encode("The capital of France is", add_special_tokens=False).ids
     assert ready.tokens[0].tolist() == expected
     assert (ready.config.inputs.batch, ready.config.inputs.length) == tuple(ready.tokens.shape)
+
+
+def begins(path, single):
+    """Give a tokenizer.json a post-processor."""
+    own = Tokenizer.from_file(str(path))
+    at = [("<s>", own.token_to_id("<s>"))]
+    own.post_processor = processors.TemplateProcessing(single=single, special_tokens=at)
+    own.save(str(path))
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "$A <s>", "<s> $A <s>", "$A"])
+def test_special_tokens_are_transformers(tmp_path, tokenizer, single):
+    import transformers
+
+    begins(tokenizer, single)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in ("The capital of France is", "<s> of <s>"):
+        assert text(prompt=prompt, tokenizer=tokenizer)[0].tolist() == theirs(prompt).input_ids
+        plain = text(prompt=prompt, tokenizer=tokenizer, special_tokens=False)[0].tolist()
+        assert plain == theirs(prompt, add_special_tokens=False).input_ids
+
+
+def test_every_sequence_begins_with_them(tokenizer):
+    plain = text(prompt=TEXT, tokenizer=tokenizer, special_tokens=False, batch=2, length=4)
+    begins(tokenizer, "<s> $A <s>")
+    with_bos = text(prompt=TEXT, tokenizer=tokenizer, special_tokens=True, batch=2, length=5)
+    assert (with_bos[:, 0] == Tokenizer.from_file(str(tokenizer)).token_to_id("<s>")).all()
+    assert (with_bos[:, 1:] == plain).all(), "the text goes on, and doesn't end"
+    with pytest.raises(ConfigError, match=r"inputs.length=1: the tokenizer's own 1 tokens"):
+        text(prompt=TEXT, tokenizer=tokenizer, length=1)
+    begins(tokenizer, "$A <s>")
+    with pytest.raises(ConfigError, match=r"true: .*tokenizer.json puts none before a text"):
+        text(prompt=TEXT, tokenizer=tokenizer, special_tokens=True)
+    with pytest.raises(ConfigError, match=r"true: there is no tokenizer.json"):
+        text(prompt=TEXT, special_tokens=True)
 
 
 def test_tokenizer_truncation_and_padding_are_ignored(tokenizer):

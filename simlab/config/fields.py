@@ -129,11 +129,14 @@ class Fields:
             raise self.fail(key, value, f"allowed: {', '.join(names)}{hint}")
         return text
 
-    def boolean(self, key: str, default: bool = REQUIRED) -> bool:
+    def boolean(self, key: str, default: Default = REQUIRED) -> bool | Default:
         """True or false."""
         value = self.take(key, default)
+        if value is None and default is None:
+            return default
         if not isinstance(value, bool):
-            raise self.fail(key, value, "allowed: true, false")
+            allowed = "true, false" + (", null" if default is None else "")
+            raise self.fail(key, value, f"allowed: {allowed}")
         return value
 
     def node(self, key: str, default: Mapping[str, Any] = REQUIRED) -> Fields:

@@ -133,7 +133,11 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class InputsConfig:
-    """The token batch: ``batch`` sequences of ``length`` tokens; None for text: as long as the text."""
+    """The token batch: ``batch`` sequences of ``length`` tokens; None for text: as long as the text.
+
+    special_tokens: of text, the ones that the checkpoint's tokenizer puts around it, such as BOS. None:
+    where it does. True: it must put some before it. False: none.
+    """
 
     kind: str
     batch: int | None
@@ -141,6 +145,7 @@ class InputsConfig:
     exponent: float | None = None
     prompt: str | None = None
     path: str | None = None
+    special_tokens: bool | None = None
 
 
 @dataclass(frozen=True)

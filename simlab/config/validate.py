@@ -224,6 +224,7 @@ def _inputs(reader: Fields, default: str | None) -> InputsConfig:
         exponent=reader.number("exponent", 0.0) if kind == "zipf" else None,
         prompt=default if text and prompt is None and path is None else prompt,
         path=path,
+        special_tokens=reader.boolean("special_tokens", None),
     )
     reader.done()
     if text and (inputs.prompt is None) == (inputs.path is None):

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from simlab.checkpoints.untrusted.files import read_bytes
@@ -37,8 +38,20 @@ def vocabulary_size(path: Path) -> int:
     return _ask(path, "", 0)[0]
 
 
-def encode(path: Path, text: str, most: int) -> list[int]:
-    """The first ``most`` token ids of a text, without special tokens. Raises ConfigError.
+@dataclass(frozen=True)
+class Encoded:
+    """A text's token ids, and the special ones that the tokenizer's post-processor puts around them.
+
+    after: empty where the ids end before the text does.
+    """
+
+    ids: list[int]
+    before: list[int]
+    after: list[int]
+
+
+def encode(path: Path, text: str, most: int) -> Encoded:
+    """The first ``most`` token ids of a text. Raises ConfigError.
 
     The same text gives the same ids, neither cut nor padded, whatever the file says: a BPE model's
     dropout, which is for training, is off.
@@ -46,8 +59,8 @@ def encode(path: Path, text: str, most: int) -> list[int]:
     return _ask(path, text, most)[1]
 
 
-def _ask(path: Path, text: str, most: int) -> tuple[int, list[int]]:
-    """The size of the vocabulary and the ids, from a child. Raises ConfigError."""
+def _ask(path: Path, text: str, most: int) -> tuple[int, Encoded]:
+    """The size of the vocabulary and the encoded text, from a child. Raises ConfigError."""
     file, data = read_bytes(path, FILE_LIMIT, "a tokenizer"), text.encode()
     memory = MEMORY + min(MEMORY_OF_FILE * len(file), MOST_OF_FILE) + MEMORY_OF_TEXT * len(data)
     seconds = SECONDS + SECONDS_OF_FILE * len(file) + SECONDS_OF_TEXT * len(data)
@@ -78,7 +91,7 @@ def _ask(path: Path, text: str, most: int) -> tuple[int, list[int]]:
     size = int(lines[1])
     if size < 1:
         raise ConfigError(f"{path}: the tokenizer has no vocabulary")
-    return size, json.loads(lines[2])
+    return size, Encoded(*json.loads(lines[2]))
 
 
 def _reason(status: int, complaints: list[str], memory: int, seconds: float) -> str:
@@ -128,7 +141,13 @@ def main() -> None:
     if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None
     print(tokenizer.get_vocab_size(), flush=True)
-    print(tokenizer.encode(text, add_special_tokens=False).ids[: about["most"]] if text else [])
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    ids, whole = plain.ids, tokenizer.post_process(plain).ids
+    added = len(whole) - len(ids)
+    before = next(n for n in range(added + 1) if whole[n : n + len(ids)] == ids)
+    cut = len(ids) > about["most"]
+    after = [] if cut else whole[before + len(ids) :]
+    print(json.dumps([ids[: about["most"]], whole[:before], after]))
 
 
 if __name__ == "__main__":
