@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "random" not in result.verdicts:  # every curve overflowed at the embedding
             continue
         verdict = result.verdicts["random"]
-        theory = predict(config.shape, config.init, prepare(config).tokens, with_band=False)
+        theory = predict(config.shape, config.init, prepare(config).tokens)
         if theory.ends is None:
             known += 1
             kinds = [row.kind for row in theory.rows]

@@ -137,9 +137,10 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """Predict the curve of a model's random inits on given tokens (B, T).
 
-    with_band: also the std between seeds. gradients: also the gradient's rms and norm, of a curve that
-    reaches the end. on_block: called after each block, of the curve, then of the band, then of the
-    gradient. Raises ValueError where ``unpredictable`` says that there is no prediction.
+    with_band: also the std between seeds, by which a curve may end earlier. gradients: also the
+    gradient's rms and norm, of a curve that reaches the end. on_block: called after each block, of the
+    curve, then of the band, then of the gradient. Raises ValueError where ``unpredictable`` says that
+    there is no prediction.
     """
     if reason := unpredictable(model, ids):
         raise ValueError(reason)
@@ -163,10 +164,7 @@ def predict(
             ends = f"from sublayer {sublayer} on its numbers are beyond the range of floats"
             break
         if relative_std(one.state) > SPREAD:
-            ends = (
-                f"from sublayer {sublayer} on seeds differ by more than {100 * SPREAD:.0f} % of their "
-                "mean, which rare seeds then carry"
-            )
+            ends = _rare_seeds(sublayer)
             break
         passed.append(one)
         place = sublayer, one.block, one.kind
@@ -184,6 +182,12 @@ def predict(
         stds = band(steps, kernel, flat, fourth, model.width, on_step)
         for value, std in zip(values, stds, strict=True):
             value["band"] = float(std)
+        # The adjoint knows what the forward estimate leaves out: the band that attention hands on.
+        wide = [value["band"] > SPREAD * value["mean_square"] for value in values]
+        if any(wide):
+            first = wide.index(True)
+            ends = _rare_seeds(values[first]["sublayer"])
+            del values[first:]
     no_gradient = "the predicted curve ends early" if gradients and ends else None
     if gradients and ends is None:
         head = laws["embedding" if model.tied else "head"].std
@@ -199,6 +203,13 @@ def predict(
                 value["gradient_norm"] = math.sqrt(model.width) * roots.mean()
     rows = [PredictedRow(**value) for value in values]
     return Prediction(rows, ends, no_gradient, accuracy(model.width))
+
+
+def _rare_seeds(sublayer: int) -> str:
+    return (
+        f"from sublayer {sublayer} on seeds differ by more than {100 * SPREAD:.0f} % of their mean, "
+        "which rare seeds then carry"
+    )
 
 
 def accuracy(width: int) -> float:
