@@ -29,6 +29,7 @@ from simlab.regress.cases import (
     Checked,
     read_baseline,
     read_cases,
+    refuse_not_finite,
     write_baseline,
 )
 from simlab.regress.gates import GATE_ALPHA, Outcome, exact, statistical
@@ -233,6 +234,7 @@ def record(case: Case, reason: str) -> Sequence[str]:
     if case.curves.exists():
         with suppress(ConfigError):  # of other quantities, say: nothing to compare
             before = read_baseline(case.curves, case.quantities).frame
+    refuse_not_finite(result.curve, case.quantities, case.curves)
     write_baseline(case.curves, result.curve, case.quantities, about)
     return changes(before, read_baseline(case.curves, case.quantities).frame, case.quantities)
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
+from simlab.checkpoints.untrusted.yaml import read_mapping
 from simlab.config import ConfigError, nearest, printable
 from simlab.config.fields import Fields
 from simlab.regress.gates import QUANTITIES, ROW_KEYS, STEP, Outcome
@@ -95,15 +95,10 @@ def read_cases(folder: Path) -> list[Case]:
 
 def read_case(path: Path) -> Case:
     """One case. Raises ConfigError, naming the file and the key."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that is none, say
-        raise ConfigError(f"{path}: not YAML ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a group of keys")
+    values = read_mapping(path)
     if not re.fullmatch(r"[\w.-]+", path.stem):
         raise ConfigError(f"{path}: a case's name may have letters, digits, _, - and .")
-    fields = Fields({str(key): value for key, value in values.items()}, f"{path}: ")
+    fields = Fields(values, f"{path}: ")
     fields.only("a case", ("description", "overrides", "gates", "quantities"))
     quantities = _texts(fields, "quantities") if "quantities" in values else QUANTITIES
     gates = _texts(fields, "gates")
@@ -142,6 +137,26 @@ def write_baseline(
         text.write(f"# {key}: {printable(' '.join(str(value).split()))}\n")
     rows.to_csv(text, index=False, float_format=f"%.{_RECORDED_DIGITS}g", lineterminator="\n")
     write_atomically(path, lambda aside: write_text(aside, text.getvalue()))
+
+
+def refuse_not_finite(rows: pd.DataFrame, quantities: Sequence[str], path: Path) -> None:
+    """Raise ConfigError for curves that aren't to be recorded: nothing can be held against NaN.
+
+    A quantity may be NaN where there is none (a branch of the embedding), and not everywhere.
+    """
+    measured = [q for q in quantities if q in rows]  # another is write_baseline's to refuse
+    values = rows[measured].to_numpy(np.float64)
+    # These are known at every step.
+    states = np.isin(measured, ["norm", "mean_square", "mean", "mean_abs", "max_abs"])
+    bad = np.isinf(values).any(1) | np.isnan(values[:, states]).any(1)
+    if bad.any():
+        row = rows[bad].iloc[0]
+        why = f"{row['curve']} {row['seed']} isn't finite from sublayer {row['sublayer']} on"
+    elif rows.empty or (measured and np.isnan(values).all()):
+        why = "they have no numbers"
+    else:
+        return
+    raise ConfigError(f"{path}: not recorded, {why}; only finite curves are")
 
 
 def read_baseline(path: Path, quantities: Sequence[str]) -> Baseline:

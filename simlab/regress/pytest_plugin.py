@@ -10,6 +10,7 @@ fails, so that it is looked at and committed; later runs compare; ``--growth-upd
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from simlab.measurement.layout import Layout
     from simlab.regress.gates import Outcome
 
+_LONGEST = 200  # bytes of a recorded file's name without its ending; file systems take 255
 _FIXTURE_GATES = ("exact", "statistical")
 USED = pytest.StashKey[dict[Path, str]]()  # recorded files of a session, and which test's they are
 
@@ -44,9 +46,11 @@ def growth_regression(request: pytest.FixtureRequest, tmp_path: Path) -> GrowthR
     name = ".".join(filter(None, [request.cls and request.cls.__name__, request.node.name]))
     used = request.config.stash.setdefault(USED, {})
     folder = request.path.parent / request.path.stem
-    return GrowthRegression(
-        folder, re.sub(r"[^\w.]", "_", name), tmp_path, update, used, request.node.nodeid
-    )
+    plain = re.sub(r"[^\w.]", "_", name)
+    if len(plain.encode()) > _LONGEST:  # parametrised with a long text, say
+        short = plain.encode()[: _LONGEST - 10].decode(errors="ignore")
+        plain = f"{short}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return GrowthRegression(folder, plain, tmp_path, update, used, request.node.nodeid)
 
 
 class GrowthRegression:
@@ -74,9 +78,12 @@ class GrowthRegression:
         basename: str | None = None,
     ) -> None:
         """The curve of one model on one batch (as ``simlab.probe`` takes them), by the exact gate."""
+        import torch
+
         import simlab
 
-        dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+        own = (p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = str(next(own, torch.get_default_dtype()))  # of a model without parameters
         with _one_line():
             rows = simlab.probe(model, batch, layout=layout).rows()
         self.check_rows(
@@ -99,7 +106,12 @@ class GrowthRegression:
         says what rounding may do.
         """
         from simlab.config import ConfigError
-        from simlab.regress.cases import Case, read_baseline, write_baseline
+        from simlab.regress.cases import (
+            Case,
+            read_baseline,
+            refuse_not_finite,
+            write_baseline,
+        )
         from simlab.regress.gates import QUANTITIES, RTOL, exact, statistical
 
         with _one_line():
@@ -114,6 +126,7 @@ class GrowthRegression:
             if gate == "statistical":
                 _refuse_few(rows, "these")
             if self.update or not case.curves.exists():
+                refuse_not_finite(rows, compared, case.curves)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_baseline(case.curves, rows, compared, {"case": case.name, "dtype": dtype})
                 again = "anew" if self.update else "for the first time"
@@ -127,18 +140,20 @@ class GrowthRegression:
                 raise ConfigError(f"dtype={dtype}: {case.curves} was recorded with {was}")
             if gate == "statistical":
                 _refuse_few(recorded.frame, "the recorded")
-        judge = exact if gate == "exact" else statistical
-        outcome = judge(recorded.frame, rows, compared, dtype)
-        if not outcome.passed:
-            pytest.fail(self._message(case, outcome, recorded.frame, rows), pytrace=False)
+            judge = exact if gate == "exact" else statistical
+            outcome = judge(recorded.frame, rows, compared, dtype)
+            said = "" if outcome.passed else self._message(case, outcome, recorded.frame, rows)
+        if said:
+            pytest.fail(said, pytrace=False)
 
     def _name(self, basename: str | None) -> str:
         """The file's name, which no other check has. Raises ConfigError."""
         from simlab.config import ConfigError
 
         name = basename or self.name
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ConfigError(f"basename={name}: allowed: letters, digits, _, - and .")
+        if not re.fullmatch(r"[\w.-]+", name) or len(name.encode()) > _LONGEST:
+            allowed = f"letters, digits, _, - and ., at most {_LONGEST} bytes"
+            raise ConfigError(f"basename={name[:60]}: allowed: {allowed}")
         path = self.folder / f"{name}.csv"
         if self.used.setdefault(path, self.test) != self.test or path in self.here:
             raise ConfigError(f"{path} is the curve of another check: give this one a basename")

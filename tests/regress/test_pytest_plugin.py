@@ -105,6 +105,39 @@ def test_dtype(growth_regression):
     with pytest.raises(FAILED, match="dtype=int8: allowed: float64"):
         growth_regression.check_rows(simlab.probe(model(), IDS).rows(), dtype="int8")
 
+def test_not_finite(growth_regression):
+    broken = model()
+    with torch.no_grad():
+        broken.embedding.weight.fill_(torch.nan)
+    with pytest.raises(FAILED, match="not recorded, they have no numbers; only finite"):
+        growth_regression.check(broken, IDS)
+    rows = simlab.probe(model(), IDS).rows()
+    with pytest.raises(FAILED, match="not recorded, .*isn't finite from sublayer 0 on; only finite"):
+        growth_regression.check_rows(rows.assign(norm=float("nan")), basename="nan")
+    with pytest.raises(FAILED, match="not recorded, they have no numbers"):
+        nothing = rows.assign(kurtosis=float("nan"))
+        growth_regression.check_rows(nothing, quantities=["kurtosis"], basename="empty")
+    with pytest.raises(FAILED, match="basename=nnn.*at most 200 bytes"):
+        growth_regression.check(model(), IDS, basename="n" * 300)
+
+@pytest.mark.parametrize("number", [0, 1], ids=["x" * 300, "x" * 301])
+def test_long(growth_regression, number):
+    growth_regression.check(model(), IDS, quantities=["norm"])
+
+class NoParameters(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+def test_no_parameters(growth_regression):
+    with pytest.raises(FAILED, match="^growth_regression: [^\\n]*$"):
+        growth_regression.check(NoParameters(), torch.ones(1, 4, 8))
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_named(growth_regression, seed):
     growth_regression.check(model(seed), IDS, quantities=["norm", "kurtosis"])
@@ -114,14 +147,18 @@ def test_basename(growth_regression):
 """
     )
     result = pytester.runpytest_inprocess("-q")
-    result.assert_outcomes(passed=3, failed=3)
+    result.assert_outcomes(passed=5, failed=5)
     folder = pytester.path / "test_own"
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["other.csv", "test_named_0_.csv", "test_named_1_.csv"]
+    long = [name for name in names if name.startswith("test_long_xxx")]
+    assert [len(name) for name in long] == [203, 203], "199 bytes and .csv"
+    assert [n for n in names if n not in long] == [
+        "other.csv", "test_named_0_.csv", "test_named_1_.csv"
+    ]  # fmt: skip
     assert "# dtype: bfloat16" in (folder / "other.csv").read_text()
     header = (folder / "test_named_0_.csv").read_text().splitlines()[2]
     assert header == "curve,seed,sublayer,block,kind,norm,kurtosis"
-    pytester.runpytest_inprocess("-q").assert_outcomes(passed=6)
+    pytester.runpytest_inprocess("-q").assert_outcomes(passed=10)
 
 
 def test_records_that_do_not_match(pytester):

@@ -13,6 +13,7 @@ from simlab.config import ConfigError
 
 _INTEGER = re.compile(r"[-+]?\d{1,20}")
 _NUMBER = re.compile(r"[-+]?(\d{1,20}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,4})?")
+_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")]
 _CONSTANTS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
@@ -32,7 +33,9 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 
 
 def _value(node: Any) -> Any:
-    """A node as a plain value: dict, list, None, bool, int, float or str."""
+    """A node as a plain value: dict, list, None, bool, int, float or str. Raises YAMLError."""
+    if node.tag not in _TAGS:
+        raise yaml.YAMLError(f"the tag {node.tag[:60]} is not allowed")
     if isinstance(node, yaml.MappingNode):
         if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
             raise yaml.YAMLError("a key is not a word")
@@ -47,6 +50,24 @@ def _value(node: Any) -> Any:
     if _NUMBER.fullmatch(text):  # 1e-6 too, which YAML 1.1 takes for text
         return float(text)
     return text
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """All of a small YAML file, which is a mapping. Raises ConfigError."""
+    text = read_text(path, YAML_LIMIT).removeprefix("\ufeff")
+    try:
+        node = _Loader(text).get_single_node()
+        values = _value(node) if node is not None else None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a group of keys")
+    return values
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    line = " ".join(str(error).split())[:120]
+    return ConfigError(f"{path}: not YAML that simlab reads ({line})")
 
 
 def read_section(path: Path, name: str) -> dict[str, Any]:
@@ -68,6 +89,5 @@ def read_section(path: Path, name: str) -> dict[str, Any]:
                     raise ConfigError(f"{path}: {name}: must be a mapping")
                 return section
     except (yaml.YAMLError, RecursionError) as error:
-        line = " ".join(str(error).split())[:120]
-        raise ConfigError(f"{path}: not YAML that simlab reads ({line})") from error
+        raise _unreadable(path, error) from error
     raise ConfigError(f"{path}: has no {name}")
