@@ -328,10 +328,11 @@ def _refuse_shape(top: Fields, kind: str) -> None:
 
 
 def refuse_empty_choices(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for ``norm=null`` or ``norm=3``: Hydra fails on these beyond explanation."""
+    """Raises ConfigError for ``norm=null``, ``norm=true`` or ``norm=3``, on which Hydra fails."""
     for override in overrides:
         group, _, value = override.partition("=")
-        if group in GROUPS and not re.search(r"[A-Za-z]", value.replace("null", "")):
+        words = re.sub(r"\b(null|true|false)\b", "", value, flags=re.IGNORECASE)
+        if group in GROUPS and not re.search(r"[A-Za-z]", words):
             names = [name for name in options(group) if name != FROM_CHECKPOINT]
             raise ConfigError(f"{override}: allowed: {', '.join(names)}")
 

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from simlab.config import ConfigError, RunConfig
-from simlab.config.validate import read
+from simlab.config.validate import read, refuse_empty_choices
 
 # curve.csv has a column ``norm``, the mean over tokens of ‖x‖, and ``seed``, each curve's own.
 TAKEN = {"norm": "norm_placement", "seed": "first_seed"}
@@ -109,6 +109,7 @@ def plan_sweep(
     (combinations,) = BasicSweeper.split_arguments(list(last.values()), None)
     jobs = []
     for number, chosen in enumerate(combinations):
+        refuse_empty_choices(chosen)
         composed = composer.compose(chosen)
         of_key = dict(zip(last, chosen, strict=True))
         values = {column(key): _value(composer, composed, of_key[key]) for key in axes}

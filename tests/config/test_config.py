@@ -143,6 +143,7 @@ UNKNOWN = {
     "nrom=pre": "nrom=pre: no such key; did you mean norm?",
     "norm=swinrenorm": "; did you mean swin_renorm?",
     "norm=null": "norm=null: allowed: deepnorm, ",
+    "init=true": "init=true: allowed: fan_in, ",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
     "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",
     "depth": "depth: not of the form key=value",

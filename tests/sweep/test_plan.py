@@ -64,6 +64,7 @@ def test_mistakes_in_any_job(loader):
         ("depth=1,0", "depth=0: allowed"),
         ("depth=glob(*)", "stands for no value"),
         ("heads=6,7", "heads=7: must divide"),
+        ("init=normal,true", "init=True: allowed: fan_in"),
         ("seed=range(1000000)", "at most 10000"),
     ):
         with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
