@@ -124,7 +124,7 @@ class Results:
         """Let ``fill`` write a result's tables into an empty folder, and keep it with its summary."""
         self.root.mkdir(parents=True, exist_ok=True)
         folder = self.root / key
-        with _aside(self.root, key, Path.mkdir) as aside:
+        with scratch(self.root, key, Path.mkdir) as aside:
             fill(aside)
             hashes = {path.name: file_hash(path) for path in sorted(aside.iterdir())}
             sealed = {**summary, KEY: key, FILES: hashes}
@@ -145,7 +145,7 @@ class Results:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
             with (
-                _aside(self.root, "old", Path.mkdir) as old,
+                scratch(self.root, "old", Path.mkdir) as old,
                 contextlib.suppress(OSError),  # another process has moved it
             ):
                 folder.rename(old / "old")
@@ -242,7 +242,7 @@ def flush(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _aside(folder: Path, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
+def scratch(folder: Path, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
     """A new file or folder in ``folder``, made by ``make``, locked in this block and then removed.
 
     ``name`` ends its name. What killed processes left in ``folder`` goes.
@@ -317,7 +317,9 @@ def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = 
 
     durable: flush; a file that can be made again at no cost needn't be.
     """
-    with _aside(path.parent, path.name, functools.partial(Path.touch, exist_ok=False)) as temporary:
+    with scratch(
+        path.parent, path.name, functools.partial(Path.touch, exist_ok=False)
+    ) as temporary:
         write(temporary)
         if durable:
             with temporary.open("rb+") as file:

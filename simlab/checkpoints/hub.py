@@ -1,37 +1,161 @@
-"""The local folder of a checkpoint that a user names: a folder, or a hub id with a revision."""
+"""The local folder of a checkpoint that a user names: a folder, or a hub id with a revision.
+
+Of a hub's repository the small files are fetched first: its list of files, the config, the tokenizer,
+the index. They tell what can't be read before the weights are fetched, and what a sweep's plan needs.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
+import contextlib
 import os
 import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
 )
 
+from simlab import store
+from simlab.checkpoints.formats.hugging_face import read_index
 from simlab.checkpoints.formats.hugging_face_keys import read_family
-from simlab.checkpoints.formats.layouts import instead
+from simlab.checkpoints.formats.layouts import BESIDE, instead, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
+from simlab.checkpoints.hub_client import as_given, ask
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, nearest
 
-# httpx's, under the name by which huggingface_hub has it: what a broken download raises.
-HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-_ADAPTER = "adapter_config.json"
+CONFIGS = ("config.json", "config.yaml")
 INDEX, SINGLE, PICKLED = "model.safetensors.index.json", "model.safetensors", "model.pt"
+_SAID_FROM = 100 << 20  # bytes; a download of more is said
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository's revision, as the user names it."""
+
+    id: str
+    revision: str | None
+
+    def list(self, absent: str) -> dict[str, int]:
+        """The files with their sizes, 0 where the hub doesn't say. Raises ConfigError.
+
+        absent: the file for which the hub is asked.
+        """
+
+        def call() -> dict[str, int]:
+            info = HfApi().model_info(
+                self.id,
+                revision=self.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
+            if info.siblings is None:
+                raise ValueError("no list of files")
+            return {file.rfilename: file.size or 0 for file in info.siblings}
+
+        return ask(self.id, self.revision, absent, call)
+
+    def cached(self, file: str) -> Path | None:
+        """A file in the hub's cache."""
+        try:
+            return Path(
+                hf_hub_download(self.id, file, revision=self.revision, local_files_only=True)
+            )
+        except (LocalEntryNotFoundError, HFValidationError):  # the latter is reported by the fetch
+            return None
+
+    def fetch(self, file: str, commit: str | None = None, folder: Path | None = None) -> Path:
+        """Fetch a file to the hub's cache, or to a folder. Raises ConfigError.
+
+        commit: of a snapshot that is here; else the revision's, which the cache then knows.
+        """
+
+        def call() -> str:
+            revision = commit or self.revision
+            return str(hf_hub_download(self.id, file, revision=revision, local_dir=folder))
+
+        try:
+            return Path(ask(self.id, self.revision, file, call))
+        except RemoteEntryNotFoundError as error:
+            raise self.has_no(file) from error
+
+    def has_no(self, files: str, names: Iterable[str] = ()) -> ConfigError:
+        """The error that it has not got some files; names: the files that it has."""
+        return ConfigError(
+            f"{as_given(self.id, self.revision)}: the repository has no {files}{instead(names)}"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's folder, in which the weights of a hub's repository may be missing.
+
+    repo: None of a user's folder; else ``folder.name`` is the commit. missing: the weights' files that
+    aren't here, with their sizes in bytes.
+    """
+
+    folder: Path
+    repo: Repository | None = None
+    missing: Mapping[str, int] = field(default_factory=dict)
+
+    def fetch(self, stack: contextlib.ExitStack | None = None) -> Path:
+        """Fetch what is missing, and return the folder that has it all. Raises ConfigError.
+
+        stack: where given, what is fetched goes to a folder of its own, beside links to what is here
+        already; closing the stack removes that folder, and so does the next fetch of this kind after
+        the process was killed.
+        """
+        if self.repo is None or not self.missing:
+            return self.folder
+        size, room = sum(self.missing.values()), _free(Path(constants.HF_HUB_CACHE))
+        what = as_given(self.repo.id, self.repo.revision)
+        if size > room:
+            raise ConfigError(
+                f"{what}: its weights take {size / 1e9:.1f} GB, and {room / 1e9:.1f} are free at "
+                f"{constants.HF_HUB_CACHE}; HF_HOME names another folder"
+            )
+        if size > _SAID_FROM:
+            print(f"simlab: {what}: downloading {size / 1e9:.1f} GB", file=sys.stderr, flush=True)
+        if stack is None:
+            for file in self.missing:
+                self.repo.fetch(file, self.folder.name)
+            return self.folder
+        return self._fetch_aside(self.repo, stack)
+
+    def _fetch_aside(self, repo: Repository, stack: contextlib.ExitStack) -> Path:
+        cache = Path(constants.HF_HUB_CACHE)
+        folder = stack.enter_context(store.scratch(cache, "weights", Path.mkdir)) / self.folder.name
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                link = folder / path.relative_to(self.folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    link.symlink_to(path.resolve())
+                except OSError:  # Windows allows links to some users only
+                    shutil.copyfile(path, link)
+        for file in self.missing:
+            repo.fetch(file, self.folder.name, folder)
+        return folder
 
 
 def locate(path: str, revision: str | None) -> Path:
-    """The checkpoint's local folder; of a hub id, the snapshot in the hub's cache.
+    """The checkpoint's local folder; of a hub id, the snapshot in the hub's cache, downloaded.
+
+    Raises ConfigError for a folder that isn't there or a hub id that can't be downloaded.
+    """
+    return find(path, revision).fetch()
+
+
+def find(path: str, revision: str | None) -> Found:
+    """The checkpoint's folder, without its weights where those have to be downloaded.
 
     Files in the cache aren't downloaded again, so that a complete snapshot works offline.
     Raises ConfigError for a folder that isn't there or a hub id that can't be downloaded.
@@ -42,104 +166,83 @@ def locate(path: str, revision: str | None) -> Path:
             raise ConfigError(
                 f"source.revision={revision}: revisions are for hub ids, and {path} is a folder"
             )
-        return folder.resolve()
+        return Found(folder.resolve())
     if folder.exists():
         raise ConfigError(f"source.path={path}: is a file; give the checkpoint's folder")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) or folder.parent.is_dir():
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
         hint = nearest(folder.name, (entry.name for entry in beside))
         raise ConfigError(f"source.path={path}: no such folder{hint}")
-    return _snapshot(path, revision)
+    return _snapshot(Repository(path, revision))
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
-    """Download a repository's checkpoint, of any known format, and return its folder in the cache."""
-    names = ("config.json", "config.yaml")
-    cached = (_cached(repo, name, revision) for name in names)  # both, before the hub is asked
-    fetched = (_fetch_if_any(repo, name, revision) for name in names)
-    config = next(filter(None, itertools.chain(cached, fetched)), None)
-    if config is None:
-        adapter = _fetch_if_any(repo, _ADAPTER, revision)
-        found = instead([_ADAPTER] if adapter else [])
-        raise ConfigError(
-            f"source.path={repo}: the repository has no config.json or config.yaml{found}"
-        )
-    legacy = config.name == "config.yaml"
+def _snapshot(repo: Repository) -> Found:
+    """A repository's snapshot in the hub's cache, with the small files of a checkpoint."""
+    absent = CONFIGS[0]
+    config = next(filter(None, map(repo.cached, CONFIGS)), None)
+    if config is not None:
+        _refuse_unread(config)
+        absent = _absent(config)
+        if not absent:
+            return Found(config.parent, repo)
+    sizes = repo.list(absent)
+    name = next((name for name in CONFIGS if name in sizes), None)
+    if name is None:
+        raise repo.has_no(" or ".join(CONFIGS), sizes)
+    config = repo.fetch(name)
+    _refuse_unread(config)
     folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
-    if not legacy and "model_type" in (values := read_json(config)):
-        read_family(values, fields_of(values, config))  # refused before its weights are fetched
-    if _complete(folder):
-        return folder
-    for file in ("tokenizer.json", _ADAPTER):  # before the weights: they may be cut short
-        _fetch_if_any(repo, file, folder.name)
-    index = None if legacy else _fetch_if_any(repo, INDEX, folder.name)
-    if index is not None:
-        for file in _shards(index):
-            _fetch(repo, file, folder.name)
-    elif _fetch_if_any(repo, SINGLE, folder.name) is None:
-        if legacy:
-            _fetch(repo, PICKLED, folder.name)
-        elif _fetch_if_any(repo, f"{STATE}/{METADATA}", folder.name) is not None:
-            for file in file_names(folder / STATE):
-                _fetch(repo, f"{STATE}/{file}", folder.name)
-        else:
-            raise ConfigError(f"source.path={repo}: the repository has no {SINGLE}")
-    return folder
+    for file in ("tokenizer.json", *BESIDE):
+        if file in sizes:
+            repo.fetch(file, folder.name)
+    weights = _weights(repo, config, sizes)
+    return Found(folder, repo, {w: sizes[w] for w in weights if not (folder / w).exists()})
 
 
-def _complete(folder: Path) -> bool:
-    """True if a snapshot has all files of its weights."""
-    index = folder / INDEX
-    if index.exists():
-        return all((folder / file).exists() for file in _shards(index))
-    if (folder / STATE / METADATA).exists():
-        return all((folder / STATE / file).exists() for file in file_names(folder / STATE))
-    return (folder / SINGLE).exists() or (folder / PICKLED).exists()
+def _refuse_unread(config: Path) -> None:
+    """Refuse a family that simlab doesn't read. Raises ConfigError."""
+    if config.name == "config.json" and "model_type" in (values := read_json(config)):
+        read_family(values, fields_of(values, config))
 
 
-def _shards(index: Path) -> list[str]:
-    """File names in an index; opening the checkpoint reports an index that is malformed."""
-    try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return sorted(file for file in files if isinstance(file, str) and Path(file).name == file)
+def _weights(repo: Repository, config: Path, names: Iterable[str]) -> list[str]:
+    """The names of the weights' files, all of them in the repository. Raises ConfigError."""
+    folder, there = config.parent, set(names)
+    if config.name == "config.yaml":
+        wanted = [SINGLE if SINGLE in there else PICKLED]
+        if wanted[0] not in there:
+            raise repo.has_no(f"{SINGLE} and no {PICKLED}", there)
+    elif SINGLE in there or INDEX in there:
+        refuse_beside(folder)
+        wanted = [SINGLE]
+        if SINGLE not in there:
+            wanted = sorted(read_index(repo.fetch(INDEX, folder.name), there))
+    elif f"{STATE}/{METADATA}" in there:
+        repo.fetch(f"{STATE}/{METADATA}", folder.name)
+        wanted = [f"{STATE}/{file}" for file in file_names(folder / STATE)]
+    else:
+        raise repo.has_no(f"{SINGLE}, no {INDEX} and no {STATE}/{METADATA}", there)
+    for file in wanted:
+        if file not in there:
+            raise repo.has_no(file, there)
+    return wanted
 
 
-def _fetch(repo: str, file: str, revision: str | None) -> Path:
-    """Fetch one file of a hub repository. Raises ConfigError where the repository hasn't it."""
-    path = _fetch_if_any(repo, file, revision)
-    if path is None:
-        raise ConfigError(f"source.path={repo}: the repository has no {file}")
-    return path
+def _absent(config: Path) -> str:
+    """The first file of a snapshot's weights that isn't in it, as far as its files tell; "" if none."""
+    folder = config.parent
+    if (folder / SINGLE).exists() or (config.name == "config.yaml" and (folder / PICKLED).exists()):
+        return ""
+    files = [SINGLE]
+    if (folder / INDEX).exists():
+        files = sorted(read_index(folder / INDEX))
+    elif (folder / STATE / METADATA).exists():
+        files = [f"{STATE}/{file}" for file in file_names(folder / STATE)]
+    return next((file for file in files if not (folder / file).exists()), "")
 
 
-def _cached(repo: str, file: str, revision: str | None) -> Path | None:
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):  # the latter is reported by the fetch
-        return None
-
-
-def _fetch_if_any(repo: str, file: str, revision: str | None) -> Path | None:
-    """Fetch one file of a hub repository, from the cache or the hub; None if it isn't there.
-
-    Raises ConfigError for a revision, a repository or a connection that fails.
-    """
-    what = f"source.path={repo}" + (f" source.revision={revision}" if revision else "")
-    try:
-        try:
-            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(repo, file, revision=revision))
-    except RemoteEntryNotFoundError:
-        return None
-    except HfHubHTTPError as error:
-        raise ConfigError(f"{what}: the hub says: {str(error).splitlines()[0]}") from error
-    except HFValidationError as error:
-        raise ConfigError(f"{what}: {str(error).splitlines()[0]}") from error
-    except (OSError, HTTPError) as error:
-        raise ConfigError(
-            f"{what}: no such folder, {file} of it is not in the local hub cache, "
-            "and the hub can't be reached"
-        ) from error
+def _free(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, or of the nearest one around it that is there."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,7 +1,6 @@
 """Checkpoints of the other formats in a hub repository, from the cache, offline."""
 
 import shutil
-import sys
 
 import pytest
 from conftest import write_olmo
@@ -48,31 +47,3 @@ def test_legacy(hub, tmp_path, kind):
     (folder / f"model.{kind}").unlink()
     with pytest.raises(ConfigError, match="not in the local hub cache"):
         locate("org/legacy", None)
-
-
-def test_what_is_fetched_before_the_weights(tmp_path, monkeypatch):
-    """A config that isn't read, and an adapter, are seen before gigabytes are fetched."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-
-    from simlab.checkpoints.hub import HTTPError
-
-    httpx = sys.modules[HTTPError.__module__.partition(".")[0]]
-    response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
-    asked, there = [], {"config.json": '{"model_type": "qwen2"}', "adapter_config.json": "{}"}
-
-    def answer(repo, file, revision=None, local_files_only=False):
-        if local_files_only:
-            raise LocalEntryNotFoundError("not here")
-        asked.append(file)
-        if file not in there:
-            raise RemoteEntryNotFoundError("404", response=response)
-        (tmp_path / file).write_text(there[file])
-        return str(tmp_path / file)
-
-    monkeypatch.setattr("simlab.checkpoints.hub.hf_hub_download", answer)
-    with pytest.raises(ConfigError, match="model_type='qwen2'"):
-        locate("org/qwen", None)
-    assert "model.safetensors" not in asked
-    del there["config.json"]
-    with pytest.raises(ConfigError, match="an adapter alone"):
-        locate("org/adapter", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,21 +190,27 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if not index.is_file():
         found = instead(entry.name for entry in folder.iterdir())
         raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}{found}")
+    there = {entry.name for entry in folder.iterdir()}
+    return {folder / file: names for file, names in read_index(index, there).items()}
+
+
+def read_index(index: Path, there: Container[str] | None = None) -> dict[str, set[str]]:
+    """The file names in an index, with the tensors that it puts in each. Raises ConfigError.
+
+    there: the names of the files that there are; None: not asked.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: has no weight_map")
-    files: dict[Path, set[str] | None] = {}
-    there = {entry.name for entry in folder.iterdir()}
+    files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not plain_name(file, ".safetensors"):
             raise ConfigError(
                 f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
             )
-        if file not in there:  # before a million that aren't are listed
-            raise ConfigError(f"{folder / file}: no such file, and {brief(name)} is in it")
-        names = files.setdefault(folder / file, set())
-        assert names is not None
-        names.add(name)
+        if there is not None and file not in there:  # before a million that aren't are listed
+            raise ConfigError(f"{index.parent / file}: no such file, and {brief(name)} is in it")
+        files.setdefault(file, set()).add(name)
     return files
 
 

@@ -38,7 +38,7 @@ _INSTEAD = (
     ("flax_model.msgpack", "Flax's: load it with transformers and save it from there"),
 )
 # Files beside the weights with which they aren't the model any more.
-_BESIDE = {
+BESIDE = {
     "adapter_config.json": f"an adapter beside the weights, which transformers applies: {_MERGE}",
     "quantize_config.json": "says that the weights are quantised: use the repository that isn't",
     "quant_config.json": "says that the weights are quantised: use the repository that isn't",
@@ -57,7 +57,7 @@ def instead(names: Iterable[str]) -> str:
 
 def refuse_beside(folder: Path) -> None:
     """Refuse files beside the weights that change what a model computes. Raises ConfigError."""
-    for name, why in _BESIDE.items():
+    for name, why in BESIDE.items():
         if (folder / name).is_file():
             raise ConfigError(f"{folder / name}: {why}")
 

@@ -1,0 +1,296 @@
+"""Downloads from a hub on loopback: whole, cut, refused, silent; each failure is one line."""
+
+import shutil
+
+import pytest
+from conftest import in_process, write_olmo
+from hub_server import LOGIN_PAGE, TOKEN, Hub
+from huggingface_hub import close_session, constants
+from test_legacy_olmo import OLMO2, fused, write_legacy
+
+from simlab.checkpoints import hub_client
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.hub import find, locate
+from simlab.config import ConfigError
+
+REPO = "org/olmo"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models--org--olmo"
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.3)
+    monkeypatch.setattr(hub_client, "WAITS", (0.01,))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def pushed(hub, checkpoint):
+    hub.push(REPO, checkpoint)
+    return checkpoint
+
+
+def same(folder, source):
+    for path in source.rglob("*"):
+        if path.is_file() and path.name != "generation_config.json":
+            assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes(), path
+
+
+def line(capfd, path=REPO, revision=None):
+    """The one line that a hub id gets; nothing else is printed, and no token is in it."""
+    with pytest.raises(ConfigError) as caught:
+        Checkpoint(path, revision)
+    text, shown = str(caught.value), capfd.readouterr()
+    assert "\n" not in text
+    assert TOKEN not in text
+    assert text.startswith(f"source.path={path}")
+    assert shown.out + shown.err == ""
+    return text
+
+
+def on(ending, answer):
+    """A fault of paths that end so."""
+    return lambda handler, path: path.endswith(ending) and bool(answer(handler, path) or True)
+
+
+def test_whole_then_from_the_cache(hub, pushed, cache, capfd):
+    folder = locate(REPO, None)
+    same(folder, pushed)
+    assert (cache / "refs" / "main").read_text() == folder.name
+    tokens = {path.split("/")[1]: token for path, token in hub.tokens.items()}
+    assert tokens == {"api": f"Bearer {TOKEN}", "org": f"Bearer {TOKEN}", "lfs": None}
+    asked = len(hub.asked)
+    assert locate(REPO, None) == folder == locate(REPO, folder.name)
+    assert len(hub.asked) == asked
+    assert capfd.readouterr().err == ""
+
+
+def test_every_layout(hub, cache, tmp_path, written):
+    write_olmo(tmp_path / "hf")
+    write_olmo(tmp_path / "shards", shards="100KB")
+    assert len(list((tmp_path / "shards").glob("model-*"))) > 1
+    for kind in ("pt", "safetensors"):
+        write_legacy(tmp_path / kind, fused(write_olmo(tmp_path / "x")), OLMO2, kind)
+    layouts = {name: tmp_path / name for name in ("hf", "shards", "pt", "safetensors")}
+    for name, folder in {**layouts, "core": written / "olmo2"}.items():
+        shutil.copytree(folder, tmp_path / "pushed" / name)
+        (tmp_path / "pushed" / name / "states.safetensors").unlink(missing_ok=True)
+        hub.push(f"org/{name}", tmp_path / "pushed" / name)
+        with_weights = Checkpoint(f"org/{name}")
+        assert with_weights.identity() == Checkpoint(str(folder)).identity(), name
+        assert not find(f"org/{name}", None).missing
+
+
+def test_revisions(hub, pushed, tmp_path, capfd):
+    write_olmo(tmp_path / "early", num_hidden_layers=2)
+    capfd.readouterr()  # what transformers prints
+    early = hub.push(REPO, tmp_path / "early", "stage1-step10-tokens1B")
+    assert Checkpoint(REPO, "stage1-step10-tokens1B").model.depth == 2
+    assert Checkpoint(REPO, early).model.depth == 2
+    assert Checkpoint(REPO).model.depth == 5
+    text = line(capfd, revision="stage1-step10-token1B")
+    assert text.endswith(
+        "it has main, stage1-step10-tokens1B; did you mean stage1-step10-tokens1B?"
+    )
+
+
+def test_cut_and_resumed(hub, pushed, cache, capfd, monkeypatch):
+    """The rest is asked for, not the whole again; no part of the file is twice or never there."""
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 1000
+    )  # what is kept of a cut; it has 10 MB
+    data = (pushed / WEIGHTS).read_bytes()
+
+    def cut(handler, path):
+        if handler.command == "GET" and "/lfs/" in path and len(hub.gets(path)) < 3:
+            start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+            status, span = (
+                (206, f"bytes {start}-{len(data) - 1}/{len(data)}") if start else (200, "")
+            )
+            headers = {"Content-Range": span} if start else {}
+            handler.say(status, headers, data[start:], cut=len(data) // 3)
+            return True
+        return False
+
+    hub.fault = cut
+    same(locate(REPO, None), pushed)
+    parts = [part for method, path, part in hub.asked if method == "GET" and "/lfs/" in path]
+    third = len(data) // 3 // 1000 * 1000
+    assert parts == [None, f"bytes={third}-", f"bytes={2 * third}-"]
+    assert capfd.readouterr().err == ""  # nor what huggingface_hub says of it
+
+
+def test_cut_again_and_again(hub, pushed, cache, capfd):
+    hub.fault = on(
+        "", lambda h, path: h.say(200, body=b"x" * 9, cut=0) if "/lfs/" in path else h.hub(path)
+    )
+    assert "can't be reached" in line(capfd)
+    assert not list(cache.rglob("*.incomplete"))
+    hub.fault = lambda handler, path: False  # a later run fetches what is missing, and only that
+    asked = len(hub.asked)
+    same(locate(REPO, None), pushed)
+    gets = [path for method, path, _ in hub.asked[asked:] if method == "GET"]
+    assert len([path for path in gets if "/lfs/" in path]) == 1
+    assert not [path for path in gets if path.endswith("config.json")]
+
+
+def code(status, name, kind="Code"):
+    return lambda h, _: h.say(status, {f"X-Error-{kind}": name})
+
+
+REFUSALS = {
+    "no repository": (
+        on("", code(401, "RepoNotFound")),
+        "no such repository that the hub (127.0.0.1) shows to you; private: log in with",
+    ),
+    "a bad token": (
+        on("", code(401, "Invalid credentials in Authorization header", "Message")),
+        "answers 401: your token is refused",
+    ),
+    "forbidden": (on("", lambda h, _: h.say(403)), "answers 403: your token is refused, or one is"),
+    "gated": (  # the list of files is shown to everybody
+        lambda h, path: "/resolve/" in path and (h.say(403, {"X-Error-Code": "GatedRepo"}) or True),
+        "gated: ask for access on the repository's page, then log in",
+    ),
+    "a file": (on(WEIGHTS, code(404, "EntryNotFound")), f"has no {WEIGHTS}"),
+    "too many": (
+        on("", lambda h, _: h.say(429, {"Retry-After": "3600"})),
+        "answers 429, too many requests, and asks to wait 3600 s; a token raises the limit",
+    ),
+    "too many files": (
+        on(WEIGHTS, lambda h, _: h.say(429, {"Retry-After": "3600"})),
+        "answers 429, too many requests, and asks to wait 3600 s",
+    ),
+    "its own error": (on("", lambda h, _: h.say(500)), "answers 500 Internal Server Error; try again"),
+    "an error of a file": (on(WEIGHTS, lambda h, _: h.say(500)), "answers 500 Internal Server Error"),
+    "an error of its bytes": (
+        lambda h, path: "/lfs/" in path and h.command == "GET" and bool(h.say(503) or True),
+        "answers 503 Service Unavailable",
+    ),
+    "a login page": (on("", lambda h, _: h.say(200, body=LOGIN_PAGE)), "isn't a hub: a login page"),
+    "a login page for the weights": (
+        lambda h, path: "/lfs/" in path and bool(h.say(200, body=LOGIN_PAGE) or True),
+        f"{WEIGHTS} has arrived with another size than the hub (127.0.0.1) names",
+    ),
+    "a login page for its place": (
+        on(WEIGHTS, lambda h, _: h.say(200, body=LOGIN_PAGE)), "isn't a hub: a login page",
+    ),
+    "JSON of something else": (on("", lambda h, _: h.say(200, json=[1])), "isn't a hub"),
+    "silence": (on("", lambda h, _: h.wait()), "can't be reached"),
+    "silence about a file": (on(WEIGHTS, lambda h, _: h.wait()), "has not answered"),
+    "silence in place of bytes": (
+        lambda h, path: "/lfs/" in path and h.command == "GET" and h.wait(), "has not answered",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(hub, pushed, cache, capfd, case):
+    hub.fault, expected = REFUSALS[case]
+    assert expected in line(capfd)
+    assert not list(cache.rglob(WEIGHTS))
+    hub.fault = lambda handler, path: False  # nothing wrong was left behind
+    same(locate(REPO, None), pushed)
+
+
+def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
+    """What can't be read is refused by names, config and index, before its weights are fetched."""
+    config, data = (pushed / "config.json").read_bytes(), (pushed / WEIGHTS).read_bytes()
+    shard = "model-00001-of-00001.safetensors"
+    index = "model.safetensors.index.json"
+    cases = {
+        "no config.json or config.yaml; 'adapter_config.json' is an adapter": {
+            "adapter_config.json": b"{}",
+        },
+        "an adapter beside the weights": {
+            "adapter_config.json": b"{}", "config.json": config, WEIGHTS: data,
+        },
+        "says that the weights are quantised": {
+            "quantize_config.json": b"{}", "config.json": config, WEIGHTS: data,
+        },
+        "model_type='qwen2'": {"config.json": b'{"model_type": "qwen2"}', WEIGHTS: data},
+        "not JSON": {"config.json": LOGIN_PAGE, WEIGHTS: data},
+        "'pytorch_model.bin' is a pickle": {"config.json": config, "pytorch_model.bin": data},
+        "no model.safetensors and no model.pt": {"config.yaml": b"model: {}"},
+        "has no weight_map": {"config.json": config, index: b"{}", shard: data},
+        "not JSON (": {"config.json": config, index: LOGIN_PAGE, shard: data},
+        "which is not a file name": {
+            "config.json": config, index: b'{"weight_map": {"a": "../x.safetensors"}}', shard: data,
+        },
+        "no such file, and 'a' is in it": {
+            "config.json": config, index: b'{"weight_map": {"a": "x.safetensors"}}', shard: data,
+        },
+        ".metadata": {
+            "config.json": b"{}", "model_and_optim/.metadata": b"x", "model_and_optim/a": data,
+        },
+    }  # fmt: skip
+    for number, (expected, files) in enumerate(cases.items()):
+        hub.repos[f"org/bad{number}"] = {"main": "c" * 40}, {"c" * 40: files}
+        with pytest.raises(ConfigError) as caught:
+            locate(f"org/bad{number}", None)
+        text = str(caught.value)
+        assert expected in text
+        assert "\n" not in text
+        with pytest.raises(ConfigError) as again:  # now from the cache
+            locate(f"org/bad{number}", None)
+        assert expected in str(again.value)
+    assert not [path for _, path, _ in hub.asked if "/lfs/" in path]
+    assert capfd.readouterr().err == ""
+
+
+def test_offline(hub, pushed, cache, monkeypatch, capfd):
+    folder = locate(REPO, None)
+    (folder / WEIGHTS).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    text = line(capfd)
+    assert f"{WEIGHTS} of it is not in the local hub cache, and HF_HUB_OFFLINE is set" in text
+    assert "config.json of it is not in the local hub cache" in line(capfd, "org/never")
+    assert len(hub.asked) == asked
+    hub.close()  # the same without a network
+    close_session()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    text = line(capfd)
+    assert (
+        f"{WEIGHTS} of it is not in the local hub cache, and the hub (127.0.0.1) can't be" in text
+    )
+
+
+def test_unwritable_cache(hub, pushed, cache, capfd):
+    cache.parent.write_text("a file where the cache should be; root can write to any folder")
+    text = line(capfd)
+    assert "the hub's cache must be a folder that can be written to" in text
+    assert str(cache.parent) in text
+
+
+def test_too_large_for_the_disk(hub, pushed, cache, capfd, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    assert "its weights take 0.0 GB, and 0.0 are free at" in line(capfd)
+    assert not list(cache.rglob(WEIGHTS))
+
+
+def test_the_command_says_it_in_one_line(hub, pushed, cache, tmp_path):
+    run = in_process(
+        "source=checkpoint", f"source.path={REPO}", "source.revision=mian", cwd=tmp_path
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == [
+        f"simlab: source.path={REPO} source.revision=mian: the repository has no such branch, tag or "
+        "commit; it has main; did you mean main?"
+    ]
+    assert run.stdout == ""
