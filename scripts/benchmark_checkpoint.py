@@ -15,17 +15,20 @@ import json
 from benchmarks.timing import CURVE, median, process
 
 READ = """
-import mmap, torch
+import torch
 from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.storage import READ
+from simlab.checkpoints.streamed import row_runs
 opened = Checkpoint(sys.argv[1])
 start = time.perf_counter()
 total = 0
 for name in opened.names():
     if not name.startswith(("norm", "head")):
-        rows = opened.files.rows(*opened.stored(name))
-        data = rows.reshape(-1).view(torch.int16)
-        total += int(data[: data.numel() // 4 * 4].view(torch.int64).sum())
-        opened.files.release(opened.stored(name)[0])
+        stored, start, stop = opened.stored(name)
+        for run in row_runs(stored, start, stop):
+            rows = stored.rows(*run, READ.empty((run[1] - run[0], *stored.shape[1:]), stored.dtype))
+            data = rows.reshape(-1).view(torch.int16)
+            total += int(data[: data.numel() // 4 * 4].view(torch.int64).sum())
 """
 PRODUCTS = """
 import json, torch

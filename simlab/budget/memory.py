@@ -15,7 +15,7 @@ from simlab.analysis.numbers import gigabytes
 from simlab.budget.cost import Curve, curves_to_measure
 from simlab.budget.machine import MIB, available
 from simlab.budget.trace import trace
-from simlab.checkpoints import checkpoint, streamed
+from simlab.checkpoints import streamed
 from simlab.config import ConfigError, RunConfig
 from simlab.model.attention import HEADS_AT_ONCE
 from simlab.model.describe import Matrix, describe
@@ -23,7 +23,6 @@ from simlab.weights.base import COLUMNS_AT_ONCE
 from simlab.weights.weightless import AHEAD, GRAM_COLUMNS
 
 STREAMED = streamed.RUN_BYTES  # bytes of a checkpoint's weight that a thread takes
-HASHED = checkpoint.RUNS_AT_ONCE * STREAMED  # of the embedding, mapped while it is hashed
 
 INTERPRETER = 295 * MIB  # measured: resident once torch, pandas and simlab.experiment are imported
 ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured; as much for gradients
@@ -45,11 +44,10 @@ def peak(curve: Curve) -> int:
     phases = [_embedding(curve), _forward(curve)]
     if curve.gradients:
         phases += [_loss(curve), _backward(curve)]
-    hashed = min(HASHED, 4 * curve.model.vocab_size * curve.model.width) * curve.stored
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
-    live = max(curve.batch_seeds * max(phases), hashed) + rows + LIBRARIES
+    live = curve.batch_seeds * max(phases) + rows + LIBRARIES
     live += AUTOGRAD * curve.gradients
-    mapped = max(hashed, _weights(curve))
+    mapped = _weights(curve)
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
         mapped += _attention_statistics(curve)
     return int(live + min(FRAGMENTED * max(0, live - mapped), MOST_FRAGMENTED))
@@ -66,10 +64,10 @@ def _weights(curve: Curve) -> int:
         return 0  # ``_normals`` counts what takes their place
     matrices = describe(curve.model).matrices
     if curve.stored and curve.device == "cpu":
-        # Pages of one matrix, and of all the head's rows, as if in float32; each thread's copy of rows.
-        head = curve.gradients * curve.model.vocab_size * curve.model.width
-        pages = max(matrix.d_in * matrix.d_out for matrix in matrices) + head
-        return 4 * pages + 3 * STREAMED * curve.threads
+        # Each thread's rows and their copy; backward, the rows that all threads share.
+        largest = 4 * max(matrix.d_in * matrix.d_out for matrix in matrices)
+        shared = curve.gradients * min(largest, streamed.COLUMN_SHARES * STREAMED)
+        return shared + 3 * STREAMED * curve.threads
     # Pieces are drawn in float32: on a CPU 1 MiB with its masks for each thread, elsewhere a matrix.
     whole = 4 * max(matrix.d_in * matrix.d_out for matrix in matrices) if curve.size == 2 else 0
     drawn = MIB * curve.threads if curve.device == "cpu" else whole

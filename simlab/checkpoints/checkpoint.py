@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats import open_folder
-from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
+from simlab.checkpoints.storage import READ, StoredTensor, check_pieces
 from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool, row_runs
 from simlab.config import ConfigError, ModelConfig
 from simlab.model.describe import shapes as block_shapes
 from simlab.model.transformer import Block, dense_linear
 from simlab.weights.base import Shape, Weights
-
-RUNS_AT_ONCE = 64  # runs of a large tensor's rows that are read before its pages are released
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -62,7 +60,6 @@ class Checkpoint(Weights):
         self.model = self.opened.model
         self.parts = dict(self._parts())
         self._check()
-        self.files = MappedFiles()
         self.threads, self.reader = pool(), ThreadPoolExecutor(1)
         self.fingerprints = Fingerprints(statistics)
         self.last_block = -1  # the block that was asked for last
@@ -105,7 +102,7 @@ class Checkpoint(Weights):
             there = f", and {others[0]} is not part of this architecture" if others else ""
             raise ConfigError(f"{self.folder}: tensor {name} is missing{there}")
         for name in others:
-            where = tensors[name].pieces[0].path if tensors[name].pieces else self.folder
+            where = tensors[name].pieces[0].file.path if tensors[name].pieces else self.folder
             raise ConfigError(f"{where}: tensor {name} is not part of this architecture")
         for name, shape in expected.items():
             if (has := tensors[name].shape) != shape:
@@ -142,7 +139,7 @@ class Checkpoint(Weights):
             return a.shape == b.shape
         check_pieces([a, b])
         return all(
-            torch.equal(self.files.rows(a, *run).double(), self.files.rows(b, *run).double())
+            torch.equal(a.rows(*run).double(), b.rows(*run).double())
             for run in row_runs(a, 0, a.shape[0])
         )
 
@@ -170,9 +167,7 @@ class Checkpoint(Weights):
             if isinstance(module, StreamedLinear):
                 name = f"blocks.{layer}.{inner}.weight"
                 where = self.stored(name)
-                module.bind(
-                    StreamedMatrix(name, self.files, *where, self.threads, self.fingerprints)
-                )
+                module.bind(StreamedMatrix(name, *where, self.threads, self.fingerprints))
         follows = layer + (1 if layer > self.last_block else -1)
         self.last_block = layer
         if 0 <= follows < self.model.depth:
@@ -181,7 +176,7 @@ class Checkpoint(Weights):
 
     def _prefetch(self, layer: int) -> None:
         for theirs in dict.fromkeys(theirs for theirs, *_ in self.parts.values() if "{}" in theirs):
-            self.files.prefetch(self.opened.tensors[theirs.format(layer)])
+            self.opened.tensors[theirs.format(layer)].prefetch()
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The whole parameter, in the dtype asked for."""
@@ -189,10 +184,13 @@ class Checkpoint(Weights):
             return torch.ones(tuple(shape), device=device, dtype=dtype)
         self._fingerprint(name)
         stored, start, stop = self.stored(name)
-        rows = self.files.rows(stored, start, stop)
-        # A device gets the file's dtype and converts it: torch would convert on the CPU first.
-        out = rows.to(device).to(dtype, copy=device.type == "cpu")
-        self.files.release(stored)
+        out = torch.empty((stop - start, *stored.shape[1:]), device=device, dtype=dtype)
+        if device.type == "cpu":
+            return stored.rows(start, stop, out)
+        for a, b in row_runs(stored, start, stop):
+            rows = stored.rows(a, b, READ.empty((b - a, *stored.shape[1:]), stored.dtype))
+            # A device gets the file's dtype and converts it: torch would convert on the CPU first.
+            out[a - start : b - start] = rows.to(device)
         return out
 
     def rows(
@@ -201,7 +199,7 @@ class Checkpoint(Weights):
         """Rows of a matrix by id: no others are read."""
         stored, start, _ = self.stored(name)
         unique, where = ids.cpu().unique(return_inverse=True)
-        rows = [self.files.rows(stored, start + i, start + i + 1) for i in unique.tolist()]
+        rows = [stored.rows(start + i, start + i + 1) for i in unique.tolist()]
         return torch.cat(rows).to(device, dtype)[where.to(device)]
 
     def identity(self) -> dict[str, str]:
@@ -252,15 +250,14 @@ class Checkpoint(Weights):
         if self.fingerprints.has(name):
             return
         stored, start, stop = self.stored(name)
-        if len(stored.shape) == 1:
-            self.fingerprints.add(name, 0, self.files.rows(stored, start, stop))
-            return
+        # A vector is one run.
+        runs = row_runs(stored, start, stop) if len(stored.shape) > 1 else [(start, stop)]
 
         def work(run: tuple[int, int]) -> None:
-            self.fingerprints.add(name, run[0] - start, self.files.rows(stored, *run))
+            hashed = self.fingerprints.started(name, run[0] - start)
+            rows = READ.empty((run[1] - run[0], *stored.shape[1:]), stored.dtype)
+            stored.rows(*run, rows, hashed.update if hashed else None)
+            self.fingerprints.add(name, run[0] - start, hashed, rows, stored.dtype)
 
-        runs = row_runs(stored, start, stop)
-        for first in range(0, len(runs), RUNS_AT_ONCE):
-            for _ in self.threads.map(work, runs[first : first + RUNS_AT_ONCE]):
-                pass
-            self.files.release(stored)
+        for _ in self.threads.map(work, runs):
+            pass

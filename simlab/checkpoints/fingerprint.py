@@ -7,13 +7,14 @@ two tensors that agree. Measured on one thread with AVX-512, over bfloat16 rows 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import Tensor
+
+from simlab.checkpoints.storage import SCRATCH
 
 MOMENT_BYTES = 1 << 20  # of rows whose moments are summed at once: they stay in a core's cache
 
@@ -57,25 +58,17 @@ def moments_of(w: Tensor) -> Moments:
     return Moments(w.numel(), sums, stacked[4], stacked[5])
 
 
-class Scratch(threading.local):
-    """A thread's buffers, one per dtype, used again and again.
-
-    Thousands of short-lived megabytes on several threads, with small results between them, fragment
-    glibc's arenas: measured, a 7B checkpoint left 20 GB behind.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def copy(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x in another dtype, valid until this thread's next call for that dtype."""
-        buffer = self.buffers.get(dtype)
-        if buffer is None or buffer.numel() < x.numel():
-            buffer = self.buffers[dtype] = torch.empty(x.numel(), dtype=dtype)
-        return buffer[: x.numel()].view(x.shape).copy_(x)
-
-
-SCRATCH = Scratch()
+def _moments(rows: Tensor, stored: torch.dtype) -> Iterator[Moments]:
+    """Moments of about MOMENT_BYTES of a run's bytes in the file after another."""
+    flat = rows.reshape(len(rows), -1) if rows.ndim > 1 else rows.reshape(1, -1)
+    step = max(1, MOMENT_BYTES // (flat.shape[1] * stored.itemsize))
+    for start in range(0, len(flat), step):
+        few = flat[start : start + step]
+        if rows.ndim == 1:  # gains lie close together: mean² would swallow their spread
+            few = SCRATCH.copy(few, torch.float64)
+        elif rows.dtype is not torch.float32:
+            few = SCRATCH.copy(few, torch.float32)
+        yield moments_of(few)
 
 
 class Fingerprints:
@@ -89,33 +82,35 @@ class Fingerprints:
         # By parameter and by a run's first row: the run's hash and its moments.
         self.runs: dict[str, dict[int, tuple[bytes, list[Moments]]]] = {}
 
-    def add(self, name: str, first: int, rows: Tensor, wide: Tensor | None = None) -> None:
-        """Take in a run of a parameter's rows; a run that was added before is left out.
+    def started(self, name: str, first: int) -> xxhash.xxh3_128 | None:
+        """The hash that a run's bytes are to be added to; None for a run that was added before.
+
+        first: the index of the run's first row. A parameter's rows must always be cut into the same
+        runs (see ``digest``).
+        """
+        return None if first in self.runs.setdefault(name, {}) else xxhash.xxh3_128()
+
+    def add(
+        self,
+        name: str,
+        first: int,
+        hashed: xxhash.xxh3_128 | None,
+        rows: Tensor,
+        stored: torch.dtype,
+    ) -> None:
+        """Take in a run of a parameter's rows.
 
         Args:
-            name: The parameter. Its rows must always be cut into the same runs (see ``digest``).
+            name: The parameter.
             first: The index of the run's first row; 0 for a parameter of one dimension.
-            rows: (R, …) in the file's dtype, or the whole parameter of one dimension.
-            wide: The same rows in float32 where they are at hand; overwritten.
+            hashed: What ``started`` gave, with the run's bytes; None: the run is left out.
+            rows: (R, …), or the whole parameter of one dimension. In float32 they are overwritten.
+            stored: The dtype of the file.
         """
-        runs = self.runs.setdefault(name, {})
-        if first in runs:
+        if hashed is None:
             return
-        digest = xxhash.xxh3_128_digest(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
-        moments = list(self._moments(rows, wide)) if self.with_moments and rows.numel() else []
-        runs[first] = digest, moments
-
-    def _moments(self, rows: Tensor, wide: Tensor | None) -> Iterator[Moments]:
-        flat = rows.reshape(len(rows), -1) if rows.ndim > 1 else rows.reshape(1, -1)
-        step = max(1, MOMENT_BYTES // (flat.shape[1] * flat.itemsize))
-        for start in range(0, len(flat), step):
-            few = slice(start, start + step)
-            if rows.ndim == 1:  # gains lie close together: mean² would swallow their spread
-                yield moments_of(SCRATCH.copy(flat[few], torch.float64))
-            elif wide is None:
-                yield moments_of(SCRATCH.copy(flat[few], torch.float32))
-            else:
-                yield moments_of(wide.view(flat.shape)[few])
+        moments = list(_moments(rows, stored)) if self.with_moments and rows.numel() else []
+        self.runs[name][first] = hashed.digest(), moments
 
     def has(self, name: str) -> bool:
         """True if rows of the parameter were added."""

@@ -1,6 +1,6 @@
 """Linear layers whose weights stay in their files and are multiplied a few rows at a time.
 
-A few rows of a weight are mapped, converted to the run's dtype while they are in a core's cache,
+A few rows of a weight are read, converted to the run's dtype while they are in a core's cache,
 multiplied and dropped: no matrix is ever whole in memory. Measured for 64 tokens and a 7B checkpoint
 in bfloat16, in the system's cache, on 2 cores: 5.0 s of work in float32 and 2.9 in bfloat16, where bare
 products with resident matrices take 3.4 and 0.9, and reading the bytes 0.6
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simlab.checkpoints.fingerprint import SCRATCH, Fingerprints
-from simlab.checkpoints.storage import MappedFiles, StoredTensor
+from simlab.checkpoints.fingerprint import Fingerprints
+from simlab.checkpoints.storage import READ, SCRATCH, StoredTensor
 
 # Bytes of a weight that one thread takes: measured, 1 MiB is a fifth slower. Weight hashes are made
 # run by run: another value changes those of larger matrices.
@@ -51,7 +51,6 @@ class StreamedMatrix:
     """
 
     name: str
-    files: MappedFiles
     stored: StoredTensor
     start: int
     stop: int
@@ -64,18 +63,20 @@ class StreamedMatrix:
         turned = x.T.contiguous()
 
         def work(run: tuple[int, int]) -> None:
+            row = run[0] - self.start
+            hashed = self.fingerprints.started(self.name, row)
+            # Moments are of the file's values or float32's: rows for a narrower product are kept.
+            narrow = x.dtype not in (torch.float32, self.stored.dtype)
+            shape = (run[1] - run[0], *self.stored.shape[1:])
+            rows = READ.empty(shape, self.stored.dtype if narrow else x.dtype)
             with torch.no_grad():
-                row = run[0] - self.start
-                rows = self.files.rows(self.stored, *run)
-                copied = rows.dtype != x.dtype
-                weight = SCRATCH.copy(rows, x.dtype) if copied else rows
-                torch.mm(weight, turned, out=out[row : row + len(rows)])
-                wide = weight if copied and x.dtype is torch.float32 else None
-                self.fingerprints.add(self.name, row, rows, wide)
+                self.stored.rows(*run, rows, hashed.update if hashed else None)
+                weight = SCRATCH.copy(rows, x.dtype) if narrow else rows
+                torch.mm(weight, turned, out=out[row : row + len(weight)])
+                self.fingerprints.add(self.name, row, hashed, rows, self.stored.dtype)
 
         for _ in self.threads.map(work, row_runs(self.stored, self.start, self.stop)):
             pass
-        self.files.release(self.stored)
         return out.T.contiguous()
 
     def back(self, g: Tensor) -> Tensor:
@@ -83,23 +84,26 @@ class StreamedMatrix:
 
         A thread sums some columns over all rows, so that the order of the sums is always the same.
         """
-        d_in = self.stored.shape[1]
+        d_in, dtype = self.stored.shape[1], self.stored.dtype
         out = torch.zeros(len(g), d_in)
         step = max(1, -(-d_in // COLUMN_SHARES))
-        rows = max(1, RUN_BYTES // (step * self.stored.dtype.itemsize))
+        most = max(1, RUN_BYTES // (step * dtype.itemsize))
+        for a in range(self.start, self.stop, most):
+            b = min(a + most, self.stop)
+            part, some = READ.empty((b - a, d_in), dtype), g[:, a - self.start : b - self.start]
 
-        def work(column: int) -> None:
-            columns = slice(column, column + step)
-            with torch.no_grad():
-                for a in range(self.start, self.stop, rows):
-                    b = min(a + rows, self.stop)
-                    part = self.files.rows(self.stored, a, b)[:, columns]
-                    weight = SCRATCH.copy(part, g.dtype)
-                    out[:, columns] += g[:, a - self.start : b - self.start] @ weight
+            def read(run: tuple[int, int], part: Tensor = part, a: int = a) -> None:
+                self.stored.rows(*run, part[run[0] - a : run[1] - a])
 
-        for _ in self.threads.map(work, range(0, d_in, step)):
-            pass
-        self.files.release(self.stored)
+            def work(column: int, part: Tensor = part, some: Tensor = some) -> None:
+                columns = slice(column, column + step)
+                with torch.no_grad():
+                    out[:, columns] += some @ SCRATCH.copy(part[:, columns], g.dtype)
+
+            for _ in self.threads.map(read, row_runs(self.stored, a, b)):
+                pass
+            for _ in self.threads.map(work, range(0, d_in, step)):
+                pass
         return out.to(g.dtype)
 
 

@@ -273,7 +273,7 @@ def read_all(folder):
     """Opens a checkpoint and reads every tensor in it, as stored and by our names."""
     opened = Checkpoint(str(folder))
     for stored in opened.opened.tensors.values():
-        opened.files.rows(stored, 0, stored.shape[0])
+        stored.rows(0, stored.shape[0])
     for name in opened.parts:
         for layer in range(opened.model.depth) if "{}" in name else (0,):
             ours = name.format(layer)

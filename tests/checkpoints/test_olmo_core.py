@@ -140,7 +140,7 @@ os._exit(0)  # gloo's threads may outlive the group and abort
 def tensors_of(folder):
     opened = Checkpoint(str(folder))
     stored = opened.opened.tensors.items()
-    return {name: opened.files.rows(t, 0, t.shape[0]).clone() for name, t in stored}
+    return {name: t.rows(0, t.shape[0]) for name, t in stored}
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Weights that stay in their files: the same products, hashes and statistics as whole ones."""
 
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from simlab.checkpoints import streamed
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.fingerprint import Fingerprints
-from simlab.checkpoints.storage import MappedFiles, Piece, StoredTensor, check_pieces, in_one_piece
+from simlab.checkpoints.storage import Piece, StoredFile, StoredTensor, check_pieces, in_one_piece
 from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool
 from simlab.config import ConfigError
 from simlab.measurement.engine import measure_curves
@@ -23,7 +25,7 @@ def write(path, tensor, before=0):
     """A tensor's bytes in a file, after some others."""
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     path.write_bytes(bytes(before) + data + b"end")
-    return in_one_piece("w", tuple(tensor.shape), tensor.dtype, path, before)
+    return in_one_piece("w", tuple(tensor.shape), tensor.dtype, StoredFile(path), before)
 
 
 def random(*shape, seed=0):
@@ -31,7 +33,7 @@ def random(*shape, seed=0):
 
 
 def matrix(stored, start, stop):
-    return StreamedMatrix("w", MappedFiles(), stored, start, stop, pool(), Fingerprints(True))
+    return StreamedMatrix("w", stored, start, stop, pool(), Fingerprints(True))
 
 
 @pytest.fixture
@@ -78,19 +80,17 @@ def test_shards(tmp_path, grid):
     for i, rows in enumerate(weight.chunk(grid[0])):
         for j, part in enumerate(rows.chunk(grid[1], 1)):
             write(path := tmp_path / f"{i}-{j}", part, before=4 * i)
-            pieces.append(Piece(path, 4 * i, (i * len(rows), j * part.shape[1]), tuple(part.shape)))
+            start = (i * len(rows), j * part.shape[1])
+            pieces.append(Piece(StoredFile(path), 4 * i, start, tuple(part.shape)))
     stored = StoredTensor("w", (30, 8), torch.float32, tuple(reversed(pieces)))
     check_pieces([stored])
-    files = MappedFiles()
     for start, stop in ((0, 30), (5, 6), (9, 21), (3, 3)):
-        assert torch.equal(files.rows(stored, start, stop), weight[start:stop])
-    files.release(stored)
-    assert torch.equal(files.rows(stored, 0, 30), weight)
+        assert torch.equal(stored.rows(start, stop), weight[start:stop])
 
 
 def test_incomplete_pieces_are_refused(tmp_path):
-    path = tmp_path / "w"
-    path.write_bytes(bytes(400))
+    (tmp_path / "w").write_bytes(bytes(400))
+    path = StoredFile(tmp_path / "w")
 
     def refused(match, *pieces, shape=(10, 5)):
         with pytest.raises(ConfigError, match=match):
@@ -118,7 +118,10 @@ def test_hash_sees_bits_and_order():
     def digest(tensor, firsts=(0, 5, 10)):
         fingerprints = Fingerprints(False)
         for first in firsts:
-            fingerprints.add("w", first, tensor[first : first + 5])
+            hashed, rows = fingerprints.started("w", first), tensor[first : first + 5].contiguous()
+            if hashed is not None:
+                hashed.update(rows.view(torch.uint8).numpy().data)
+            fingerprints.add("w", first, hashed, rows, torch.bfloat16)
         return fingerprints.digest("w")
 
     right = digest(weight)
@@ -137,7 +140,7 @@ def test_std_of_gains_near_one():
     """1 ± 1e-4: the mean's square is 10^8 times the variance."""
     gains = 1 + 1e-4 * random(4096)
     fingerprints = Fingerprints(True)
-    fingerprints.add("g", 0, gains)
+    fingerprints.add("g", 0, fingerprints.started("g", 0), gains, torch.float32)
     assert fingerprints.statistics("g")["std"] == pytest.approx(
         gains.double().std().item(), rel=1e-3
     )
@@ -161,18 +164,18 @@ def test_checkpoint_table(tmp_path):
         assert (row["min"], row["max"]) == (w.min().item(), w.max().item())
 
 
-def test_reads_only_needed_rows(tmp_path):
+def test_reads_only_needed_rows(tmp_path, monkeypatch):
     """Embedding rows by id, no head without gradients."""
     write_olmo(tmp_path / "m")
     opened = Checkpoint(str(tmp_path / "m"))
     asked = []
-    original = opened.files.rows
+    original = StoredTensor.rows
 
-    def rows(tensor, start, stop):
+    def rows(tensor, start, stop, *rest):
         asked.append((tensor.name, start, stop))
-        return original(tensor, start, stop)
+        return original(tensor, start, stop, *rest)
 
-    opened.files.rows = rows
+    monkeypatch.setattr(StoredTensor, "rows", rows)
     ids = torch.tensor([[3, 60, 3]])
     measure_curves(opened, ids, CPU, torch.float32)
     embedding = [a for a in asked if a[0] == "model.embed_tokens.weight"]
@@ -206,3 +209,55 @@ def test_streamed_memory_by_depth(tmp_path):
         [sys.executable, "-c", PEAK, tmp_path / "m"], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) * 1024 < 60e6
+
+
+def cut(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def grow(path):
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def overwrite(path):
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(1000))
+    os.utime(path, ns=(0, time.time_ns() + 1_000_000))  # the system's clock may tick slowly
+
+
+def replace(path):
+    path.with_name("other").write_bytes(bytes(path.stat().st_size))
+    os.replace(path.with_name("other"), path)
+
+
+@pytest.mark.parametrize("change", [cut, grow, overwrite])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_file_that_changes_after_it_was_opened(tmp_path, change, early):
+    """One line; a mapped file that is cut ends the process with SIGBUS."""
+    write_olmo(tmp_path / "m")
+    opened = Checkpoint(str(tmp_path / "m"))
+    ids = torch.tensor([[3, 60, 3]])
+    if not early:
+        measure_curves(opened, ids, CPU, torch.float32)
+    change(tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: the file was changed after"):
+        measure_curves(opened, ids, CPU, torch.float32)
+
+
+def test_a_file_that_is_replaced_is_read_on(tmp_path):
+    """The one that was opened, whose header is known, not the one that took its name."""
+    write_olmo(tmp_path / "m")
+    opened = Checkpoint(str(tmp_path / "m"))
+    before = opened.identity()
+    again = Checkpoint(str(tmp_path / "m"))
+    replace(tmp_path / "m" / "model.safetensors")
+    assert again.identity() == before
+
+
+def test_no_pipe_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "w")
+    with pytest.raises(ConfigError, match="not a file"):
+        StoredFile(tmp_path / "w")

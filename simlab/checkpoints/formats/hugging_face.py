@@ -13,7 +13,7 @@ from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_trans
 from simlab.checkpoints.formats.layouts import instead, refuse_beside, unwrapped
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.formats.own_init import OwnInit, transformers_init
-from simlab.checkpoints.storage import MappedFiles, StoredTensor, check_pieces
+from simlab.checkpoints.storage import StoredTensor, check_pieces
 from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.config import ConfigError, ModelConfig, NormConfig
@@ -167,7 +167,7 @@ def _by_full_name(held: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _check_frequencies(stored: StoredTensor, model: ModelConfig, path: Path) -> None:
     """Refuse a stored RoPE that isn't the config's. Files of before 2023 hold this buffer."""
     check_pieces([stored])
-    theirs = MappedFiles().rows(stored, 0, *stored.shape) if len(stored.shape) == 1 else None
+    theirs = stored.rows(0, *stored.shape) if len(stored.shape) == 1 else None
     pairs = torch.arange(model.head_dim / 2)
     ours, _ = inverse_frequencies(pairs, model.head_dim, model.rope_theta, model.yarn, model.llama3)
     # To what bfloat16 rounds to, and float16 near 0.

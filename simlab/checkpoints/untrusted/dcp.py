@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from simlab.checkpoints.storage import Piece, StoredTensor
+from simlab.checkpoints.storage import Piece, StoredFile, StoredTensor
 from simlab.checkpoints.untrusted import pickle as pickles
-from simlab.checkpoints.untrusted.files import checked_name, plain_name, refuse_pointer_file
+from simlab.checkpoints.untrusted.files import checked_name, plain_name, read_bytes, refuse_pointer
 from simlab.checkpoints.untrusted.pickle import PickledObject
 from simlab.checkpoints.untrusted.torch_zip import open_archive, stored_tensor
 from simlab.config import ConfigError
@@ -92,15 +92,8 @@ def file_names(folder: Path) -> list[str]:
 
 def _load(folder: Path) -> Any:
     path = folder / METADATA
-    try:
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file")
-        refuse_pointer_file(path)
-        if path.stat().st_size > METADATA_LIMIT:
-            raise ConfigError(f"{path}: larger than {METADATA_LIMIT >> 20} MiB")
-        return pickles.load(path.read_bytes(), path, _PICKLE_STEPS)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+    data = read_bytes(path, METADATA_LIMIT, "the metadata of a checkpoint")
+    return pickles.load(data, path, _PICKLE_STEPS)
 
 
 def read_distributed_checkpoint(folder: Path, without: tuple[str, ...]) -> dict[str, StoredTensor]:
@@ -151,26 +144,26 @@ def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple
     by_path: dict[Path, list[Chunk]] = {}
     for chunk in chunks:
         by_path.setdefault(chunk.path, []).append(chunk)
+    files: dict[Path, StoredFile] = {}
     for path, here in by_path.items():  # all of them first: else one run could be read for ever
         if not path.is_file():
             raise ConfigError(f"{path}: no such file, and {here[0].name} is in it")
-        refuse_pointer_file(path)
-        size, end = path.stat().st_size, 0
+        files[path], end = StoredFile(path), 0
+        refuse_pointer(files[path].read(0, 64), path)
         for chunk in sorted(here, key=lambda c: c.offset):
             what = f"{path}: tensor {brief(chunk.name)}"
-            if not 0 <= chunk.offset <= chunk.offset + chunk.length <= size:
+            if not 0 <= chunk.offset <= chunk.offset + chunk.length <= files[path].size:
                 raise ConfigError(f"{what} reaches beyond the end of the file")
             if chunk.offset < end:
                 raise ConfigError(f"{what} overlaps another")
             end = chunk.offset + chunk.length
     for path, here in sorted(by_path.items()):
-        with path.open("rb") as file:
-            for chunk in here:
-                what = f"{path}: tensor {brief(chunk.name)}"
-                archive = open_archive(file, path, chunk.offset, chunk.length, CHUNK_BUDGET)
-                has = stored_tensor(archive, archive.value, chunk.name)
-                if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
-                    raise ConfigError(
-                        f"{what}: is {has.shape}, not the {chunk.shape} that {METADATA} says"
-                    )
-                yield chunk, Piece(path, has.pieces[0].offset, chunk.start, chunk.shape)
+        for chunk in here:
+            what = f"{path}: tensor {brief(chunk.name)}"
+            archive = open_archive(files[path], chunk.offset, chunk.length, CHUNK_BUDGET)
+            has = stored_tensor(archive, archive.value, chunk.name)
+            if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
+                raise ConfigError(
+                    f"{what}: is {has.shape}, not the {chunk.shape} that {METADATA} says"
+                )
+            yield chunk, Piece(files[path], has.pieces[0].offset, chunk.start, chunk.shape)

@@ -22,15 +22,6 @@ def refuse_pointer(head: bytes, path: Path) -> None:
         )
 
 
-def refuse_pointer_file(path: Path) -> None:
-    """``refuse_pointer`` of a file. Raises ConfigError."""
-    try:
-        with path.open("rb") as file:
-            refuse_pointer(file.read(64), path)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-
-
 def read_bytes(path: Path, limit: int, what: str) -> bytes:
     """A small file. Raises ConfigError, also where it has more than ``limit`` bytes."""
     try:
@@ -56,13 +47,20 @@ def read_text(path: Path, limit: int) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises ConfigError."""
-    text = read_text(path, JSON_LIMIT)
+    return parse_object(read_bytes(path, JSON_LIMIT, "a config or an index"), path)
+
+
+def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, Any]:
+    """The JSON object in some bytes. what: their name, if they aren't the whole file."""
+    where = f"{path}: {what}{' is ' if what else ''}"
     try:
-        values = json.loads(text)
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
+        raise ConfigError(f"{where}not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a JSON object")
+        raise ConfigError(f"{where}not a JSON object")
     return values
 
 

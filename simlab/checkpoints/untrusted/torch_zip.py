@@ -13,11 +13,11 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from simlab.checkpoints.storage import StoredTensor, in_one_piece
+from simlab.checkpoints.storage import StoredFile, StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
-from simlab.checkpoints.untrusted.files import checked_name, refuse_pointer_file
+from simlab.checkpoints.untrusted.files import checked_name, refuse_pointer
 from simlab.checkpoints.untrusted.pickle import PickledObject, StorageLabel
 from simlab.config import ConfigError
 from simlab.config.fields import brief
@@ -37,7 +37,7 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 class FileSlice(io.RawIOBase):
     """A run of a file's bytes as a file. It bounds reads by its length and by DIRECTORY_LIMIT."""
 
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+    def __init__(self, file: StoredFile, start: int, length: int) -> None:
         super().__init__()
         self.file, self.start, self.length, self.at = file, start, length, 0
 
@@ -67,8 +67,7 @@ class FileSlice(io.RawIOBase):
         wanted = left if size is None or size < 0 else min(size, left)
         if wanted > DIRECTORY_LIMIT:
             raise ConfigError(f"a zip directory of {wanted} bytes; allowed: {DIRECTORY_LIMIT}")
-        self.file.seek(self.start + self.at)
-        data = self.file.read(wanted)
+        data = self.file.read(self.start + self.at, wanted)
         self.at += len(data)
         return data
 
@@ -77,20 +76,17 @@ class FileSlice(io.RawIOBase):
 class Archive:
     """A pickle's value, and where each storage's bytes are: key to (offset in file, size)."""
 
-    path: Path
+    file: StoredFile
     value: Any
     storages: dict[str, tuple[int, int]]
 
 
-def open_archive(
-    file: IO[bytes], path: Path, start: int, length: int, budget: int = _PICKLE_STEPS
-) -> Archive:
+def open_archive(file: StoredFile, start: int, length: int, budget: int = _PICKLE_STEPS) -> Archive:
     """Open the archive in ``length`` bytes of a file from ``start`` on. Raises ConfigError.
 
     budget: the most opcodes that its pickle may have.
     """
-    file.seek(start)
-    head = file.read(min(4, length))
+    path, head = file.path, file.read(start, min(4, length))
     if head != b"PK\3\4":
         old = "torch's format from before version 1.6" if head[:1] == b"\x80" else "not a zip"
         raise ConfigError(f"{path}: not a torch.save archive ({old}); load and save it again")
@@ -112,8 +108,7 @@ def open_archive(
         at, size = records[name]
         if size > limit:
             raise ConfigError(f"{path}: {brief(name)} has {size} bytes; allowed: {limit}")
-        file.seek(start + at)
-        return file.read(size)
+        return file.read(start + at, size)
 
     order = f"{prefix}byteorder"
     if order in records and content(order, 16) != b"little":
@@ -125,7 +120,7 @@ def open_archive(
         for name, (at, size) in records.items()
         if name.startswith(under)
     }
-    return Archive(path, value, storages)
+    return Archive(file, value, storages)
 
 
 def _records(part: FileSlice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
@@ -152,7 +147,7 @@ def _records(part: FileSlice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[i
 
 def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense."""
-    what = f"{archive.path}: tensor {brief(name)}"
+    what = f"{archive.file.path}: tensor {brief(name)}"
     args = pickles.arguments_of(value, "_rebuild_parameter")
     inner = args[0] if args else value
     args = pickles.arguments_of(inner, "_rebuild_tensor_v2")
@@ -176,19 +171,14 @@ def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     width, numel = storage.dtype.itemsize, math.prod(shape)
     if storage.numel * width != size or not 0 <= start <= start + numel <= storage.numel:
         raise ConfigError(f"{what} reaches beyond its storage {brief(storage.key)}")
-    return in_one_piece(name, shape, storage.dtype, archive.path, at + start * width)
+    return in_one_piece(name, shape, storage.dtype, archive.file, at + start * width)
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file that ``torch.save(state_dict, path)`` wrote. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    refuse_pointer_file(path)
-    try:
-        with path.open("rb") as file:
-            archive = open_archive(file, path, 0, path.stat().st_size)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+    file = StoredFile(path)
+    refuse_pointer(file.read(0, 64), path)
+    archive = open_archive(file, 0, file.size)
     if not isinstance(archive.value, dict):
         raise ConfigError(f"{path}: not a dictionary of tensors")
     return {
