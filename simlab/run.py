@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import os
-import signal
 import sys
-from typing import NoReturn
 
-from simlab.config.errors import INTERRUPTS
+from simlab import signals
 
 
 def main() -> None:
-    """The command. Mistakes: one line and exit status 2; a sweep with failed jobs: 1; Ctrl-C: 130."""
+    """The command. Mistakes: one line and exit status 2; a sweep with failed jobs: 1.
+
+    SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    """
     if "--version" in sys.argv[1:]:  # Hydra's option of that name prints Hydra's
         from simlab import __version__
 
         print(f"simlab {__version__}")
         return
-    INTERRUPTS.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and cleans up
-    signal.signal(signal.SIGINT, interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without √ gets a question mark
-    try:
-        command(sys.argv[1:])
-    except (KeyboardInterrupt, Exception) as error:
-        if not isinstance(error, KeyboardInterrupt) and not INTERRUPTS:
-            raise
-        print("simlab: interrupted; nothing of the unfinished run was kept", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def interrupt(number: int, _: object) -> NoReturn:
-    """Ctrl-C: note it, and raise KeyboardInterrupt.
-
-    A package that is being imported may swallow the exception and fail later; the note then tells that
-    failure from a mistake.
-    """
-    INTERRUPTS.append(number)
-    raise KeyboardInterrupt
+    kept = "nothing of the unfinished run was kept"
+    signals.run_command(lambda: command(sys.argv[1:]), kept)
 
 
 def command(args: list[str]) -> None:
@@ -60,6 +39,7 @@ def command(args: list[str]) -> None:
         if {"-m", "--multirun"} & set(args) and {"--cfg", "-c"} & set(args):
             raise ConfigError("--cfg shows one job's config: leave -m and the swept values out")
         prefer_our_launchers()
+        signals.raise_noted()
         job.STARTED.clear()
         run = hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
         with job.nothing_left_behind(job.STARTED):

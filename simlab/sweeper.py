@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from simlab import signals
 from simlab.config import ConfigError
 from simlab.config.cli_errors import or_exit
 from simlab.config.validate import read, read_keep
@@ -75,7 +76,7 @@ class Around(Callback):
                     f"simlab: interrupted; the jobs are kept, python -m simlab.sweep {folder} reports",
                     file=sys.stderr,
                 )
-                raise SystemExit(130) from None
+                raise SystemExit(signals.status()) from None
             if not whole:
                 raise SystemExit(1)
 

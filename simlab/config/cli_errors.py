@@ -12,8 +12,8 @@ from typing import NoReturn
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
+from simlab import signals
 from simlab.config import CONF_DIR, ConfigError, nearest, printable
-from simlab.config.errors import INTERRUPTS
 from simlab.config.validate import known_keys
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
@@ -21,7 +21,11 @@ MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, without control codes and not endless, and exit status 2."""
+    """One line on stderr, without control codes and not endless, and exit status 2.
+
+    Raises KeyboardInterrupt where a signal has come: it may be what went wrong.
+    """
+    signals.raise_noted()
     line = printable(" ".join(message.split()))
     print(f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}", file=sys.stderr)
     raise SystemExit(2)
@@ -46,8 +50,7 @@ def or_exit() -> Iterator[None]:
         with in_one_line():
             yield
     except Exception:  # Hydra would make a warning of it, and run the sweep its own way
-        if INTERRUPTS:  # some packages turn Ctrl-C while they are imported into errors of their own
-            raise KeyboardInterrupt from None
+        signals.raise_noted()
         traceback.print_exc()
         raise SystemExit(1) from None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-INTERRUPTS: list[int] = []  # the signals of Ctrl-C that this process has had
-
 
 class ConfigError(ValueError):
     """A user's mistake, in one line: the key, its value, and the allowed values."""

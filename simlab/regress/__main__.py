@@ -16,6 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from simlab import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # before the imports below, which take a second
+
 from simlab import __version__
 from simlab.analysis.resampling import enough
 from simlab.budget.process import tune_process
@@ -276,15 +281,16 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command. Exit status 0: as recorded; 1: not; 2: a mistake; 130: Ctrl-C."""
+    """The command. Exit status 0: as recorded; 1: not; 2: a mistake; 130: Ctrl-C; 143: SIGTERM."""
+    signals.run_command(_command, "nothing was recorded")
+
+
+def _command() -> None:
+    """Do what the command line asks. Raises SystemExit."""
     args = parse()
     tune_process()
-    try:
-        with in_one_line():
-            sys.exit(execute(args))
-    except KeyboardInterrupt:
-        print("simlab: interrupted; nothing was recorded", file=sys.stderr)
-        raise SystemExit(130) from None
+    with in_one_line():
+        sys.exit(execute(args))
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -6,19 +6,31 @@ import argparse
 import sys
 from pathlib import Path
 
-from simlab import __version__
-from simlab.config.cli_errors import in_one_line
-from simlab.sweep.report import report
+from simlab import signals
 
 
 def main() -> None:
-    """The command. Exit status 0 where every job is done, 1 where not, 2 for a mistake."""
+    """The command. Exit status 0 where every job is done, 1 where not, 2 for a mistake.
+
+    SIGINT (Ctrl-C): 130; SIGTERM: 143.
+    """
+    signals.run_command(_command, "the same command writes the report again")
+
+
+def _command() -> None:
+    """Write and show the report. Raises SystemExit."""
+    from simlab import __version__
+
     parser = argparse.ArgumentParser(
         prog="python -m simlab.sweep", description="One report over a sweep, from its files alone."
     )
     parser.add_argument("folder", metavar="DIR", help="the folder of a sweep, finished or not")
     parser.add_argument("--version", action="version", version=f"simlab {__version__}")
     folder = Path(parser.parse_args().folder)
+
+    from simlab.config.cli_errors import in_one_line
+    from simlab.sweep.report import report
+
     with in_one_line():
         whole = report(folder)
     sys.exit(0 if whole else 1)

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from simlab import signals
 from simlab.budget.process import tune_process
 from simlab.config import ConfigError, KeepConfig, RunConfig
 from simlab.config.validate import read, read_keep
@@ -133,7 +134,12 @@ def run_job(config: RunConfig, folder: Path) -> None:
             ready.init_origin,
         )  # fmt: skip
         with progress.block_bar(ready.blocks) as advance:
-            result = experiment.measure(ready, advance)
+
+            def on_block() -> None:
+                signals.raise_noted()
+                advance()
+
+            result = experiment.measure(ready, on_block)
         console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second
         files = write(result, folder)
     console.show_files(files)
@@ -154,6 +160,7 @@ def write(result: RunResult, folder: Path) -> list[Path]:
         "inside": checkpoint_figure.inside_figure(result.curve, title),
     }
     files = [f for name, each in figures.items() if each for f in style.save(each, folder, name)]
+    signals.raise_noted()
     write_json(folder / SUMMARY, result.summary)
     return [*tables, folder / SUMMARY, *files[::-1]]
 
@@ -228,6 +235,7 @@ def sweep_job(
                     )
             copy_result(stored, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart
+            signals.raise_noted()
             record = failure(error)
     with suppress(OSError):  # a full disk: a job without a record counts as unfinished
         write_json(folder / RECORD, record, durable=False)

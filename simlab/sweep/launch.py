@@ -19,7 +19,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import setup_globals
 from hydra.plugins.launcher import Launcher
 
-from simlab import store
+from simlab import signals, store
 from simlab.config import ConfigError
 from simlab.sweep import job
 from simlab.sweep.plan import Job
@@ -87,6 +87,7 @@ def launch(launcher: Launcher, places: Sequence[Place]) -> None:
     try:
         launcher.launch([overrides_of(place) for place in places], places[0].job.number)
     except Exception as error:
+        signals.raise_noted()
         # A job records its own errors, so this is the pool's: a worker died. Each launcher has a class
         # of its own for that, and none says which job it was. The text goes into those jobs' records.
         left = [place for place in places if not place.ended]
@@ -128,14 +129,17 @@ def submit(launcher: Any, places: Sequence[Place]) -> None:
             queue = Queue(submitted)
             while not all(p.ended or queue.gone(t) for p, t in zip(places, submitted, strict=True)):
                 time.sleep(_JOB_LOOK_SECONDS)
+                signals.raise_noted()
         else:
             for each in arguments:  # there is no queue: all would start at once
                 while sum(not t.done() for t in submitted) >= at_once(launcher):
                     time.sleep(_JOB_LOOK_SECONDS)
+                    signals.raise_noted()
                 with stderr_in(Path(start["folder"]).parent):
                     submitted.append(auto.submit(launcher, *each))
             while not all(task.done() for task in submitted):
                 time.sleep(_JOB_LOOK_SECONDS)
+                signals.raise_noted()
     except BaseException:
         for task in submitted:
             task.cancel(check=False)
@@ -192,6 +196,7 @@ def _appears(place: Place) -> bool:
         if place.ended:
             return True
         time.sleep(_JOB_LOOK_SECONDS)
+        signals.raise_noted()
     return False
 
 

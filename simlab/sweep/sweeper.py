@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from simlab import store
+from simlab import signals, store
 from simlab.config import ConfigError, RunConfig
 from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
@@ -93,14 +93,12 @@ class Sweep:
             self.lay_out(planned, places, folder)
             laid_out = True
             self.launch([place for place in places if not place.stored])
-        except (KeyboardInterrupt, SystemExit) as end:
+        except KeyboardInterrupt:
             for place in places:
                 if not place.ended:
                     shutil.rmtree(place.folder / ".hydra", ignore_errors=True)
                     with contextlib.suppress(OSError):  # it holds something, or was never made
                         place.folder.rmdir()
-            if isinstance(end, SystemExit):
-                raise
             line = "simlab: interrupted before any job started; the same command starts the sweep"
             if laid_out:
                 done = sum(place.ended for place in places)
@@ -109,7 +107,7 @@ class Sweep:
                     f"command does the rest; python -m simlab.sweep {folder} reports on these"
                 )
             print(line, file=sys.stderr)
-            raise SystemExit(130) from None
+            raise SystemExit(signals.status()) from None
 
     def lay_out(self, planned: SweepPlan, places: Sequence[Place], folder: Path) -> None:
         """Write the sweep's plan and stored results into its folder; remove an earlier sweep's."""
@@ -134,6 +132,7 @@ class Sweep:
 
         local = self.in_process or launch.is_local(self.launcher)
         for each in planned.jobs:
+            signals.raise_noted()
             for device in possible_devices(each.config, local):
                 ready = prepare(each.config, self.tokens_of, device)
                 stored = (
@@ -198,6 +197,7 @@ class Sweep:
                 for group in sharing_groups([place.job.config for place in places]):
                     curves_of = SharedCurves()
                     for place in map(places.__getitem__, group):
+                        signals.raise_noted()
                         write_hydra(place)
                         job.sweep_job(
                             place.job.config,

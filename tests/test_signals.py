@@ -1,0 +1,110 @@
+"""SIGINT, SIGTERM and closed pipes, wherever they come."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import try_signals
+from conftest import INPUTS, SHAPE, in_process
+
+from simlab import signals
+
+SMALL = [*SHAPE, *INPUTS, "device=cpu", "seeds=1"]
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments(capsys):
+    """A few of the real kills that ``scripts/try_signals.py`` counts."""
+    faults = try_signals.main(["--kills", "4", "--seed", "1", "--only", "run, theory"])
+    assert faults == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("mode", ["run", "sweep"])
+@pytest.mark.parametrize("then", ["goes on", "fails"])
+def test_swallowed_signals_are_not_lost(tmp_path, monkeypatch, no_figures, number, mode, then):
+    """A package that is being imported swallows the exception, or makes an ImportError of it."""
+    sent = []
+
+    def imported():
+        try:
+            sent.append(os.kill(os.getpid(), number))
+        except KeyboardInterrupt:
+            if then == "fails":
+                raise ImportError("numpy._core.multiarray failed to import") from None
+
+    monkeypatch.setattr("simlab.run.prefer_our_launchers", imported)
+    sweep = ["-m", "norm=pre,post"] if mode == "sweep" else []
+    done = in_process(*SMALL, *sweep, cwd=tmp_path)
+    assert done.returncode == 128 + number
+    assert done.stderr == "simlab: interrupted; nothing of the unfinished run was kept\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_signals_while_a_block_is_measured(tmp_path, monkeypatch, swallowed):
+    """The run ends at its next block, and what it has written goes."""
+    from simlab import experiment
+
+    real, calls = experiment.measure, []
+
+    def measure(ready, on_block):
+        def block():
+            calls.append(1)
+            try:
+                if len(calls) == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                if not swallowed:
+                    raise
+            on_block()
+
+        return real(ready, block)
+
+    monkeypatch.setattr(experiment, "measure", measure)
+    done = in_process(*SMALL, cwd=tmp_path)
+    assert (done.returncode, len(calls)) == (143, 1)
+    assert done.stderr == "simlab: interrupted; nothing of the unfinished run was kept\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("between", "raised"), [(0.0, 1), (10.0, 2)])
+def test_a_signal_sent_twice(monkeypatch, between, raised):
+    """GNU timeout sends it to the process and to its group: the second doesn't end the tidying up."""
+    times = iter([5.0, 5.0 + between, 5.0 + between])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(times))
+    ends = []
+
+    def work():
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                ends.append(1)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            signals.run_command(work, "x")
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    assert (end.value.code, len(ends)) == (130, raised)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_reader_goes(tmp_path, unbuffered):
+    """``| head -1``: all files are written, and nothing is said."""
+    command = [sys.executable, "-m", "simlab.run", *SMALL, "engine=theory", "hydra.run.dir=out"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline().startswith(b"olmo2_7b with depth 3")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert (tmp_path / "out" / "summary.json").exists()
+    assert (tmp_path / "out" / "growth.png").exists()
