@@ -60,6 +60,7 @@ def config_hash(config: RunConfig) -> str:
     What a path leads to is not in it; a checkpoint's tensors have their own hash.
     """
     values = asdict(config) | {"device": config.device.split(":")[0]}
+    del values["source"]["keep"]  # of the download, not of the run
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

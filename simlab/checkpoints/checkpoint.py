@@ -8,8 +8,10 @@ of the folder, and every size that they claim is checked.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats import open_folder
+from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.storage import READ, StoredTensor, check_pieces
 from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool, row_runs
 from simlab.config import ConfigError, ModelConfig
@@ -48,14 +51,25 @@ class Checkpoint(Weights):
         path: A folder or a hub id.
         revision: A hub branch, tag or commit.
         statistics: Also collect what ``table`` needs while weights are read.
+        keep: False: weights that have to be downloaded are removed at ``release``, or with this object.
 
     Raises ConfigError for a checkpoint that is missing, malformed or not supported.
     """
 
-    def __init__(self, path: str, revision: str | None = None, *, statistics: bool = False) -> None:
-        from simlab.checkpoints.hub import locate  # late: random runs need no hub
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        *,
+        statistics: bool = False,
+        keep: bool = True,
+    ) -> None:
+        from simlab.checkpoints.hub import find  # late: random runs need no hub
 
-        self.folder = locate(path, revision)
+        found, downloads = find(path, revision), ExitStack()
+        self.removal = weakref.finalize(self, downloads.close)
+        self.folder = found.fetch(None if keep else downloads)
+        self.commit = found.folder.name if found.repo else None  # of the hub's repository
         self.opened = open_folder(self.folder)
         self.model = self.opened.model
         self.parts = dict(self._parts())
@@ -63,6 +77,18 @@ class Checkpoint(Weights):
         self.threads, self.reader = pool(), ThreadPoolExecutor(1)
         self.fingerprints = Fingerprints(statistics)
         self.last_block = -1  # the block that was asked for last
+
+    def release(self) -> None:
+        """Close the files, and remove those that were downloaded for this object alone."""
+        self.reader.shutdown()
+        for file in {piece.file for t in self.opened.tensors.values() for piece in t.pieces}:
+            file.close()  # a file that is removed takes room on the disk until then
+        self.removal()
+
+    @property
+    def init(self) -> OwnInit:
+        """How its weights were drawn before training."""
+        return self.opened.init
 
     @property
     def tokenizer(self) -> Path | None:

@@ -67,7 +67,7 @@ class StoredFile:
         self.path, self.lock = path, threading.Lock()
         try:
             self.handle = os.open(path, os.O_RDONLY | NO_WAIT)
-            weakref.finalize(self, os.close, self.handle)
+            self.closing = weakref.finalize(self, os.close, self.handle)
             about = os.fstat(self.handle)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None
@@ -76,6 +76,11 @@ class StoredFile:
         if not stat.S_ISREG(about.st_mode):
             raise ConfigError(f"{path}: not a file")
         self.size, self.written = about.st_size, about.st_mtime_ns
+
+    def close(self) -> None:
+        """Close the file; reading it then raises ConfigError."""
+        self.closing()
+        self.handle = -1  # the system may give the number to another file
 
     def read(self, offset: int, count: int) -> bytes:
         """Bytes of the file, fewer at its end. Raises ConfigError."""

@@ -109,13 +109,15 @@ class SourceConfig:
     """Where the measured weights come from: ``random``, ``checkpoint`` with its path, or ``demo``.
 
     The latter two are stored: a checkpoint is measured, beside random inits of its shape.
-    weights: True to write a table with every tensor's statistics.
+    weights: True to write a table with every tensor's statistics. keep: False to remove weights that a
+    run has downloaded once they are measured; it decides no number, and no result's key has it.
     """
 
     kind: str
     path: str | None = None
     revision: str | None = None
     weights: bool = False
+    keep: bool = True
     step: str | None = None  # of the demo's training, one of DEMO_STEPS
 
     @property

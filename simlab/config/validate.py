@@ -195,6 +195,8 @@ def _source(reader: Fields) -> SourceConfig:
             path=reader.text("path"),
             revision=reader.text("revision"),
             weights=reader.boolean("weights"),
+            # Configs written before this key existed haven't got it.
+            keep=reader.boolean("keep") if "keep" in reader.values else True,
         )
         if not source.path:
             raise ConfigError(

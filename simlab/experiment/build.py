@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.formats import read_shape
+from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.measurement.engine import resolve_device
 from simlab.model.transformer import Transformer
@@ -16,11 +19,36 @@ from simlab.weights.dense import RandomWeights
 
 def open_checkpoint(source: SourceConfig) -> Checkpoint:
     """The checkpoint of a source that has one. Raises ConfigError."""
-    checkpoint = Checkpoint(source.location, source.revision, statistics=source.weights)
+    checkpoint = Checkpoint(
+        source.location, source.revision, statistics=source.weights, keep=source.keep
+    )
     if source.kind == "demo":
         name = f"demo ({checkpoint.folder.name.replace('-', ' ')})"
         checkpoint.model = dataclasses.replace(checkpoint.model, name=name)
     return checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A checkpoint on the hub whose weights aren't here: what its small files say."""
+
+    model: ModelConfig
+    init: OwnInit
+    tokenizer: Path | None
+
+
+def read_description(source: SourceConfig) -> Described | None:
+    """A source's checkpoint as its small files describe it; None if its weights are here.
+
+    Raises ConfigError.
+    """
+    from simlab.checkpoints.hub import find  # late: most runs need no hub
+
+    found = find(source.location, source.revision)
+    if not found.missing:
+        return None
+    tokenizer = found.folder / "tokenizer.json"
+    return Described(*read_shape(found.folder), tokenizer if tokenizer.is_file() else None)
 
 
 def build_model(

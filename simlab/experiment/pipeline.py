@@ -48,7 +48,20 @@ def measure(
 
     on_block: called after each block of each curve. curves_of: measures the curves, by default
     ``measured_curves``; a sweep gives one that shares work between jobs (``sharing``).
+    With ``source.keep=false`` the checkpoint's files are closed then, and the downloaded ones removed.
     """
+    try:
+        return _result(ready, on_block, curves_of)
+    finally:
+        if ready.checkpoint and not ready.config.source.keep:
+            ready.checkpoint.release()
+
+
+def _result(
+    ready: Prepared,
+    on_block: Callable[[], None],
+    curves_of: Callable[..., MeasuredCurves] | None,
+) -> RunResult:
     config = ready.config
     measured = _measured(ready, on_block, curves_of) if config.measures else []
     # After measuring, so that its memory isn't part of the measurement's peak.

@@ -30,6 +30,7 @@ class Prepared:
     ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one. With
     ``theory`` they are one predicted curve, and ``config.seeds`` is (seed,). ``init_origin`` says where
     an init that the user left to the checkpoint comes from, None of one that the user gave.
+    ``checkpoint`` is also None of a plan for one on the hub whose weights aren't here.
     """
 
     config: RunConfig
@@ -65,7 +66,7 @@ class Prepared:
         A predicted curve passes forward, back for its band, and back for gradients.
         """
         drawn = len(self.config.seeds) if self.config.engine != "theory" else 0
-        curves, backward = drawn + (self.checkpoint is not None), int(self.config.gradients)
+        curves, backward = drawn + self.config.source.stored, int(self.config.gradients)
         predicted = bool(self.config.seeds) and not self.unpredicted
         return self.config.shape.depth * (curves * (1 + backward) + predicted * (2 + backward))
 
@@ -111,7 +112,7 @@ class Prepared:
     @property
     def engines(self) -> dict[str, str]:
         """The engine of each kind of curve: a checkpoint has its weights, so it is always dense."""
-        engines = {"checkpoint": "dense"} if self.checkpoint else {}
+        engines = {"checkpoint": "dense"} if self.config.source.stored else {}
         inits = "theory" if self.config.engine == "theory" else "random"
         return engines | ({inits: self.config.engine} if self.config.seeds else {})
 
@@ -120,28 +121,33 @@ def prepare(
     config: RunConfig,
     tokens_of: Callable[..., Ids] = make_tokens,
     device: str | None = None,
+    download: bool = True,
 ) -> Prepared:
     """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError.
 
     tokens_of: replaces ``make_tokens``, with the same arguments; a sweep passes one that caches.
     device: where the run will be; this machine's devices and free memory are then not checked.
+    download: False for a plan: weights that aren't here are left where they are.
     """
     where = device if config.measures else "cpu"
     if where is None:
         from simlab.measurement.engine import resolve_device
 
         where = str(resolve_device(config.device))
-    checkpoint, origin = None, None
+    checkpoint, origin, tokenizer = None, None, None
     if config.source.stored:
-        from simlab.experiment.build import open_checkpoint
+        from simlab.experiment.build import read_description
 
-        checkpoint = open_checkpoint(config.source)
-        if config.gradients:
-            _ = checkpoint.head_name  # an error, if any, before anything is measured
-        config = replace(config, model=checkpoint.model)
+        described = read_description(
+            config.source
+        )  # so that a run that can't be is told before a download
+        if described is None:
+            checkpoint = _opened(config)
+        about = described or checkpoint
+        assert about is not None
+        config, tokenizer = replace(config, model=about.model), about.tokenizer
         if config.init.rule == FROM_CHECKPOINT:
-            config, origin = _own_init(config, checkpoint.opened.init)
-    tokenizer = checkpoint.tokenizer if checkpoint else None
+            config, origin = _own_init(config, about.init)
     tokens = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
     inputs = replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
     if config.gradients and inputs.length == 1:
@@ -165,7 +171,19 @@ def prepare(
         from simlab.budget.memory import refuse
 
         refuse(config, torch.get_num_threads())
+    if config.source.stored and checkpoint is None and download:
+        checkpoint = _opened(config)
     return Prepared(config, tokens, checkpoint, reason, origin)
+
+
+def _opened(config: RunConfig) -> Checkpoint:
+    """The run's checkpoint, with the head that gradients need. Raises ConfigError."""
+    from simlab.experiment.build import open_checkpoint
+
+    checkpoint = open_checkpoint(config.source)
+    if config.gradients:
+        _ = checkpoint.head_name  # an error, if any, before anything is measured
+    return checkpoint
 
 
 def _own_init(config: RunConfig, own: OwnInit) -> tuple[RunConfig, str]:

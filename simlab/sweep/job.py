@@ -180,11 +180,16 @@ def key_of(ready: Prepared) -> str:
     """The key of a run's result.
 
     A checkpoint's weight hash leaves out the head, which gradients and weights.csv read: with these the
-    key also knows its files' sizes and times.
+    key also knows its files' sizes and times. On the hub the commit, which is the model's name, stands
+    for them: they may have been downloaded anew.
     """
     inputs = ready.tokens.tobytes()
     source = ready.config.source
-    if ready.checkpoint and (ready.config.gradients or source.weights):
+    if (
+        ready.checkpoint
+        and not ready.checkpoint.commit
+        and (ready.config.gradients or source.weights)
+    ):
         top = ready.checkpoint.folder
         inner = [top, top / "model_and_optim"]
         files = sorted(p for folder in inner if folder.is_dir() for p in folder.iterdir())
@@ -194,7 +199,10 @@ def key_of(ready: Prepared) -> str:
 
 
 def find_result(key: str, ready: Prepared, results: Results) -> Path | None:
-    """The folder of an earlier result with this key, or None. ready: the run that needs it."""
+    """The folder of an earlier result with this key, or None. ready: the run that needs it.
+
+    The weights' hash must be the same, where they are here; else the commit, in the key, says enough.
+    """
     weights = ready.checkpoint.identity if ready.checkpoint else None
     return results.find(key, (lambda: weights()["weight_hash"]) if weights else None)
 
@@ -225,9 +233,11 @@ def sweep_job(
         try:
             clear(folder)
             with own_gpu(config.device if config.measures else "cpu"):
-                ready = experiment.prepare(config, tokens_of or make_tokens)
+                ready = experiment.prepare(config, tokens_of or make_tokens, download=False)
                 key = key_of(ready)  # before its files are read, which may change meanwhile
                 stored = find_result(key, ready, results) if keep.resume else None
+                if stored is None and config.source.stored and ready.checkpoint is None:
+                    ready = experiment.prepare(config, tokens_of or make_tokens)
                 if stored is None:
                     result = experiment.measure(ready, on_block, curves_of)
                     stored = results.put(

@@ -134,7 +134,7 @@ class Sweep:
         for each in planned.jobs:
             signals.raise_noted()
             for device in possible_devices(each.config, local):
-                ready = prepare(each.config, self.tokens_of, device)
+                ready = prepare(each.config, self.tokens_of, device, download=False)
                 stored = (
                     job.find_result(job.key_of(ready), ready, self.results)
                     if self.keep.resume

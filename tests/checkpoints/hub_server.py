@@ -15,7 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LARGE = 4096  # bytes; a file of more has its SHA-256 as ETag and a place elsewhere, as in git-lfs
+import pytest
+from huggingface_hub import constants
+
+from simlab.checkpoints import hub_client
+
+REPO = "org/olmo"
+LARGE = 8192  # bytes; a file of more has its SHA-256 as ETag and a place elsewhere, as in git-lfs
 TOKEN = "hf_" + "s3cret" * 5
 LOGIN_PAGE = b"<!DOCTYPE html><html><title>Hotel Wi-Fi</title>Please log in</html>"
 
@@ -176,3 +182,31 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _json(value: object) -> bytes:
     return json.dumps(value).encode()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models--org--olmo"
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.3)
+    monkeypatch.setattr(hub_client, "WAITS", (0.01,))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def pushed(hub, checkpoint):
+    hub.push(REPO, checkpoint)
+    return checkpoint

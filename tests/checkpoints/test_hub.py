@@ -4,45 +4,16 @@ import shutil
 
 import pytest
 from conftest import in_process, write_olmo
-from hub_server import LOGIN_PAGE, TOKEN, Hub
+from hub_server import LOGIN_PAGE, REPO, TOKEN, cache, hub, pushed
 from huggingface_hub import close_session, constants
 from test_legacy_olmo import OLMO2, fused, write_legacy
 
-from simlab.checkpoints import hub_client
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.hub import find, locate
 from simlab.config import ConfigError
 
-REPO = "org/olmo"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models--org--olmo"
-
-
-@pytest.fixture
-def hub(cache, monkeypatch):
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
-        monkeypatch.setattr(constants, name, 0.3)
-    monkeypatch.setattr(hub_client, "WAITS", (0.01,))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def pushed(hub, checkpoint):
-    hub.push(REPO, checkpoint)
-    return checkpoint
+__all__ = ["cache", "hub", "pushed"]  # fixtures
 
 
 def same(folder, source):

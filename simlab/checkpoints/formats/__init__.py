@@ -9,7 +9,8 @@ from pathlib import Path
 from simlab.checkpoints.formats import hugging_face, legacy_olmo, olmo_core
 from simlab.checkpoints.formats.layouts import instead, unwrapped
 from simlab.checkpoints.formats.opened import Opened
-from simlab.config import ConfigError
+from simlab.checkpoints.formats.own_init import OwnInit
+from simlab.config import ConfigError, ModelConfig
 
 # A format's test of a folder, and its reader; the first format whose test passes reads the folder.
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Opened]]] = {
@@ -17,6 +18,24 @@ FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Opened]]] = {
     "legacy_olmo": (legacy_olmo.matches, legacy_olmo.open_folder),
     "hugging_face": (hugging_face.matches, hugging_face.open_folder),
 }
+
+
+_MOST_TENSORS = 100_000  # of a checkpoint that isn't here; its depth is bounded by it
+
+
+def read_shape(folder: Path) -> tuple[ModelConfig, OwnInit]:
+    """The shape and the init of a checkpoint whose weights may be missing, from its config alone.
+
+    Raises ConfigError as ``open_folder`` does, for what its config shows.
+    """
+    path = folder / "config.json"
+    if (folder / "config.yaml").is_file() and not path.is_file():
+        model, _, init = legacy_olmo.read_config(folder / "config.yaml", _MOST_TENSORS)
+    elif olmo_core.matches(folder):
+        model, _, init = olmo_core.read_config(path, _MOST_TENSORS)
+    else:
+        model, _, init = hugging_face.read_config(path, _MOST_TENSORS)
+    return model, init
 
 
 def open_folder(folder: Path) -> Opened:
