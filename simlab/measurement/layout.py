@@ -119,6 +119,23 @@ KNOWN: dict[str, tuple[Sublayer, ...]] = {  # by the class of transformers' deco
 }
 
 
+# Where torch.compile, activation checkpointing, FSDP and data parallelism keep the module they wrap.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+
+
+def inside(block: nn.Module) -> nn.Module:
+    """The decoder layer of a known class that a wrapper holds; a block that isn't one is itself."""
+    layer = block
+    while known_sublayers(layer) is None:
+        inner = next(
+            (m for name in _WRAPPED if (m := getattr(layer, name, None)) is not None), None
+        )
+        if not isinstance(inner, nn.Module):
+            return block
+        layer = inner
+    return layer
+
+
 def known_sublayers(block: nn.Module) -> tuple[Sublayer, ...] | None:
     """The residual steps of a decoder layer of a known class, or of one derived from it."""
     names = [kind.__name__ for kind in type(block).__mro__]

@@ -54,7 +54,7 @@ def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Nor
     if not isinstance(eps, float):
         return None
     x, y = x[:1], y[:1]
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight, bias = whole(norm, "weight"), whole(norm, "bias")
     gains = [x.new_ones(x.shape[-1])] if weight is None else [wide(weight), 1 + wide(weight)]
     shift = 0.0 if bias is None else wide(bias)
     matches = []
@@ -65,6 +65,19 @@ def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Nor
             matches.append((error, Norm(eps, gain, moment)))
     error, best = min(matches, key=lambda pair: pair[0])
     return best if error <= 8 * rounding * y.abs().amax().item() else None
+
+
+def whole(module: nn.Module, name: str) -> Tensor | None:
+    """A module's parameter, gathered where it is sharded (FSDP 2). Raises ConfigError if it is away."""
+    value: Tensor | None = getattr(module, name, None)
+    if (gather := getattr(value, "full_tensor", None)) is not None:  # a DTensor's, slow to import
+        value = gather()
+    if value is not None and value.is_meta:
+        raise ConfigError(
+            f"probe: {type(module).__name__}'s {name} is offloaded (accelerate's hooks, device_map): "
+            "load the model whole"
+        )
+    return value
 
 
 def attention_weights(out: Any) -> dict[str, Tensor] | None:
@@ -102,6 +115,7 @@ class LayoutProbe(BlockProbe):
         self.norms: dict[int, Norm | None] = {}
         self.stream: Tensor | None = None  # before the next step, wide
         self.outputs: dict[str, Tensor] = {}  # wide
+        self.rounding: dict[str, float] = {}  # of each output, in the dtype that the model gave it
         self.attention: dict[str, dict[str, Tensor] | None] = {}
 
     def listen(self) -> None:
@@ -137,6 +151,7 @@ class LayoutProbe(BlockProbe):
 
     def _keep(self, path: str, _: Tensor, out: Any) -> None:
         self.outputs[path] = wide_copy(first_output(out))
+        self.rounding[path] = torch.finfo(first_output(out).dtype).eps
         self.attention[path] = attention_weights(out)
 
     def _on_norm(self, i: int, x: Tensor, out: Any) -> None:
@@ -207,11 +222,21 @@ class LayoutProbe(BlockProbe):
             )
 
     def _wrong(self, sublayer: Sublayer, what: str) -> ConfigError:
-        return ConfigError(
-            f"probe: {self.name}, {sublayer.kind}: {what}; pass a layout of this model, whose"
-            " branches are the submodules that give what is added, as it is added (a model that"
-            " scales stream or branch between modules can't be probed)"
+        ours = {handle.id for handle in self.handles}
+        hooked = [
+            type(module).__name__
+            for module in self.block.modules()
+            if module._forward_hooks.keys() - ours
+        ]
+        advice = (
+            "pass a layout of this model, whose branches are the submodules that give what is added,"
+            " as it is added (a model that scales stream or branch between modules can't be probed)"
         )
+        if hooked:
+            advice = (
+                f"a forward hook on {hooked[0]}, which isn't simlab's, may change it: remove it"
+            )
+        return ConfigError(f"probe: {self.name}, {sublayer.kind}: {what}; {advice}")
 
     def _norm(
         self,
@@ -228,7 +253,11 @@ class LayoutProbe(BlockProbe):
         module = self.modules[sublayer.norm]
         if sublayer.normalises == "stream":
             return identify_norm(module, total, after, rounding)
-        x = raw if sublayer.normalises == "branch" else skip
+        x, within = skip, [sublayer.norm]
+        if sublayer.normalises == "branch":
+            x, within = raw, [sublayer.norm, *sublayer.raws]
+        # Under autocast a branch is bfloat16 where the stream is float32: its norm rounds to that.
+        rounding = max(rounding, *(self.rounding[path] for path in within))
         return identify_norm(module, x, self.outputs[sublayer.norm], rounding)
 
 

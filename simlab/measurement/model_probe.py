@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,12 @@ from simlab.config import ConfigError
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
 from simlab.measurement.frame import to_frame
-from simlab.measurement.layout import Layout, blocks_at, known_sublayers, unknown_layout
+from simlab.measurement.layout import Layout, blocks_at, inside, known_sublayers, unknown_layout
 from simlab.measurement.layout_probe import LayoutProbe, first_argument
 from simlab.measurement.statistics import STATISTICS, Step, wide
 from simlab.model.transformer import Block
 
+NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's lowest is −65504
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
 
@@ -43,7 +45,8 @@ def probe(
     batch: token ids, or a mapping (``model(**batch)``), or a tuple (``model(*batch)``), which is
     passed through the model at once, without gradients and in eval mode; every submodule's mode is
     put back. Your own calls run in the mode the model is in. They are batches of one curve, of
-    sequences of one length and without padding. No output and no gradient changes.
+    sequences of one length and without padding. No output and no gradient changes. What torch.compile
+    has compiled runs uncompiled meanwhile: it would pass the hooks by.
 
     layout: describes the residual stream of a model that ``layout.KNOWN`` lacks.
     curve, seed: values of the rows' columns of these names. Raises ConfigError.
@@ -85,6 +88,8 @@ class ModelProbe:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_padding(model, args, kwargs)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
+            self.inner.enter_context(torch.compiler.set_stance("force_eager"))
         embedded = self.probes[0].block.register_forward_pre_hook(self._embedded, with_kwargs=True)
         self.inner.callback(embedded.remove)
         for probe in self.probes:
@@ -146,7 +151,7 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
         path, blocks = layout.blocks, blocks_at(model, layout.blocks)
     else:
         lists = {
-            path: list(module)
+            path: [inside(block) for block in module]
             for path, module in model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and all(map(is_known, module))
         }
@@ -172,8 +177,8 @@ def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
 
 
 def is_known(block: nn.Module) -> bool:
-    """True for simlab's own block and for a decoder layer of a known class."""
-    return isinstance(block, Block) or known_sublayers(block) is not None
+    """True for simlab's own block and for a decoder layer of a known class, in a wrapper too."""
+    return isinstance(block, Block) or known_sublayers(inside(block)) is not None
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -191,14 +196,24 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ConfigError if an attention_mask (B, T) hides tokens, which the statistics would count."""
+    """Raise ConfigError if an attention_mask hides tokens, which the statistics would count.
+
+    A mask may be (B, T), or by query and key (B, heads, T, T), true or 0 where a query looks, or a
+    mapping of such masks by layer type. A token that no query looks at is hidden, its own included.
+    """
     inputs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
-        raise ConfigError(
-            f"probe: attention_mask hides {int((mask == 0).sum())} of {mask.numel()} tokens, which"
-            " the statistics would count: pass sequences of one length, without padding"
-        )
+    given = inputs.get("attention_mask")
+    for mask in given.values() if isinstance(given, Mapping) else [given]:
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+            continue
+        seen = mask != 0
+        if mask.ndim == 4:
+            seen = (mask if mask.dtype == torch.bool else mask > NEVER).any(2).any(1)
+        if not seen.all():
+            raise ConfigError(
+                f"probe: attention_mask hides {int((~seen).sum())} of {seen.numel()} tokens, which"
+                " the statistics would count: pass sequences of one length, without padding"
+            )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from probed import (
     values,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from simlab import ConfigError, Layout, build_model, compose, probe
 from simlab.experiment import run
@@ -228,6 +229,65 @@ def test_refused_batches():
     own = perturbed(Own())
     own.wte = nn.EmbeddingBag(61, 32)
     assert "gets a tensor of shape (3, 32)" in refused(own, layout=Layout("h", GPT2))
+
+
+def test_padding_hidden_by_query_and_key():
+    """A mask (B, 1, T, T), boolean or added to the logits, also by layer type."""
+    model = theirs("Llama")
+    seen = torch.ones(3, 1, 11, 11, dtype=torch.bool).tril()
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (seen, added):
+        assert len(probe(model, {"input_ids": IDS, "attention_mask": mask}).rows()) == 7
+    seen[0, :, :, :2] = False
+    added[0, :, :, :2] = torch.finfo(torch.float32).min
+    for mask in (seen, added, {"full_attention": seen}):
+        batch = {"input_ids": IDS, "attention_mask": mask}
+        assert "attention_mask hides 2 of 33 tokens" in refused(model, batch)
+
+
+@pytest.mark.parametrize("how", ["layers", "model", "checkpointed"])
+def test_wrapped_layers_have_the_same_rows(how):
+    """Compiled layers too, also where they have run compiled before."""
+    model, expected = theirs("Olmo2"), probe(theirs("Olmo2"), IDS).rows()
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        if how == "checkpointed":
+            layers[i] = checkpoint_wrapper(layer)
+        elif how == "layers":
+            layers[i] = torch.compile(layer, backend="eager")
+    model = torch.compile(model, backend="eager") if how == "model" else model
+    with torch.no_grad():
+        model(IDS)
+    pd.testing.assert_frame_equal(probe(model, IDS).rows(), expected)
+
+
+def test_norms_are_recognised_under_autocast():
+    """The branch is bfloat16 where the stream is float32, and so is what its norm gives."""
+    model = theirs("Olmo2")
+    expected = probe(model, IDS).rows()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        frame = probe(model, IDS).rows()
+    columns = ["eps_factor", "gain_mean_square", "gain_max_abs"]
+    # To a few of bfloat16's roundings (2⁻⁸) of the branch; the gains are the same numbers.
+    pd.testing.assert_frame_equal(frame[columns], expected[columns], rtol=0.03)
+
+
+def test_a_users_hook_is_named():
+    model = theirs("Olmo2")
+    handle = model.model.layers[1].register_forward_hook(lambda m, args, out: out + 5)
+    with pytest.raises(ConfigError, match="a forward hook on Olmo2DecoderLayer"):
+        probe(model, IDS)
+    handle.remove()
+    assert len(probe(model, IDS).rows()) == 7
+
+
+def test_offloaded_weights_are_named():
+    model = theirs("Llama")
+    norm = model.model.layers[0].input_layernorm
+    stay = norm.weight.data.clone()
+    norm.forward = lambda x: x / (x.square().mean(-1, keepdim=True) + 0.03).sqrt() * stay
+    norm.weight = nn.Parameter(norm.weight.to("meta"))  # as accelerate's hooks leave it
+    assert "LlamaRMSNorm's weight is offloaded" in refused(model)
 
 
 def test_overflow_warns():
