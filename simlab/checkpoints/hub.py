@@ -15,12 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
 from simlab import store
 from simlab.checkpoints.formats.hugging_face import read_index
@@ -66,11 +62,10 @@ class Repository:
     def cached(self, file: str) -> Path | None:
         """A file in the hub's cache."""
         try:
-            return Path(
-                hf_hub_download(self.id, file, revision=self.revision, local_files_only=True)
-            )
-        except (LocalEntryNotFoundError, HFValidationError):  # the latter is reported by the fetch
+            path = try_to_load_from_cache(self.id, file, revision=self.revision)
+        except HFValidationError:  # reported by the fetch
             return None
+        return Path(path) if isinstance(path, str) else None  # it also says "not in the repository"
 
     def fetch(self, file: str, commit: str | None = None, folder: Path | None = None) -> Path:
         """Fetch a file to the hub's cache, or to a folder. Raises ConfigError.

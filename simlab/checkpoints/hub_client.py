@@ -33,7 +33,7 @@ from simlab.config import ConfigError, nearest, printable
 
 # httpx's, under the name by which huggingface_hub has it: what a broken download raises.
 HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-PATIENCE = 1.5  # times huggingface_hub's own time limit: how long one request is tried again
+PATIENCE = 1.2  # times huggingface_hub's own time limit: how long one request is tried again
 REFS_SHOWN = 3  # branches and tags that a line names
 WAITS = (
     1.0,
@@ -103,13 +103,16 @@ def _status(response: Any) -> str:
 def _quiet() -> Iterator[None]:
     """Silence huggingface_hub's log, warnings and bars, and give the client our hooks."""
     client, patience = get_session(), _Patience()
-    hooks, log = client.event_hooks, logging.getLogger("huggingface_hub")
-    level, bars = log.level, not are_progress_bars_disabled()
+    hooks, bars = client.event_hooks, not are_progress_bars_disabled()
+    # httpx logs every request, which Hydra prints in a launcher's process.
+    names = ("huggingface_hub", HTTPError.__module__.partition(".")[0])
+    logs = {log: log.level for log in map(logging.getLogger, names)}
     client.event_hooks = {
         "request": [*hooks["request"], patience.request],
         "response": [*hooks["response"], patience.response],
     }
-    log.setLevel(logging.CRITICAL + 1)
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,7 +121,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         client.event_hooks = hooks
-        log.setLevel(level)
+        for log, level in logs.items():
+            log.setLevel(level)
         if bars:
             enable_progress_bars()
 
@@ -189,7 +193,9 @@ def _line(repo: str, revision: str | None, what: str, error: Exception) -> str:
         )
     if isinstance(error, OSError):  # huggingface_hub's check of what has arrived
         return f"{what} has arrived with another size than {hub} names; try again"
-    return f"{absent}, and {hub} can't be reached"
+    silent = type(error).__name__.endswith("Timeout")
+    reached = "does not answer" if silent else "can't be reached"
+    return f"{absent}, and {hub} {reached}"
 
 
 def _refs(repo: str, revision: str | None) -> str:
