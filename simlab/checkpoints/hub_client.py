@@ -33,7 +33,6 @@ from simlab.config import ConfigError, nearest, printable
 
 # httpx's, under the name by which huggingface_hub has it: what a broken download raises.
 HTTPError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-PATIENCE = 1.2  # times huggingface_hub's own time limit: how long one request is tried again
 REFS_SHOWN = 3  # branches and tags that a line names
 WAITS = (
     1.0,
@@ -51,14 +50,12 @@ class UnansweredError(Exception):
 class _Patience:
     """Hooks of one client for one file: they end huggingface_hub's retries, which may take minutes.
 
-    A request that is sent again has PATIENCE from its first time on; one that asks for a later part of
-    its file than before begins anew, for bytes have arrived.
+    A request is sent again within huggingface_hub's own time limit (10 s) from its first
+    time on; one that asks for a later part of its file begins anew, for bytes have arrived.
     """
 
     def __init__(self) -> None:
-        self.limit = PATIENCE * max(
-            constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
+        self.limit = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
         self.first: dict[tuple[str, str], tuple[float, int]] = {}  # time, and first byte asked for
         self.answer = f"has not answered for {self.limit:.0f} s (HF_HUB_DOWNLOAD_TIMEOUT=SECONDS)"
 
