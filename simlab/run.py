@@ -27,6 +27,7 @@ def command(args: list[str]) -> None:
     """Let Hydra read the command line and start the run or the sweep. Raises SystemExit."""
     import hydra
 
+    from simlab.budget.machine import PANDAS, refuse_imports
     from simlab.budget.process import tune_process
     from simlab.config import CONF_DIR, ConfigError
     from simlab.config.cli_errors import in_one_line
@@ -35,6 +36,7 @@ def command(args: list[str]) -> None:
 
     tune_process()
     with in_one_line(args):
+        refuse_imports(PANDAS)
         refuse_empty_choices(args)
         if {"-m", "--multirun"} & set(args) and {"--cfg", "-c"} & set(args):
             raise ConfigError("--cfg shows one job's config: leave -m and the swept values out")

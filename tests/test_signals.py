@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and closed pipes, wherever they come."""
+"""SIGINT, SIGTERM and closed pipes, wherever they come; and limits of memory."""
 
 import os
 import signal
@@ -108,3 +108,41 @@ def test_the_reader_goes(tmp_path, unbuffered):
     assert process.returncode == 0
     assert (tmp_path / "out" / "summary.json").exists()
     assert (tmp_path / "out" / "growth.png").exists()
+
+
+OUT = {
+    "Python": MemoryError(),
+    "torch": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
+    "C++": RuntimeError("std::bad_alloc"),
+    "threads": RuntimeError("can't start new thread"),
+    "the loader": ImportError("libtorch.so: failed to map segment from shared object"),
+    "CUDA": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+}
+
+
+@pytest.mark.parametrize("who", OUT)
+@pytest.mark.parametrize("where", ["experiment.prepare", "experiment.measure"])
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, who, where):
+    def fails(*_):
+        raise OUT[who]
+
+    monkeypatch.setattr(f"simlab.{where}", fails)
+    done = in_process(*SMALL, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"simlab: out of memory ({type(OUT[who]).__name__}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ulimit -v does nothing")
+def test_a_real_ulimit(tmp_path):
+    """Of addresses: one line, and no crash of a package that is being imported."""
+    command = f"ulimit -v 900000; exec {sys.executable} -m simlab.run model=small depth=1"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("simlab: ulimit -v: torch with what it imports needs 1.26 GB")
+    assert list(tmp_path.iterdir()) == []

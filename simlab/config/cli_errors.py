@@ -19,6 +19,12 @@ from simlab.config.validate import known_keys
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
 
+# What torch, the loader of shared libraries, C++ and threads say, each in a class of its own.
+OUT = re.compile(
+    r"can.?t allocate memory|bad_alloc|out of memory|failed to map segment|can't start new thread",
+    re.I,
+)
+
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, without control codes and not endless, and exit status 2.
@@ -38,6 +44,23 @@ def in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except MISTAKES as error:
         fail(explain(error, overrides))
+    except Exception as error:
+        if line := out_of_memory(error):
+            fail(line)
+        raise
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """A line where an exception, or what it came of, says that there is no memory or thread left."""
+    while error is not None:
+        if isinstance(error, MemoryError) or OUT.search(str(error)):
+            said = next(iter(str(error).strip().splitlines()), "")
+            what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+            return (
+                f"out of memory ({what}); dry_run=true says what a run needs, ulimit -v counts, too"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from simlab.analysis.numbers import gigabytes
-from simlab.budget.machine import available
+from simlab.budget.machine import TORCH, available, refuse_imports
 from simlab.budget.predicted import WITHOUT_TORCH, prediction_cost, refuse_prediction
 from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
 from simlab.inputs import Ids, make_tokens
@@ -129,6 +129,8 @@ def prepare(
     device: where the run will be; this machine's devices and free memory are then not checked.
     download: False for a plan: weights that aren't here are left where they are.
     """
+    if config.measures:
+        refuse_imports(TORCH)
     where = device if config.measures else "cpu"
     if where is None:
         from simlab.measurement.engine import resolve_device

@@ -28,10 +28,13 @@ def _command() -> None:
     parser.add_argument("--version", action="version", version=f"simlab {__version__}")
     folder = Path(parser.parse_args().folder)
 
+    from simlab.budget.machine import PANDAS, refuse_imports
     from simlab.config.cli_errors import in_one_line
-    from simlab.sweep.report import report
 
     with in_one_line():
+        refuse_imports(PANDAS)
+        from simlab.sweep.report import report
+
         whole = report(folder)
     sys.exit(0 if whole else 1)
 

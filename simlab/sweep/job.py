@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from simlab import signals
 from simlab.budget.process import tune_process
 from simlab.config import ConfigError, KeepConfig, RunConfig
+from simlab.config.cli_errors import in_one_line, out_of_memory
 from simlab.config.validate import read, read_keep
 from simlab.store import (
     SUMMARY,
@@ -109,7 +110,8 @@ def task(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
-        run_job(read(config), folder)
+        with in_one_line():  # Hydra would say more of a mistake
+            run_job(read(config), folder)
         return
     keep = read_keep(config)
     if keep.dry_run:  # of another sweeper
@@ -274,7 +276,8 @@ def failure(error: Exception) -> dict[str, Any]:
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, ConfigError | OSError):
-        return {"status": "failed", "error": line}
+    memory = out_of_memory(error)
+    if memory or isinstance(error, ConfigError | OSError):
+        return {"status": "failed", "error": memory or line}
     trace = "".join(traceback.format_exception(error))
     return {"status": "failed", "error": f"{type(error).__name__}: {line}", "traceback": trace}

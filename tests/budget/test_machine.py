@@ -8,6 +8,7 @@ import torch
 
 from simlab.budget import machine
 from simlab.budget.machine import MIB, available, calibrate, on_cpu, slurm, system
+from simlab.config import ConfigError
 
 MEMINFO = "MemTotal:       24683656 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\n"
 FREE = 20_000_000 * 1024
@@ -123,3 +124,36 @@ def test_rates_are_positive_and_kept(dtype):
     rates = calibrate(dtype)
     assert min(vars(rates).values()) > 0
     assert calibrate(dtype) is rates
+
+
+@pytest.mark.parametrize(("allowed", "left"), [(3 << 20, 1 << 20), (None, None)])
+def test_ulimit(tmp_path, monkeypatch, allowed, left):
+    """``ulimit -v`` counts addresses, of which the process has 2 MiB; memory is no more than these."""
+    pages = (2 << 20) // machine.os.sysconf("SC_PAGE_SIZE")
+    write_files(tmp_path, {"proc/self/statm": f"{pages} 9 9 0 0 0 0\n"})
+    infinite = machine.resource.RLIM_INFINITY
+    limits = (infinite if allowed is None else allowed, infinite)
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: limits)
+    assert machine.addresses(tmp_path) == left
+    if left is not None:
+        assert machine.on_cpu(tmp_path, {}) == left
+
+
+@pytest.mark.parametrize(
+    ("free", "allowed", "said"),
+    [
+        (900, 900, None),
+        (900, 800, "ulimit -v: no_package with what it imports needs 0.00 GB"),
+        (100, 900, "memory: no_package with what it imports needs 0.00 GB"),
+    ],
+)
+def test_room_for_imports(tmp_path, monkeypatch, free, allowed, said):
+    monkeypatch.setattr(machine, "addresses", lambda _: allowed)
+    monkeypatch.setattr(machine, "on_cpu", lambda _: free)
+    packages = machine.Packages("no_package", resident=200, addresses=850)
+    if said is None:
+        machine.refuse_imports(packages, tmp_path)
+        return
+    with pytest.raises(ConfigError, match=said):
+        machine.refuse_imports(packages, tmp_path)
+    machine.refuse_imports(machine.Packages("torch", 200, 850), tmp_path)  # it is there already
