@@ -9,12 +9,20 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import write_olmo
+from conftest import refused, write_olmo
 from evil_pickles import evil
+from strangers import rezip
 from test_legacy_olmo import OLMO2, fused, write_legacy
+
+from simlab.checkpoints.storage import StoredFile
+from simlab.checkpoints.untrusted.dcp import CHUNK_LIMITS
+from simlab.checkpoints.untrusted.files import JSON_LIMIT
+from simlab.checkpoints.untrusted.torch_zip import open_archive
+from simlab.config import ConfigError
 
 HERE = Path(__file__).parent
 TINY = {
@@ -74,11 +82,54 @@ def test_evil_pickles_run_in_plain_pickle(tmp_path, name):
     assert marker.exists()
 
 
+def largest(unit, size):
+    return b'{"a":[' + unit * (size // len(unit) - 10) + unit[:-1] + b"]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "match"),
+    [
+        (
+            "model.safetensors",
+            (92 << 20).to_bytes(8, "little") + b"{",
+            "a header of 96468992 bytes",
+        ),
+        ("config.json", b"{" + b" " * JSON_LIMIT + b"}", "larger than 2 MiB"),
+        ("model.safetensors.index.json", largest(b"[],", JSON_LIMIT), "has no weight_map"),
+        ("config.yaml", b"a: b\n" * 200_000, "more than 5000 keys and values"),
+        ("config.yaml", b"model: [" + b"1," * 500_000 + b"]", "more than 5000 keys and values"),
+        ("config.yaml", b"#" * (2 << 20), "larger than 1 MiB"),
+    ],
+    ids=["header", "config", "index", "keys", "list", "yaml"],
+)
+def test_small_files_have_bounds(tmp_path, name, data, match):
+    """What a real one needs, ten times; the worst that is let in takes a second of work."""
+    write_olmo(tmp_path / "m", **TINY)
+    if "index" in name:
+        (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / name).write_bytes(data)
+    start = time.process_time()
+    refused(tmp_path / "m", match)
+    # Measured at most 1.3 on a slow core; without bounds 9 to 29.
+    assert time.process_time() - start < 4
+
+
+def test_a_chunk_with_a_long_directory(tmp_path, written):
+    """There may be many of them: one that takes long would be an hour."""
+    path = next((written / "olmo3" / "model_and_optim").glob("*.distcp"))
+    data = path.read_bytes()
+    first = data[: data.index(b"PK\5\6") + 22]
+    archive = rezip(first, lambda r: [*r, *((f"x/{i}", b"") for i in range(900))])
+    (tmp_path / "long").write_bytes(archive)
+    file = StoredFile(tmp_path / "long")
+    with pytest.raises(ConfigError, match="a zip directory of"):
+        open_archive(file, 0, file.size, *CHUNK_LIMITS)
+    open_archive(file, 0, file.size)  # a whole state's may be as long
+
+
 def test_harness_reports_failures(tmp_path, monkeypatch):
     """Negative control: another exception, a message of two lines and a new file are failures."""
     import strangers
-
-    from simlab.config import ConfigError
 
     def fails(error):
         def read(folder):

@@ -24,7 +24,9 @@ from simlab.config.fields import brief
 METADATA = ".metadata"
 METADATA_LIMIT = 64 << 20  # bytes
 _PICKLE_STEPS = 8_000_000  # steps of its pickle; a chunk takes about 80, so some 100,000 chunks
-CHUNK_BUDGET = 10_000  # of a chunk's, which is one tensor's
+# Of a chunk's archive, which is one tensor's: steps of its pickle, and bytes of its zip's directory, of
+# which a real one has 700. There may be 100,000 chunks.
+CHUNK_LIMITS = 10_000, 8 << 10
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _open(chunks: list[Chunk], dtypes: dict[str, torch.dtype]) -> Iterator[tuple
     for path, here in sorted(by_path.items()):
         for chunk in here:
             what = f"{path}: tensor {brief(chunk.name)}"
-            archive = open_archive(files[path], chunk.offset, chunk.length, CHUNK_BUDGET)
+            archive = open_archive(files[path], chunk.offset, chunk.length, *CHUNK_LIMITS)
             has = stored_tensor(archive, archive.value, chunk.name)
             if has.shape != chunk.shape or has.dtype != dtypes[chunk.name]:
                 raise ConfigError(

@@ -9,7 +9,12 @@ from typing import TypeGuard
 import torch
 
 from simlab.checkpoints.storage import StoredFile, StoredTensor, in_one_piece
-from simlab.checkpoints.untrusted.files import checked_name, parse_object, refuse_pointer
+from simlab.checkpoints.untrusted.files import (
+    JSON_LIMIT,
+    checked_name,
+    parse_object,
+    refuse_pointer,
+)
 from simlab.checkpoints.untrusted.pickle import MAX_DIMENSIONS
 from simlab.config import ConfigError
 from simlab.config.fields import brief
@@ -17,8 +22,6 @@ from simlab.config.fields import brief
 _DTYPE_BY_CODE = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-# Bytes. Llama 3.1 405B, the deepest known model (126 blocks), has 0.15 MB in one header.
-HEADER_LIMIT = 4 << 20
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -31,8 +34,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     file, bad = StoredFile(path), f"{path}: not a readable safetensors file"
     refuse_pointer(file.read(0, 64), path)
     size = int.from_bytes(file.read(0, 8), "little")
-    if size > HEADER_LIMIT:
-        raise ConfigError(f"{bad} (a header of {size} bytes; allowed: {HEADER_LIMIT})")
+    if size > JSON_LIMIT:
+        raise ConfigError(f"{bad} (a header of {size} bytes; allowed: {JSON_LIMIT})")
     header = parse_object(file.read(8, size), path, "not a readable safetensors file: its header")
     header.pop("__metadata__", None)
     tensors = {

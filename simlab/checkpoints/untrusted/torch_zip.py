@@ -35,11 +35,11 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class FileSlice(io.RawIOBase):
-    """A run of a file's bytes as a file. It bounds reads by its length and by DIRECTORY_LIMIT."""
+    """A run of a file's bytes as a file. It bounds reads by its length and by ``most`` bytes."""
 
-    def __init__(self, file: StoredFile, start: int, length: int) -> None:
+    def __init__(self, file: StoredFile, start: int, length: int, most: int) -> None:
         super().__init__()
-        self.file, self.start, self.length, self.at = file, start, length, 0
+        self.file, self.start, self.length, self.most, self.at = file, start, length, most, 0
 
     def seekable(self) -> bool:
         """It is."""
@@ -65,8 +65,8 @@ class FileSlice(io.RawIOBase):
         """Read up to size bytes, fewer at the slice's end."""
         left = max(self.length - self.at, 0)
         wanted = left if size is None or size < 0 else min(size, left)
-        if wanted > DIRECTORY_LIMIT:
-            raise ConfigError(f"a zip directory of {wanted} bytes; allowed: {DIRECTORY_LIMIT}")
+        if wanted > self.most:
+            raise ConfigError(f"a zip directory of {wanted} bytes; allowed: {self.most}")
         data = self.file.read(self.start + self.at, wanted)
         self.at += len(data)
         return data
@@ -81,16 +81,22 @@ class Archive:
     storages: dict[str, tuple[int, int]]
 
 
-def open_archive(file: StoredFile, start: int, length: int, budget: int = _PICKLE_STEPS) -> Archive:
+def open_archive(
+    file: StoredFile,
+    start: int,
+    length: int,
+    budget: int = _PICKLE_STEPS,
+    directory: int = DIRECTORY_LIMIT,
+) -> Archive:
     """Open the archive in ``length`` bytes of a file from ``start`` on. Raises ConfigError.
 
-    budget: the most opcodes that its pickle may have.
+    budget: the most opcodes that its pickle may have. directory: the most bytes of the zip's directory.
     """
     path, head = file.path, file.read(start, min(4, length))
     if head != b"PK\3\4":
         old = "torch's format from before version 1.6" if head[:1] == b"\x80" else "not a zip"
         raise ConfigError(f"{path}: not a torch.save archive ({old}); load and save it again")
-    part = FileSlice(file, start, length)
+    part = FileSlice(file, start, length, directory)
     try:
         with zipfile.ZipFile(part) as archive:
             infos = archive.filelist
