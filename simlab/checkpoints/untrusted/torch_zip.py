@@ -28,7 +28,7 @@ from simlab.config.fields import brief
 _MALFORMED = (
     zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, IndexError, OSError,
 )  # fmt: skip
-DIRECTORY_LIMIT = 4 << 20  # bytes; some 40,000 records
+DIRECTORY_LIMIT = 2 << 20  # bytes; some 30,000 records, of which each tensor is one
 PICKLE_LIMIT = 4 << 20
 _PICKLE_STEPS = 500_000  # steps of an archive's pickle; a tensor takes about 50
 LOCAL_HEADER = struct.Struct("<4s22xHH")
