@@ -152,7 +152,7 @@ def power(curve: Curve, found: re.Match[str], start: int) -> bool:
     return bool(bent) and ends and (curve.v[-1] > curve.v[start]) == (found[1] == "grows")
 
 
-@check(r"(grows|shrinks) from # to # and saturates: it tends to #")
+@check(r"(grows|shrinks) from # to # and saturates: the fitted curve tends to #")
 def saturating(curve: Curve, found: re.Match[str], start: int) -> bool:
     """The second half moves less than half of the first, and the limit is near."""
     rows = points(curve, start)

@@ -190,7 +190,15 @@ def _terms(own: Split, drawn: Split | None) -> str:
         aligned = short(abs(of.alignment))
         return f"adds {aligned} to {size}" if of.alignment > 0 else f"takes {aligned} from {size}"
 
-    where = _direction(own)
+    where, share = _direction(own), own.alignment / own.branches
+    as_drawn = drawn is not None and drawn.low <= share * drawn.branches <= drawn.high
+    if drawn is not None and as_drawn and abs(share) >= ALIGNED:
+        low, high = (f"{100 * x / drawn.branches:.2g}" for x in (drawn.low, drawn.high))
+        return (
+            "branches lie to the stream as those of random inits do: their alignment "
+            f"{change(own, f'the {short(own.branches)} of their size')}, {100 * share:.2g} % of it, "
+            f"where single seeds have {low} to {high} %."
+        )
     if where.startswith("are"):
         effect = change(own, f"the {short(own.branches)} of their size")
         text = f"branches {where} the stream on the whole: their alignment {effect}"

@@ -149,10 +149,14 @@ def _grows(curves: Curves, v: Array, verdict: Verdict) -> str:
         text += f", after sublayer {last} (until there norms keep the stream at {level})"
     elif shape.held == "reset" and shape.start > 1:
         text += f", from sublayer {_sublayer(curves, shape.start)} on, where a norm sets it"
-    elif curves.normalises[-1] == "branch" and curves.eps_factor[:, -1].mean() < HELD:
-        factor = short(float(curves.eps_factor[:, -1].mean()))
-        text += f" (eps holds the branches back: m/(m + eps) is {factor} at the end)"
-    return text
+    elif curves.normalises[-1] == "branch":
+        # Attention and MLP may be held back by very different factors.
+        branches = [i for i, kind in enumerate(curves.kinds) if kind in ("attention", "mlp")]
+        last = curves.eps_factor.mean(0)[branches[-2:]]
+        if (last < HELD).all():
+            factors = " and ".join(dict.fromkeys(short(float(factor)) for factor in last))
+            text += f" (eps holds the branches back: m/(m + eps) is {factors} at the end)"
+    return text + _largest_step(curves, mean, verdict)
 
 
 def _constant(curves: Curves, mean: Array, verdict: Verdict) -> str:
@@ -216,9 +220,10 @@ def _power(curves: Curves, mean: Array, verdict: Verdict) -> str:
 
 def _saturating(curves: Curves, mean: Array, verdict: Verdict) -> str:
     start, verb = verdict.shape.start, _verb(mean[-1] - mean[verdict.shape.start])
+    limit, fits = short(verdict.shape.number), percent(verdict.shape.misfit)
     return (
-        f"{verb} from {short(mean[start])} to {short(mean[-1])} and saturates: it tends to "
-        f"{short(verdict.shape.number)} (fits to {percent(verdict.shape.misfit)} of its growth)"
+        f"{verb} from {short(mean[start])} to {short(mean[-1])} and saturates: the fitted curve "
+        f"tends to {limit} (it fits to {fits} of its growth)"
     )
 
 
@@ -256,14 +261,19 @@ def _jump(curves: Curves, mean: Array, verdict: Verdict) -> str:
 
 
 def _none(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    start, row = verdict.shape.start, verdict.shape.step
-    assert row is not None
+    start = verdict.shape.start
     return (
         f"goes from {short(mean[start])} to {short(mean[-1])} in no simple shape: neither constant, "
-        "linear, exponential, a power nor saturating; its largest step is from "
-        f"{short(mean[row - 1])} to {short(mean[row])}, at {row_place(curves, row)}"
-        + _faster(mean[start:])
+        "linear, exponential, a power nor saturating" + _faster(mean[start:])
     )
+
+
+def _largest_step(curves: Curves, mean: Array, verdict: Verdict) -> str:
+    row = verdict.shape.step
+    if verdict.shape.word != "none" or row is None:
+        return ""
+    step = f"from {short(mean[row - 1])} to {short(mean[row])}, at {row_place(curves, row)}"
+    return f"; its largest step is {step}"
 
 
 def _faster(v: Array) -> str:

@@ -8,7 +8,8 @@ the word is ``none``. Families, simplest first, k the sublayer:
     linear        v = a + b·k
     exponential   v = a·r^k, fitted to ln v
     power         v = a + b·k^p
-    saturating    v = a − b·q^k, with at least REACHED of the way to a behind it
+    saturating    v = a − b·q^k, with at least REACHED of the way to a behind it, and a clearly better
+                  fit than a power, which has no limit
     jump          one step is REACHED of all that v moves, and the rest is flat
 
 Rows that obey another rule are set aside first: those that eps holds back (m/(m + eps) < HELD at the
@@ -35,6 +36,7 @@ VALUE_TOLERANCE = 0.25  # of each value of v, so that a fit's small values are o
 FLAT = 0.02  # of the mean of v
 HELD = 0.9  # of m/(m + eps): a row below it is held back
 REACHED = 0.8
+CLEARLY = 0.5  # of a power's misfit: a fit no better than that doesn't show that there is a limit
 LEAST_BLOCKS = 5
 LEAST_POINTS = 4  # fewer fit anything
 ERRORS = 2.0  # standard errors that chance may move a point by
@@ -195,6 +197,11 @@ def _word(
         ]
         if fitting:
             misfit, word, fit = min(fitting, key=lambda found: found[0])
+            for (
+                other
+            ) in fitting:  # what has a limit, and what has none, is to be told apart clearly
+                if word == "saturating" and other[1] == "power" and misfit > CLEARLY * other[0]:
+                    misfit, word, fit = other
             return word, fit, misfit
     return "none", Fitted(y), math.nan
 

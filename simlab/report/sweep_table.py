@@ -124,7 +124,7 @@ def _growth(row: Mapping[str, Any]) -> str:
 def _law(row: Mapping[str, Any], name: str) -> str:
     status, error = row.get(name), row.get(f"{name}_error")
     if error is None or pd.isna(error):
-        return "" if status is None or pd.isna(status) else str(status)
+        return "" if status is None or pd.isna(status) or status == "unknown" else str(status)
     off = off_by(float(error)).replace("a factor of ", "×").replace("less than ", "<")
     off = off.replace("any factor", "×∞")
     return f"{off} off" if status == "unknown" else f"{status}, {off}"

@@ -186,16 +186,22 @@ def test_sizes_and_alignment_in_words(alignment, said):
     frame = with_outside(table(seeds.mean(0), seeds))
     found = replace(departure(frame), checkpoint=Split(19.0, alignment, 0.0, 0.0))
     others = {
-        0.01: "; those of random inits are at right angles to it (0.01 of 45; single seeds: -5 to 60).",
+        0.01: "; those of random inits are at right angles to it (0.01 of 45; single seeds: -0.19"
+        " to 0.21).",
         -4.0: "; those of random inits point slightly against it (which takes 4 from 45; single seeds:"
-        " -5 to 60).",
-        40.0: "; those of random inits point along it (which adds 40 to 45; single seeds: -5 to 60).",
+        " -4.2 to -3.8).",
+        40.0: "; those of random inits point along it (which adds 40 to 45; single seeds: 39.8"
+        " to 40.2).",
         None: ".",
     }
     for other, beside in others.items():
-        drawn_split = None if other is None else Split(45.0, other, -5.0, 60.0)
+        drawn_split = None if other is None else Split(45.0, other, other - 0.2, other + 0.2)
         text = sentences(replace(found, random=drawn_split), frame)
         assert text[1] == f"Its branches {said}{beside}"
+    wide = sentences(replace(found, random=Split(45.0, 0.0, -60.0, 60.0)), frame)[1]
+    apart = abs(alignment) > 0.05 * 19  # else they are at right angles
+    assert ("as those of random inits do" in wide) == apart
+    assert ("single seeds have -1.3e+02 to 1.3e+02 %." in wide) == apart
 
 
 def test_a_checkpoint_of_zeros():

@@ -34,7 +34,7 @@ CONFIG = OLMO2 | {
     "embedding_size": 19, "vocab_size": 17,
 }  # fmt: skip
 FORMATS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors")
-COUNT = 250
+COUNT = 100
 
 
 def write(kind, folder, scratch, written):

@@ -115,7 +115,10 @@ def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
     if model.mlp not in UNITS:
         return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
     if ids.size > MOST_TOKENS:
-        return f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size}"
+        return (
+            f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size} "
+            "(inputs.batch and inputs.length make it smaller)"
+        )
     return None
 
 
