@@ -14,7 +14,7 @@ from simlab.analysis.agreement import MATTERS, Agreement, enough_seeds
 from simlab.analysis.curve import Curves
 from simlab.analysis.numbers import interval, off_by, percent, plus_minus, power_of_ten, short
 from simlab.analysis.resampling import MIN_SEEDS, Estimate, jackknife
-from simlab.analysis.shape import HELD
+from simlab.analysis.shape import DROP, HELD
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
 
@@ -140,6 +140,11 @@ def _grows(curves: Curves, v: Array, verdict: Verdict) -> str:
     shape, mean = verdict.shape, v.mean(0)
     curves = replace(curves, mean_square=v)
     text = _CLAUSES[shape.word](curves, mean, verdict)
+    apart = (
+        len(mean) > 1 and mean[0] > 0 and shape.start == 1 and not 0.8 < mean[1] / mean[0] < 1.25
+    )
+    if apart and shape.word in ("constant", "power", "saturating", "none"):
+        text += f", after the embedding's {short(mean[0])}"
     if shape.held == "eps":
         first = _sublayer(curves, shape.start)
         text += f", from sublayer {first} on (before, eps holds the branches back)"
@@ -242,6 +247,14 @@ def _saw_tooth(curves: Curves, mean: Array, verdict: Verdict) -> str:
         )
         often = f"every {blocks}{teeth.sublayers} sublayers"
     text = f"is a saw-tooth: {who} sets it back to {short(teeth.reset)} {often}, from {peaks}"
+    renorms = [i for i, kind in enumerate(curves.kinds) if kind == "renorm"]
+    raised = [i for i in renorms if teeth.renorm and mean[i] > (1 + DROP) * mean[i - 1]]
+    if raised:  # a stream that is still small
+        i = raised[-1]
+        text += f" (while the stream is small it raises it: at {row_place(curves, i)} from "
+        text += f"{short(mean[i - 1])})"
+    if mean[-1] > (1 + DROP) * teeth.high:
+        text += f"; it ends at {short(mean[-1])}, above every peak"
     if inside == "linear":
         text += (
             f"; between, it grows by {_amount(curves, mean, verdict)}, linearly (a line fits to "

@@ -85,7 +85,10 @@ def test_where_a_prediction_ends():
 
 def test_what_theory_cant_predict_is_one_line(tmp_path, monkeypatch):
     done = in_process("engine=theory", "model=small", "inputs.length=513", cwd=tmp_path)
-    says = "engine=theory: theory takes batches of at most 512 tokens; this one has 513"
+    says = (
+        "engine=theory: theory takes batches of at most 512 tokens; this one has 513 (inputs.batch "
+    )
+    says += "and inputs.length make it smaller)"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"simlab: {says}\n")
     monkeypatch.setattr(predicted, "available", lambda _: 100 << 20)
     with pytest.raises(

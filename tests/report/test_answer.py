@@ -286,7 +286,8 @@ def test_why_theory_has_no_curve_or_a_short_one(monkeypatch, tmp_path):
     text, _ = answer_of(tmp_path, "seeds=2", "depth=2")
     assert (
         "**Theory**, a mean-field recursion that is given the config and the tokens alone, has no "
-        "curve for 1B reordered: theory takes batches of at most 15 tokens; this one has 16."
+        "curve for 1B reordered: theory takes batches of at most 15 tokens; this one has 16 "
+        "(inputs.batch and inputs.length make it smaller)."
     ) in text
 
 
