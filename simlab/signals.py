@@ -1,4 +1,4 @@
-"""What a command does with SIGINT, SIGTERM and closed pipes. No signal is lost, wherever it comes.
+"""Handlers of SIGINT, SIGTERM and closed pipes for the commands. No signal is lost, wherever it comes.
 
 Python raises an exception wherever the main thread is, and what runs there may swallow it: packages
 while they are imported, ``__del__``, callbacks of C code. So a signal is also noted, ``raise_noted``

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -33,15 +34,8 @@ def crossover(overrides: Sequence[str]) -> None:
                 for name, engine in ENGINE_WEIGHTS.items():
                     weights = engine(config.shape, config.init, 0)
 
-                    def work(weights: object = weights) -> object:
-                        return measure_curves(
-                            weights,  # type: ignore[arg-type]
-                            ids,  # noqa: B023 (called within the loop's own turn)
-                            torch.device("cpu"),
-                            torch.float32,
-                            gradients,  # noqa: B023 (as above)
-                        )
-
+                    cpu, dtype = torch.device("cpu"), torch.float32
+                    work = partial(measure_curves, weights, ids, cpu, dtype, gradients)
                     seconds[name] = min(timed(work), seconds.get(name, np.inf))
             rule, times = choose(config.shape, tokens, gradients, "cpu")
             a, b = seconds["dense"], seconds["weightless"]

@@ -57,7 +57,7 @@ def main_sentences(
 def further_sentences(
     curves: Curves, verdict: Verdict, name: str, prediction: Prediction | None
 ) -> Iterator[str]:
-    """What √2 would have meant, how gradients change, and why none is predicted; as for ``judge``."""
+    """Sentences on √2, on gradients, and on a gradient that isn't predicted; as for ``judge``."""
     if name != "checkpoint":
         yield from _sqrt2(curves, verdict)
     yield from _gradients(curves)

@@ -149,7 +149,7 @@ def refuse_imports(packages: Packages, root: Path = Path("/")) -> None:
 
 @dataclass(frozen=True)
 class Packages:
-    """What packages take once they are imported, with what they import, in bytes."""
+    """The memory of packages after their import, in bytes: resident, and addresses for ulimit -v."""
 
     name: str
     resident: int

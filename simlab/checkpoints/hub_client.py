@@ -87,7 +87,7 @@ class _Patience:
 
 
 def _status(response: Any) -> str:
-    """What a response with an error says, in words."""
+    """The clause for an error status: the hub "answers 500 …"."""
     code = response.status_code
     if code != 429:
         return f"answers {code} {printable(response.reason_phrase)[:80]}; try again later"

@@ -44,7 +44,7 @@ def in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except MISTAKES as error:
         fail(explain(error, overrides))
-    except Exception as error:
+    except Exception as error:  # each library has its own for want of memory; others go on
         if line := out_of_memory(error):
             fail(line)
         raise

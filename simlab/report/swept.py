@@ -123,7 +123,7 @@ class SweptCurve:
         return span(pd.Series([low, high]), digits=2)
 
     def claims(self) -> tuple[str, str, str]:
-        """What √2 per sublayer and 2·√2 per layer would have made of the mean square, and what it is.
+        """Three texts: the mean square by √2 per sublayer, by 2·√2 per layer, and the measured one.
 
         At ``top``, from the last re-norm before it, or from the embedding.
         """

@@ -1,4 +1,4 @@
-"""What each key of transformers' configs means for a forward pass, family by family.
+"""A table of the keys of transformers' configs by model family: used, indifferent, or fixed.
 
 After transformers 5.23's config classes and models, and the keys that older versions and other tools
 write into a config.json. ``tests/checkpoints/test_config_keys.py`` holds the lists against the classes.

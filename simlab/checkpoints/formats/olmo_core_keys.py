@@ -1,4 +1,4 @@
-"""What each key of OLMo-core's configs means for a forward pass, section by section.
+"""A table of the keys of OLMo-core's configs by section: used, indifferent, or fixed.
 
 After ai2-olmo-core 3.0.0's config classes; ``tests/checkpoints/test_config_keys.py`` holds the lists
 against them. Of older versions: the model's section said how to train it too.

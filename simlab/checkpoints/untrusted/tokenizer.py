@@ -106,7 +106,10 @@ def _reason(status: int, complaints: list[str], memory: int, seconds: float) -> 
 
 
 def _limit(memory: int, seconds: float) -> None:
-    """Hold this process to so many more bytes of memory and seconds of work, where the system can."""
+    """Set the limits of this process: further bytes of memory, further seconds of processor time.
+
+    macOS has no limit on memory, Windows has neither.
+    """
     if sys.platform == "win32":
         return
     import resource
