@@ -333,7 +333,8 @@ def test_attention_oracles():
 
     To order 1/n. The output's mean square is ρ + (1−ρ)·Σa² of the values', up to 1/d.
     """
-    from simlab.theory.mean_field.attention import AttentionKernel, Context
+    from simlab.theory.mean_field.attention import AttentionKernel
+    from simlab.theory.mean_field.drawing import Context
 
     length, width, last = 256, 1 << 16, slice(-64, None)
     config = tiny("heads=8", "kv_heads=8", "width=1024", "norm.eps=1e-12")

@@ -17,8 +17,9 @@ from mutations.recursion import RECURSION
 from simlab.schemes.init import table
 from simlab.schemes.rope import inverse_frequencies
 from simlab.theory.mean_field import predict
-from simlab.theory.mean_field.attention import AttentionKernel, Context
+from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.band import Pullback
+from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gradient import loss_gradient, pull_gradient
 from simlab.theory.mean_field.kernels import Input, KernelStep, State
 from simlab.theory.mean_field.mlp import MLPKernel

@@ -15,127 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simlab.config import ModelConfig
-from simlab.schemes.rope import inverse_frequencies
 from simlab.theory.laws import Array
+from simlab.theory.mean_field.drawing import Array32, Context, cholesky, turn
 from simlab.theory.mean_field.kernels import TINY, Input, outer_square
 
-Array32 = NDArray[np.float32]
 # Drawn per layer. Measured on OLMo-2-1B's shape, 64 tokens, over six sets of draws: a mean square
 # varies by 0.02 % (reordered) or 0.17 % (pre, fan-in), a cosine by 0.3 and 0.6 %.
 HEADS = 16
 FIRST_HEADS = 128  # in the first two blocks, whose error every later row carries
 GRADIENT_TOKENS, MOST_GRADIENT = 256, 16  # heavy tails: few tokens have 256/N ≤ 16 times the heads
 HEAD_GROUPS = 8  # of heads with a common Ĥ
-POOL = 1 << 21
 IN_CACHE = 1 << 16  # entries of q that are drawn together: more leave the cache
-
-
-@cache
-def _pool(seed: int) -> tuple[Array32, Any]:
-    """POOL standard normals, and the generator's state after them."""
-    generator = np.random.default_rng(seed)
-    pool = generator.standard_normal(POOL, dtype=np.float32)
-    pool.setflags(write=False)
-    return pool, generator.bit_generator.state
-
-
-class Draws:
-    """Fixed standard normals, in float32: a pool drawn once, read from changing places."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.pool, state = _pool(seed)
-        self.generator = np.random.default_rng()
-        self.generator.bit_generator.state = state
-
-    def __call__(self, *shape: int) -> Array32:
-        """Normals of a shape."""
-        n = math.prod(shape)
-        if n > POOL // 2:
-            return self.generator.standard_normal(n, dtype=np.float32).reshape(shape)
-        start = int(self.generator.integers(POOL - n))
-        return self.pool[start : start + n].reshape(shape)
-
-
-def cholesky(kernel: Array) -> Array:
-    """L with LLᵀ = kernel; of one that is singular or not quite positive, by its eigenvectors."""
-    root = np.sqrt(np.maximum(kernel.diagonal(), TINY))
-    unit = kernel / np.outer(root, root)
-    try:
-        return root[:, None] * np.linalg.cholesky(unit + 1e-10 * np.eye(len(unit)))
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(unit)
-        out: Array = root[:, None] * vectors * np.sqrt(np.maximum(values, 0))
-        return out
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """The parts that every layer's attention uses: the model, the fixed draws and RoPE's tables.
-
-    batch, length: B sequences of T tokens. tables: cos and sin (C/2, N) by ``scaled``, made on demand.
-    """
-
-    model: ModelConfig
-    batch: int
-    length: int
-    draws: Draws = field(default_factory=Draws)
-    memory: dict[str, Array32] = field(default_factory=dict)
-    tables: dict[bool, tuple[Array32, Array32]] = field(default_factory=dict)
-
-    def rope(self, scaled: bool) -> tuple[Array32, Array32]:
-        """cos and sin (C/2, N), with the model's long-context scaling or without."""
-        if scaled not in self.tables:
-            model = self.model
-            angles, factor = inverse_frequencies(
-                np.arange(model.head_dim // 2, dtype=np.float64), model.head_dim, model.rope_theta,
-                model.yarn if scaled else None, model.llama3 if scaled else None,
-            )  # fmt: skip
-            turns = np.outer(angles, np.tile(np.arange(self.length), self.batch))
-            self.tables[scaled] = (
-                (factor * np.cos(turns)).astype(np.float32),
-                (factor * np.sin(turns)).astype(np.float32),
-            )
-        return self.tables[scaled]
-
-    def scratch(self, name: str, *shape: int) -> Array32:
-        """An array of a shape to write to: the same memory for every layer, still in the cache."""
-        size = math.prod(shape)
-        if name not in self.memory or self.memory[name].size < size:
-            self.memory[name] = np.empty(size, np.float32)
-        return self.memory[name][:size].reshape(shape)
-
-    def sequences(self, x: Array32) -> Array32:
-        """A view (…, B, T, C) of (…, C, N)."""
-        split = x.reshape(*x.shape[:-1], self.batch, self.length)
-        return np.moveaxis(split, -3, -1)
-
-    def mask(self, window: int | None) -> Array32:
-        """0 (T, T) where a query may look, −∞ elsewhere."""
-        causal = np.tril(np.ones((self.length, self.length), dtype=bool))
-        seen = causal if window is None else causal & ~np.tril(causal, -window)
-        return np.where(seen, np.float32(0), np.float32(-np.inf))
-
-
-def turn(x: Array32, table: tuple[Array32, Array32], out: Array32 | None = None) -> Array32:
-    """RoPE on halves (…, C, N), with tables of cos and sin (C/2, N)."""
-    cos, sin = table
-    half = len(cos)
-    out = np.empty_like(x) if out is None else out
-    first, second = x[..., :half, :], x[..., half:, :]
-    left, right = out[..., :half, :], out[..., half:, :]
-    np.multiply(first, cos, out=left)
-    left -= second * sin
-    np.multiply(second, cos, out=right)
-    right += first * sin
-    return out
 
 
 @dataclass(frozen=True, eq=False)

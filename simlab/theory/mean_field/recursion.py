@@ -15,9 +15,10 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.init import Gaussian, table
 from simlab.schemes.placement import at, renorm_after
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.attention import AttentionKernel, Context
+from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import band
+from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gradient import (
     loss_error,
     loss_gradient,
