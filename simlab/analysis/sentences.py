@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simlab.analysis.agreement import MATTERS, Agreement, enough_seeds
 from simlab.analysis.curve import Curves
-from simlab.analysis.numbers import interval, off_by, percent, plus_minus, power_of_ten, short
-from simlab.analysis.resampling import MIN_SEEDS, Estimate, jackknife
-from simlab.analysis.shape import DROP, HELD
+from simlab.analysis.growth_clause import growth_clause, row_place, sublayer_of
+from simlab.analysis.numbers import off_by, percent, power_of_ten, short
+from simlab.analysis.resampling import MIN_SEEDS
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
 
 if TYPE_CHECKING:
     from simlab.analysis.verdict import Fit, Verdict
-
-LOGARITHMIC = 0.1  # a smaller exponent of k^p is a logarithm within a hundredth over 100 sublayers
-_KINDS = {"attention": "the attention", "mlp": "the MLP", "renorm": "the re-norm"}
 
 
 def main_sentences(
@@ -40,8 +35,8 @@ def main_sentences(
     yield from _predicted(prediction) if prediction else _theory(curves, verdict.agreement)
     subject = "mean square" if not massive else "the median token's mean square"
     if len(curves.kinds) < curves.whole:
-        subject = f"until a curve ends after sublayer {_sublayer(curves, -1)}, {subject}"
-    text = f"{subject} {_grows(curves, v, verdict)}"
+        subject = f"until a curve ends after sublayer {sublayer_of(curves, -1)}, {subject}"
+    text = f"{subject} {growth_clause(curves, v, verdict)}"
     claims = [_claim(law, fit, certain=name == "theory") for law, fit in verdict.laws.items()]
     claims = [claim for claim in claims if claim]
     if claims and not massive:
@@ -75,23 +70,6 @@ def _predicted(theory: Prediction) -> Iterator[str]:
         yield f"Theory ends there: {theory.ends}."
 
 
-def row_place(curves: Curves, row: int) -> str:
-    """``sublayer 7 (the attention of block 4)``; blocks are counted from 1."""
-    kind, sublayer = curves.kinds[row], _sublayer(curves, row)
-    if kind not in _KINDS:
-        return "the embedding" if kind == "embedding" else f"sublayer {sublayer} ({kind})"
-    block = sum(kind == curves.kinds[row] for kind in curves.kinds[: row + 1])
-    if kind == "renorm":
-        block = sum(kind == "mlp" for kind in curves.kinds[:row])
-        return f"the re-norm after block {block}"
-    return f"sublayer {sublayer} ({_KINDS[kind]} of block {block})"
-
-
-def _sublayer(curves: Curves, row: int) -> int:
-    row %= len(curves.kinds)
-    return sum(kind not in ("embedding", "renorm") for kind in curves.kinds[: row + 1])
-
-
 def _theory(curves: Curves, found: Agreement | None) -> Iterator[str]:
     theory = curves.theory
     if theory is None:
@@ -102,7 +80,7 @@ def _theory(curves: Curves, found: Agreement | None) -> Iterator[str]:
         return
     curve = "The curve"
     if found.known < curves.whole:
-        curve = f"Up to sublayer {_sublayer(curves, found.known - 1)} the curve"
+        curve = f"Up to sublayer {sublayer_of(curves, found.known - 1)} the curve"
     size, errors = percent(abs(found.largest)), f"{found.errors:.1f} joint standard errors"
     if found.status == "agrees":
         yield f"{curve} is what theory predicts: off by at most {size} and {errors}."
@@ -133,195 +111,6 @@ def _blame(component: str) -> str:
         "norm": "the norm is", "embedding": "it is",
         "attention": "attention's output is", "mlp": "the MLP's output is",
     }.get(component, f"the {component} is")  # fmt: skip
-
-
-def _grows(curves: Curves, v: Array, verdict: Verdict) -> str:
-    """The growth clause: the word, its numbers, how well it fits, and the rows that are set aside."""
-    shape, mean = verdict.shape, v.mean(0)
-    curves = replace(curves, mean_square=v)
-    text = _CLAUSES[shape.word](curves, mean, verdict)
-    apart = (
-        len(mean) > 1 and mean[0] > 0 and shape.start == 1 and not 0.8 < mean[1] / mean[0] < 1.25
-    )
-    if apart and shape.word in ("constant", "power", "saturating", "none"):
-        text += f", after the embedding's {short(mean[0])}"
-    if shape.held == "eps":
-        first = _sublayer(curves, shape.start)
-        text += f", from sublayer {first} on (before, eps holds the branches back)"
-    elif shape.held == "norm":
-        last = _sublayer(curves, shape.start - 1)
-        level = short(mean[shape.start - 1])
-        text += f", after sublayer {last} (until there norms keep the stream at {level})"
-    elif shape.held == "reset" and shape.start > 1:
-        text += f", from sublayer {_sublayer(curves, shape.start)} on, where a norm sets it"
-    elif curves.normalises[-1] == "branch":
-        # Attention and MLP may be held back by very different factors.
-        branches = [i for i, kind in enumerate(curves.kinds) if kind in ("attention", "mlp")]
-        last = curves.eps_factor.mean(0)[branches[-2:]]
-        if (last < HELD).all():
-            factors = " and ".join(dict.fromkeys(short(float(factor)) for factor in last))
-            text += f" (eps holds the branches back: m/(m + eps) is {factors} at the end)"
-    return text + _largest_step(curves, mean, verdict)
-
-
-def _constant(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    return f"stays at {short(mean[-1])} (it varies by {percent(verdict.shape.misfit)})"
-
-
-def _linear(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    verb = _verb(verdict.growth.per_sublayer.value)
-    fits = f"a line fits to {percent(verdict.shape.misfit)} of its growth"
-    return f"{verb} by {_amount(curves, mean, verdict)}, linearly ({fits})"
-
-
-def _amount(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    """``1.00 ± 0.01 per sublayer``, or per block where attention and MLP add different amounts.
-
-    Per block: over pairs of blocks' ends without a norm of the stream between.
-    """
-    size = _positive(verdict.growth.per_sublayer)
-    kinds = curves.kinds
-    ends = [i for i in range(verdict.shape.start, len(mean)) if kinds[i] == "mlp"]
-    pairs = [
-        (i, j) for i, j in itertools.pairwise(ends) if kinds[i + 1 : j + 1] == ["attention", "mlp"]
-    ]
-    if not pairs:
-        return f"{plus_minus(size)} per sublayer"
-    first, second = (np.array(rows) for rows in zip(*pairs, strict=True))
-    added = (
-        float((mean[first + 1] - mean[first]).mean()),
-        float((mean[second] - mean[first + 1]).mean()),
-    )
-    if abs(added[0] - added[1]) < 0.4 * size.value:
-        return f"{plus_minus(size)} per sublayer"
-    block = jackknife(curves.mean_square, lambda w: (w[..., second] - w[..., first]).mean(-1))
-    return (
-        f"{plus_minus(_positive(block))} per block (attention adds {short(added[0])}, "
-        f"the MLP {short(added[1])})"
-    )
-
-
-def _exponential(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    rate, fits = verdict.growth.rate, percent(verdict.shape.misfit)
-    verb = "grows" if rate.value > 1 else "shrinks"
-    return (
-        f"{verb} by a factor {plus_minus(rate)} per sublayer, exponentially (fits to {fits} of its "
-        "growth in logs)"
-    )
-
-
-def _power(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    start, p = verdict.shape.start, verdict.growth.exponent
-    word = "faster" if verdict.shape.number > 1 else "more slowly"
-    law = f"as its power p = {interval(p)}"
-    if verdict.shape.number < LOGARITHMIC:
-        law = "as its logarithm"
-    fits = percent(verdict.shape.misfit)
-    return (
-        f"{_verb(mean[-1] - mean[start])} from {short(mean[start])} to {short(mean[-1])}, {word} than "
-        f"linearly in the sublayer, {law} (fits to {fits} of its growth)"
-    )
-
-
-def _saturating(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    start, verb = verdict.shape.start, _verb(mean[-1] - mean[verdict.shape.start])
-    limit, fits = short(verdict.shape.number), percent(verdict.shape.misfit)
-    return (
-        f"{verb} from {short(mean[start])} to {short(mean[-1])} and saturates: the fitted curve "
-        f"tends to {limit} (it fits to {fits} of its growth)"
-    )
-
-
-def _saw_tooth(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    teeth, inside = verdict.shape.teeth, verdict.shape.inside
-    assert teeth is not None
-    low, high = short(teeth.low), short(teeth.high)
-    peaks = f"peaks of {high}" if low == high else f"peaks of {low} to {high}"
-    if teeth.count == 1:
-        peaks = f"a peak of {high}"
-    who = "a re-norm" if teeth.renorm else "a norm of the stream"
-    often = "once" if teeth.sublayers is None and teeth.count == 1 else "again and again"
-    if teeth.sublayers is not None:
-        blocks = (
-            f"{teeth.sublayers // 2} blocks, " if teeth.renorm and teeth.sublayers % 2 == 0 else ""
-        )
-        often = f"every {blocks}{teeth.sublayers} sublayers"
-    text = f"is a saw-tooth: {who} sets it back to {short(teeth.reset)} {often}, from {peaks}"
-    renorms = [i for i, kind in enumerate(curves.kinds) if kind == "renorm"]
-    raised = [i for i in renorms if teeth.renorm and mean[i] > (1 + DROP) * mean[i - 1]]
-    if raised:  # a stream that is still small
-        i = raised[-1]
-        text += f" (while the stream is small it raises it: at {row_place(curves, i)} from "
-        text += f"{short(mean[i - 1])})"
-    if mean[-1] > (1 + DROP) * teeth.high:
-        text += f"; it ends at {short(mean[-1])}, above every peak"
-    if inside == "linear":
-        text += (
-            f"; between, it grows by {_amount(curves, mean, verdict)}, linearly (a line fits to "
-        )
-        text += f"{percent(verdict.shape.misfit)} of its growth)"
-    return text
-
-
-def _jump(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    row = verdict.shape.step
-    assert row is not None
-    share, at = percent(1 - verdict.shape.misfit), row_place(curves, row)
-    return (
-        f"moves in one jump, from {short(mean[row - 1])} to {short(mean[row])} at {at}, which is "
-        f"{share} of all that it moves"
-    )
-
-
-def _none(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    start = verdict.shape.start
-    return (
-        f"goes from {short(mean[start])} to {short(mean[-1])} in no simple shape: neither constant, "
-        "linear, exponential, a power nor saturating" + _faster(mean[start:])
-    )
-
-
-def _largest_step(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    row = verdict.shape.step
-    if verdict.shape.word != "none" or row is None:
-        return ""
-    step = f"from {short(mean[row - 1])} to {short(mean[row])}, at {row_place(curves, row)}"
-    return f"; its largest step is {step}"
-
-
-def _faster(v: Array) -> str:
-    """A clause that says that v (n,) grows faster than exponentially, or an empty text."""
-    if (v <= 0).any() or len(v) < 6:
-        return ""
-    logs = np.log(v)[np.linspace(0, len(v) - 1, 5).round().astype(int)]  # growth by quarters
-    steps = np.diff(logs)
-    faster = (
-        steps[0] > 0 and (steps[1:] > 1.2 * steps[:-1]).all() and logs[-1] - logs[0] > math.log(100)
-    )
-    return "; it grows faster than exponentially" if faster else ""
-
-
-def _unknown(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    if len(mean) == 1:
-        return f"is {short(mean[0])} at the embedding, and there is no sublayer to speak of"
-    return f"goes from {short(mean[0])} to {short(mean[-1])}, in too few rows to name a shape"
-
-
-_CLAUSES = {
-    "constant": _constant, "linear": _linear, "exponential": _exponential, "power": _power,
-    "saturating": _saturating, "saw-tooth": _saw_tooth, "jump": _jump, "none": _none,
-    "unknown": _unknown,
-}  # fmt: skip
-
-
-def _verb(change: float) -> str:
-    return "grows" if change > 0 else "shrinks"
-
-
-def _positive(e: Estimate) -> Estimate:
-    if e.value >= 0:
-        return e
-    return Estimate(-e.value, *(None if x is None else -x for x in (e.high, e.low)))
 
 
 def _claim(name: str, fit: Fit, certain: bool) -> str:
@@ -383,7 +172,7 @@ def _gradients(curves: Curves) -> Iterator[str]:
     g, logs = g[first : last + 1], np.log(g[first : last + 1])
     total, steps = math.exp(abs(logs[-1] - logs[0])), np.diff(logs)
     row = int(np.abs(steps).argmax())
-    start = "the embedding" if first == 0 else f"sublayer {_sublayer(curves, first)}"
+    start = "the embedding" if first == 0 else f"sublayer {sublayer_of(curves, first)}"
     ends = f"{short(g[0])} at {start}, {short(g[-1])} at the end"
     if total < 1.25:
         text = f"The gradient's rms is about the same at both ends ({ends})"
