@@ -62,12 +62,11 @@ class Around(Callback):
         folder = Path(config.hydra.sweep.dir)
         with or_exit():
             from simlab.sweep.report import report
-            from simlab.sweep.sweeper import alone_in, described
+            from simlab.sweep.sweeper import alone_in, described, made_by
 
             if not is_ours(config):
-                write_json(
-                    folder / job.PLAN, described(folder, self.before, read_keep(config).answer)
-                )
+                plan = described(folder, self.before, read_keep(config).answer)
+                write_json(folder / job.PLAN, plan | made_by(config))
             try:
                 with alone_in(folder):
                     whole = report(folder)

@@ -319,7 +319,9 @@ def execute(args: argparse.Namespace) -> int:
     files = [report.write_junit(args.junit, done)] if args.junit else []
     files += report.draw_cases(done, args.html or _FIGURES_FOLDER, every=args.html is not None)
     if args.html:
-        files.append(report.write_page(args.html, done))
+        from simlab.regress.page import write_report
+
+        files += [report.write_page(args.html, done), write_report(args.html, done)]
     report.show_end(done, files)
     return 0 if all(checked.passed for checked in done) else 1
 

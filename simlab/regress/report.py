@@ -24,11 +24,14 @@ from simlab.store import write_atomically, write_text
 EXPECTED, GOT = "#7f7f7f", "#d62728"
 _PASS_OR_FAIL = {True: "pass", False: "FAIL"}
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color-scheme: light dark; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto }
+table { overflow-wrap: normal }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top }
-.FAIL { color: #b00020; font-weight: 600 } .pass { color: #1a7f37 }
-img { max-width: 100% } code { white-space: pre-wrap } p.why { color: #b00020 }
+.FAIL { color: light-dark(#b00020, #ff8a80); font-weight: 600 }
+.pass { color: light-dark(#1a7f37, #5fce95) }
+img { max-width: 100% } code { white-space: pre-wrap } p.why { color: light-dark(#b00020, #ff8a80) }
 """
 
 
@@ -167,7 +170,7 @@ def _rows(frame: pd.DataFrame, curve: str, name: str) -> pd.DataFrame:
 
 
 def write_page(folder: Path, done: Sequence[Checked]) -> Path:
-    """index.html: a table of the cases, then a figure of each."""
+    """index.html: a table of the cases, then a figure of each; it needs no script."""
 
     def esc(text: object) -> str:
         return html.escape(str(text))
@@ -193,7 +196,9 @@ def write_page(folder: Path, done: Sequence[Checked]) -> Path:
         )
     text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>simlab.regress</title><style>{STYLE}</style></head><body><h1>Growth curves</h1>"
+        '<p><a href="report.html">The curves, to look at more closely</a></p>'
         f"<table><tr><th>case</th><th></th><th>gates</th><th>time</th></tr>{''.join(rows)}</table>"
         f"{''.join(parts)}</body></html>\n"
     )

@@ -128,7 +128,7 @@ def _limits(ax: Axes, frame: pd.DataFrame, scale: str) -> None:
     if v.empty:
         return
     last = frame[frame["curve"] == frame["curve"].iloc[-1]]
-    top = float(max(v.max(), *(last[law.column].max() for law in laws_in(frame, expected=True))))
+    top = max([v.max(), *(last[law.column].max() for law in laws_in(frame, expected=True))])
     ax.set_xlim(frame["x"].min() - 0.3, frame["x"].max() + 0.3)
     if scale == "linear":
         ax.set_ylim(0, top * 1.12 or 1)

@@ -10,9 +10,10 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,10 @@ from simlab.store import (
     Results,
     copy_result,
     result_key,
+    write_atomically,
     write_csv,
     write_json,
+    write_text,
 )
 from simlab.sweep.gpu_lock import own_gpu
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
 TABLES = ("curve.csv", "weights.csv")
+PAGE = "report.html"
 FIGURES = ("growth.png", "growth.svg", "lambda.png", "lambda.svg", "inside.png", "inside.svg")
 OUR_FOLDER = re.compile(
     r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
@@ -75,14 +79,14 @@ def nothing_left_behind(folders: Mapping[Path, Mapping[Path, int]]) -> Iterator[
 
 def run_files(folder: Path) -> dict[Path, int]:
     """The files in a folder that a run or Hydra may have written, with their times in ns."""
-    ours = [folder / name for name in (SUMMARY, RECORD, *TABLES, *FIGURES)]
+    ours = [folder / name for name in (SUMMARY, RECORD, PAGE, *TABLES, *FIGURES)]
     paths = [*ours, *(folder / ".hydra").glob("*")]
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 def clear(folder: Path) -> None:
     """Remove the results in a run's folder, the summary first: what is left is never a whole one."""
-    for path in (folder / name for name in (SUMMARY, RECORD, *TABLES, *FIGURES)):
+    for path in (folder / name for name in (SUMMARY, RECORD, PAGE, *TABLES, *FIGURES)):
         if path.is_file() or path.is_symlink():  # a folder of that name isn't ours
             path.unlink()
 
@@ -111,7 +115,7 @@ def task(config: DictConfig) -> None:
     folder = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
         with in_one_line():  # Hydra would say more of a mistake
-            run_job(read(config), folder)
+            run_job(read(config), folder, hydra.overrides.task)
         return
     keep = read_keep(config)
     if keep.dry_run:  # of another sweeper
@@ -123,8 +127,11 @@ def task(config: DictConfig) -> None:
         tell_spoiled(spoiled, keep)
 
 
-def run_job(config: RunConfig, folder: Path) -> None:
-    """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError."""
+def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
+    """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError.
+
+    overrides: those of the command line, of which the config was composed.
+    """
     from simlab import experiment
     from simlab.report import console, progress
 
@@ -143,13 +150,17 @@ def run_job(config: RunConfig, folder: Path) -> None:
 
             result = experiment.measure(ready, on_block)
         console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second
-        files = write(result, folder)
+        files = write(result, folder, overrides)
     console.show_files(files)
 
 
-def write(result: RunResult, folder: Path) -> list[Path]:
-    """curve.csv, the figures, and last summary.json, whose presence says that the run is whole."""
+def write(result: RunResult, folder: Path, overrides: Sequence[str]) -> list[Path]:
+    """curve.csv, the figures, the page, and last summary.json: with it the run is whole.
+
+    overrides: of the command that makes the run again, which the page shows.
+    """
     from simlab.report import checkpoint_figure, console, figure, style
+    from simlab.report.page.build import command_of, run_page
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
         clear(folder)  # of an earlier run there
@@ -162,9 +173,11 @@ def write(result: RunResult, folder: Path) -> list[Path]:
         "inside": checkpoint_figure.inside_figure(result.curve, title),
     }
     files = [f for name, each in figures.items() if each for f in style.save(each, folder, name)]
+    page = run_page(result.curve, result.summary, title, command_of(overrides), str(date.today()))
+    write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
     signals.raise_noted()
     write_json(folder / SUMMARY, result.summary)
-    return [*tables, folder / SUMMARY, *files[::-1]]
+    return [*tables, folder / SUMMARY, folder / PAGE, *files[::-1]]
 
 
 def write_tables(result: RunResult, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 sweep.parquet   every job's curve.csv, with the job's number and every swept key as a column
 jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which law holds
 *.png, *.svg    figures, chosen by what was swept
+report.html     a page with the figure, the jobs and the command
 answer.md       a written answer, where the sweep's config asks for one (``report.answer``)
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from simlab.store import (
     write_csv,
     write_text,
 )
-from simlab.sweep.job import PLAN, RECORD
+from simlab.sweep.job import PAGE, PLAN, RECORD
 
 READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
 MOST_SHOWN = 40  # characters of a value in the heading
@@ -219,6 +221,10 @@ def report(folder: Path) -> bool:
             files += style.save(figure, folder, name)
     answer = _answer(folder, jobs)
     files += [folder / ANSWER] if answer else []
+    if done:
+        page = _page(folder, done, frame, table, heading, answer)
+        write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
+        files.insert(2, folder / PAGE)
     summaries = {str(each.number): each.summary for each in done}
     console.show_sweep(
         heading,
@@ -257,6 +263,34 @@ def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
     write_atomically(folder / ANSWER, lambda path: write_text(path, text))
     done = [each for each in outcomes if each.summary is not None]
     return WRITERS[name](done) if len(done) < len(outcomes) else text
+
+
+def _page(
+    folder: Path, done: Sequence[Entry], frame: pd.DataFrame, table: pd.DataFrame,
+    heading: str, answer: str | None,
+) -> str:  # fmt: skip
+    """The sweep's page, of its finished jobs. frame, table: of sweep.parquet and jobs.csv."""
+    from simlab.report.page.build import PageJob, command_of
+    from simlab.report.page.sweep import sweep_page
+
+    by_job = dict(list(frame.groupby("job", sort=False)))
+    shown = [PageJob(_label(e), by_job[e.number], e.summary, e.values) for e in done]
+    told = [" ".join(line.replace("**", "").split()) for line in (answer or "").split("\n\n")]
+    overrides = _read_object(folder / PLAN).get("overrides")
+    command = command_of(overrides, True) if isinstance(overrides, list) else str(folder)
+    lines = [line for line in told if line and not line.startswith("|")]
+    return sweep_page(shown, table, heading, lines, command, str(date.today()))
+
+
+def _label(each: Entry) -> str:
+    """A job's swept values in a few words."""
+    from simlab.report.values import key_text, shorten, value_text
+
+    shown = [
+        f"{key_text(key)} {shorten(printable(value_text(value)), MOST_SHOWN)}"
+        for key, value in each.values.items()
+    ]
+    return ", ".join(shown) or f"job {each.number}"
 
 
 def _title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, where it was built
 NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
-REPORT = ("answer.md", "heatmap.*", "lambda_*.png", "lambda_*.svg", "statistics.*", "gradients.*")
+REPORT = (
+    "answer.md",
+    job.PAGE,
+    "heatmap.*",
+    "lambda_*.png",
+    "lambda_*.svg",
+    "statistics.*",
+    "gradients.*",
+)
 
 
 class Sweep:
@@ -120,7 +128,9 @@ class Sweep:
             job.clear(place.folder)
             store.remove(place.folder / ".hydra")
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        store.write_json(folder / job.PLAN, description(planned, places, self.keep.answer))
+        store.write_json(
+            folder / job.PLAN, description(planned, places, self.keep.answer) | made_by(self.config)
+        )
         for place in places:
             if place.stored:
                 write_hydra(place)
@@ -295,6 +305,13 @@ def description(
             for place in places
         ],
     }
+
+
+def made_by(config: DictConfig) -> dict[str, Any]:
+    """The part of sweep.json that says with which overrides the sweep was started."""
+    given = config.hydra.overrides
+    own = [text for text in given.hydra if not text.startswith(("hydra.mode=", "hydra.sweep.dir="))]
+    return {"overrides": [*own, *given.task]}
 
 
 def written_by_hydra(folder: Path) -> dict[Path, int]:

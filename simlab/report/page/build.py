@@ -1,0 +1,209 @@
+"""report.html: the page of a run, from its curves' rows and its summary."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from simlab.analysis import LAWS
+from simlab.analysis.headline import headline
+from simlab.analysis.massive import place
+from simlab.analysis.numbers import off_by, plus_minus, short
+from simlab.analysis.resampling import Estimate
+from simlab.report.console import lost_lines, overflow_lines
+from simlab.report.page.payload import CURVES, Drawn, job_values
+from simlab.report.page.quantities import BY_BLOCK, DRAWABLE
+
+_HERE = Path(__file__).parent
+STATUS = {"holds": "good", "fails": "bad", "unknown": ""}
+EPS_TAKES = 0.9  # of m/(m + eps): below, eps takes a tenth of a branch
+
+
+@dataclass(frozen=True)
+class PageJob:
+    """A run as a page shows it: its label beside other jobs, its curve.csv and its summary.json.
+
+    values: of the swept keys.
+    """
+
+    label: str
+    frame: pd.DataFrame
+    summary: Mapping[str, Any]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def command_of(overrides: Sequence[str], sweep: bool = False) -> str:
+    """The command line that makes a run or a sweep with these overrides, as a shell takes it."""
+    return shlex.join(["python", "-m", "simlab.run", *(["-m"] if sweep else []), *overrides])
+
+
+def run_page(
+    frame: pd.DataFrame, summary: Mapping[str, Any], title: str, command: str, written: str
+) -> str:
+    """The page of one run, as HTML. frame: the rows of curve.csv. summary: that of summary.json.
+
+    command: what makes it again. written: when it was measured, as a text.
+    """
+    data = {
+        "title": title,
+        "headline": headline(frame, summary),
+        "warnings": list(warnings(frame, summary)),
+        "lines": list(lines(summary)),
+        "tiles": list(tiles(frame, summary)),
+        "jobs": [{"label": "", **job_data(PageJob("", frame, summary), Drawn())}],
+        "table": None,
+        **origin(summary, command, written),
+    }
+    return html_of(data)
+
+
+def job_data(job: PageJob, drawn: Drawn) -> dict[str, Any]:
+    """A run's curves and laws, and where its checkpoint leaves the random inits."""
+    left = job.summary.get("departure")
+    at = None
+    if left and left["sublayer"] is not None:
+        where = place(left["sublayer"], left["block"], left["kind"])
+        at = {
+            "sublayer": left["sublayer"],
+            "label": f"outside the random inits' band from {where} on",
+        }
+    return {**job_values(job.frame, job.summary, drawn), "departure": at}
+
+
+def origin(summary: Mapping[str, Any], command: str, written: str) -> dict[str, Any]:
+    """What a page says of where its numbers come from, and the names of what it can draw."""
+    s = summary
+    facts = [
+        ("measured", written),
+        ("config hash", s["config_hash"]),
+        ("engine", f"{s['engine']} ({s['engine_reason']})"),
+        ("device", f"{s['device']}, {s['dtype']}"),
+        ("parameters", f"{s['parameters']:,}"),
+        (
+            "input",
+            f"{s['tokens'][0]} × {s['tokens'][1]} {s['config']['inputs']['kind']} {s['token_unit']}",
+        ),
+        ("seeds", ", ".join(map(str, s["seeds"])) or "none"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in s["versions"].items())),
+    ]
+    facts += [("init", s["init_origin"])] if s.get("init_origin") else []
+    facts += [("weight hash", s["weight_hash"])] if s.get("weight_hash") else []
+    return {
+        "command": command,
+        "facts": facts,
+        "config": json.dumps(s["config"], indent=1, ensure_ascii=False),
+        "quantities": names(),
+    }
+
+
+def names() -> dict[str, dict[str, Any]]:
+    """Every quantity's label, group and axis, and whether it has a value per sublayer or per block."""
+    return {
+        name: {**asdict(q), "by": "block" if name in BY_BLOCK else "sublayer"}
+        for name, q in DRAWABLE.items()
+    }
+
+
+def lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The verdict's sentences, each curve's with its name where there are several."""
+    verdicts = summary["verdict"]
+    for name, verdict in verdicts.items():
+        who = f"{CURVES[name].capitalize()}: " if len(verdicts) > 1 else ""
+        yield who + verdict["sentence"]
+    yield from summary.get("comparison", [])
+
+
+def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader of the curves must know: eps, massive activations, values that aren't finite."""
+    yield from overflow_lines(summary["overflow"])
+    yield from lost_lines(summary)
+    for name in frame["curve"].unique():
+        rows = frame[frame["curve"] == name]
+        who = f" ({CURVES[name]})" if frame["curve"].nunique() > 1 else ""
+        factors = rows[rows["kind"] != "embedding"].groupby("sublayer")["eps_factor"].mean()
+        held = {int(str(at)): float(m) for at, m in factors.items() if m < EPS_TAKES}
+        if held:
+            least = min(held, key=lambda at: held[at])
+            yield (
+                f"Eps{who}: it takes more than a tenth of what a norm divides, up to sublayer "
+                f"{max(held)} (m/(m + eps) is {short(held[least])} at sublayer {least})."
+            )
+    if "massive" in frame and (frame["massive"] == 1).any():
+        rows = frame[frame["massive"] == 1]
+        who = " and ".join(CURVES[name] for name in rows["curve"].unique())
+        top = rows.sort_values("max_abs").iloc[-1]
+        yield (
+            f"Massive activations ({who}): the largest |x| is {short(float(top['max_abs']))} at "
+            f"sublayer {top['sublayer']}, where the median |x| is {short(float(top['median_abs']))}. A "
+            "mean over tokens is mostly of these: see the median token."
+        )
+
+
+def tiles(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The main numbers, each with what it is."""
+    several = len(summary["verdict"]) > 1
+    for name, verdict in summary["verdict"].items():
+        who = f", {CURVES[name]}" if several else ""
+        rows = frame[frame["curve"] == name]
+        last = rows.groupby("seed").tail(1)["mean_square"]
+        yield _tile(short(float(last.mean())), f"mean square at the end{who}")
+        word = verdict["fit"]["word"]
+        if word == "linear":
+            yield _tile(plus_minus(Estimate(**verdict["per_sublayer"])), f"per sublayer{who}")
+        elif word == "exponential":
+            yield _tile("×" + plus_minus(Estimate(**verdict["rate"])), f"per sublayer{who}")
+        elif word == "power" and verdict["exponent"]["value"] is not None:
+            yield _tile(plus_minus(Estimate(**verdict["exponent"])), f"exponent p of depth{who}")
+        token = summary["lambda"][name].get("lambda_token")
+        if token:
+            yield _tile(plus_minus(Estimate(**token)), f"λ of the tokens' norm{who}")
+    name = "random" if "random" in summary["verdict"] else next(iter(summary["verdict"]), None)
+    for law, fit in (summary["theories"].get(name) or {}).items():
+        if fit["log_error"] is not None and (law in LAWS):
+            off = off_by(fit["log_error"])
+            said = f"{LAWS[law].label}: off by at most this{_said(fit)}"
+            yield _tile(off, said, STATUS[fit["status"]])
+
+
+def _said(fit: Mapping[str, Any]) -> str:
+    if fit["status"] == "unknown":
+        return ", which may be chance" if fit["p_value"] is not None else ""
+    return f"; it {fit['status']}"
+
+
+def _tile(value: str, label: str, status: str = "") -> dict[str, str]:
+    return {"value": value, "label": label, "status": status}
+
+
+def html_of(data: Mapping[str, Any]) -> str:
+    """The page with its style, its script and its data, none of which can end its own element."""
+    axes: dict[str, int] = {}  # of many jobs' curves the steps are the same
+    for curve in (curve for job in data["jobs"] for curve in job["curves"]):
+        curve["steps"] = axes.setdefault(json.dumps(curve["steps"]), len(axes))
+    whole = {**data, "axes": [json.loads(steps) for steps in axes]}
+    text = json.dumps(whole, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for mark, code in (("<", "\\u003c"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(mark, code)
+    title = html.escape(f"simlab: {data['title']}")
+    before, after = _frame(title)
+    return before + text + after
+
+
+@functools.cache
+def _part(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _frame(title: str) -> tuple[str, str]:
+    """The page's text before its data and after."""
+    before, _, after = _part("page.html").partition("/*data*/")
+    before = before.replace("/*style*/", _part("page.css")).replace("<!--title-->", title)
+    return before, after.replace("/*script*/", _part("page.js"))

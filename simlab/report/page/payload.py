@@ -1,0 +1,182 @@
+"""A curve's rows as the numbers that a page draws, in JSON's types: lists, texts, floats, None."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from simlab.analysis import LAWS
+from simlab.analysis.curve import basis, laws_in
+from simlab.analysis.exponents import per_block
+from simlab.report.page.quantities import BY_BLOCK, BY_SUBLAYER
+
+_Array = NDArray[np.float64]
+PAGE_DIGITS = 5  # significant, of every number in a page
+RENORM = 0.35  # sublayers to the right of its sublayer that a re-norm is drawn
+CURVES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
+# Of these columns a law speaks too: what it says of the mean square v, at width d.
+FROM_LAW: dict[str, Callable[[_Array, int], _Array]] = {
+    "mean_square": lambda v, d: v,
+    "rms": lambda v, d: np.sqrt(v),
+    "norm": lambda v, d: np.sqrt(v * d),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What of a curve goes into a page. seeds: each seed's values too. columns: which quantities."""
+
+    seeds: bool = True
+    columns: Sequence[str] = tuple(BY_SUBLAYER | BY_BLOCK)
+
+
+def rounded(values: _Array) -> list[float | None]:
+    """A row of numbers at PAGE_DIGITS significant digits; None for those that aren't finite."""
+    return [_short(value) for value in values.tolist()]
+
+
+def _short(value: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    text = float(f"{value:.{PAGE_DIGITS - 1}e}")
+    return int(text) if text == int(text) and abs(text) < 1e15 else text
+
+
+def steps_of(rows: pd.DataFrame) -> dict[str, list[Any]]:
+    """The steps of a curve that is longest: x on the axis, sublayer, kind, block (from 1; 0: none)."""
+    longest = max((part for _, part in rows.groupby("seed")), key=len)
+    late = np.where(longest["kind"] == "renorm", RENORM, 0.0)
+    return {
+        "x": (longest["sublayer"] + late).tolist(),
+        "sublayer": longest["sublayer"].tolist(),
+        "kind": longest["kind"].tolist(),
+        "block": (longest["block"].astype("float64") + 1).fillna(0).astype(int).tolist(),
+    }
+
+
+def curve_values(
+    frame: pd.DataFrame, name: str, blocks: pd.DataFrame, drawn: Drawn
+) -> dict[str, Any]:
+    """One kind of curve: of every quantity the seeds' mean, least and most, and each seed's values.
+
+    blocks: from ``per_block``. Of a predicted curve least and most are two std of a seed away.
+    """
+    rows = frame[frame["curve"] == name]
+    if "mean_square" in rows:
+        rows = rows.assign(rms=np.sqrt(rows["mean_square"]))
+    of_rows = _Tables(rows)
+    seeds = of_rows.seeds
+    tables = {q: of_rows[q] for q in BY_SUBLAYER if q in drawn.columns and q in rows}
+    for q in (q for q in BY_BLOCK if q in drawn.columns):
+        of = "gradient" if q.endswith("_gradient") else "activation"
+        part = blocks[(blocks["curve"] == name) & (blocks["of"] == of)]
+        if len(part):
+            tables[q] = _Tables(part)[q.removesuffix("_gradient")][
+                :, 1:
+            ]  # of block 1 there is none
+    tables = {q: table for q, table in tables.items() if np.isfinite(table).any()}
+    values: dict[str, Any] = {"mean": {}, "low": {}, "high": {}, "count": len(seeds)}
+    for q, table in tables.items():
+        mean = _over_seeds(np.nanmean, table)
+        values["mean"][q] = rounded(mean)
+        if name == "theory" and q == "mean_square":
+            band = 2 * rows["band_mean_field"].to_numpy(np.float64)
+            values["low"][q], values["high"][q] = (
+                rounded(np.maximum(mean - band, 0)),
+                rounded(mean + band),
+            )
+        elif len(seeds) > 1:
+            values["low"][q] = rounded(_over_seeds(np.nanmin, table))
+            values["high"][q] = rounded(_over_seeds(np.nanmax, table))
+    if drawn.seeds and len(seeds) > 1:
+        values["seeds"] = [
+            {"seed": int(seed), "values": {q: rounded(table[i]) for q, table in tables.items()}}
+            for i, seed in enumerate(seeds)
+        ]
+    return values
+
+
+class _Tables:
+    """Rows of one kind of curve, each column as (seeds, steps); NaN where a curve has ended."""
+
+    def __init__(self, rows: pd.DataFrame) -> None:
+        self.rows = rows
+        self.seeds, self.row = np.unique(rows["seed"].to_numpy(), return_inverse=True)
+        self.step = rows.groupby("seed").cumcount().to_numpy()
+
+    def __getitem__(self, column: str) -> _Array:
+        table = np.full((len(self.seeds), self.step.max() + 1), np.nan)
+        table[self.row, self.step] = self.rows[column].to_numpy(np.float64)
+        return table
+
+
+def _over_seeds(how: Callable[..., _Array], table: _Array) -> _Array:
+    """A mean, least or most over the seeds that have a number; NaN where none has."""
+    there = np.isfinite(table)
+    if there.all():
+        return how(table, axis=0)
+    known = there.any(0)
+    out = np.full(table.shape[1], np.nan)
+    out[known] = how(np.where(there, table, np.nan)[:, known], axis=0)
+    return out
+
+
+def law_values(frame: pd.DataFrame, blocks: pd.DataFrame, width: int) -> list[dict[str, Any]]:
+    """The laws that say something of a frame's curves, each quantity's values as ``curve_values`` has.
+
+    Theory has a band, of two std of a seed; it isn't a law's where the curve is theory itself.
+    """
+    found = []
+    name = basis(frame)
+    rows = _Tables(frame[frame["curve"] == name])
+    for law in laws_in(frame):
+        if name == "theory" and law is LAWS["mean_field"]:
+            continue
+        v = _over_seeds(np.nanmean, rows[law.column])
+        law_is: dict[str, Any] = {
+            "key": law.name,
+            "label": law.label,
+            "mean": {},
+            "low": {},
+            "high": {},
+        }
+        with np.errstate(over="ignore"):
+            law_is["mean"] = {q: rounded(says(v, width)) for q, says in FROM_LAW.items()}
+            if law is LAWS["mean_field"]:
+                band = 2 * _over_seeds(np.nanmean, rows["band_mean_field"])
+                for q, says in FROM_LAW.items():
+                    law_is["low"][q] = rounded(says(np.maximum(v - band, 0), width))
+                    law_is["high"][q] = rounded(says(v + band, width))
+                if "law_gradient_rms" in frame:
+                    gradient = _over_seeds(np.nanmean, rows["law_gradient_rms"])
+                    law_is["mean"]["gradient_rms"] = rounded(gradient)
+        if law.expected:  # √2 per sublayer's λ would be the axis
+            part = blocks[blocks["curve"] == law.column]
+            for q in ("lambda_pairwise", "lambda_from_first"):
+                if len(part):
+                    law_is["mean"][q] = rounded(_over_seeds(np.nanmean, _Tables(part)[q])[1:])
+        law_is["mean"] = {q: v for q, v in law_is["mean"].items() if any(x is not None for x in v)}
+        found.append(law_is)
+    return found
+
+
+def job_values(frame: pd.DataFrame, summary: Mapping[str, Any], drawn: Drawn) -> dict[str, Any]:
+    """A run's curves and laws: what ``curve_values`` and ``law_values`` say, with their axes."""
+    model = summary["config"]["model"]
+    blocks = per_block(frame, model["depth"])
+    curves = []
+    for name in frame["curve"].unique():
+        rows = frame[frame["curve"] == name]
+        curve = curve_values(frame, name, blocks, drawn)
+        curves.append({"name": name, "label": CURVES[name], "steps": steps_of(rows), **curve})
+    return {
+        "curves": curves,
+        "laws": law_values(frame, blocks, model["width"]),
+        "depth": model["depth"],
+    }

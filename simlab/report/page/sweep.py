@@ -1,0 +1,186 @@
+"""report.html of a sweep: its jobs' curves side by side or one by one, and a table of the jobs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis import LAWS
+from simlab.analysis.numbers import short
+from simlab.report.page.build import PageJob, html_of, job_data, origin, warnings
+from simlab.report.page.payload import Drawn
+from simlab.report.page.quantities import DRAWABLE
+from simlab.report.values import SEEDS, is_number, key_text, value_text
+
+MOST_NUMBERS = 300_000  # in a page: about 2 MB
+MAIN = ("mean_square", "rms", "norm", "variance", "gradient_rms", "lambda_from_first")
+PAGE_COLOURS = 8  # that a page has for values without an order
+SHAPES = {
+    "linear": "linear", "constant": "none (constant)", "exponential": "exponential", "power": "a power",
+    "saturating": "saturating", "saw-tooth": "a saw-tooth", "jump": "one jump",
+    "none": "no simple shape",
+}  # fmt: skip
+
+
+def sweep_page(
+    jobs: Sequence[PageJob], table: pd.DataFrame, title: str, lines: Sequence[str], command: str,
+    written: str,
+) -> str:  # fmt: skip
+    """The page of a sweep's finished jobs, of which there is at least one, as HTML.
+
+    table: the rows of jobs.csv. lines: what is said beside it, such as its written answer. command,
+    written: as of a run's page.
+    """
+    drawn, shown = _fitting(jobs)
+    said = list(lines)
+    if len(shown) < len(jobs):
+        said.append(
+            f"The figure has {len(shown)} of the {len(jobs)} jobs; sweep.parquet has them all."
+        )
+    elif drawn.columns == MAIN:
+        said.append("The figure has the main quantities; sweep.parquet has them all.")
+    keys = [key for key in jobs[0].values if key not in SEEDS and _differs(jobs, key)]
+    data = {
+        "title": title,
+        "headline": sweep_headline(jobs, table, keys),
+        "warnings": list(_warnings(jobs)),
+        "lines": said,
+        "tiles": [],
+        "jobs": [{"label": job.label, **job_data(job, drawn)} for job in shown],
+        "looks": _looks(shown, keys),
+        "table": jobs_data(table, list(jobs[0].values)),
+        **origin(jobs[0].summary, command, written),
+    }
+    return html_of(data)
+
+
+def sweep_headline(jobs: Sequence[PageJob], table: pd.DataFrame, keys: Sequence[str]) -> str:
+    """One sentence on a sweep: where its curves end, by the swept key if it is one, and their growth.
+
+    table: the rows of jobs.csv. keys: the swept keys that differ between jobs.
+    """
+    main = "checkpoint" if (table["curve"] == "checkpoint").any() else table["curve"].iloc[0]
+    rows = table[(table["curve"] == main) & table["mean_square"].notna()]
+    if rows.empty:
+        return "No curve has a finite end."
+    label = {number: job.label for number, job in zip(table["job"].unique(), jobs, strict=False)}
+    whose = " of the checkpoint's residual stream" if main == "checkpoint" else ""
+    says = f"The mean square{whose} at the end "
+    if len(rows) == 1:
+        says += f"is {short(float(rows['mean_square'].iloc[0]))}"
+    elif len(keys) == 1 and all(is_number(job.values[keys[0]]) for job in jobs):
+        by_value = rows.assign(value=rows[keys[0]].astype(float)).sort_values(
+            "value", kind="stable"
+        )
+        (first, start), (last, end) = (
+            (value_text(row[keys[0]]), short(float(row["mean_square"])))
+            for _, row in by_value.iloc[[0, -1]].iterrows()
+        )
+        name = key_text(keys[0])
+        says += f"goes from {start} at {name} {first} to {end} at {name} {last}"
+    else:
+        ordered = rows.sort_values("mean_square", kind="stable")
+        low, high = ordered.iloc[0], ordered.iloc[-1]
+        says += f"is between {short(float(low['mean_square']))} ({label[low['job']]}) and "
+        says += f"{short(float(high['mean_square']))} ({label[high['job']]})"
+    return f"{says}; {_growth(rows)}."
+
+
+def _growth(rows: pd.DataFrame) -> str:
+    counts = Counter(SHAPES.get(shape, "not known") for shape in rows["shape"])
+    if len(counts) == 1:
+        shape = next(iter(counts))
+        return f"its growth is {shape}" + (" in every job" if len(rows) > 1 else "")
+    return "its growth is " + ", ".join(f"{shape} in {n}" for shape, n in counts.most_common())
+
+
+def _differs(jobs: Sequence[PageJob], key: str) -> bool:
+    return len({value_text(job.values[key]) for job in jobs}) > 1
+
+
+def _warnings(jobs: Sequence[PageJob]) -> Iterator[str]:
+    """Each job's warnings, an equal one once."""
+    whose: dict[str, list[str]] = {}
+    for job in jobs:
+        for text in warnings(job.frame, job.summary):
+            whose.setdefault(text, []).append(job.label)
+    for text, labels in whose.items():
+        yield f"{labels[0] if len(labels) == 1 else f'{len(labels)} jobs'}: {text}"
+
+
+def _fitting(jobs: Sequence[PageJob]) -> tuple[Drawn, Sequence[PageJob]]:
+    """What of a sweep a page has room for: all quantities, or the main ones, or these of some jobs."""
+    rows = sum(len(job.frame.drop_duplicates(["curve", "sublayer", "kind"])) for job in jobs)
+    if 3 * len(DRAWABLE) * rows <= MOST_NUMBERS:
+        return Drawn(seeds=False), jobs
+    every = math.ceil(3 * len(MAIN) * rows / MOST_NUMBERS)
+    return Drawn(seeds=False, columns=MAIN), jobs[::every]
+
+
+def _looks(jobs: Sequence[PageJob], keys: Sequence[str]) -> list[dict[str, float]]:
+    """Each job's look: a colour by the last swept key's value, a dash by the other keys' values.
+
+    colour: an index below PAGE_COLOURS, or of numbers and of many values ``shade``, from 0 to 1.
+    """
+    if not keys:
+        return [{"colour": 0, "dash": 0} for _ in jobs]
+    of = [value_text(job.values[keys[-1]]) for job in jobs]
+    values = list(dict.fromkeys(of))
+    others = [tuple(value_text(job.values[key]) for key in keys[:-1]) for job in jobs]
+    dashes = list(dict.fromkeys(others))
+    shaded = len(values) > 2 and (len(values) > PAGE_COLOURS or all(map(is_number, values)))
+    if shaded and all(map(is_number, values)):
+        values.sort(key=float)
+    return [
+        {
+            "dash": dashes.index(other),
+            **(
+                {"shade": values.index(value) / (len(values) - 1)}
+                if shaded
+                else {"colour": values.index(value)}
+            ),
+        }
+        for value, other in zip(of, others, strict=True)
+    ]
+
+
+def jobs_data(table: pd.DataFrame, swept: Sequence[str]) -> dict[str, Any]:
+    """A row per job and curve, of jobs.csv's main columns: heads and cells, texts and numbers."""
+    columns = {
+        "job": "job",
+        **{key: key_text(key) for key in swept if key in table},
+        "curve": "curve",
+    }
+    columns |= {
+        "mean_square": "mean square at the end", "peak": "largest peak", "per_sublayer": "per sublayer",
+        "exponent": "exponent p", "rate": "factor per sublayer", "shape": "growth",
+        "lambda_token": "λ of the tokens' norm", "lambda_paper": "λ of the mean vector", "loss": "loss",
+    }  # fmt: skip
+    columns |= {
+        law.name: law.label
+        for law in LAWS.values()
+        if law.name in table and (table[law.name] != "unknown").any()
+    }
+    there = [c for c in columns if c in table and table[c].notna().any()]
+    if table["curve"].nunique() == 1:
+        there.remove("curve")
+    return {
+        "heads": [columns[c] for c in there],
+        "rows": [[_cell(value) for value in row] for row in table[there].itertuples(index=False)],
+    }
+
+
+def _cell(value: Any) -> Any:
+    """A table's value as JSON takes it: a number, a text, or None."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    return value_text(value)
