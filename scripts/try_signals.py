@@ -17,7 +17,9 @@ still starting: there it prints a traceback of its own. Exit status 0 where all 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,8 +57,16 @@ def start(name: str, folder: Path) -> subprocess.Popen[str]:
 def prepare(name: str, folder: Path) -> None:
     """What a command needs: for a report, a sweep. Raises CalledProcessError."""
     if name == "report":
-        command = [sys.executable, "-m", "simlab.run", *SWEEP, "engine=theory"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        shutil.copytree(swept().name, folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def swept() -> tempfile.TemporaryDirectory[str]:
+    """A folder with a finished sweep. Raises CalledProcessError."""
+    place = tempfile.TemporaryDirectory()
+    command = [sys.executable, "-m", "simlab.run", *SWEEP, "engine=theory"]
+    subprocess.run(command, cwd=place.name, check=True, capture_output=True)
+    return place
 
 
 def half_done(folder: Path) -> Iterator[str]:

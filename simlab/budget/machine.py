@@ -1,13 +1,14 @@
 """The machine: how much memory a process may still take, and how fast the machine computes.
 
 On a CPU the system, the control groups that the process is in (containers; versions 1 and 2), SLURM's
-allocation and ``ulimit -v`` each set a limit; the lowest counts. Sizes are in bytes.
+allocation, ``ulimit -v`` and ``ulimit -d`` each set a limit; the lowest counts. Sizes are in bytes.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ def on_cuda(device: str) -> int:
 def on_cpu(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int | None:
     """The lowest of the known limits. root: the folder of proc/ and sys/."""
     limits = [system(root), slurm(environment, resident(root)), *cgroup_memory(root)]
-    limits.append(addresses(root))
+    limits += [most - used for most, used in ulimits(root).values()]
     sizes = [max(0, size) for size in limits if size is not None]
     return min(sizes, default=None)
 
@@ -110,56 +111,103 @@ def resident(root: Path = Path("/")) -> int:
     return _pages(root)[1]
 
 
-def _pages(root: Path) -> tuple[int, int]:
-    """The process's addresses and its resident memory in bytes; 0 if unknown."""
+def _pages(root: Path) -> tuple[int, int, int]:
+    """The process's addresses, resident memory and data with stacks in bytes; 0 if unknown."""
     pages = _text(root / "proc/self/statm").split()
-    if len(pages) < 2:
-        return 0, 0
+    if len(pages) < 6:
+        return 0, 0, 0
     page = os.sysconf("SC_PAGE_SIZE")
-    return int(pages[0]) * page, int(pages[1]) * page
+    return int(pages[0]) * page, int(pages[1]) * page, int(pages[5]) * page
 
 
-def addresses(root: Path = Path("/")) -> int | None:
-    """Bytes of addresses that the process may still take (``ulimit -v``); None without a limit.
+def ulimits(root: Path = Path("/")) -> dict[str, tuple[int, int]]:
+    """For each limit that the process has on its memory: what is allowed and what it has, in bytes.
 
-    Memory that isn't used yet counts: threads' stacks, files that are mapped.
+    Memory that isn't used yet counts: threads' stacks, and of ``ulimit -v`` files that are mapped.
     """
-    most = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
-    if resource is None or most == resource.RLIM_INFINITY:
-        return None
-    return most - _pages(root)[0]
+    if resource is None:
+        return {}
+    used, _, data = _pages(root)
+    found = {
+        "ulimit -v": (resource.getrlimit(resource.RLIMIT_AS)[0], used),
+        "ulimit -d": (resource.getrlimit(resource.RLIMIT_DATA)[0], data),
+    }
+    return {name: both for name, both in found.items() if both[0] != resource.RLIM_INFINITY}
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What packages take when they have been imported, in bytes: resident, addresses, data.
+
+    addresses, data: with one thread; thread: of both, for each thread more that their pools start.
+    pools: how many of them start threads, one for each core (OpenBLAS's, pyarrow's, torch's).
+    """
+
+    name: str
+    resident: int
+    addresses: int
+    data: int
+    thread: int
+    pools: int
+
+
+# Measured, in MiB, with scipy and matplotlib on one core: 149 resident, 439 addresses, 174 data; torch
+# with these 344, 925, 297. The second core adds 80, with torch 208: OpenBLAS's, twice, and torch's
+# threads, their stacks and buffers. With 590 and 1050 addresses on two cores some runs crash.
+PANDAS = Packages("pandas", 130 * MIB, 620 * MIB, 230 * MIB, 85 * MIB, 3)
+TORCH = Packages("torch", 295 * MIB, 1000 * MIB, 400 * MIB, 210 * MIB, 4)
 
 
 def refuse_imports(packages: Packages, root: Path = Path("/")) -> None:
     """Raise ConfigError where these packages alone need more than the process may take.
 
-    They would crash while they are imported, some of them without an exception.
+    They would crash or hang while they are imported, some of them without an exception.
     """
     if packages.name in sys.modules:
         return
-    left, free, size = addresses(root), on_cpu(root), _pages(root)
-    for what, has, need in (
-        ("ulimit -v", None if left is None else left + size[0], packages.addresses),
-        ("memory", None if free is None else free + size[1], packages.resident),
-    ):
-        if has is not None and has < need:
-            numbers = f"needs {need / 1e9:.2f} GB, {has / 1e9:.2f} GB are allowed"
-            raise ConfigError(f"{what}: {packages.name} with what it imports {numbers}")
+    more = threads() - 1
+    free, resident_now = on_cpu(root), resident(root)
+    allowed = {what: most for what, (most, _) in ulimits(root).items()}
+    if free is not None:
+        allowed["memory"] = free + resident_now
+    needs = {
+        "ulimit -v": packages.addresses + more * packages.thread,
+        "ulimit -d": packages.data + more * packages.thread,
+        "memory": packages.resident,
+    }
+    for what, has in allowed.items():
+        if has < needs[what]:
+            numbers = f"needs {needs[what] / 1e9:.2f} GB, {has / 1e9:.2f} GB are allowed"
+            hint = f"; OMP_NUM_THREADS=1 needs less than {more + 1} threads"
+            hint = hint if more and what != "memory" else ""
+            raise ConfigError(f"{what}: {packages.name} with what it imports {numbers}{hint}")
+    refuse_threads(packages.name, (more + 1) * packages.pools)
 
 
-@dataclass(frozen=True)
-class Packages:
-    """The memory of packages after their import, in bytes: resident, and addresses for ulimit -v."""
-
-    name: str
-    resident: int
-    addresses: int
+def threads() -> int:
+    """How many threads a pool of NumPy's or torch's has: a core has one."""
+    asked = _integer(os.environ.get("OMP_NUM_THREADS", ""))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(asked or cores, cores))
 
 
-# Measured, in MiB: with scipy and matplotlib 151 and 518; torch with these 340 and 998, on 2 cores.
-# Threads' stacks and heaps take more addresses: with 590 and 1050 some runs crash.
-PANDAS = Packages("pandas", 130 * MIB, 700 * MIB)
-TORCH = Packages("torch", 295 * MIB, 1200 * MIB)
+def refuse_threads(name: str, count: int) -> None:
+    """Raise ConfigError where so many threads can't be started: pools of C code would end the process.
+
+    A limit on processes (``ulimit -u``, or a control group's) counts threads.
+    """
+    done = threading.Event()
+    started = [threading.Thread(target=done.wait, daemon=True) for _ in range(count)]
+    try:
+        for each in started:
+            each.start()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"threads: {name} with what it imports needs {count}, not so many can be started "
+            "(ulimit -u or a control group); with OMP_NUM_THREADS=1 fewer do"
+        ) from error
+    finally:
+        done.set()
 
 
 def _text(path: Path) -> str:

@@ -24,6 +24,8 @@ def tune_process() -> None:
     """
     # NVIDIA's containers set it to 1: float32 products would round their inputs to TF32's 11 bits.
     os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
+    # pyarrow's own allocator takes a GB of addresses, of which ulimit -v has few.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     gc.set_threshold(GARBAGE)
     atexit.register(gc.freeze)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -21,7 +21,8 @@ MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
 
 # What torch, the loader of shared libraries, C++ and threads say, each in a class of its own.
 OUT = re.compile(
-    r"can.?t allocate memory|bad_alloc|out of memory|failed to map segment|can't start new thread",
+    r"can.?t allocate memory|bad_alloc|out of memory|failed to map segment|can't start new thread"
+    r"|failed to launch worker thread",
     re.I,
 )
 

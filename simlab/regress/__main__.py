@@ -16,12 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from simlab import signals
+from simlab.regress import before_imports
 
 if __name__ == "__main__":
-    signals.end_at_once()  # before the imports below, which take a second
+    before_imports()
 
-from simlab import __version__
+from simlab import __version__, signals
 from simlab.analysis.resampling import enough
 from simlab.budget.process import tune_process
 from simlab.config import ConfigError, RunConfig, nearest

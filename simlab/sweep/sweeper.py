@@ -23,6 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from simlab import signals, store
+from simlab.budget.machine import TORCH, refuse_imports
 from simlab.config import ConfigError, RunConfig
 from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
@@ -199,9 +200,7 @@ class Sweep:
             from simlab.experiment.sharing import SharedCurves, sharing_groups
 
             # The report's imports take a quarter of a second, which a second core has now.
-            threading.Thread(
-                target=importlib.import_module, args=("simlab.report.sweep_figures",), daemon=True
-            ).start()
+            threading.Thread(target=import_figures, daemon=True).start()
             ended = done = 0
             with progress.sweep(len(places), blocks) as bar:
                 for group in sharing_groups([place.job.config for place in places]):
@@ -231,12 +230,19 @@ class Sweep:
                 launch.launch(self.launcher, places[start : start + size])
 
 
+def import_figures() -> None:
+    """Import what draws the report. What fails here, the report tells: it imports it again."""
+    with contextlib.suppress(ImportError, OSError, MemoryError):
+        importlib.import_module("simlab.report.sweep_figures")
+
+
 def possible_devices(config: RunConfig, local: bool) -> list[str]:
     """Where a job may run. On a cluster ``auto`` may become cpu or cuda: a result of either will do."""
     if not config.measures:
         return ["cpu"]
     if not local:
         return ["cpu", "cuda"] if config.device == "auto" else [config.device]
+    refuse_imports(TORCH)
     from simlab.measurement.engine import resolve_device
 
     return [str(resolve_device(config.device))]

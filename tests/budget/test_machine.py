@@ -1,5 +1,6 @@
 """What may still be taken of a machine's memory, from files and variables as systems write them."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -126,34 +127,60 @@ def test_rates_are_positive_and_kept(dtype):
     assert calibrate(dtype) is rates
 
 
-@pytest.mark.parametrize(("allowed", "left"), [(3 << 20, 1 << 20), (None, None)])
-def test_ulimit(tmp_path, monkeypatch, allowed, left):
-    """``ulimit -v`` counts addresses, of which the process has 2 MiB; memory is no more than these."""
+@pytest.mark.parametrize("which", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_ulimit(tmp_path, monkeypatch, which):
+    """``ulimit -v`` counts addresses, ``-d`` data. The process has 2 MiB of 3; memory is no more."""
     pages = (2 << 20) // machine.os.sysconf("SC_PAGE_SIZE")
-    write_files(tmp_path, {"proc/self/statm": f"{pages} 9 9 0 0 0 0\n"})
+    write_files(tmp_path, {"proc/self/statm": f"{pages} 9 9 0 0 {pages} 0\n"})
     infinite = machine.resource.RLIM_INFINITY
-    limits = (infinite if allowed is None else allowed, infinite)
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: limits)
-    assert machine.addresses(tmp_path) == left
-    if left is not None:
-        assert machine.on_cpu(tmp_path, {}) == left
+    limits = dict.fromkeys((machine.resource.RLIMIT_AS, machine.resource.RLIMIT_DATA), infinite)
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda name: (limits[name], infinite))
+    assert machine.ulimits(tmp_path) == {}
+    limits[getattr(machine.resource, which)] = 3 << 20
+    name = {"RLIMIT_AS": "ulimit -v", "RLIMIT_DATA": "ulimit -d"}[which]
+    assert machine.ulimits(tmp_path) == {name: (3 << 20, 2 << 20)}
+    assert machine.on_cpu(tmp_path, {}) == 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("free", "allowed", "said"),
+    ("free", "limits", "cores", "said"),
     [
-        (900, 900, None),
-        (900, 800, "ulimit -v: no_package with what it imports needs 0.00 GB"),
-        (100, 900, "memory: no_package with what it imports needs 0.00 GB"),
+        (900, {"ulimit -v": 900}, 1, None),
+        (900, {"ulimit -v": 800}, 1, "ulimit -v: no_package with what it imports needs 0.00 GB"),
+        (900, {"ulimit -v": 900}, 2, "ulimit -v: .*OMP_NUM_THREADS=1 needs less than 2 threads"),
+        (900, {"ulimit -d": 300}, 1, "ulimit -d: no_package"),
+        (100, {}, 1, "memory: no_package with what it imports needs 0.00 GB"),
     ],
 )
-def test_room_for_imports(tmp_path, monkeypatch, free, allowed, said):
-    monkeypatch.setattr(machine, "addresses", lambda _: allowed)
+def test_room_for_imports(tmp_path, monkeypatch, free, limits, cores, said):
+    monkeypatch.setattr(machine, "ulimits", lambda _: {k: (v, 0) for k, v in limits.items()})
     monkeypatch.setattr(machine, "on_cpu", lambda _: free)
-    packages = machine.Packages("no_package", resident=200, addresses=850)
+    monkeypatch.setattr(machine, "threads", lambda: cores)
+    packages = machine.Packages("no_package", 200, 850, 400, thread=60, pools=2)
     if said is None:
         machine.refuse_imports(packages, tmp_path)
         return
     with pytest.raises(ConfigError, match=said):
         machine.refuse_imports(packages, tmp_path)
-    machine.refuse_imports(machine.Packages("torch", 200, 850), tmp_path)  # it is there already
+    there = machine.Packages("torch", 200, 850, 400, 60, 2)  # it is there already
+    machine.refuse_imports(there, tmp_path)
+
+
+@pytest.mark.parametrize("allowed", [5, 6])
+def test_room_for_threads(monkeypatch, allowed):
+    """Six are started; those that could be end."""
+    real, begun = machine.threading.Thread, []
+
+    class Thread(real):
+        def start(self):
+            if len(begun) == allowed:
+                raise RuntimeError("can't start new thread")
+            super().start()
+            begun.append(self)
+
+    monkeypatch.setattr(machine.threading, "Thread", Thread)
+    with pytest.raises(ConfigError, match="needs 6") if allowed < 6 else contextlib.nullcontext():
+        machine.refuse_threads("torch", 6)
+    for each in begun:
+        each.join(5)
+        assert not each.is_alive()
