@@ -6,6 +6,8 @@ import platform
 import sys
 from importlib.metadata import version
 
+from simlab import signals
+
 COMMANDS = {
     "run": "measure a model, or with -m many: curves, a verdict, figures",
     "sweep": "report on a sweep's folder, finished or not",
@@ -15,6 +17,11 @@ PACKAGES = {"simlab": "simlab", "torch": "torch", "numpy": "numpy", "hydra": "hy
 
 
 def main() -> None:
+    """The command."""
+    signals.run_command(_command, "there was nothing to keep")
+
+
+def _command() -> None:
     """Print them. No package is imported for its version: torch alone would take a second.
 
     ``--version`` prints simlab's alone. Anything else ends with one line and exit status 2.

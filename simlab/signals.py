@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 RECEIVED: list[int] = []  # the signals that this process has had
+_UNWRITTEN: list[OSError] = []  # why output was lost
 _AGAIN = 1.0  # seconds; within them a further signal is the same one (GNU timeout sends each twice)
 _last = 0.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -57,6 +58,7 @@ def run_command(work: Callable[[], object], kept: str) -> None:
     kept: what is then said of the work's results.
     """
     RECEIVED.clear()
+    _UNWRITTEN.clear()
     for number in _SIGNALS:
         signal.signal(number, _receive)
     for name in ("stdout", "stderr"):
@@ -78,6 +80,17 @@ def run_command(work: Callable[[], object], kept: str) -> None:
             if stream is not None:
                 stream.flush()
         end_at_once()
+        if _UNWRITTEN:
+            _tell_unwritten(sys.exception())
+
+
+def _tell_unwritten(end: BaseException | None) -> None:
+    """Raise SystemExit where all went well but for the output; end: what else ends the command."""
+    status = end.code if isinstance(end, SystemExit) else 0 if end is None else 2
+    if status in (None, 0, 1):  # else another line has been written
+        why = _UNWRITTEN[0].strerror
+        print(f"simlab: the output is incomplete: {why}; results are kept", file=sys.stderr)
+        raise SystemExit(status or 2) from None
 
 
 def _end(line: str) -> None:
@@ -86,12 +99,17 @@ def _end(line: str) -> None:
 
 
 class _UntilClosed(io.FileIO):
-    """Drops what is written once the reader has gone, as ``| head`` does: the run goes on."""
+    """Drops what is written once the reader has gone, as ``| head`` does: the run goes on.
+
+    It goes on, too, where the disk of a file is full, which ``run_command`` then tells.
+    """
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
-        except BrokenPipeError:
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                _UNWRITTEN.append(error)
             return len(memoryview(data).cast("B"))
 
 

@@ -15,6 +15,15 @@ from simlab import signals
 SMALL = [*SHAPE, *INPUTS, "device=cpu", "seeds=1"]
 
 
+@pytest.fixture
+def own_handlers():
+    """pytest's, back again after a test that runs a command in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.slow
 def test_signals_at_random_moments(capsys):
     """A few of the real kills that ``scripts/try_signals.py`` counts."""
@@ -72,7 +81,7 @@ def test_signals_while_a_block_is_measured(tmp_path, monkeypatch, swallowed):
 
 
 @pytest.mark.parametrize(("between", "raised"), [(0.0, 1), (10.0, 2)])
-def test_a_signal_sent_twice(monkeypatch, between, raised):
+def test_a_signal_sent_twice(monkeypatch, own_handlers, between, raised):
     """GNU timeout sends it to the process and to its group: the second doesn't end the tidying up."""
     times = iter([5.0, 5.0 + between, 5.0 + between])
     monkeypatch.setattr(signals.time, "monotonic", lambda: next(times))
@@ -85,13 +94,8 @@ def test_a_signal_sent_twice(monkeypatch, between, raised):
             except KeyboardInterrupt:
                 ends.append(1)
 
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with pytest.raises(SystemExit) as end:
-            signals.run_command(work, "x")
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(number, handler)
+    with pytest.raises(SystemExit) as end:
+        signals.run_command(work, "x")
     assert (end.value.code, len(ends)) == (130, raised)
 
 
@@ -109,6 +113,28 @@ def test_the_reader_goes(tmp_path, unbuffered):
     assert process.returncode == 0
     assert (tmp_path / "out" / "summary.json").exists()
     assert (tmp_path / "out" / "growth.png").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only some systems have one")
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_output_to_a_full_disk(capfd, monkeypatch, own_handlers, status):
+    """The work is done; the status is 2 where it would be 0, and one line says why."""
+    done = []
+
+    def work():
+        print("x" * 100_000)
+        done.append(1)
+        if status == 2:
+            print("another line", file=sys.stderr)
+        raise SystemExit(status)
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            signals.run_command(work, "x")
+    assert (end.value.code, done) == (status or 2, [1])
+    said = "simlab: the output is incomplete: No space left on device; results are kept\n"
+    assert capfd.readouterr().err == (said if status < 2 else "another line\n")
 
 
 OUT = {

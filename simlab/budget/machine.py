@@ -165,7 +165,7 @@ def refuse_imports(packages: Packages, root: Path = Path("/")) -> None:
     """
     if packages.name in sys.modules:
         return
-    more = threads() - 1
+    more = pool_size() - 1
     free, resident_now = on_cpu(root), resident(root)
     allowed = {what: most for what, (most, _) in ulimits(root).items()}
     if free is not None:
@@ -184,7 +184,7 @@ def refuse_imports(packages: Packages, root: Path = Path("/")) -> None:
     refuse_threads(packages.name, (more + 1) * packages.pools)
 
 
-def threads() -> int:
+def pool_size() -> int:
     """How many threads a pool of NumPy's or torch's has: a core has one."""
     asked = _integer(os.environ.get("OMP_NUM_THREADS", ""))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -155,7 +155,7 @@ def test_ulimit(tmp_path, monkeypatch, which):
 def test_room_for_imports(tmp_path, monkeypatch, free, limits, cores, said):
     monkeypatch.setattr(machine, "ulimits", lambda _: {k: (v, 0) for k, v in limits.items()})
     monkeypatch.setattr(machine, "on_cpu", lambda _: free)
-    monkeypatch.setattr(machine, "threads", lambda: cores)
+    monkeypatch.setattr(machine, "pool_size", lambda: cores)
     packages = machine.Packages("no_package", 200, 850, 400, thread=60, pools=2)
     if said is None:
         machine.refuse_imports(packages, tmp_path)
