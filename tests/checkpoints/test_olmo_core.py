@@ -220,4 +220,4 @@ def test_overlapping_chunks_are_refused(olmo2, monkeypatch):
 def test_every_opcode_counts(opcode):
     data = b"\x80\x04" + opcode * 2000 + b"."
     with pytest.raises(ConfigError, match="too many steps"):
-        pickles.load(data, Path("x"), 1000)
+        pickles.load(data, Path("x"), pickles.Budget(1000, 10_000))

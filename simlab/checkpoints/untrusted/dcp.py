@@ -22,11 +22,14 @@ from simlab.config import ConfigError
 from simlab.config.fields import brief
 
 METADATA = ".metadata"
-METADATA_LIMIT = 64 << 20  # bytes
-_PICKLE_STEPS = 8_000_000  # steps of its pickle; a chunk takes about 80, so some 100,000 chunks
-# Of a chunk's archive, which is one tensor's: steps of its pickle, and bytes of its zip's directory, of
-# which a real one has 700. There may be 100,000 chunks.
-CHUNK_LIMITS = 10_000, 8 << 10
+# A chunk takes 74 steps, 30 objects and some 190 bytes, measured. OLMo 2 32B's and OLMo 3 32B's own
+# training scripts shard 64 ways: 707 parameters and two moments of each are 136,000 chunks, 10 million
+# steps and 25 MB. There is room for a tenth more; ten times as much would take 2 GB and 40 s.
+METADATA_LIMIT = 32 << 20  # bytes
+BUDGET = pickles.Budget(steps=11_000_000, objects=4_500_000)
+# Of a chunk's archive, which is one tensor's: its pickle, and bytes of its zip's directory, of which a
+# real one takes 50 steps and 700 bytes. There may be 150,000 chunks.
+CHUNK_LIMITS = pickles.Budget(steps=1000, objects=1000), 8 << 10
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,14 @@ def _fields(value: object, *names: str) -> dict[Any, Any]:
 
 
 def _chunk_locations(
-    stored: object, folder: Path, path: Path
+    stored: object, folder: Path, path: Path, without: tuple[str, ...] = ()
 ) -> dict[tuple[str, tuple[int, ...]], Any]:
-    """(file, offset, length) of each chunk, by its tensor's name and its start there."""
+    """(file, offset, length) of each chunk, by its tensor's name and its start there.
+
+    without: of tensors whose names start with none of these.
+    """
     places: dict[tuple[str, tuple[int, ...]], Any] = {}
+    files: dict[str, Path] = {}  # there are many more chunks than files
     if not isinstance(stored, dict):
         raise ConfigError(f"{path}: has no storage_data")
     for key, value in stored.items():
@@ -59,18 +66,20 @@ def _chunk_locations(
         name, file = index.get("fqn"), info.get("relative_path")
         if type(name) is not str or type(file) is not str:
             raise ConfigError(f"{path}: storage_data: an entry in it is malformed")
-        if index.get("offset") is None:
-            continue  # bytes, not a tensor
+        if index.get("offset") is None or name.startswith(without):
+            continue  # without an offset it is bytes, not a tensor
         what = f"{path}: {brief(name)}"
         if info.get("transform_descriptors"):
             raise ConfigError(f"{what}: transform_descriptors: compressed chunks are not supported")
-        if not plain_name(file, ".distcp"):
-            raise ConfigError(f"{what} is in {brief(file)}, which is not a .distcp file's name")
+        if file not in files:
+            if not plain_name(file, ".distcp"):
+                raise ConfigError(f"{what} is in {brief(file)}, which is not a .distcp file's name")
+            files[file] = folder / file
         offset, length = info.get("offset"), info.get("length")
         if type(offset) is not int or type(length) is not int:
             raise ConfigError(f"{what}: offset and length must be integers")
         start = pickles.dimensions(index["offset"], what)
-        places[name, start] = (folder / file, offset, length)
+        places[name, start] = (files[file], offset, length)
     return places
 
 
@@ -95,9 +104,10 @@ def file_names(folder: Path) -> list[str]:
 def _load(folder: Path) -> Any:
     path = folder / METADATA
     data = read_bytes(path, METADATA_LIMIT, "the metadata of a checkpoint")
-    return pickles.load(data, path, _PICKLE_STEPS)
+    return pickles.load(data, path, BUDGET)
 
 
+@pickles.without_collections()
 def read_distributed_checkpoint(folder: Path, without: tuple[str, ...]) -> dict[str, StoredTensor]:
     """The place of every tensor of the checkpoint whose name doesn't start with ``without``.
 
@@ -108,7 +118,7 @@ def read_distributed_checkpoint(folder: Path, without: tuple[str, ...]) -> dict[
     described = metadata.get("state_dict_metadata")
     if not isinstance(described, dict) or not described:
         raise ConfigError(f"{path}: not the metadata of a distributed checkpoint")
-    places = _chunk_locations(metadata.get("storage_data"), folder, path)
+    places = _chunk_locations(metadata.get("storage_data"), folder, path, without)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     chunks: list[Chunk] = []
     for name, value in described.items():

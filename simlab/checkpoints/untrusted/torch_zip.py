@@ -30,7 +30,8 @@ _MALFORMED = (
 )  # fmt: skip
 DIRECTORY_LIMIT = 2 << 20  # bytes; some 30,000 records, of which each tensor is one
 PICKLE_LIMIT = 4 << 20
-_PICKLE_STEPS = 500_000  # steps of an archive's pickle; a tensor takes about 50
+# Of an archive's pickle: a tensor takes about 50 steps and 20 objects.
+BUDGET = pickles.Budget(steps=500_000, objects=500_000)
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -85,12 +86,12 @@ def open_archive(
     file: StoredFile,
     start: int,
     length: int,
-    budget: int = _PICKLE_STEPS,
+    budget: pickles.Budget = BUDGET,
     directory: int = DIRECTORY_LIMIT,
 ) -> Archive:
     """Open the archive in ``length`` bytes of a file from ``start`` on. Raises ConfigError.
 
-    budget: the most opcodes that its pickle may have. directory: the most bytes of the zip's directory.
+    budget: what its pickle may take. directory: the most bytes of the zip's directory.
     """
     path, head = file.path, file.read(start, min(4, length))
     if head != b"PK\3\4":
