@@ -10,9 +10,11 @@ and hashed while they are in a core's cache cost what mapped pages do (2.2 GB a 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -54,6 +56,22 @@ class Scratch(threading.local):
 READ, SCRATCH, _FEW = Scratch(), Scratch(), Scratch()  # rows, copies of them, bytes to convert
 
 
+def _allow_more(handle: int) -> None:
+    """Raise the soft limit of open files towards the hard one, where a file's number nears it.
+
+    A checkpoint may have more shards than the usual 1024, and the run opens other files.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and handle > soft // 2:
+        # Where macOS's hard limit is none, it refuses more than OPEN_MAX, 10240.
+        most = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 class StoredFile:
     """A file of weights, opened once: its header and its tensors are read through one descriptor.
 
@@ -68,11 +86,13 @@ class StoredFile:
         try:
             self.handle = os.open(path, os.O_RDONLY | NO_WAIT)
             self.closing = weakref.finalize(self, os.close, self.handle)
+            _allow_more(self.handle)
             about = os.fstat(self.handle)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None
         except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from error
+            many = ": raise the limit (ulimit -n)" if error.errno == errno.EMFILE else ""
+            raise ConfigError(f"{path}: {error.strerror}{many}") from error
         if not stat.S_ISREG(about.st_mode):
             raise ConfigError(f"{path}: not a file")
         self.size, self.written = about.st_size, about.st_mtime_ns

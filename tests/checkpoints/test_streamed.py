@@ -257,6 +257,34 @@ def test_a_file_that_is_replaced_is_read_on(tmp_path):
     assert again.identity() == before
 
 
+MANY = """
+import resource, sys
+from pathlib import Path
+from simlab.checkpoints.storage import StoredFile
+from simlab.config import ConfigError
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 80))
+files = []
+try:
+    for _ in range(100):
+        files.append(StoredFile(Path(sys.argv[1])))
+except ConfigError as error:
+    print(error, file=sys.stderr)
+print(len(files))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """The soft limit, often 1024, is raised; at the hard one a line says what to do."""
+    (tmp_path / "x").write_bytes(b"x")
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, tmp_path / "x"], capture_output=True, text=True, check=True
+    )
+    assert 60 < int(done.stdout) < 80
+    assert done.stderr == f"{tmp_path / 'x'}: Too many open files: raise the limit (ulimit -n)\n"
+
+
 def test_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "w")
     with pytest.raises(ConfigError, match="not a file"):
