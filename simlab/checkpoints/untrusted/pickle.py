@@ -173,7 +173,7 @@ class Budget:
     """The most that a pickle may take, which bounds time and memory.
 
     steps: its opcodes, 0.4 µs each on a slow core. objects: units of about 70 bytes: a tuple, an object
-    or a number takes one, a string or a list two (its letters are in the file), a dictionary four.
+    or a number takes one, a list two, a string three (its letters are in the file), a dictionary four.
     """
 
     steps: int
@@ -248,11 +248,11 @@ def _run(data: bytes, budget: Budget) -> Any:
                 case 0x8C:  # SHORT_BINUNICODE
                     start, at = at + 1, at + 1 + data[at]
                     push(data[start:at].decode("utf-8", "surrogatepass"))
-                    room -= 2
+                    room -= 3
                 case 0x58:  # BINUNICODE
                     start, at = at + 4, at + 4 + number(data[at : at + 4], "little")
                     push(data[start:at].decode("utf-8", "surrogatepass"))
-                    room -= 2
+                    room -= 3
                 case 0x4A:  # BININT
                     push(number(data[at : at + 4], "little", signed=True))
                     at += 4
