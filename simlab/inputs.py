@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,15 @@ BYTES_PER_TOKEN = 64  # bytes of a file that are read per token asked for: token
 Ids = NDArray[np.int64]  # (batch, length)
 
 
-def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Ids:
+@dataclass(frozen=True)
+class Tokens:
+    """A token batch, and which special tokens are put around a text: ``<bos> first``, or nothing."""
+
+    ids: Ids
+    special: str = ""
+
+
+def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tokens:
     """The token batch, (batch, length) int64, the same for every curve of a run.
 
     vocab_size: ids are below it. seed: draws random and Zipf ids. tokenizer: a tokenizer.json,
@@ -34,16 +43,16 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     shape = (inputs.batch, inputs.length)
     if inputs.kind == "random":
-        return generator.integers(vocab_size, size=shape)
+        return Tokens(generator.integers(vocab_size, size=shape))
     assert inputs.exponent is not None
     weights = np.arange(1, vocab_size + 1, dtype=np.float64) ** -inputs.exponent
-    return generator.choice(vocab_size, size=shape, p=weights / weights.sum())
+    return Tokens(generator.choice(vocab_size, size=shape, p=weights / weights.sum()))
 
 
-def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
+def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Tokens:
     batch, length = inputs.batch or TEXT_BATCH, inputs.length or TEXT_LENGTH
     data = _bytes(inputs, BYTES_PER_TOKEN * batch * length)
-    before: list[int] = []
+    before, after, names = list[int](), list[int](), list[str]()
     if tokenizer is None:
         ids, unit = list(data[: batch * length]), "bytes"
     else:
@@ -51,7 +60,8 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
         encoded, unit = encode(tokenizer, text, batch * length), "tokens"
         ids = encoded.ids
         if inputs.special_tokens is not False:
-            before, ids = encoded.before, ids + encoded.after
+            before, after, names = encoded.before, encoded.after, encoded.names
+            ids = ids + after
     if inputs.special_tokens and not before:
         why = f"{tokenizer} puts none before a text" if tokenizer else "there is no tokenizer.json"
         raise ConfigError(f"inputs.special_tokens=true: {why}")
@@ -73,6 +83,7 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
         asked = {"inputs.batch": inputs.batch, "inputs.length": inputs.length}
         given = " ".join(f"{key}={value}" for key, value in asked.items() if value is not None)
         raise ConfigError(f"{given}: the text has only {len(ids)} {unit}")
+    ends = after if batch * size == len(ids) else []  # else the text is cut before its end
     ids = ids[: batch * size]
     if max(ids + before) >= vocab_size:
         raise ConfigError(
@@ -80,7 +91,12 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Ids:
             "vocab_size"
         )
     sequences = np.array(ids, np.int64).reshape(batch, size)
-    return np.hstack([np.tile(np.array(before, np.int64), (batch, 1)), sequences])
+    whole = np.hstack([np.tile(np.array(before, np.int64), (batch, 1)), sequences])
+    first, last = names[: len(before)], names[len(before) :] if ends else []
+    told = [
+        f"{' '.join(part)} {where}" for part, where in ((first, "first"), (last, "last")) if part
+    ]
+    return Tokens(whole, " and ".join(told))
 
 
 def _bytes(inputs: InputsConfig, most: int) -> bytes:

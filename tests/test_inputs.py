@@ -11,28 +11,29 @@ from simlab.checkpoints.untrusted import tokenizer as child
 from simlab.config import ConfigError, InputsConfig
 from simlab.experiment import prepare
 from simlab.inputs import make_tokens
+from simlab.report.console import announce
 
 TEXT = "The capital of France is Paris. Größe: 3 µm.\n" * 40
 
 
 def text(vocab=256, tokenizer=None, **values):
     config = InputsConfig(**{"kind": "text", "batch": None, "length": None} | values)
-    return make_tokens(config, vocab, 0, tokenizer)
+    return make_tokens(config, vocab, 0, tokenizer).ids
 
 
 def test_random_ids_are_uniform_and_reproducible():
     config = InputsConfig("random", 50, 200)
-    ids = make_tokens(config, 10, 3, None)
+    ids = make_tokens(config, 10, 3, None).ids
     assert ids.shape == (50, 200)
-    assert np.array_equal(ids, make_tokens(config, 10, 3, None))
-    assert not np.array_equal(ids, make_tokens(config, 10, 4, None))
+    assert np.array_equal(ids, make_tokens(config, 10, 3, None).ids)
+    assert not np.array_equal(ids, make_tokens(config, 10, 4, None).ids)
     counts = np.bincount(ids.flatten(), minlength=10)
     assert ((counts - 1000) ** 2 / 1000).sum() < 27.9  # χ² with 9 degrees of freedom, 0.1 %
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.5])
 def test_zipf_frequencies(exponent):
-    ids = make_tokens(InputsConfig("zipf", 100, 1000, exponent), 20, 0, None)
+    ids = make_tokens(InputsConfig("zipf", 100, 1000, exponent), 20, 0, None).ids
     p = np.arange(1, 21) ** -exponent
     expected = 100_000 * p / p.sum()
     counts = np.bincount(ids.flatten(), minlength=20)
@@ -152,6 +153,26 @@ def test_every_sequence_begins_with_them(tokenizer):
         text(prompt=TEXT, special_tokens=True)
 
 
+@pytest.mark.parametrize(
+    ("single", "length", "told"),
+    [
+        ("<s> $A <s>", None, "with <s> first and <s> last, forward"),
+        ("<s> $A <s>", 3, "1 × 3 text tokens with <s> first, forward"),  # cut before its end
+        ("$A <s>", None, "with <s> last, forward"),
+        ("$A", None, "text tokens, forward"),
+    ],
+)
+def test_the_header_names_special_tokens(tmp_path, tokenizer, capsys, single, length, told):
+    write_olmo(tmp_path / "m")
+    begins(tokenizer, single)
+    tokenizer.rename(tmp_path / "m" / "tokenizer.json")
+    config = ["source=checkpoint", f"source.path={tmp_path / 'm'}", "seeds=0", "inputs=text"]
+    size = [f"inputs.length={length}", "inputs.batch=1"] if length else []
+    ready = prepare(compose([*config, *size, "inputs.prompt='The capital of France is'"]))
+    announce(ready.config, 0, ready.unit, ready.engines, ready.reason, special=ready.special)
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_tokenizer_truncation_and_padding_are_ignored(tokenizer):
     own = Tokenizer.from_file(str(tokenizer))
     plain = text(prompt="The capital of France is Paris", tokenizer=tokenizer).shape
@@ -164,7 +185,7 @@ def test_tokenizer_truncation_and_padding_are_ignored(tokenizer):
 
 def test_random_ids_stay_in_the_tokenizers_vocabulary(tokenizer):
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    ids = make_tokens(InputsConfig("random", 20, 500), 10_000, 0, tokenizer)
+    ids = make_tokens(InputsConfig("random", 20, 500), 10_000, 0, tokenizer).ids
     assert ids.max() == size - 1
 
 

@@ -14,7 +14,7 @@ from simlab.analysis.numbers import gigabytes
 from simlab.budget.machine import TORCH, available, refuse_imports
 from simlab.budget.predicted import WITHOUT_TORCH, prediction_cost, refuse_prediction
 from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
-from simlab.inputs import Ids, make_tokens
+from simlab.inputs import Ids, Tokens, make_tokens
 from simlab.theory.mean_field import unpredictable
 from simlab.theory.size import parameters_on_paper
 
@@ -29,7 +29,8 @@ class Prepared:
 
     ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one. With
     ``theory`` they are one predicted curve, and ``config.seeds`` is (seed,). ``init_origin`` says where
-    an init that the user left to the checkpoint comes from, None of one that the user gave.
+    an init that the user left to the checkpoint comes from, None of one that the user gave. ``special``
+    names the tokens that are put around a text.
     ``checkpoint`` is also None of a plan for one on the hub whose weights aren't here.
     """
 
@@ -38,6 +39,7 @@ class Prepared:
     checkpoint: Checkpoint | None
     reason: str
     init_origin: str | None = None
+    special: str = ""
 
     @property
     def parameters(self) -> int:
@@ -47,6 +49,11 @@ class Prepared:
         from simlab.model.transformer import parameter_count
 
         return parameter_count(self.config.shape)
+
+    @property
+    def unread(self) -> str:
+        """What lies beside the checkpoint's files and isn't read, or nothing."""
+        return self.checkpoint.opened.unread if self.checkpoint else ""
 
     @property
     def entries(self) -> int:
@@ -119,7 +126,7 @@ class Prepared:
 
 def prepare(
     config: RunConfig,
-    tokens_of: Callable[..., Ids] = make_tokens,
+    tokens_of: Callable[..., Tokens] = make_tokens,
     device: str | None = None,
     download: bool = True,
 ) -> Prepared:
@@ -150,7 +157,8 @@ def prepare(
         config, tokenizer = replace(config, model=about.model), about.tokenizer
         if config.init.rule == FROM_CHECKPOINT:
             config, origin = _own_init(config, about.init)
-    tokens = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
+    made = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
+    tokens = made.ids
     inputs = replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
     if config.gradients and inputs.length == 1:
         raise ConfigError(
@@ -175,7 +183,7 @@ def prepare(
         refuse(config, torch.get_num_threads())
     if config.source.stored and checkpoint is None and download:
         checkpoint = _opened(config)
-    return Prepared(config, tokens, checkpoint, reason, origin)
+    return Prepared(config, tokens, checkpoint, reason, origin, made.special)
 
 
 def _opened(config: RunConfig) -> Checkpoint:

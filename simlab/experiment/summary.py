@@ -51,6 +51,7 @@ def summarise(
         "parameters": ready.parameters,
         "tokens": list(ready.tokens.shape),
         "token_unit": ready.unit,
+        **({"special_tokens": ready.special} if ready.special else {}),
         "seeds": list(config.seeds),
         **(ready.checkpoint.identity() if ready.checkpoint else {}),
         "overflow": cuts.overflow,

@@ -71,6 +71,7 @@ def _header(curves: Sequence[SweptCurve]) -> Iterator[str]:
     rule, std = config["init"]["rule"], config["init"]["std"]
     init = f"init {rule}{f'({std:g})' if std is not None else ''}"
     tokens = f"{sequences} × {length} {config['inputs']['kind']} {summary['token_unit']}"
+    tokens += f" with {special}" if (special := summary.get("special_tokens")) else ""
     yield f"{title} {what}: {init}, {tokens}."
 
 

@@ -52,12 +52,13 @@ def title(config: RunConfig) -> str:
 
 def announce(
     config: RunConfig, parameters: int, unit: str, engines: Mapping[str, str], reason: str,
-    init_origin: str | None = None,
+    init_origin: str | None = None, unread: str = "", special: str = "",
 ) -> None:  # fmt: skip
     """The header: the model, inputs and device of a run. unit: of the ids, tokens or bytes.
 
     engines: of each kind of curve; reason: why the random inits' is what it is. init_origin: where
-    their init comes from, if it is the checkpoint's.
+    their init comes from, if it is the checkpoint's. unread: what lies beside the checkpoint's files
+    and isn't read. special: the tokens that are put around a text.
     """
     model, inputs = config.shape, config.inputs
     heads = f"{model.heads} heads" + (
@@ -78,10 +79,14 @@ def announce(
     )
     what = "forward and backward" if config.gradients else "forward"
     where = f", {config.dtype} on {config.device}" if config.measures else ""
+    around = f" with {special}" if special else ""
     console.print(
-        f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} {unit}, "
-        f"{what}{where}"
+        f"{' and '.join(curves)}, {inputs.batch} × {inputs.length} {inputs.kind} {unit}{around}, "
+        f"{what}{where}",
+        markup=False,
     )
+    if unread:
+        console.print(unread, markup=False)
     engine = f"{config.engine} engine ({reason})" if config.seeds else "dense engine"
     if "theory" in engines:
         engine = "theory engine (nothing is drawn: seeds, device and dtype aren't used)"

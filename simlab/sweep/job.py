@@ -40,7 +40,7 @@ from simlab.sweep.gpu_lock import own_gpu
 
 if TYPE_CHECKING:
     from simlab.experiment import MeasuredCurves, Prepared, RunResult
-    from simlab.inputs import Ids
+    from simlab.inputs import Tokens
 
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
@@ -140,7 +140,7 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
         ready = experiment.prepare(config)
         console.announce(
             ready.config, ready.parameters, ready.unit, ready.engines, ready.reason,
-            ready.init_origin,
+            ready.init_origin, ready.unread, ready.special,
         )  # fmt: skip
         with progress.block_bar(ready.blocks) as advance:
 
@@ -227,7 +227,7 @@ def sweep_job(
     folder: Path,
     keep: KeepConfig,
     on_block: Callable[[], None] = lambda: None,
-    tokens_of: Callable[..., Ids] | None = None,
+    tokens_of: Callable[..., Tokens] | None = None,
     curves_of: Callable[..., MeasuredCurves] | None = None,
 ) -> dict[str, str]:
     """One job of a sweep: its result in its folder, and how it ended in RECORD.

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import edit_json, refused, write_olmo
+from conftest import edit_json, in_process, refused, write_olmo
 from safetensors.torch import load_file, save_file
 from test_architectures import IDS, PLAIN, assert_same, sublayer_states
 from test_legacy_olmo import OLMO2, fused, write_legacy
@@ -152,3 +152,43 @@ def test_git_lfs_pointers_are_named(tmp_path, written):
     for file in ("__0_0.distcp", ".metadata"):
         (tmp_path / "core" / "model_and_optim" / file).write_text(POINTER)
         refused(tmp_path / "core", file, "git lfs pull")
+
+
+def test_a_shard_that_the_index_does_not_mention(tmp_path):
+    """Of the same save it is refused; another save's, and a second layout, are named in a line."""
+    folder = tmp_path / "m"
+    write_olmo(folder, shards="9KB", **TINY)
+    first = min(folder.glob("model-*"))
+    beside = folder / "model-00001-of-09999.safetensors"
+    shutil.copy(first, beside)
+    assert Checkpoint(str(folder)).opened.unread.startswith(f"not read: {beside.name}, which")
+    same = folder / first.name.replace("00001-of", "09999-of")
+    beside.rename(same)
+    refused(folder, same.name, "doesn't mention it")
+    same.unlink()
+    assert not Checkpoint(str(folder)).opened.unread
+    write_olmo(tmp_path / "whole", **TINY)
+    shutil.copy(tmp_path / "whole" / "model.safetensors", folder)
+    assert "not read: model-00001-of" in Checkpoint(str(folder)).opened.unread
+
+
+def test_both_configs(tmp_path):
+    """The weights say whose the folder is; where both have some, a line says how to choose."""
+    tensors = fused(write_olmo(tmp_path / "hugging_face"))
+    write_legacy(tmp_path / "legacy", tensors, OLMO2, "pt")
+    both = {"legacy": "config.json", "hugging_face": "config.yaml"}
+    for name, config in both.items():
+        other = next(folder for folder in both if folder != name)
+        shutil.copy(tmp_path / other / config, tmp_path / name)
+        opened = Checkpoint(str(tmp_path / name)).opened
+        assert opened.config.name == both[other]
+        assert opened.unread == f"read as {both[other]} says; not read: {config}"
+    shutil.copy(tmp_path / "legacy" / "model.pt", tmp_path / "hugging_face")
+    refused(tmp_path / "hugging_face", "config.yaml", "config.json", "move one config away")
+
+
+def test_the_header_says_what_is_not_read(tmp_path):
+    write_olmo(tmp_path / "m", **TINY)
+    (tmp_path / "m" / "config.yaml").write_text("model: another program's")
+    done = in_process(*source(tmp_path / "m"), cwd=tmp_path)
+    assert "read as config.json says; not read: config.yaml" in done.stdout

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from simlab.checkpoints.formats import hugging_face, legacy_olmo, olmo_core
-from simlab.checkpoints.formats.layouts import instead, unwrapped
+from simlab.checkpoints.formats.layouts import INDEX, instead, unwrapped
 from simlab.checkpoints.formats.opened import Opened
 from simlab.checkpoints.formats.own_init import OwnInit
+from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.config import ConfigError, ModelConfig
 
 # A format's test of a folder, and its reader; the first format whose test passes reads the folder.
@@ -38,11 +39,39 @@ def read_shape(folder: Path) -> tuple[ModelConfig, OwnInit]:
     return model, init
 
 
+def _configs(folder: Path) -> list[str]:
+    """Which of config.yaml and config.json are there."""
+    return [name for name in ("config.yaml", "config.json") if (folder / name).is_file()]
+
+
+def _is_hugging_faces(folder: Path) -> bool:
+    """Of a folder with both configs, whose the weights are. Raises ConfigError where they are both's.
+
+    Conversion writes Hugging Face's files beside the old trainer's; and a repository in Hugging Face's
+    layout may have a config.yaml of another program.
+    """
+    if len(_configs(folder)) < 2:
+        return False
+    single, pickled = folder / "model.safetensors", folder / "model.pt"
+    held = unwrapped(read_header(single), folder) if single.is_file() else {}
+    old = "transformer.wte.weight" in held
+    if (old or pickled.is_file()) and ((held and not old) or (folder / INDEX).is_file()):
+        raise ConfigError(
+            f"{folder}: holds weights for both config.yaml (the old OLMo trainer's) and config.json "
+            "(Hugging Face's): move one config away to choose the other"
+        )
+    return not old and not pickled.is_file()
+
+
 def open_folder(folder: Path) -> Opened:
     """Open a checkpoint folder of any format. Raises ConfigError, one line, for what is wrong."""
-    for matches, opener in FORMATS.values():
-        if matches(folder):
+    for name, (matches, opener) in FORMATS.items():
+        if matches(folder) and (name != "legacy_olmo" or not _is_hugging_faces(folder)):
             opened = opener(folder)
+            others = {*_configs(folder)} - {opened.config.name}
+            if others and name != "olmo_core":
+                line = f"read as {opened.config.name} says; not read: {others.pop()}"
+                opened = replace(opened, unread="; ".join(filter(None, [line, opened.unread])))
             tensors = unwrapped(opened.tensors, folder)
             # Where the head is tied, a stored one is only read to see that it is the embedding.
             head = tensors.pop(opened.keys["head.weight"], None) if opened.model.tied else None

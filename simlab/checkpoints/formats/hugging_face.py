@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import fnmatch
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import torch
 
 from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
-from simlab.checkpoints.formats.layouts import instead, refuse_beside, unwrapped
+from simlab.checkpoints.formats.layouts import (
+    INDEX,
+    SHARDS,
+    instead,
+    refuse_beside,
+    unread,
+    unwrapped,
+)
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.formats.own_init import OwnInit, transformers_init
 from simlab.checkpoints.storage import StoredTensor, check_pieces
@@ -149,12 +157,15 @@ def open_folder(folder: Path) -> Opened:
         values, fields_of(values, path)
     )  # first: there is no use in looking for its weights
     refuse_beside(folder)
-    held = _by_full_name(unwrapped(tensors(folder), folder))
+    files = weight_files(folder)
+    held = _by_full_name(unwrapped(tensors(files), folder))
     model, keys, init = read_config(path, len(held))
     learned = {name: t for name, t in held.items() if not name.endswith(_BUFFER)}
     for name in sorted(held.keys() - learned.keys()):
         _check_frequencies(held[name], model, path)
-    return Opened("hugging_face", model, keys, learned, path, init)
+    index = [] if None in files.values() else [INDEX]
+    beside = unread(folder, [*index, *(file.name for file in files)])
+    return Opened("hugging_face", model, keys, learned, path, init, unread=beside)
 
 
 def _by_full_name(held: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -191,7 +202,15 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         found = instead(entry.name for entry in folder.iterdir())
         raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}{found}")
     there = {entry.name for entry in folder.iterdir()}
-    return {folder / file: names for file, names in read_index(index, there).items()}
+    files = read_index(index, there)
+    counts = {file.partition("-of-")[2] for file in files}
+    for name in sorted({*fnmatch.filter(there, SHARDS)} - files.keys()):
+        if name.partition("-of-")[2] in counts:  # of another count it is another save's
+            raise ConfigError(
+                f"{folder / name}: a shard of the same checkpoint as those in {index.name}, which "
+                "doesn't mention it: get the index that belongs to the shards"
+            )
+    return {folder / file: names for file, names in files.items()}
 
 
 def read_index(index: Path, there: Container[str] | None = None) -> dict[str, set[str]]:
@@ -214,10 +233,10 @@ def read_index(index: Path, there: Container[str] | None = None) -> dict[str, se
     return files
 
 
-def tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Where every tensor of the folder lies. Raises ConfigError."""
+def tensors(files: Mapping[Path, set[str] | None]) -> dict[str, StoredTensor]:
+    """Where every tensor of some ``weight_files`` lies. Raises ConfigError."""
     places: dict[str, StoredTensor] = {}
-    for path, claimed in weight_files(folder).items():
+    for path, claimed in files.items():
         held = read_header(path)
         for name in sorted((claimed or set()) - held.keys()):
             raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")

@@ -13,13 +13,14 @@ from simlab.config.fields import brief
 # Modules around a model, or around its layers, that torch.compile, DDP, FSDP and checkpointing leave in
 # the names of a state dict.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+SHARDS, INDEX = "model-*-of-*.safetensors", "model.safetensors.index.json"
 _MERGE = (
     "merge it into its base model (peft's merge_and_unload), and give the folder saved from that"
 )
 # What a folder without readable weights may hold, and what to do; the first that is there is named.
 _INSTEAD = (
     (
-        "model-*-of-*.safetensors",
+        SHARDS,
         "a shard, and model.safetensors.index.json isn't there: get that too",
     ),
     ("adapter_model.*", f"an adapter alone: {_MERGE}"),
@@ -60,6 +61,18 @@ def refuse_beside(folder: Path) -> None:
     for name, why in BESIDE.items():
         if (folder / name).is_file():
             raise ConfigError(f"{folder / name}: {why}")
+
+
+def unread(folder: Path, read: Iterable[str]) -> str:
+    """A line on weights in Hugging Face's layout beside those that are read; "" if there are none."""
+    files = {entry.name for entry in folder.iterdir()}
+    others = sorted({*fnmatch.filter(files, SHARDS), *files & {INDEX}} - {*read})
+    if not others:
+        return ""
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return (
+        f"not read: {brief(others[0])[1:-1]}{more}, which the weights that are read don't belong to"
+    )
 
 
 def unwrapped(tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

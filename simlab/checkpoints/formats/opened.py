@@ -21,7 +21,8 @@ class Opened:
     theirs are stacked in it by rows, in the map's order (a fused q‖k‖v). A norm without an entry has
     no gain: it is 1. tensors: the file's names to where their bytes are, optimizer state left out.
     config: the file that says the shape. init: how its weights were drawn before training. head: the
-    one that the files hold although it is tied.
+    one that the files hold although it is tied. unread: a line on what is beside these files and could
+    be taken for them, but isn't read; empty where there is nothing.
     """
 
     format: str
@@ -31,6 +32,7 @@ class Opened:
     config: Path
     init: OwnInit
     head: StoredTensor | None = None
+    unread: str = ""
 
 
 def layers(fields: Fields, key: str, tensors: int) -> int:

@@ -42,12 +42,14 @@ def vocabulary_size(path: Path) -> int:
 class Encoded:
     """A text's token ids, and the special ones that the tokenizer's post-processor puts around them.
 
-    after: empty where the ids end before the text does.
+    after: empty where the ids end before the text does. names: what the tokenizer calls those before
+    and after, in one list.
     """
 
     ids: list[int]
     before: list[int]
     after: list[int]
+    names: list[str]
 
 
 def encode(path: Path, text: str, most: int) -> Encoded:
@@ -91,7 +93,8 @@ def _ask(path: Path, text: str, most: int) -> tuple[int, Encoded]:
     size = int(lines[1])
     if size < 1:
         raise ConfigError(f"{path}: the tokenizer has no vocabulary")
-    return size, Encoded(*json.loads(lines[2]))
+    ids, before, after, names = json.loads(lines[2])
+    return size, Encoded(ids, before, after, [printable(name)[:30] for name in names])
 
 
 def _reason(status: int, complaints: list[str], memory: int, seconds: float) -> str:
@@ -150,7 +153,8 @@ def main() -> None:
     before = next(n for n in range(added + 1) if whole[n : n + len(ids)] == ids)
     cut = len(ids) > about["most"]
     after = [] if cut else whole[before + len(ids) :]
-    print(json.dumps([ids[: about["most"]], whole[:before], after]))
+    names = [tokenizer.id_to_token(i) or str(i) for i in [*whole[:before], *after]]
+    print(json.dumps([ids[: about["most"]], whole[:before], after, names]))
 
 
 if __name__ == "__main__":
