@@ -13,7 +13,7 @@ The classes: mutations of a checkpoint in each layout (bytes, JSON, YAML, zips, 
 pipes), pickles that mean harm, tokenizers, texts, and files that are cut, grown, overwritten or
 replaced while they are read. ``largest`` are the small files that cost most among those that are let in
 (``tests/checkpoints/largest.py``), and longer ones: these must end within 2 s and 300 MiB (a
-distributed checkpoint's .metadata within 10 s, since OLMo 32B's real one takes 5).
+distributed checkpoint's .metadata within 10 s and 350 MiB: OLMo 32B's real one takes 5 s and 250).
 Prints a table; exit status 0 where all were answered well, else 1.
 """
 
@@ -39,7 +39,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 LAYOUTS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors")
 CLASSES = (*LAYOUTS, "pickle", "tokenizer", "text", "changing", "largest")
 PATIENCE = 20.0  # seconds of work
-MOST = {"largest": (2.0, 300), ".metadata": (10.0, 300)}  # seconds, MiB
+MOST = {"largest": (2.0, 300), ".metadata": (10.0, 350)}  # seconds, MiB
 WORDS = "The capital of France is Paris. Größe: 3 µm.\n" * 20
 Input = tuple[str, list[str], Callable[[], Any]]  # what it is, overrides, what happens meanwhile
 
