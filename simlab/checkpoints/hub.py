@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from simlab import store
 from simlab.checkpoints.formats.hugging_face import read_index
 from simlab.checkpoints.formats.hugging_face_keys import read_family
-from simlab.checkpoints.formats.layouts import BESIDE, instead, refuse_beside
+from simlab.checkpoints.formats.layouts import BESIDE, INDEX, instead, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
 from simlab.checkpoints.hub_client import as_given, ask
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names
@@ -29,7 +29,7 @@ from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, nearest
 
 CONFIGS = ("config.json", "config.yaml")
-INDEX, SINGLE, PICKLED = "model.safetensors.index.json", "model.safetensors", "model.pt"
+SINGLE, PICKLED = "model.safetensors", "model.pt"
 _SAID_FROM = 100 << 20  # bytes; a download of more is said
 
 

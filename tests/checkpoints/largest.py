@@ -134,11 +134,13 @@ def largest(top):
     for what, data in yamls().items():
         yield "legacy_safetensors", "config.yaml", what, data
     most = dcp.METADATA_LIMIT  # map keeps none of these in memory while it is tried
-    yield from map(("olmo_core", "model_and_optim/.metadata").__add__, pickled(dcp.BUDGET, most))
+    yield from map(
+        ("olmo_core", "model_and_optim/.metadata").__add__, pickled(dcp.METADATA_BUDGET, most)
+    )
     for share in (0.98, 1.1):  # of the most steps
-        chunks = int(dcp.BUDGET.steps * share / 70)
+        chunks = int(dcp.METADATA_BUDGET.steps * share / 70)
         yield "olmo_core", "model_and_optim/.metadata", f"{chunks} chunks", metadata(chunks)
-    for what, data in pickled(torch_zip.BUDGET, torch_zip.PICKLE_LIMIT):
+    for what, data in pickled(torch_zip.PICKLE_BUDGET, torch_zip.PICKLE_LIMIT):
         put = rezip(whole, lambda r, d=data: ((n, d if n[-4:] == ".pkl" else c) for n, c in r))
         yield "legacy_pt", "model.pt", what, put
     count = torch_zip.DIRECTORY_LIMIT // 60

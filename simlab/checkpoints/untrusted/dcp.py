@@ -26,7 +26,7 @@ METADATA = ".metadata"
 # training scripts shard 64 ways: 707 parameters and two moments of each are 136,000 chunks, 10 million
 # steps and 25 MB. There is room for a tenth more; ten times as much would take 2 GB and 40 s.
 METADATA_LIMIT = 32 << 20  # bytes
-BUDGET = pickles.Budget(steps=11_000_000, objects=4_300_000)
+METADATA_BUDGET = pickles.Budget(steps=11_000_000, objects=4_300_000)
 # Of a chunk's archive, which is one tensor's: its pickle, and bytes of its zip's directory, of which a
 # real one takes 50 steps and 700 bytes. There may be 150,000 chunks.
 CHUNK_LIMITS = pickles.Budget(steps=1000, objects=1000), 8 << 10
@@ -104,7 +104,7 @@ def file_names(folder: Path) -> list[str]:
 def _load(folder: Path) -> Any:
     path = folder / METADATA
     data = read_bytes(path, METADATA_LIMIT, "the metadata of a checkpoint")
-    return pickles.load(data, path, BUDGET)
+    return pickles.load(data, path, METADATA_BUDGET)
 
 
 @pickles.without_collections()

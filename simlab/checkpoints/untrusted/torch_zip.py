@@ -31,7 +31,7 @@ _MALFORMED = (
 DIRECTORY_LIMIT = 2 << 20  # bytes; some 30,000 records, of which each tensor is one
 PICKLE_LIMIT = 4 << 20
 # Of an archive's pickle: a tensor takes about 50 steps and 20 objects.
-BUDGET = pickles.Budget(steps=500_000, objects=500_000)
+PICKLE_BUDGET = pickles.Budget(steps=500_000, objects=500_000)
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -86,7 +86,7 @@ def open_archive(
     file: StoredFile,
     start: int,
     length: int,
-    budget: pickles.Budget = BUDGET,
+    budget: pickles.Budget = PICKLE_BUDGET,
     directory: int = DIRECTORY_LIMIT,
 ) -> Archive:
     """Open the archive in ``length`` bytes of a file from ``start`` on. Raises ConfigError.
