@@ -41,7 +41,7 @@ COMMANDS = {
 }
 MB, KB = 10**6, 10**3
 VALUES = {
-    "ulimit -v": [round(100 * MB * 80 ** (i / 5)) for i in range(6)],
+    "ulimit -v": [round(100 * MB * 80 ** (i / 11)) for i in range(12)],
     "ulimit -d": [round(20 * MB * 150 ** (i / 7)) for i in range(8)],
     "ulimit -u": [1, 2, 3, 4, 6, 8, 16],
     "ulimit -f": [0, 100, KB, 10 * KB, 100 * KB, MB],

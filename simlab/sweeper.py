@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ class Around(Callback):
 
     Hydra makes a warning of a callback's exception, so a mistake ends the process from here.
     """
+
+    def __init__(self) -> None:
+        self.alone = ExitStack()  # holds the folder of another sweeper's sweep until its report
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Check a run's config, files and device. Raises SystemExit for a mistake and a dry run."""
@@ -47,11 +51,13 @@ class Around(Callback):
         if is_ours(config):
             return
         with or_exit():
-            from simlab.sweep.sweeper import forget, written_by_hydra
+            from simlab.sweep.sweeper import alone_in, forget, written_by_hydra
 
             if read_keep(config).dry_run:
                 raise ConfigError("dry_run=true: only with hydra/sweeper=simlab")
             folder = Path(config.hydra.sweep.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.alone.enter_context(alone_in(folder))
             forget(folder)
             self.before = written_by_hydra(folder)
 
@@ -68,7 +74,7 @@ class Around(Callback):
                 plan = described(folder, self.before, read_keep(config).answer)
                 write_json(folder / job.PLAN, plan | made_by(config))
             try:
-                with alone_in(folder):
+                with alone_in(folder) if is_ours(config) else self.alone:
                     whole = report(folder)
             except KeyboardInterrupt:
                 print(

@@ -27,9 +27,11 @@ from simlab.config import ConfigError, KeepConfig, RunConfig
 from simlab.config.cli_errors import in_one_line, out_of_memory
 from simlab.config.validate import read, read_keep
 from simlab.store import (
+    PARTIAL,
     SUMMARY,
     Results,
     copy_result,
+    remove_left,
     result_key,
     write_atomically,
     write_csv,
@@ -109,6 +111,17 @@ def remove_empty(folder: Path) -> None:
             break
 
 
+def remove_left_beside(folder: Path) -> None:
+    """Remove what killed processes left half-written in the runs and sweeps beside this one.
+
+    Folders that are named by the time: no other run writes there, and removes it.
+    """
+    if OUR_FOLDER.fullmatch(folder.name) and OUR_FOLDER.fullmatch(folder.parent.name):
+        for depth in ("*/*", "*/*/*"):  # of a run, of a sweep's job
+            for path in folder.parents[1].glob(f"{depth}/{PARTIAL}*"):
+                remove_left(path.parent)
+
+
 def task(config: DictConfig) -> None:
     """The function that Hydra calls: for a single run, or for a sweep's job in a launcher's process."""
     hydra = HydraConfig.get()
@@ -136,6 +149,7 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
     from simlab.report import console, progress
 
     STARTED.setdefault(folder, run_files(folder))
+    remove_left_beside(folder)
     with own_gpu(config.device if config.measures else "cpu"):
         ready = experiment.prepare(config)
         console.announce(

@@ -122,6 +122,7 @@ class Sweep:
         """Write the sweep's plan and stored results into its folder; remove an earlier sweep's."""
         self.results.root.mkdir(parents=True, exist_ok=True)  # or this is said now
         self.results.clean()
+        job.remove_left_beside(folder)
         forget(folder)
         for place in places:
             if place.folder.is_file():

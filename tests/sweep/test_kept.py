@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import INPUTS, SHAPE, in_process
 
-from simlab.store import locked
+from simlab.store import HERE, locked
 
 SWEEP = ["-m", *SHAPE, *INPUTS, "device=cpu", "seeds=1", "norm=pre,post", "hydra.sweep.dir=sweep"]
 
@@ -74,11 +74,32 @@ def test_two_sweeps_in_one_folder(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with locked(tmp_path / "sweep"):
         second = in_process(*SWEEP, "seed=3", cwd=tmp_path)
+        other = in_process(*SWEEP, "seed=3", "hydra/sweeper=basic", cwd=tmp_path)
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
         report = in_process("sweep", cwd=tmp_path, command="sweep")
     assert (second.returncode, second.stdout) == (2, "")
+    assert (other.returncode, other.stdout, other.stderr) == (2, "", second.stderr)
     assert second.stderr == (
         "simlab: hydra.sweep.dir=sweep: another sweep runs in this folder; give this one its own\n"
     )
     assert report.returncode == 0  # of a sweep that runs, too
     assert in_process(*SWEEP, "seed=3", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("mode", ["run", "sweep"])
+@pytest.mark.usefixtures("no_figures", "one_thread")
+def test_what_killed_runs_left_is_removed(tmp_path, mode):
+    """In folders named by the time, each of one run; what is being written stays."""
+    day = tmp_path / "outputs" / "2020-01-01"
+    left = [
+        day / name / f"{HERE}0-curve.csv" for name in ("10-00-00-1", "10-00-00-2/0", "10-00-00-3")
+    ]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.write_text("half")
+        (path.parent / "curve.csv").write_text("whole")
+    with locked(left[2]):
+        done = in_process(*(SWEEP[:-1] if mode == "sweep" else SWEEP[1:-2]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.exists() for path in left] == [False, False, True]
+    assert all((path.parent / "curve.csv").exists() for path in left)
