@@ -1,11 +1,12 @@
 """simlab: how activations grow with depth, for random-init and pretrained transformers.
 
-    from simlab import build_model, compose, probe
-    from simlab.experiment import run
-    config = compose(["model=small", "norm=swin_renorm"])
-    result = run(config)            # .curve (a DataFrame), .summary, .verdicts
-    model = build_model(config)     # such a model, as one nn.Module
-    rows = probe(model, ids).rows() # the same rows, of any PyTorch decoder
+    import simlab
+    r = simlab.measure("olmo2_7b", norm="swin_renorm", seeds=8)   # .curves, .verdict, .plot("norm")
+    simlab.compare(r, simlab.measure("olmo2_7b", norm="pre"))
+    simlab.multirun({"depth": [8, 16, 32]}, "small")              # .frame, .table, .plot()
+    simlab.load("outputs/…")                                      # a finished run or sweep again
+    rows = simlab.probe(model, ids).rows()                        # the same rows, of any decoder
+    model = simlab.build_model(simlab.compose(["model=small"]))   # such a model, as one nn.Module
 
 Imports are late, so that ``--help`` and tab completion don't wait for torch.
 """
@@ -16,26 +17,45 @@ TYPE_CHECKING = False  # typing takes 20 ms, in which Ctrl-C is Python's, before
 if TYPE_CHECKING:
     from typing import Any
 
+    from simlab.api import compare, load, measure, multirun
     from simlab.config import ConfigError, RunConfig
     from simlab.config.validate import compose
     from simlab.experiment import RunResult, build_model
     from simlab.measurement.layout import Layout, Sublayer
     from simlab.measurement.model_probe import probe
+    from simlab.report.plot import plot
+    from simlab.results import Comparison, Result, SweepResult
 
 __version__: str  # of the package that is installed
 __all__ = [
+    "Comparison",
     "ConfigError",
     "Layout",
+    "Result",
     "RunConfig",
     "RunResult",
     "Sublayer",
+    "SweepResult",
     "__version__",
     "build_model",
+    "compare",
     "compose",
+    "load",
+    "measure",
+    "multirun",
+    "plot",
     "probe",
 ]
 
 _HOMES = {
+    "measure": "simlab.api",
+    "compare": "simlab.api",
+    "multirun": "simlab.api",
+    "load": "simlab.api",
+    "plot": "simlab.report.plot",
+    "Result": "simlab.results",
+    "SweepResult": "simlab.results",
+    "Comparison": "simlab.results",
     "ConfigError": "simlab.config",
     "RunConfig": "simlab.config",
     "compose": "simlab.config.validate",

@@ -15,6 +15,7 @@ from simlab.analysis.compare import departure, sentences
 from simlab.analysis.exponents import exponents
 from simlab.analysis.resampling import Estimate, jackknife
 from simlab.analysis.verdict import Verdict
+from simlab.config.title import title
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.init import Gaussian, distribution
 from simlab.store import config_hash
@@ -39,6 +40,7 @@ def summarise(
     """
     config, depth = ready.config, ready.config.shape.depth
     summary: dict[str, Any] = {
+        "title": title(config),
         "config": asdict(config),
         "config_hash": config_hash(config),
         "engine": config.engine if config.seeds else "dense",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,16 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
+from simlab.analysis.headline import headline
 from simlab.analysis.numbers import plus_minus
 from simlab.analysis.resampling import Estimate
 from simlab.analysis.verdict import Verdict
 from simlab.config import RunConfig
-from simlab.config.fields import as_typed
-from simlab.config.preset import changed
+from simlab.config.title import title
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import block_table, departures_table, growth_table, lambda_table
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
-# The fields of NormConfig that every placement has; the others are a placement's own.
-COMMON_NORM_KEYS = ("placement", "type", "eps", "gain")
-
-
-def title(config: RunConfig) -> str:
-    """One line that says which model, norm and init a run is about.
-
-    Where overrides change the preset's shape it says what: ``olmo2_7b with depth 64, width 512``.
-    """
-    model, init = config.shape, config.init
-    std = [f"{init.std:g}"] if init.std is not None else []
-    cut = [f"±{init.truncate:g}σ"] if init.truncate is not None else []
-    shape = f"{model.name}: depth {model.depth}, width {model.width}"
-    other = {} if config.source.stored else changed(model)
-    if other:
-        differences = [k if is_dataclass(v) else f"{k} {as_typed(v)}" for k, v in other.items()]
-        shape = f"{model.name} with {', '.join(differences)}"
-    if not config.seeds:
-        return f"{shape}, norm {model.norm.placement}"
-    rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
-    own = {k: v for k, v in asdict(model.norm).items() if k not in COMMON_NORM_KEYS}
-    constants = "".join(f" {key} {value:g}" for key, value in own.items() if value is not None)
-    drawn = "random init" if config.source.stored else "init"
-    return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"
 
 
 def announce(
@@ -212,6 +187,12 @@ def headlines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> li
     lines = [_named(name, verdicts) + " ".join(v.main) for name, v in verdicts.items()]
     lines += summary.get("comparison", [])[:1]
     return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
+
+
+def figure_lines(curve: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
+    """What a figure's title says: the answer, and where curves or gradients left the dtype's range."""
+    lost = overflow_lines(summary["overflow"]) + lost_lines(summary)
+    return [headline(curve, summary), *lost]
 
 
 def lost_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,9 @@ from simlab.store import (
 from simlab.sweep.gpu_lock import own_gpu
 
 if TYPE_CHECKING:
-    from simlab.experiment import MeasuredCurves, Prepared, RunResult
+    import pandas as pd
+
+    from simlab.experiment import MeasuredCurves, Prepared
     from simlab.inputs import Tokens
 
 RECORD = "job.json"  # how a sweep's job ended
@@ -164,39 +166,46 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
 
             result = experiment.measure(ready, on_block)
         console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second
-        files = write(result, folder, overrides)
+        files = write(result.curve, result.summary, result.weights, folder, overrides)
     console.show_files(files)
 
 
-def write(result: RunResult, folder: Path, overrides: Sequence[str]) -> list[Path]:
+def write(
+    curve: pd.DataFrame,
+    summary: dict[str, Any],
+    weights: pd.DataFrame | None,
+    folder: Path,
+    overrides: Sequence[str],
+) -> list[Path]:
     """curve.csv, the figures, the page, and last summary.json: with it the run is whole.
 
-    overrides: of the command that makes the run again, which the page shows.
+    weights: the rows of weights.csv. overrides: of the command that makes the run again, which the page
+    shows.
     """
     from simlab.report import checkpoint_figure, console, figure, style
     from simlab.report.page.build import command_of, run_page
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
         clear(folder)  # of an earlier run there
-    tables = write_tables(result, folder)
-    title = console.title(result.config)
-    lines = console.headlines(result.verdicts, result.summary)
+    tables = write_tables(curve, weights, folder)
+    title, depth = summary["title"], summary["config"]["model"]["depth"]
+    lines = console.figure_lines(curve, summary)
     figures = {
-        "growth": figure.growth_figure(result.curve, title, lines),
-        "lambda": figure.lambda_figure(result.curve, result.config.shape.depth, title),
-        "inside": checkpoint_figure.inside_figure(result.curve, title),
+        "growth": figure.growth_figure(curve, title, lines),
+        "lambda": figure.lambda_figure(curve, depth, title),
+        "inside": checkpoint_figure.inside_figure(curve, title),
     }
     files = [f for name, each in figures.items() if each for f in style.save(each, folder, name)]
-    page = run_page(result.curve, result.summary, title, command_of(overrides), str(date.today()))
+    page = run_page(curve, summary, title, command_of(overrides), str(date.today()))
     write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
     signals.raise_noted()
-    write_json(folder / SUMMARY, result.summary)
+    write_json(folder / SUMMARY, summary)
     return [*tables, folder / SUMMARY, folder / PAGE, *files[::-1]]
 
 
-def write_tables(result: RunResult, folder: Path) -> list[Path]:
+def write_tables(curve: pd.DataFrame, weights: pd.DataFrame | None, folder: Path) -> list[Path]:
     """Write curve.csv, and of a checkpoint weights.csv."""
-    frames = {"curve.csv": result.curve, "weights.csv": result.weights}
+    frames = {"curve.csv": curve, "weights.csv": weights}
     written = []
     for name, frame in frames.items():
         if frame is not None:
@@ -270,7 +279,9 @@ def sweep_job(
                 if stored is None:
                     result = experiment.measure(ready, on_block, curves_of)
                     stored = results.put(
-                        key, functools.partial(write_tables, result), result.summary
+                        key,
+                        functools.partial(write_tables, result.curve, result.weights),
+                        result.summary,
                     )
             copy_result(stored, folder)
         except Exception as error:  # the one place where a sweep's jobs are kept apart

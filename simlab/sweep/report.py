@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from simlab.config import ConfigError, printable
 from simlab.store import (
@@ -56,10 +57,10 @@ class Entry:
     @property
     def summary(self) -> dict[str, Any]:
         """Its summary.json."""
-        return _read_object(self.folder / SUMMARY)
+        return read_object(self.folder / SUMMARY)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +75,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
     """A sweep's jobs, and the swept columns with their values. Raises ConfigError."""
     if not (folder / PLAN).is_file():
         raise ConfigError(f"{folder}: no sweep's folder, it has no {PLAN}")
-    described = _read_object(folder / PLAN)
+    described = read_object(folder / PLAN)
     entries = []
     try:
         swept = {str(key): list(values) for key, values in described["swept"].items()}
@@ -99,7 +100,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
 
 def _status(folder: Path) -> tuple[str, str]:
     if (folder / RECORD).is_file():
-        record = _read_object(folder / RECORD)
+        record = read_object(folder / RECORD)
         if record.get("status") == "failed":
             return "failed", str(record.get("error", ""))
     if not (folder / SUMMARY).is_file():
@@ -108,22 +109,36 @@ def _status(folder: Path) -> tuple[str, str]:
     return ("failed", f"{why}; the sweep's command writes it again") if why else ("done", "")
 
 
-def _curve(each: Entry) -> pd.DataFrame:
-    """A job's curve.csv. Raises ConfigError."""
+def read_curve(folder: Path) -> pd.DataFrame:
+    """A run's curve.csv. Raises ConfigError."""
     try:
-        frame = read_csv(each.folder / "curve.csv")
+        frame = read_csv(folder / "curve.csv")
         frame["block"] = frame["block"].astype("Int64")
         frame[["curve", "seed", "sublayer", "kind", "mean_square"]]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder / 'curve.csv'}: no such file") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{each.folder / 'curve.csv'}: not a curve ({error})") from error
+        raise ConfigError(f"{folder / 'curve.csv'}: not a curve ({error})") from error
     return frame
+
+
+def overrides_in(folder: Path) -> list[str]:
+    """The overrides of a run, from the file that Hydra wrote; none where there isn't one."""
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not what Hydra writes") from error
+    return [str(each) for each in found] if isinstance(found, list) else []
 
 
 def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
     """The rows of sweep.parquet: every finished job's curve.csv, its number and swept values first."""
     frames = []
     for each in jobs:
-        frame = _curve(each)
+        frame = read_curve(each.folder)
         keys = {"job": each.number} | {k: v for k, v in each.values.items() if k not in frame}
         front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
         frames.append(pd.concat([front, frame], axis=1))
@@ -248,7 +263,7 @@ def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
     from simlab.report.answer import WRITERS
     from simlab.report.swept import SweptJob
 
-    name = _read_object(folder / PLAN).get("answer")
+    name = read_object(folder / PLAN).get("answer")
     if name is None:
         return None
     if name not in WRITERS:
@@ -256,7 +271,7 @@ def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
     outcomes = []
     for each in jobs:
         if each.status == "done":
-            outcomes.append(SweptJob(each.values, "", _curve(each), each.summary))
+            outcomes.append(SweptJob(each.values, "", read_curve(each.folder), each.summary))
         else:
             outcomes.append(SweptJob(each.values, each.error))
     text = WRITERS[name](outcomes)
@@ -276,7 +291,7 @@ def _page(
     by_job = dict(list(frame.groupby("job", sort=False)))
     shown = [PageJob(_label(e), by_job[e.number], e.summary, e.values) for e in done]
     told = [" ".join(line.replace("**", "").split()) for line in (answer or "").split("\n\n")]
-    overrides = _read_object(folder / PLAN).get("overrides")
+    overrides = read_object(folder / PLAN).get("overrides")
     command = command_of(overrides, True) if isinstance(overrides, list) else str(folder)
     lines = [line for line in told if line and not line.startswith("|")]
     return sweep_page(shown, table, heading, lines, command, str(date.today()))

@@ -13,13 +13,13 @@ from rich.console import Console
 from simlab.analysis.exponents import per_block
 from simlab.config import CONF_DIR
 from simlab.config.preset import changed
+from simlab.config.title import title
 from simlab.config.validate import compose
 from simlab.experiment import run
 from simlab.report.console import (
     headlines,
     overflow_lines,
     show_result,
-    title,
     verdict_lines,
 )  # fmt: skip
 from simlab.report.figure import growth_figure, lambda_figure

@@ -1,0 +1,221 @@
+"""simlab from Python: ``measure``, ``compare``, ``multirun``, ``load``.
+
+Keywords are the config's keys, as on the command line; ``docs/python.md`` has examples.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simlab.config import ConfigError
+from simlab.results import Comparison, Result, SweepResult, read_result
+
+# What Hydra's grammar reads as the same text without quotes.
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_./][A-Za-z0-9_./@%-]*", re.IGNORECASE)
+
+
+def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **keys: Any) -> Result:
+    """Measure a run, as ``python -m simlab.run`` does, and give its curves and verdict.
+
+    Example::
+
+        r = simlab.measure("olmo2_7b", norm="swin_renorm", seeds=8)
+        r.verdict; r.plot("norm"); r.save("folder")
+        simlab.measure("small", {"init.std": 0.01}, gradients=True)
+        simlab.measure(source="checkpoint", **{"source.path": "allenai/OLMo-2-0425-1B"})
+
+    Args:
+        model: A preset of conf/model, such as ``olmo2_7b`` or ``small``.
+        more: Keys with a dot, such as ``init.std``, which Python takes as no keyword.
+        keys: Any key of the config. A dict's keys are those below it: ``init={"std": 0.01}``.
+
+    Raises ConfigError, which names the key and what is allowed. Nothing is written to disk.
+    """
+    from simlab.config.validate import compose
+    from simlab.experiment import measure as measured
+    from simlab.experiment import prepare
+    from simlab.report import progress
+    from simlab.sweep.gpu_lock import own_gpu
+
+    given = as_overrides({**({"model": model} if model else {}), **(more or {}), **keys})
+    config = compose(given)
+    with own_gpu(config.device if config.measures else "cpu"):
+        ready = prepare(config)
+        with progress.block_bar(ready.blocks) as advance:
+            found = measured(ready, advance)
+    return Result(found.curve, found.summary, found.weights, tuple(given))
+
+
+def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
+    """Put runs side by side: ``simlab.compare(a, b).plot("norm")``.
+
+    labels: a name of each; by default what differs between their overrides, or else their titles.
+    Raises ConfigError for no run, or labels that aren't one of each.
+    """
+    if not runs:
+        raise ConfigError("compare: give at least one run")
+    if labels is None:
+        labels = _labels(runs)
+    if len(labels) != len(runs) or len(set(labels)) < len(labels):
+        raise ConfigError(
+            f"compare: labels={list(labels)}: give {len(runs)} different ones, one per run"
+        )
+    pairs = list(zip(labels, runs, strict=True))
+    frame = pd.concat([run.curves.assign(run=label) for label, run in pairs], ignore_index=True)
+    return Comparison(frame, {label: run.headline for label, run in pairs})
+
+
+def _labels(runs: Sequence[Result]) -> list[str]:
+    """What tells runs apart, in a few words."""
+    shared = set.intersection(*(set(run.overrides) for run in runs))
+    labels = [" ".join(o for o in run.overrides if o not in shared) for run in runs]
+    if not all(labels) or len(set(labels)) < len(labels):
+        labels = [run.title for run in runs]
+    again = {label for label in labels if labels.count(label) > 1}
+    return [f"{label} ({i + 1})" if label in again else label for i, label in enumerate(labels)]
+
+
+def multirun(
+    sweep: Mapping[str, Sequence[Any]], model: str | None = None, more: Mapping[str, Any] | None = None,
+    *, folder: str | Path | None = None, **keys: Any,
+) -> SweepResult:  # fmt: skip
+    """Measure every combination of values, as ``python -m simlab.run -m`` does.
+
+    Example::
+
+        s = simlab.multirun({"depth": [8, 16, 32], "init.std": [0.01, 0.02]}, seeds=8)
+        s.frame; s.table; s.plot()
+
+    A result that is kept under ``results`` (by default outputs/results) isn't computed again: after an
+    interrupt the same call does the rest. Runs in a process of its own, and shows its progress.
+
+    Args:
+        sweep: Lists of values by key, dotted or not.
+        model, more, keys: What all jobs have, as of ``measure``; also ``hydra/launcher`` in ``more``.
+        folder: Where the sweep's files go; by default outputs/DATE/TIME.
+
+    Raises ConfigError for a mistake, before any job starts. Jobs that fail are in ``.failed``.
+    """
+    swept = []
+    for key, values in sweep.items():
+        if (
+            isinstance(values, str | Mapping)
+            or not hasattr(values, "__iter__")
+            or not len(list(values))
+        ):
+            raise ConfigError(f"multirun: {key}={values!r}: give a list of values")
+        swept.append(f"{key}={','.join(_text(key, value) for value in values)}")
+    given = as_overrides({**({"model": model} if model else {}), **(more or {}), **keys})
+    place = (
+        Path(folder)
+        if folder is not None
+        else Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "simlab.run",
+        "-m",
+        *given,
+        *swept,
+        f"hydra.sweep.dir={_text('folder', str(place))}",
+    ]
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:  # a mistake's line is raised, not printed
+                if said:
+                    print(said[-1], file=sys.stderr, flush=True)
+                said.append(line.rstrip())
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # a notebook's goes to its kernel alone
+            process.wait()
+            raise
+    status = process.returncode
+    if status == 2 or not (place / "sweep.json").is_file():
+        raise ConfigError(
+            said[-1].removeprefix("simlab: ") if said else f"multirun: exit status {status}"
+        )
+    if said:
+        print(said[-1], file=sys.stderr)
+    loaded = load(place)
+    assert isinstance(loaded, SweepResult)
+    return loaded
+
+
+def load(folder: str | Path) -> Result | SweepResult:
+    """A finished run or sweep again, from the folder that it wrote: ``simlab.load("outputs/…")``.
+
+    Raises ConfigError for a folder without one, or whose files aren't what simlab writes.
+    """
+    from simlab.store import SUMMARY
+    from simlab.sweep.job import PLAN
+    from simlab.sweep.report import curves, overrides_in, read_entries, rows
+
+    place = Path(folder)
+    if (place / PLAN).is_file():
+        entries, swept = read_entries(place)
+        done = [each for each in entries if each.status == "done"]
+        frame = curves(done) if done else pd.DataFrame()
+        return SweepResult(
+            place, frame, rows(done, frame) if done else pd.DataFrame(), swept,
+            {each.number: each.error for each in entries if each.status == "failed"},
+            [each.number for each in entries if each.status == "unfinished"],
+        )  # fmt: skip
+    if not (place / SUMMARY).is_file():
+        what = (
+            "no such folder"
+            if not place.is_dir()
+            else f"holds no finished run or sweep: no {SUMMARY}"
+        )
+        raise ConfigError(f"{place}: {what}")
+    return read_result(place, overrides_in(place))
+
+
+def as_overrides(keys: Mapping[str, Any], above: str = "") -> list[str]:
+    """A dict of keys and values as the command line's overrides: ``{"depth": 8}`` as ``depth=8``."""
+    given: list[str] = []
+    for key, value in keys.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            given += as_overrides(value, f"{name}.")
+        else:
+            given.append(f"{name}={_text(name, value)}")
+    return given
+
+
+def _text(key: str, value: Any) -> str:
+    """A value in Hydra's grammar. Raises ConfigError for what no config can hold."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        text = str(value)
+        if _PLAIN.fullmatch(text):
+            return text
+        quoted = re.sub(r"(\\*)'", r"\1\1\\'", text)
+        quoted = re.sub(r"(\\+)$", r"\1\1", quoted)
+        return f"'{quoted}'"
+    if isinstance(value, Sequence | range | np.ndarray):
+        return "[" + ",".join(_text(key, each) for each in value) + "]"
+    raise ConfigError(
+        f"{key}={value!r}: a {type(value).__name__}; allowed: numbers, texts, true, false, lists"
+    )

@@ -1,0 +1,131 @@
+"""One quantity of any curves on one pair of axes: what ``.plot()`` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from simlab.analysis.curve import INITS, laws_in
+from simlab.config import ConfigError, nearest
+from simlab.report.page.payload import FROM_LAW, RENORM
+from simlab.report.page.quantities import BY_SUBLAYER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by the colour-blind; the first three are the named curves'.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#000000")
+NAMED = {"random": PALETTE[0], "checkpoint": PALETTE[1], "theory": PALETTE[2]}
+TITLES = {"random": "random init"}
+MIDDLE = (0.05, 0.95)  # quantiles of the seeds' band from twenty seeds on; else least to most
+
+
+def plot(
+    curves: pd.DataFrame,
+    quantity: str = "mean_square",
+    ax: Axes | None = None,
+    *,
+    by: str = "curve",
+    log: bool | None = None,
+    laws: bool | Sequence[str] = True,
+) -> Axes:
+    """Draw a quantity against the sublayer: each curve's mean over its seeds, with their range.
+
+    Example: ``simlab.plot(simlab.probe(model, ids).rows(), "norm")``.
+
+    Args:
+        curves: Tidy rows as in curve.csv: of ``Result.curves``, of ``probe(…).rows()`` or of a sweep.
+        quantity: A column of them, or ``rms``, the root of mean_square.
+        ax: Axes to draw on; new ones without.
+        by: The column whose values get a line each.
+        log: A logarithmic axis; by default for quantities that cross decades.
+        laws: Which laws to draw beside random inits (additive, sqrt2, mean_field), or all or none.
+            A law is about the mean square: of the rms it says the root, and of other columns nothing.
+
+    Returns the axes. Raises ConfigError for a column that isn't there.
+    """
+    rows = curves.copy()
+    if quantity == "rms" and "rms" not in rows:
+        rows["rms"] = np.sqrt(rows["mean_square"])
+    for column in ("sublayer", by, quantity):
+        if column not in rows:
+            names = [str(name) for name in rows.columns]
+            near = nearest(column, names) or f"; there are {', '.join(names)}"
+            raise ConfigError(f"plot: there is no column {column}{near}")
+    rows = rows[rows[quantity].notna()]
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")[1]
+    late = (rows["kind"] == "renorm") * RENORM if "kind" in rows else 0.0
+    rows["x"] = rows["sublayer"] + late
+    names = list(dict.fromkeys(rows[by]))
+    free = iter(c for c in PALETTE if not set(names) & set(NAMED) or c not in NAMED.values())
+    for name in names:
+        colour = NAMED.get(name) if by == "curve" else None
+        _line(ax, rows[rows[by] == name], quantity, str(name), colour or next(free, PALETTE[-1]))
+    if quantity in FROM_LAW and "curve" in rows and by == "curve" and laws is not False:
+        _laws(ax, rows, quantity, laws)
+    known = BY_SUBLAYER.get(quantity)
+    values = rows[quantity]
+    if known is not None and known.log if log is None else log:
+        if len(values) and values.max() > 0:
+            ax.set_yscale("log")
+    elif len(values) and values.min() >= 0:
+        ax.set_ylim(0, 1.08 * float(values.max()) or 1.0)
+    ax.set(
+        xlabel="sublayer (0: the embedding; a block has two)",
+        ylabel=known.label if known else quantity,
+    )
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    if len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _line(ax: Axes, rows: pd.DataFrame, quantity: str, name: str, colour: str) -> None:
+    """One curve's mean over its seeds, and a band: their range, of a predicted curve two std."""
+    groups = rows.groupby("x")[quantity]
+    mean = groups.mean()
+    count = rows.groupby("x").size().max()
+    label = TITLES.get(name, name) + (
+        f" ({count} curves: mean, least to most)" if count > 1 else ""
+    )
+    if name == "theory" and quantity == "mean_square" and "band_mean_field" in rows:
+        band = 2 * rows.groupby("x")["band_mean_field"].mean()
+        ax.fill_between(mean.index, mean - band, mean + band, color=colour, alpha=0.18, lw=0)
+        label += " (± 2 std of a seed)"
+    if count > 1:
+        ax.fill_between(mean.index, groups.min(), groups.max(), color=colour, alpha=0.18, lw=0)
+    ax.plot(mean.index, mean, color=colour, lw=2, label=label)
+
+
+def _laws(ax: Axes, rows: pd.DataFrame, quantity: str, wanted: bool | Sequence[str]) -> None:
+    """The laws of the random inits there, or else of the checkpoint, dashed."""
+    there = list(rows["curve"].unique())
+    basis = next((name for name in (*INITS, *there) if name in there), None)
+    if basis is None:
+        return
+    own = rows[rows["curve"] == basis]
+    width = float((own["norm"] ** 2 / own["mean_square"]).median()) if "norm" in own else 1.0
+    for law in laws_in(own):
+        if wanted is not True and law.name not in list(wanted or ()):
+            continue
+        if basis == "theory" and law.name == "mean_field":
+            continue
+        mean = own.groupby("x")[law.column].mean()
+        with np.errstate(over="ignore"):
+            says = FROM_LAW[quantity](mean.to_numpy(np.float64), round(width))
+        top = 50 * float(rows[quantity].max() or 1.0)  # √2 per sublayer leaves the axis
+        says = np.where(says > top, np.nan, says)
+        if law.name == "mean_field" and quantity == "mean_square":
+            band = 2 * own.groupby("x")["band_mean_field"].mean()
+            ax.fill_between(
+                mean.index, mean - band, mean + band, color=law.colour, alpha=0.12, lw=0
+            )
+        ax.plot(mean.index, says, color=law.colour, ls=law.line, lw=1.4, label=law.label)

@@ -1,0 +1,271 @@
+"""Finished runs and sweeps as Python objects: their curves, verdicts, plots, files and displays.
+
+``simlab.measure``, ``simlab.multirun`` and ``simlab.load`` (simlab/api.py) make them.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from simlab.analysis.curve import basis, laws_in
+from simlab.analysis.headline import headline
+from simlab.analysis.numbers import short
+from simlab.report.console import figure_lines
+from simlab.report.page.build import command_of, lines, run_page
+from simlab.report.plot import plot
+from simlab.report.values import key_text, value_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN_ROWS = 12  # of a table in a notebook
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """A finished run. In a notebook it shows itself: a sentence, a figure, a small table.
+
+    Attributes:
+        curves: The rows of curve.csv: one per curve, seed and step (docs/columns.md).
+        summary: The content of summary.json: config, versions, verdicts, theories, λ's.
+        weights: The rows of weights.csv, a checkpoint's tensors, if it was asked for.
+        overrides: What the config was composed of, as on the command line.
+        folder: Where its files are; None until it is saved.
+    """
+
+    curves: pd.DataFrame
+    summary: Mapping[str, Any]
+    weights: pd.DataFrame | None = None
+    overrides: Sequence[str] = ()
+    folder: Path | None = None
+
+    @property
+    def headline(self) -> str:
+        """The answer in one sentence."""
+        return headline(self.curves, self.summary)
+
+    @property
+    def verdict(self) -> str:
+        """Every sentence of the verdict, a paragraph per curve, as the command prints them."""
+        return "\n".join(lines(self.summary))
+
+    @property
+    def title(self) -> str:
+        """Which model, norm and init it is about."""
+        return str(self.summary.get("title") or self.summary["config"]["model"]["name"])
+
+    @property
+    def command(self) -> str:
+        """The command line that makes it again."""
+        return command_of(self.overrides)
+
+    @property
+    def theory(self) -> pd.DataFrame:
+        """What theory and the laws say of the random inits, a row per step.
+
+        Columns: sublayer, block (from 0), kind; mean_field, the predicted mean square, with
+        band_mean_field, the std between seeds, and law_gradient_rms where gradients were measured;
+        additive and sqrt2, which start at each seed's own embedding: the seeds' mean. A column that
+        says nothing of this run is left out.
+        """
+        rows = self.curves[self.curves["curve"] == basis(self.curves)]
+        names = {law.column: law.name for law in laws_in(rows)}
+        others = [
+            c
+            for c in ("band_mean_field", "law_gradient_rms")
+            if c in rows and rows[c].notna().any()
+        ]
+        steps = rows.groupby(["sublayer", "kind"], sort=False, as_index=False)
+        how = {"block": "first"} | dict.fromkeys([*names, *others], "mean")
+        return steps.agg(how).rename(columns=names)
+
+    def table(self) -> pd.DataFrame:
+        """The mean square after each block: each curve's mean over seeds, and the seeds' std."""
+        ends = self.curves[self.curves["block"].notna()].groupby(["curve", "seed", "block"]).tail(1)
+        means = ends.pivot_table(index="block", columns="curve", values="mean_square", sort=False)
+        spread = ends.pivot_table(
+            index="block", columns="curve", values="mean_square", aggfunc="std"
+        )
+        means.index = pd.Index([int(block) + 1 for block in means.index], name="block")
+        spread.index = means.index
+        several = [name for name in spread if spread[name].notna().any()]
+        return means.join(spread[several].add_suffix(" ± seeds"))
+
+    def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw a quantity by sublayer: ``simlab.plot`` of these curves, with its arguments."""
+        return plot(self.curves, quantity, ax, **options)
+
+    def figure(self) -> Figure:
+        """The run's main figure, growth.png, as a matplotlib Figure."""
+        from simlab.report.figure import growth_figure
+
+        return growth_figure(self.curves, self.title, figure_lines(self.curves, self.summary))
+
+    def page(self) -> str:
+        """The text of report.html."""
+        from datetime import date
+
+        return run_page(self.curves, self.summary, self.title, self.command, str(date.today()))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the command's files into a folder: tables, figures, report.html, summary.json.
+
+        The folder is made where it isn't there; files of an earlier run in it are replaced. Returns it.
+        Raises OSError.
+        """
+        from simlab.sweep.job import write
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write(self.curves, dict(self.summary), self.weights, path, self.overrides)
+        return path
+
+    def __repr__(self) -> str:
+        """Two lines: what it is about, and the answer."""
+        return f"<simlab run: {self.title}\n {self.headline}>"
+
+    def _repr_html_(self) -> str:
+        figure = _figure_html(lambda ax: self.plot(ax=ax))
+        table = self.table()
+        every = -(-len(table) // SHOWN_ROWS)
+        shown = table.iloc[every - 1 :: every]
+        return (
+            f"<p><b>{html.escape(self.headline)}</b><br><small>{html.escape(self.title)}</small></p>"
+            f"{figure}{_table_html(shown)}"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class SweepResult:
+    """A finished sweep, or what is there of one.
+
+    Attributes:
+        folder: Where its files are.
+        frame: The rows of sweep.parquet: every job's curves, with its number and swept values.
+        table: The rows of jobs.csv: one per job and curve.
+        swept: The swept columns with their values, in order.
+        failed: The errors of jobs that have failed, by their numbers.
+        unfinished: The numbers of jobs that have not ended; the same call does them.
+    """
+
+    folder: Path
+    frame: pd.DataFrame
+    table: pd.DataFrame
+    swept: Mapping[str, Sequence[Any]]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    unfinished: Sequence[int] = ()
+
+    def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw a quantity by sublayer, a line per job (with its curve's name where there are several).
+
+        Arguments as of ``simlab.plot``, but for ``by``.
+        """
+        keys = [key for key in self.swept if self.frame[key].nunique(dropna=False) > 1]
+        kinds = self.frame["curve"].nunique() > 1
+        several = [*keys, "curve"] if kinds or not keys else keys
+        parts = [(key, self.frame[key].map(value_text)) for key in several]
+        named = [text if key == "curve" else f"{key_text(key)} " + text for key, text in parts]
+        names = pd.concat(named, axis=1).agg(", ".join, axis=1)
+        return plot(self.frame.assign(_name=names), quantity, ax, by="_name", **options)
+
+    def job(self, number: int) -> Result:
+        """One of its jobs as a run of its own. Raises ConfigError for one that isn't there."""
+        from simlab.api import load
+
+        return load(self.folder / str(number))  # type: ignore[return-value]  # a job's folder is a run's
+
+    def __repr__(self) -> str:
+        """One line: how many jobs, over what, and where."""
+        over = "; ".join(
+            f"{key} {', '.join(map(str, values))}" for key, values in self.swept.items()
+        )
+        lost = f", {len(self.failed)} failed" if self.failed else ""
+        lost += f", {len(self.unfinished)} unfinished" if self.unfinished else ""
+        count = self.table["job"].nunique() if len(self.table) else 0
+        return f"<simlab sweep: {count} jobs{lost}: {over}; {self.folder}>"
+
+    def _repr_html_(self) -> str:
+        columns = [
+            *self.swept,
+            "curve",
+            "mean_square",
+            "shape",
+            "per_sublayer",
+            "exponent",
+            "lambda_token",
+        ]
+        shown = self.table[[c for c in columns if c in self.table]].head(SHOWN_ROWS)
+        figure = _figure_html(lambda ax: self.plot(ax=ax)) if len(self.frame) else ""
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>{figure}{_table_html(shown)}"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Runs side by side. frame: their curves' rows, with a column ``run``, each run's label."""
+
+    frame: pd.DataFrame
+    headlines: Mapping[str, str]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Where each run's curves end: mean square, norm and, where measured, the gradient's rms."""
+        last = self.frame.groupby(["run", "curve", "seed"], sort=False).tail(1)
+        columns = [c for c in ("mean_square", "norm", "max_abs", "token_cosine") if c in last]
+        return last.groupby(["run", "curve"], sort=False)[columns].mean()
+
+    def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw a quantity by sublayer, a line per run and curve. Arguments as of ``simlab.plot``."""
+        kinds = self.frame["curve"].nunique() > 1
+        names = self.frame["run"] + (": " + self.frame["curve"] if kinds else "")
+        return plot(self.frame.assign(_name=names), quantity, ax, by="_name", **options)
+
+    def __repr__(self) -> str:
+        """A line per run: its label and its answer."""
+        return "\n".join(f"{label}: {text}" for label, text in self.headlines.items())
+
+    def _repr_html_(self) -> str:
+        said = "".join(
+            f"<li><b>{html.escape(label)}</b>: {html.escape(text)}</li>"
+            for label, text in self.headlines.items()
+        )
+        return (
+            f"<ul>{said}</ul>{_figure_html(lambda ax: self.plot(ax=ax))}{_table_html(self.table)}"
+        )
+
+
+def read_result(folder: Path, overrides: Sequence[str]) -> Result:
+    """A run from its folder's files. Raises ConfigError."""
+    from simlab.store import SUMMARY
+    from simlab.sweep.report import read_curve, read_object
+
+    frame, summary = read_curve(folder), read_object(folder / SUMMARY)
+    weights = folder / "weights.csv"
+    return Result(
+        frame, summary, pd.read_csv(weights) if weights.is_file() else None, tuple(overrides), folder
+    )  # fmt: skip
+
+
+def _figure_html(draw: Any) -> str:
+    """A small figure as an image within a page."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    draw(figure.subplots())
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _table_html(table: pd.DataFrame) -> str:
+    texts = table.map(lambda value: short(value) if isinstance(value, float) else value)
+    return str(texts.to_html(border=0, na_rep="", escape=True))

@@ -1,0 +1,190 @@
+"""simlab from Python: the same runs, names and files as the command's."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import in_process, tiny
+from omegaconf import OmegaConf
+
+import simlab
+from simlab.api import as_overrides
+from simlab.experiment import build_model
+
+matplotlib.use("agg")
+KEYS = {
+    "depth": 3,
+    "width": 48,
+    "heads": 6,
+    "kv_heads": 2,
+    "d_ff": 80,
+    "vocab_size": 97,
+    "device": "cpu",
+}
+SMALL = [f"{key}={value}" for key, value in KEYS.items()]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return simlab.measure("small", {"inputs.length": 11}, **KEYS, seeds=4, norm="swin_renorm")
+
+
+def test_measures_as_the_command_does(result, tmp_path):
+    """Same curve, same summary, same bytes in every file but the page's day."""
+    done = in_process("model=small", "inputs.length=11", *SMALL, "seeds=4", "norm=swin_renorm",
+                      "hydra.run.dir=command", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    saved = result.save(tmp_path / "saved")
+    names = sorted(p.name for p in saved.iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "command").iterdir() if p.name != ".hydra")
+    for name in names:
+        assert (saved / name).read_bytes() == (tmp_path / "command" / name).read_bytes(), name
+    assert result.command in (saved / "report.html").read_text(encoding="utf-8")
+    again = simlab.load(tmp_path / "command")
+    pd.testing.assert_frame_equal(again.curves, result.curves, check_dtype=False)
+    assert again.command == result.command
+    assert again.verdict == result.verdict
+    assert all(part in " ".join(done.stdout.split()) for part in result.verdict.split("\n"))
+
+
+def test_shows_itself(result):
+    assert repr(result).count("\n") == 1
+    assert len(repr(result)) < 300
+    html = result._repr_html_()
+    assert result.headline.replace("'", "&#x27;") in html
+    assert "<img" in html
+    assert "<table" in html
+    assert result.table().loc[3, "random"] == pytest.approx(
+        result.curves[result.curves["sublayer"] == 6]["mean_square"].mean()
+    )
+    theory = result.theory
+    assert list(theory.columns[:3]) == ["sublayer", "kind", "block"]
+    first = result.curves[result.curves["seed"] == 0]
+    np.testing.assert_allclose(theory["mean_field"], first["law_mean_field"])
+
+
+@pytest.mark.parametrize("quantity", ["mean_square", "rms", "norm", "token_cosine", "max_abs"])
+def test_plot(result, quantity):
+    """The line is the seeds' mean, the band their range, on the axes that were given."""
+    ax = matplotlib.figure.Figure().subplots()
+    assert result.plot(quantity, ax=ax, laws=False) is ax
+    rows = result.curves.assign(rms=np.sqrt(result.curves["mean_square"]))
+    mean = rows.groupby("sublayer")[quantity].mean()
+    (line,) = ax.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), mean[np.isfinite(mean)])
+    top = ax.collections[0].get_datalim(ax.transData).y1
+    assert top == pytest.approx(rows[quantity].max())
+    assert (ax.get_yscale() == "log") == (quantity == "max_abs")
+
+
+def test_laws_in_a_plot(result):
+    def labels(**options):
+        return [line.get_label() for line in result.plot("rms", **options).get_lines()][1:]
+
+    assert labels() == ["additive law", "√2 per sublayer", "theory (mean field)"]
+    assert labels(laws=["additive"]) == ["additive law"]
+    line = result.plot("rms", laws=["additive"]).get_lines()[1]
+    np.testing.assert_allclose(line.get_ydata() ** 2, result.theory["additive"], rtol=1e-6)
+    matplotlib.pyplot.close("all")
+    with pytest.raises(simlab.ConfigError, match=r"no column nrom; did you mean norm\?"):
+        result.plot("nrom")
+
+
+def test_a_probes_rows_are_plotted():
+    config = tiny()
+    model, ids = build_model(config), torch.randint(97, (2, 7))
+    rows = simlab.probe(model, ids).rows()
+    ax = simlab.plot(rows, "norm", ax=matplotlib.figure.Figure().subplots())
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), rows["norm"])
+
+
+def test_compare(result):
+    other = simlab.measure("small", {"inputs.length": 11}, **KEYS, seeds=4, norm="pre")
+    both = simlab.compare(result, other)
+    assert repr(both).startswith("norm=swin_renorm: At init")
+    assert list(both.table.index) == [("norm=swin_renorm", "random"), ("norm=pre", "random")]
+    ax = both.plot("norm", ax=matplotlib.figure.Figure().subplots())
+    assert [line.get_label().split(" (")[0] for line in ax.get_lines()] == [
+        "norm=swin_renorm",
+        "norm=pre",
+    ]
+    assert "<img" in both._repr_html_()
+    twice = simlab.compare(result, result)
+    assert len(twice.headlines) == 2
+    for runs, labels in (((), None), ((result, other), ["a"]), ((result, other), ["a", "a"])):
+        with pytest.raises(simlab.ConfigError, match="compare: "):
+            simlab.compare(*runs, labels=labels)
+
+
+def test_multirun(tmp_path, monkeypatch, capfd):
+    """A sweep as the command's, whose kept results the next one uses; a failed job is told."""
+    monkeypatch.chdir(tmp_path)
+    values = {"depth": [2, 3], "init.std": [0.01, 0.02]}
+    keys = {**KEYS, "seeds": 2}
+    del keys["depth"]
+    sweep = simlab.multirun(values, "small", folder="here", **keys)
+    assert sweep.table.groupby(["depth", "init.std"]).size().tolist() == [1] * 4
+    assert len(sweep.frame) == 2 * (2 * 5 + 2 * 7)
+    assert sweep.job(2).summary["config"]["model"]["depth"] == 3
+    assert "4 jobs" in repr(sweep)
+    labels = [
+        line.get_label()
+        for line in sweep.plot(ax=matplotlib.figure.Figure().subplots()).get_lines()
+    ]
+    assert labels[0].startswith("depth 2, init.std 0.01")
+    kept = sorted((tmp_path / "outputs" / "results").iterdir())
+    (tmp_path / "here" / "sweep.parquet").unlink()
+    (tmp_path / "here" / "3" / "job.json").write_text(
+        json.dumps({"status": "failed", "error": "no luck"})
+    )
+    again = simlab.load("here")
+    assert again.failed == {3: "no luck"}
+    assert len(kept) == 4
+    capfd.readouterr()
+    with pytest.raises(simlab.ConfigError, match=r"^depth=0: allowed: an integer"):
+        simlab.multirun({"depth": [2, 0]}, "small", folder="there")
+    assert capfd.readouterr().err == ""
+    for bad in ("8,16", 8, []):
+        with pytest.raises(simlab.ConfigError, match="give a list of values"):
+            simlab.multirun({"depth": bad})
+
+
+def test_mistakes(tmp_path):
+    for keys, said in (
+        ({"depht": 3}, "depht=3: no such key; did you mean depth?"),
+        ({"norm": "swinrenorm"}, "did you mean swin_renorm?"),
+        ({"depth": object()}, "allowed: numbers, texts"),
+        ({"init": {"sdt": 1}}, "init.sdt"),
+    ):
+        with pytest.raises(simlab.ConfigError) as error:
+            simlab.measure("small", **keys)
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+    for folder, said in (
+        (tmp_path / "no", "no such folder"),
+        (tmp_path, "no finished run or sweep"),
+    ):
+        with pytest.raises(simlab.ConfigError, match=said):
+            simlab.load(folder)
+
+
+VALUES = [
+    None, True, 3, 0.02, 1e-5, "pre", "a/b.txt", "a b", "it's", "back\\slash\\", "a,b", "{x}", "x=y",
+    "ü", "", "1e5", "true", [1, 2], ["a b", "c"], np.int64(3), np.float64(0.5), "a'\\'b", "#x", "$y",
+    "a: b", "10:30",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_arrive_as_they_are(value):
+    """Whatever a Python value is, Hydra's parser reads the same."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (text,) = as_overrides({"key": value})
+    got = OverridesParser.create().parse_override(text).value()
+    got = OmegaConf.to_container(OmegaConf.create({"key": got}))["key"]
+    assert got == value
+    assert type(got) is type(value) or isinstance(value, np.generic)
