@@ -94,7 +94,10 @@ def metadata(chunks):
     parts = [ChunkStorageMetadata(size([i, 0]), size([1, 7])) for i in range(chunks)]
     whole = TensorStorageMetadata(TensorProperties(torch.float32), size([chunks, 7]), parts)
     places = {
-        MetadataIndex(name, [i, 0]): _StorageInfo(f"__{i % 64}_0.distcp", 2000 * i, 1999)
+        # A string of its own, as of a name that came from another rank.
+        MetadataIndex(name[:1] + name[1:], [i, 0]): _StorageInfo(
+            f"__{i % 64}_0.distcp", 2000 * i, 1999
+        )
         for i in range(chunks)
     }
     return pickle.dumps(Metadata({name: whole}, None, places))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import edit_json, refused
+from largest import metadata
 from safetensors.torch import load_file, save_file
 from test_architectures import assert_same
 from write_olmo_core import CASES, IDS, configs
@@ -214,6 +215,27 @@ def test_overlapping_chunks_are_refused(olmo2, monkeypatch):
     path.write_bytes(pickle.dumps(metadata))
     monkeypatch.setattr(distributed, "open_archive", lambda *_: pytest.fail("one was read"))
     refused(olmo2, "overlaps another")
+
+
+def test_the_largest_real_metadata_fits():
+    """OLMo 2 32B over 64 ranks with two moments has 100 times as many chunks."""
+    most = distributed.METADATA_BUDGET
+    budget, data = pickles.Budget(most.steps // 100, most.objects // 100), metadata(1357)
+    assert len(data) < distributed.METADATA_LIMIT / 100
+    assert pickles.load(data, Path("x"), budget).fields().keys() > {"storage_data"}
+
+
+@pytest.mark.parametrize("unit", [b"](]e", b"}", b"\x8c\x02ab", b"J\1\1\1\1", b")\x85"])
+def test_objects_count(unit):
+    """What takes memory is bounded tighter than steps are."""
+    data = b"\x80\x04" + unit * 200_000 + b"."
+    with pytest.raises(ConfigError, match="it holds too much"):
+        pickles.load(data, Path("x"), pickles.Budget(10_000_000, 100_000))
+
+
+def test_a_gap_in_the_memo_is_refused():
+    with pytest.raises(ConfigError, match="memo has a gap"):
+        pickles.load(b"\x80\x02Nr\xff\xff\xff\x7f.", Path("x"), pickles.Budget(10, 10))
 
 
 @pytest.mark.parametrize("opcode", [b"N", b"]", b"}\x94", b"(", b"K\x01", b")"])
