@@ -11,19 +11,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub import constants
 
 from simlab import store
 from simlab.checkpoints.formats.hugging_face import read_index
 from simlab.checkpoints.formats.hugging_face_keys import read_family
-from simlab.checkpoints.formats.layouts import BESIDE, INDEX, instead, refuse_beside
+from simlab.checkpoints.formats.layouts import BESIDE, INDEX, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
-from simlab.checkpoints.hub_client import as_given, ask
+from simlab.checkpoints.hub_client import as_given
+from simlab.checkpoints.hub_repository import TOKENIZER, Repository, Stored, partial
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError, nearest
@@ -34,72 +34,16 @@ _SAID_FROM = 100 << 20  # bytes; a download of more is said
 
 
 @dataclass(frozen=True)
-class Repository:
-    """A repository's revision, as the user names it."""
-
-    id: str
-    revision: str | None
-
-    def list(self, absent: str) -> dict[str, int]:
-        """The files with their sizes, 0 where the hub doesn't say. Raises ConfigError.
-
-        absent: the file for which the hub is asked.
-        """
-
-        def call() -> dict[str, int]:
-            info = HfApi().model_info(
-                self.id,
-                revision=self.revision,
-                files_metadata=True,
-                timeout=constants.HF_HUB_ETAG_TIMEOUT,
-            )
-            if info.siblings is None:
-                raise ValueError("no list of files")
-            return {file.rfilename: file.size or 0 for file in info.siblings}
-
-        return ask(self.id, self.revision, absent, call)
-
-    def cached(self, file: str) -> Path | None:
-        """A file in the hub's cache."""
-        try:
-            path = try_to_load_from_cache(self.id, file, revision=self.revision)
-        except HFValidationError:  # reported by the fetch
-            return None
-        return Path(path) if isinstance(path, str) else None  # it also says "not in the repository"
-
-    def fetch(self, file: str, commit: str | None = None, folder: Path | None = None) -> Path:
-        """Fetch a file to the hub's cache, or to a folder. Raises ConfigError.
-
-        commit: of a snapshot that is here; else the revision's, which the cache then knows.
-        """
-
-        def call() -> str:
-            revision = commit or self.revision
-            return str(hf_hub_download(self.id, file, revision=revision, local_dir=folder))
-
-        try:
-            return Path(ask(self.id, self.revision, file, call))
-        except RemoteEntryNotFoundError as error:
-            raise self.has_no(file) from error
-
-    def has_no(self, files: str, names: Iterable[str] = ()) -> ConfigError:
-        """The error that it has not got some files; names: the files that it has."""
-        return ConfigError(
-            f"{as_given(self.id, self.revision)}: the repository has no {files}{instead(names)}"
-        )
-
-
-@dataclass(frozen=True)
 class Found:
     """A checkpoint's folder, in which the weights of a hub's repository may be missing.
 
     repo: None of a user's folder; else ``folder.name`` is the commit. missing: the weights' files that
-    aren't here, with their sizes in bytes.
+    aren't here.
     """
 
     folder: Path
     repo: Repository | None = None
-    missing: Mapping[str, int] = field(default_factory=dict)
+    missing: Mapping[str, Stored] = field(default_factory=dict)
 
     def fetch(self, stack: contextlib.ExitStack | None = None) -> Path:
         """Fetch what is missing, and return the folder that has it all. Raises ConfigError.
@@ -110,7 +54,11 @@ class Found:
         """
         if self.repo is None or not self.missing:
             return self.folder
-        size, room = sum(self.missing.values()), _free(Path(constants.HF_HUB_CACHE))
+        size = sum(stored.size for stored in self.missing.values())
+        if stack is None:
+            parts = [partial(stored, self.folder) for stored in self.missing.values()]
+            size -= sum(part.stat().st_size for part in parts if part.exists())
+        room = _free(Path(constants.HF_HUB_CACHE))
         what = as_given(self.repo.id, self.repo.revision)
         if size > room:
             raise ConfigError(
@@ -120,8 +68,8 @@ class Found:
         if size > _SAID_FROM:
             print(f"simlab: {what}: downloading {size / 1e9:.1f} GB", file=sys.stderr, flush=True)
         if stack is None:
-            for file in self.missing:
-                self.repo.fetch(file, self.folder.name)
+            for file, stored in self.missing.items():
+                self.repo.fetch_weights(file, stored, self.folder)
             return self.folder
         return self._fetch_aside(self.repo, stack)
 
@@ -136,8 +84,8 @@ class Found:
                     link.symlink_to(path.resolve())
                 except OSError:  # Windows allows links to some users only
                     shutil.copyfile(path, link)
-        for file in self.missing:
-            repo.fetch(file, self.folder.name, folder)
+        for file, stored in self.missing.items():
+            repo.fetch_aside(file, stored, self.folder.name, folder)
         return folder
 
 
@@ -180,18 +128,18 @@ def _snapshot(repo: Repository) -> Found:
         absent = _absent(config)
         if not absent:
             return Found(config.parent, repo)
-    sizes = repo.list(absent)
-    name = next((name for name in CONFIGS if name in sizes), None)
+    there = repo.list(absent)
+    name = next((name for name in CONFIGS if name in there), None)
     if name is None:
-        raise repo.has_no(" or ".join(CONFIGS), sizes)
-    config = repo.fetch(name)
+        raise repo.has_no(" or ".join(CONFIGS), there)
+    config = repo.fetch(name, there[name])
     _refuse_unread(config)
     folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
-    for file in ("tokenizer.json", *BESIDE):
-        if file in sizes:
-            repo.fetch(file, folder.name)
-    weights = _weights(repo, config, sizes)
-    return Found(folder, repo, {w: sizes[w] for w in weights if not (folder / w).exists()})
+    for file in (TOKENIZER, *BESIDE):
+        if file in there:
+            repo.fetch(file, there[file], folder.name)
+    weights = _weights(repo, config, there)
+    return Found(folder, repo, {w: there[w] for w in weights if not (folder / w).exists()})
 
 
 def _refuse_unread(config: Path) -> None:
@@ -200,9 +148,9 @@ def _refuse_unread(config: Path) -> None:
         read_family(values, fields_of(values, config))
 
 
-def _weights(repo: Repository, config: Path, names: Iterable[str]) -> list[str]:
+def _weights(repo: Repository, config: Path, there: Mapping[str, Stored]) -> list[str]:
     """The names of the weights' files, all of them in the repository. Raises ConfigError."""
-    folder, there = config.parent, set(names)
+    folder = config.parent
     if config.name == "config.yaml":
         wanted = [SINGLE if SINGLE in there else PICKLED]
         if wanted[0] not in there:
@@ -211,12 +159,12 @@ def _weights(repo: Repository, config: Path, names: Iterable[str]) -> list[str]:
         refuse_beside(folder)
         wanted = [SINGLE]
         if SINGLE not in there:
-            wanted = sorted(read_index(repo.fetch(INDEX, folder.name), there))
-    elif f"{STATE}/{METADATA}" in there:
-        repo.fetch(f"{STATE}/{METADATA}", folder.name)
+            wanted = sorted(read_index(repo.fetch(INDEX, there[INDEX], folder.name), there))
+    elif (metadata := f"{STATE}/{METADATA}") in there:
+        repo.fetch(metadata, there[metadata], folder.name)
         wanted = [f"{STATE}/{file}" for file in file_names(folder / STATE)]
     else:
-        raise repo.has_no(f"{SINGLE}, no {INDEX} and no {STATE}/{METADATA}", there)
+        raise repo.has_no(f"{SINGLE}, no {INDEX} and no {metadata}", there)
     for file in wanted:
         if file not in there:
             raise repo.has_no(file, there)

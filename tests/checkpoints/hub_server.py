@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ from huggingface_hub import constants
 from simlab.checkpoints import hub_client
 
 REPO = "org/olmo"
+SLEEP = time.sleep  # which the fixture replaces
 LARGE = 8192  # bytes; a file of more has its SHA-256 as ETag and a place elsewhere, as in git-lfs
 TOKEN = "hf_" + "s3cret" * 5
 LOGIN_PAGE = b"<!DOCTYPE html><html><title>Hotel Wi-Fi</title>Please log in</html>"
@@ -37,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.tokens: dict[str, str | None] = {}  # that came with a path
         self.fault: Callable[[_Handler, str], bool] = lambda handler, path: False
+        self.more: dict[str, str] = {}  # headers of large files
         self.over = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -116,10 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return self.say(404, {"X-Error-Code": "RevisionNotFound"})
                 commit = commit_of[revision]
                 if file is None:
-                    siblings = [
-                        {"rfilename": name, "size": len(data)}
-                        for name, data in commits[commit].items()
-                    ]
+                    siblings = [_listed(*item) for item in commits[commit].items()]
                     return self.say(json={"id": repo, "sha": commit, "siblings": siblings})
                 if file not in commits[commit]:
                     headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
@@ -140,6 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.part(data, headers | {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
         tag = hashlib.sha256(data).hexdigest()
         headers |= {"X-Linked-ETag": f'"{tag}"', "X-Linked-Size": str(len(data))}
+        headers |= self.server.more
         return self.say(302, headers | {"Location": f"{self.server.store}/lfs/{tag}"})
 
     def part(self, data: bytes, headers: dict[str, str]) -> None:
@@ -154,18 +155,19 @@ class _Handler(BaseHTTPRequestHandler):
     def say(
         self,
         status: int = 200,
-        headers: dict[str, str] | None = None,
+        headers: dict[str, str | None] | None = None,
         body: bytes = b"",
         *,
         json: object = None,
         cut: int | None = None,
     ) -> None:
-        """An answer; cut: the connection ends after so many bytes of its body."""
+        """An answer, without a header that is None; cut: it ends after so many bytes of its body."""
         if json is not None:
             body = _json(json)
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[:cut])
@@ -178,6 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.over.wait(60)
         self.close_connection = True
         return True
+
+
+def _listed(name: str, data: bytes) -> dict[str, object]:
+    """A file in a repository's list."""
+    if len(data) <= LARGE:
+        return {"rfilename": name, "size": len(data)}
+    large = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return {"rfilename": name, "size": len(data), "lfs": large}
 
 
 def _json(value: object) -> bytes:

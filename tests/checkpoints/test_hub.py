@@ -1,5 +1,6 @@
 """Downloads from a hub on loopback: whole, cut, refused, silent; each failure is one line."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -82,6 +83,14 @@ def test_revisions(hub, pushed, tmp_path, capfd):
     )
 
 
+def cut(handler, data, most):
+    """Of a large file some bytes, from where they are asked for, and the connection ends."""
+    asked = handler.headers.get("Range")
+    start = int(asked[6:-1]) if asked else 0
+    headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if asked else {}
+    handler.say(206 if asked else 200, headers, data[start:], cut=most)
+
+
 def test_cut_and_resumed(hub, pushed, cache, capfd, monkeypatch):
     """The rest is asked for, not the whole again; no part of the file is twice or never there."""
     monkeypatch.setattr(
@@ -89,18 +98,13 @@ def test_cut_and_resumed(hub, pushed, cache, capfd, monkeypatch):
     )  # what is kept of a cut; it has 10 MB
     data = (pushed / WEIGHTS).read_bytes()
 
-    def cut(handler, path):
+    def cuts(handler, path):
         if handler.command == "GET" and "/lfs/" in path and len(hub.gets(path)) < 3:
-            start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
-            status, span = (
-                (206, f"bytes {start}-{len(data) - 1}/{len(data)}") if start else (200, "")
-            )
-            headers = {"Content-Range": span} if start else {}
-            handler.say(status, headers, data[start:], cut=len(data) // 3)
+            cut(handler, data, len(data) // 3)
             return True
         return False
 
-    hub.fault = cut
+    hub.fault = cuts
     same(locate(REPO, None), pushed)
     parts = [part for method, path, part in hub.asked if method == "GET" and "/lfs/" in path]
     third = len(data) // 3 // 1000 * 1000
@@ -108,18 +112,69 @@ def test_cut_and_resumed(hub, pushed, cache, capfd, monkeypatch):
     assert capfd.readouterr().err == ""  # nor what huggingface_hub says of it
 
 
-def test_cut_again_and_again(hub, pushed, cache, capfd):
-    hub.fault = on(
-        "", lambda h, path: h.say(200, body=b"x" * 9, cut=0) if "/lfs/" in path else h.hub(path)
-    )
-    assert "can't be reached" in line(capfd)
+def test_interrupted_and_resumed(hub, cache, tmp_path, monkeypatch):
+    """A later process asks for the shards that aren't whole, and of those for what hasn't come."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    write_olmo(tmp_path / "m", shards="100KB")
+    shards = [path.read_bytes() for path in sorted((tmp_path / "m").glob("model-*"))]
+    commit = hub.push(REPO, tmp_path / "m")
+    place = "/lfs/" + hashlib.sha256(shards[1]).hexdigest()
+
+    def break_off(handler, path):
+        """Some of the second shard, and then nothing that can be used."""
+        if path == place and handler.command == "GET":
+            if hub.gets(place)[1:]:
+                handler.say(403)
+            else:
+                cut(handler, shards[1], 30_000)
+        return path == place
+
+    hub.fault = break_off
+    with pytest.raises(ConfigError, match="answers 403"):
+        locate(REPO, None)
+    kept = next(cache.rglob("*.incomplete"))
+    assert kept.read_bytes() == shards[1][:30_000]
+    hub.fault, asked = lambda handler, path: False, len(hub.asked)
+    same(locate(REPO, None), tmp_path / "m")
+    gets = [(path, part) for method, path, part in hub.asked[asked:] if method == "GET"]
+    large = [get for get in gets if "/lfs/" in get[0]]
+    assert large[0] == (place, "bytes=30000-")
+    assert len(large) == len(shards) - 1  # the first was whole
+    assert not [path for path, _ in gets if path.endswith(("config.json", "index.json"))]
     assert not list(cache.rglob("*.incomplete"))
-    hub.fault = lambda handler, path: False  # a later run fetches what is missing, and only that
-    asked = len(hub.asked)
+    assert locate(REPO, None).name == commit
+
+
+@pytest.mark.parametrize("left", [b"x" * 500, b"x" * 10_000_000, None])
+def test_what_was_left_is_checked(hub, pushed, cache, left, capfd):
+    """Bytes that aren't the file's, more than it has, and all that it has."""
+    data = (pushed / WEIGHTS).read_bytes()
+    part = cache / "blobs" / f"{hashlib.sha256(data).hexdigest()}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(data if left is None else left)
     same(locate(REPO, None), pushed)
-    gets = [path for method, path, _ in hub.asked[asked:] if method == "GET"]
-    assert len([path for path in gets if "/lfs/" in path]) == 1
-    assert not [path for path in gets if path.endswith("config.json")]
+    ranges = [part for method, path, part in hub.asked if method == "GET" and "/lfs/" in path]
+    assert ranges == {500: ["bytes=500-", None], 10_000_000: [None]}.get(len(left or b""), [])
+
+
+def test_another_content(hub, pushed, cache, capfd):
+    """Of the right size, and not of the hash that the hub names."""
+    size = (pushed / WEIGHTS).stat().st_size
+    hub.fault = lambda h, path: (
+        "/lfs/" in path and h.command == "GET" and bool(h.say(200, body=b"x" * size) or True)
+    )
+    assert f"{WEIGHTS} has arrived with another hash" in line(capfd)
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size == size]
+
+
+def test_stored_in_xet(hub, pushed, cache, monkeypatch):
+    """As most of the hub is: its files come by HTTP, whether hf_xet is installed or not."""
+    xet = {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{hub.url}/api/xet-read-token"}
+    monkeypatch.setattr(hub, "more", xet)
+    same(locate(REPO, None), pushed)
+    assert not [path for _, path, _ in hub.asked if "xet" in path]
+    assert len(hub.gets(hashlib.sha256((pushed / WEIGHTS).read_bytes()).hexdigest())) == 1
+    assert constants.HF_HUB_DISABLE_XET is False  # of others in this process
 
 
 def code(status, name, kind="Code"):
@@ -155,19 +210,23 @@ REFUSALS = {
         lambda h, path: "/lfs/" in path and h.command == "GET" and bool(h.say(503) or True),
         "answers 503 Service Unavailable",
     ),
+    "cut again and again": (
+        lambda h, path: "/lfs/" in path and bool(h.say(200, body=b"x" * 9, cut=0) or True),
+        "can't be reached",
+    ),
     "a login page": (on("", lambda h, _: h.say(200, body=LOGIN_PAGE)), "isn't a hub: a login page"),
     "a login page for the weights": (
         lambda h, path: "/lfs/" in path and bool(h.say(200, body=LOGIN_PAGE) or True),
         f"{WEIGHTS} has arrived with another size than the hub (127.0.0.1) names",
     ),
     "a login page for its place": (
-        on(WEIGHTS, lambda h, _: h.say(200, body=LOGIN_PAGE)), "isn't a hub: a login page",
+        on(WEIGHTS, lambda h, _: h.say(200, body=LOGIN_PAGE)), "login page or a proxy answers",
     ),
     "JSON of something else": (on("", lambda h, _: h.say(200, json=[1])), "isn't a hub"),
     "silence": (on("", lambda h, _: h.wait()), "does not answer"),
-    "silence about a file": (on(WEIGHTS, lambda h, _: h.wait()), "has not answered"),
+    "silence about a file": (on(WEIGHTS, lambda h, _: h.wait()), "has sent nothing"),
     "silence in place of bytes": (
-        lambda h, path: "/lfs/" in path and h.command == "GET" and h.wait(), "has not answered",
+        lambda h, path: "/lfs/" in path and h.command == "GET" and h.wait(), "has sent nothing",
     ),
 }  # fmt: skip
 
@@ -199,6 +258,13 @@ def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
         "model_type='qwen2'": {"config.json": b'{"model_type": "qwen2"}', WEIGHTS: data},
         "not JSON": {"config.json": LOGIN_PAGE, WEIGHTS: data},
         "'pytorch_model.bin' is a pickle": {"config.json": config, "pytorch_model.bin": data},
+        "; 'adapter_model.safetensors' is an adapter alone": {
+            "config.json": config, "adapter_model.safetensors": data,
+        },
+        "; 'm.Q4_K_M.gguf' is for llama.cpp: use the repository that": {"m.Q4_K_M.gguf": data},
+        "; 'm.gguf' is for llama.cpp": {"config.json": config, "m.gguf": data},
+        "; 'consolidated.00.pth' is Meta's layout": {"consolidated.00.pth": data},
+        "a shard, and model.safetensors.index.json isn't": {"config.json": config, shard: data},
         "no model.safetensors and no model.pt": {"config.yaml": b"model: {}"},
         "has no weight_map": {"config.json": config, index: b"{}", shard: data},
         "not JSON (": {"config.json": config, index: LOGIN_PAGE, shard: data},

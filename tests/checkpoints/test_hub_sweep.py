@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import in_process, write_olmo
-from hub_server import REPO, cache, hub
+from hub_server import REPO, SLEEP, cache, hub
+from joblib.externals.loky import get_reusable_executor
 from safetensors.torch import load_file, save_file
 
 from simlab import store
@@ -37,9 +39,9 @@ def write(folder, number):
         save_file(tensors, path, {"format": "pt"})
 
 
-def sweep(folder, *overrides, keep=False):
+def sweep(folder, *overrides, keep=False, steps=STEPS):
     return in_process(
-        "-m", "source=checkpoint", f"source.path={REPO}", f"source.revision={','.join(STEPS)}",
+        "-m", "source=checkpoint", f"source.path={REPO}", f"source.revision={','.join(steps)}",
         f"source.keep={keep}".lower(), "seeds=0", "inputs.length=8", "inputs.batch=1", "device=cpu",
         "hydra.sweep.dir=swept", *overrides, cwd=folder,
     )  # fmt: skip
@@ -98,6 +100,37 @@ def test_a_trajectory(hub, cache, trajectory, tmp_path):
     assert curve.read_bytes() != first
     assert len(held) == 4
     assert not any(each & (set(trajectory.values()) - {moved}) for each in held)
+
+
+def test_in_processes_side_by_side(hub, cache, trajectory, tmp_path, monkeypatch, no_figures):
+    """One job's weights still come when another's come, are measured and removed."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)  # a launcher's processes import huggingface_hub anew
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "120")
+    steps, held = STEPS[:2], []
+    shard = sorted((tmp_path / steps[0]).glob("model-*"))[1].name
+
+    def hold(handler, path):
+        """The second shard of the first job comes when the other job is done."""
+        if path.endswith(f"{trajectory[steps[0]]}/{shard}") and handler.command == "GET":
+            until = time.monotonic() + 50
+            while not (tmp_path / "swept/1/summary.json").exists() and time.monotonic() < until:
+                SLEEP(0.05)
+            held.append(time.monotonic() < until)
+        return False
+
+    hub.fault = hold
+    get_reusable_executor().shutdown(kill_workers=True)  # those of other tests have another hub
+    run = sweep(tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", steps=steps)
+    get_reusable_executor().shutdown(kill_workers=True)
+    assert run.returncode == 0, run.stderr
+    assert held == [True]
+    assert not weights_in(cache)
+    jobs = pd.read_csv(tmp_path / "swept" / "jobs.csv")
+    assert list(jobs["source.revision"]) == list(steps)
+    for number, step in enumerate(steps):
+        summary = json.loads((tmp_path / "swept" / str(number) / "summary.json").read_text())
+        assert summary["weight_hash"] == Checkpoint(str(tmp_path / step)).identity()["weight_hash"]
 
 
 def test_what_was_there_before_stays(hub, cache, trajectory, tmp_path):
