@@ -22,6 +22,9 @@ from simlab.measurement.layout_probe import LayoutProbe, first_argument
 from simlab.measurement.statistics import STATISTICS, Step, wide
 from simlab.model.transformer import Block
 
+# In the rows' ``attrs``, where a curve was cut: its first sublayer that isn't finite. pandas keeps it
+# in the rows of several seeds that end at the same sublayer.
+NOT_FINITE_FROM = "not_finite_from"
 NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's lowest is −65504
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
@@ -117,7 +120,8 @@ class ModelProbe:
     def rows(self) -> pd.DataFrame:
         """One row per step, with curve.csv's columns; NaN in those that the model doesn't show.
 
-        A curve that overflows ends before its first non-finite value, with a warning that says where.
+        A curve that overflows ends before its first non-finite value, with a warning that says where;
+        the rows' ``attrs["not_finite_from"]`` is then that sublayer.
         Raises ConfigError where no forward call was seen, or one that didn't pass every step.
         """
         if self.size is None:
@@ -142,6 +146,7 @@ class ModelProbe:
         for row in cuts.overflow:
             place = f"sublayer {row['sublayer']} ({row['kind']})"
             warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
+            frame.attrs[NOT_FINITE_FROM] = int(row["sublayer"])
         return frame
 
 

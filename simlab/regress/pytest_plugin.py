@@ -123,6 +123,7 @@ class GrowthRegression:
                 raise ConfigError(f"quantities={quantities!r}: allowed: a list of columns")
             compared = tuple(quantities or QUANTITIES)
             case = Case(self._name(basename), self.folder, "", (), (gate,), compared)
+            _refuse_cut(rows)
             if gate == "statistical":
                 _refuse_few(rows, "these")
             if self.update or not case.curves.exists():
@@ -181,16 +182,32 @@ class GrowthRegression:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn a ConfigError into a test failure of one line."""
+    """Turn a ConfigError into a test failure of one line, without the error as its context."""
     from simlab.config import ConfigError
 
-    message = None
     try:
         yield
     except ConfigError as error:
-        message = f"growth_regression: {error}"
-    if message:
-        pytest.fail(message, pytrace=False)
+        raise pytest.fail.Exception(f"growth_regression: {error}", pytrace=False) from None
+
+
+def _refuse_cut(rows: pd.DataFrame) -> None:
+    """Raise ConfigError for rows of a curve that was cut where it isn't finite: the rest looks well."""
+    from simlab.config import ConfigError
+    from simlab.measurement.model_probe import NOT_FINITE_FROM
+
+    start = rows.attrs.get(NOT_FINITE_FROM)
+    ends = rows.groupby(["curve", "seed"])["sublayer"].max()
+    short = ends[ends < ends.groupby("curve").transform("max")]
+    if (
+        start is None and not short.empty
+    ):  # some seeds are whole: their attrs differ, and are dropped
+        start = short.min() + 1
+    if start is not None:
+        raise ConfigError(
+            f"the curve isn't finite from sublayer {start} on: such a model is neither recorded nor "
+            "as recorded"
+        )
 
 
 def _refuse_few(rows: pd.DataFrame, which: str) -> None:

@@ -109,8 +109,9 @@ def test_not_finite(growth_regression):
     broken = model()
     with torch.no_grad():
         broken.embedding.weight.fill_(torch.nan)
-    with pytest.raises(FAILED, match="not recorded, they have no numbers; only finite"):
+    with pytest.raises(FAILED, match="isn't finite from sublayer 0 on.*neither recorded") as failed:
         growth_regression.check(broken, IDS)
+    assert failed.value.__suppress_context__  # else pytest prints the message twice
     rows = simlab.probe(model(), IDS).rows()
     with pytest.raises(FAILED, match="not recorded, .*isn't finite from sublayer 0 on; only finite"):
         growth_regression.check_rows(rows.assign(norm=float("nan")), basename="nan")
@@ -119,6 +120,35 @@ def test_not_finite(growth_regression):
         growth_regression.check_rows(nothing, quantities=["kurtosis"], basename="empty")
     with pytest.raises(FAILED, match="basename=nnn.*at most 200 bytes"):
         growth_regression.check(model(), IDS, basename="n" * 300)
+
+def test_cut(growth_regression):
+    # What is left of a curve that isn't finite looks well: it is neither recorded nor as recorded.
+    def rows(seed, break_it=True):
+        broken = model(seed)
+        if break_it:
+            torch.nn.init.constant_(broken.blocks[0].mlp.sublayer.down_proj.weight, torch.nan)
+        return simlab.probe(broken, IDS, seed=seed).rows()
+
+    cut = [rows(seed) for seed in range(9)]
+    whole = [rows(seed, False) for seed in range(9)]
+    cases = {"exact": cut[:1], "statistical": cut, "some": [*whole[:8], cut[8]]}
+    for update in (False, True):
+        growth_regression.update = update
+        for name, given in cases.items():
+            gate = "exact" if name == "exact" else "statistical"
+            basename = f"{name}{update}"
+            with pytest.raises(FAILED, match="isn't finite from sublayer 2 on"):
+                growth_regression.check_rows(pd.concat(given), gate, basename=basename)
+    # As an earlier version recorded it.
+    growth_regression.update = False
+    bare = cut[0].copy()
+    bare.attrs.clear()
+    with pytest.raises(FAILED, match="recorded for the first time"):
+        growth_regression.check_rows(bare, basename="early")
+    growth_regression.here.clear()
+    with pytest.raises(FAILED, match="isn't finite from sublayer 2 on"):
+        growth_regression.check_rows(cut[0], basename="early")
+    (growth_regression.folder / "early.csv").unlink()
 
 @pytest.mark.parametrize("number", [0, 1], ids=["x" * 300, "x" * 301])
 def test_long(growth_regression, number):
@@ -147,7 +177,7 @@ def test_basename(growth_regression):
 """
     )
     result = pytester.runpytest_inprocess("-q")
-    result.assert_outcomes(passed=5, failed=5)
+    result.assert_outcomes(passed=6, failed=5)
     folder = pytester.path / "test_own"
     names = sorted(path.name for path in folder.iterdir())
     long = [name for name in names if name.startswith("test_long_xxx")]
@@ -158,7 +188,7 @@ def test_basename(growth_regression):
     assert "# dtype: bfloat16" in (folder / "other.csv").read_text()
     header = (folder / "test_named_0_.csv").read_text().splitlines()[2]
     assert header == "curve,seed,sublayer,block,kind,norm,kurtosis"
-    pytester.runpytest_inprocess("-q").assert_outcomes(passed=10)
+    pytester.runpytest_inprocess("-q").assert_outcomes(passed=11)
 
 
 def test_records_that_do_not_match(pytester):
