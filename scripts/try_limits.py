@@ -31,7 +31,7 @@ from pathlib import Path
 
 from try_signals import BASELINES, SMALL, SWEEP, half_done, prepare
 
-PATIENCE = 60.0  # seconds until a process that doesn't end is a fault
+PATIENCE = 300.0  # seconds until a process that doesn't end is a fault
 COMMANDS = {
     "run": ["simlab.run", *SMALL],
     "run, theory": ["simlab.run", *SMALL, "engine=theory"],

@@ -41,6 +41,12 @@ def _receive(number: int, _: object) -> None:
         raise KeyboardInterrupt
 
 
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """What a callback swallows, as of a weak reference, isn't printed: the signal is noted."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
 def raise_noted() -> None:
     """Raise KeyboardInterrupt if a signal has come: the first one may have been swallowed."""
     if RECEIVED:
@@ -61,6 +67,7 @@ def run_command(work: Callable[[], object], kept: str) -> None:
     _UNWRITTEN.clear()
     for number in _SIGNALS:
         signal.signal(number, _receive)
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     for name in ("stdout", "stderr"):
         setattr(sys, name, _until_closed(getattr(sys, name)))
     try:
@@ -76,10 +83,11 @@ def run_command(work: Callable[[], object], kept: str) -> None:
             raise
         _end(f"interrupted; {kept}")
     finally:
+        end_at_once()
+        sys.unraisablehook = hook
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        end_at_once()
         if _UNWRITTEN:
             _tell_unwritten(sys.exception())
 

@@ -99,6 +99,28 @@ def test_a_signal_sent_twice(monkeypatch, own_handlers, between, raised):
     assert (end.value.code, len(ends)) == (130, raised)
 
 
+def test_a_callback_swallows_a_signal(capfd, own_handlers):
+    """Without a traceback, which Python prints of other exceptions there."""
+
+    class Once:
+        def __init__(self, ends):
+            self.ends = ends
+
+        def __del__(self):
+            self.ends()
+
+    def work():
+        Once(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        Once(lambda: [][0])
+
+    with pytest.raises(SystemExit) as end:
+        signals.run_command(work, "x")
+    said = capfd.readouterr().err
+    assert end.value.code == 143
+    assert "KeyboardInterrupt" not in said
+    assert said.count("Traceback") == said.count("IndexError") == 1
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_the_reader_goes(tmp_path, unbuffered):
     """``| head -1``: all files are written, and nothing is said."""
