@@ -316,9 +316,11 @@ def description(
 
 def made_by(config: DictConfig) -> dict[str, Any]:
     """The part of sweep.json that says with which overrides the sweep was started."""
-    given = config.hydra.overrides
-    own = [text for text in given.hydra if not text.startswith(("hydra.mode=", "hydra.sweep.dir="))]
-    return {"overrides": [*own, *given.task]}
+    # As they are, not resolved: an override may name another key's value.
+    given: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    ours = ("hydra.mode=", "hydra.sweep.dir=")
+    own = [text for text in given["hydra"] if not text.startswith(ours)]
+    return {"overrides": [*own, *given["task"]]}
 
 
 def written_by_hydra(folder: Path) -> dict[Path, int]:

@@ -42,7 +42,7 @@ def shown_of_a_run(folder):
     """What a run's figures, tables, sentences and files say of the laws."""
     result = run(tiny(*BASE))
     frame, summary = result.curve, result.summary
-    write_tables(result, folder)
+    write_tables(result.curve, result.weights, folder)
     gate = law_gate(frame, result.verdicts["random"], 1.0, "float32")
     growth, lambdas = growth_figure(frame, "t", []), lambda_figure(frame, 4, "t")
     return {
@@ -65,7 +65,7 @@ def shown_of_a_sweep(folder, capsys, monkeypatch):
         of_job = folder / str(job)
         of_job.mkdir(parents=True)
         result = run(tiny(*BASE, f"depth={depth}"))
-        write_tables(result, of_job)
+        write_tables(result.curve, result.weights, of_job)
         write_json(of_job / SUMMARY, result.summary)
         jobs.append({"job": job, "folder": str(job), "overrides": [], "values": {"depth": depth}})
     write_json(folder / PLAN, {"swept": {"depth": [2, 4]}, "jobs": jobs})
