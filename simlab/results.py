@@ -244,8 +244,8 @@ class Comparison:
 
 def read_result(folder: Path, overrides: Sequence[str]) -> Result:
     """A run from its folder's files. Raises ConfigError."""
-    from simlab.store import SUMMARY
-    from simlab.sweep.report import read_curve, read_object
+    from simlab.store import SUMMARY, read_object
+    from simlab.sweep.report import read_curve
 
     frame, summary = read_curve(folder), read_object(folder / SUMMARY)
     weights = folder / "weights.csv"

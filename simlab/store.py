@@ -18,13 +18,14 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simlab.config import RunConfig
+from simlab.checkpoints.untrusted.files import parse_object, read_bytes
+from simlab.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,13 +43,16 @@ STALE = 3600.0  # seconds; where no lock can tell, what is older was left by a k
 FICLONE = (
     0x40049409  # Linux's ioctl that gives a file the blocks of another, until either is written
 )
+# Of a JSON file of ours. The plan of the most jobs that a sweep may have, 10,000, takes some 10 MB.
+_MOST_BYTES, _MOST_DEPTH = 32 << 20, 100
 # The keys that keeping a result adds to its summary.
 FILES, KEY, SEAL = "files", "result_key", "summary_hash"
 UNSEALED = f"{SUMMARY} has no hashes, as of an earlier version"
 # Rooms (and modules at the root) that no result depends on: their code isn't part of a result's key. A
 # test shows that the measuring code imports nothing from them.
 NOT_RESULTS = (
-    "report", "sweep", "regress", "__main__.py", "run.py", "sweeper.py", "pytest_plugin.py",
+    "report", "sweep", "regress", "__main__.py", "api.py", "results.py", "run.py", "sweeper.py",
+    "pytest_plugin.py",
 )  # fmt: skip
 BELOW = ("torch", "numpy")  # packages whose versions are part of the key
 
@@ -157,8 +161,22 @@ class Results:
         remove_left(self.root)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours, which someone may have changed. Raises ConfigError."""
+    whole = parse_object(read_bytes(path, _MOST_BYTES, "what simlab writes"), path)
+    level: list[Any] = [whole]
+    for _ in range(_MOST_DEPTH):
+        lists = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [one for each in lists for one in each if isinstance(one, dict | list)]
+        if not level:
+            return whole
+    raise ConfigError(f"{path}: nested deeper than anything that simlab writes")
+
+
 def file_hash(path: Path) -> str:
-    """A file's SHA-256, as ``sha256sum`` prints it."""
+    """A file's SHA-256, as ``sha256sum`` prints it. Raises OSError, also for a pipe."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -176,15 +194,13 @@ def verified(folder: Path) -> dict[str, Any]:
     Raises OSError, and ValueError with what doesn't fit.
     """
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{SUMMARY} is not JSON") from error
-    if not isinstance(summary, dict):
-        raise ValueError(f"{SUMMARY} is not a JSON object")
+        summary = read_object(folder / SUMMARY)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix(f"{folder}{os.sep}")) from error
     files = summary.get(FILES)
-    if not isinstance(files, dict) or "curve.csv" not in files or SEAL not in summary:
+    if not {FILES, KEY, SEAL} & summary.keys():
         raise ValueError(UNSEALED)
-    if summary[SEAL] != _content_hash(summary):
+    if not isinstance(files, dict) or summary.get(SEAL) != _content_hash(summary):
         raise ValueError(f"{SUMMARY} has changed")
     for name, known in files.items():
         if Path(name).name != name or file_hash(folder / name) != known:
@@ -192,15 +208,18 @@ def verified(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def spoiled(folder: Path) -> str | None:
+def spoiled(folder: Path, hashes: Collection[str]) -> str | None:
     """Why the files in a job's folder aren't the ones that it wrote; None where they are.
 
-    Files of an earlier version, which have no hashes, are taken as they are.
+    hashes: the config hashes that the job may have. None of a sweep of an earlier version: its files
+    may have no hashes either, and are then taken as they are.
     """
     try:
-        verified(folder)
+        summary = verified(folder)
     except (OSError, ValueError) as error:
-        return None if str(error) == UNSEALED else _reason(error)
+        return None if not hashes and str(error) == UNSEALED else _reason(error)
+    if hashes and summary.get("config_hash") not in hashes:
+        return f"{SUMMARY} is another job's"
     return None
 
 
@@ -219,7 +238,7 @@ def copy_result(result: Path, folder: Path) -> None:
     one edits the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    summary = json.loads((result / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_object(result / SUMMARY)
     for name in [*summary[FILES], SUMMARY]:  # nothing else that may lie there
         write_atomically(folder / name, functools.partial(_copy, result / name), durable=False)
 

@@ -77,7 +77,17 @@ CURVE = "block,mean_square\n0,1.25\n1,2.5\n"
 
 def rewrite(path, old, new):
     path.chmod(0o644)
-    path.write_text(path.read_text().replace(old, new))
+    path.write_text(path.read_text().replace(old, new) if old else new)
+
+
+def edit(results, change):
+    path = results / "k/summary.json"
+    rewrite(path, None, json.dumps(change(json.loads(path.read_text()))))
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 # What may happen to a kept result, and what is said then.
@@ -96,12 +106,23 @@ DAMAGE = {
         (lambda r: [(r / "other" / n).replace(r / "k" / n) for n in ("curve.csv", "summary.json")],
          "summary.json is another result's"),
     "half a summary":
-        (lambda r: rewrite(r / "k/summary.json", "}\n", ""), "summary.json is not JSON"),
-    "an earlier version's":
-        (lambda r: rewrite(r / "k/summary.json", "summary_hash", "x"),
-         "summary.json has no hashes, as of an earlier version"),
+        (lambda r: rewrite(r / "k/summary.json", "}\n", ""),
+         "summary.json: not JSON (Expecting ',' delimiter: line 16 column 1 (char 380))"),
+    "an earlier version's": (lambda r: edit(r, lambda s: {"verdict": s["verdict"]}),
+                             "summary.json has no hashes, as of an earlier version"),
+    "a hash missing": (lambda r: edit(r, lambda s: s.pop("summary_hash") and s),
+                       "summary.json has changed"),
+    "deep": (lambda r: rewrite(r / "k/summary.json", None, "[" * 100_000),
+             "summary.json: not JSON (maximum recursion depth exceeded while decoding a JSON array "
+             "from a unicode string)"),
+    "less deep": (lambda r: edit(r, lambda s: s | {"verdict": json.loads("[" * 900 + "]" * 900)}),
+                  "summary.json: nested deeper than anything that simlab writes"),
+    "large": (lambda r: rewrite(r / "k/summary.json", None, " " * (33 << 20)),
+              "summary.json: larger than 32 MiB, not what simlab writes"),
+    "a pipe": (lambda r: pipe(r / "k/summary.json"), "summary.json: no such file"),
+    "a curve's pipe": (lambda r: pipe(r / "k/curve.csv"), "curve.csv: not a file"),
     "a file": (lambda r: ((r / "k").rename(r / "moved"), (r / "k").write_text("")),
-               "summary.json: Not a directory"),
+               "summary.json: no such file"),
     "a stray folder beside": (lambda r: (r / "k" / "plots").mkdir(), None),
 }  # fmt: skip
 
@@ -326,6 +347,9 @@ def imported(path: Path) -> set[Path]:
         for length in range(1, len(parts) + 1):
             place = ROOT.parent.joinpath(*parts[:length])
             found |= {place.with_suffix(".py"), place / "__init__.py"}
+    found -= {
+        ROOT / "__init__.py"
+    }  # its names, of the whole interface, are imported when asked for
     return {file for file in found if file.exists()}
 
 

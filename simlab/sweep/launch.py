@@ -33,7 +33,8 @@ LATE = 5.0  # seconds that a record may take to be seen on a shared disk
 class Place:
     """A job of a sweep: its folder, its number of blocks to compute, and its stored result if any.
 
-    subdir: of the sweep's folder, in which ``folder`` is.
+    subdir: of the sweep's folder, in which ``folder`` is. hashes: the config hashes that its summary
+    may have, one for each device that it may run on.
     """
 
     job: Job
@@ -41,6 +42,7 @@ class Place:
     subdir: str
     blocks: int
     stored: Path | None
+    hashes: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:

@@ -9,7 +9,6 @@ answer.md       a written answer, where the sweep's config asks for one (``repor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -24,6 +23,7 @@ from simlab.config import ConfigError, printable
 from simlab.store import (
     SUMMARY,
     read_csv,
+    read_object,
     same_weights,
     spoiled,
     write_atomically,
@@ -60,17 +60,6 @@ class Entry:
         return read_object(self.folder / SUMMARY)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return content
-
-
 def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
     """A sweep's jobs, and the swept columns with their values. Raises ConfigError."""
     if not (folder / PLAN).is_file():
@@ -86,7 +75,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
             for path in (folder / inner, *(folder / inner / name for name in READ)):
                 if not path.resolve().is_relative_to(folder.resolve()):
                     raise ConfigError(f"{path}: leads out of the sweep's folder")
-            status, error = _status(folder / inner)
+            status, error = _status(folder / inner, each.get("config_hash", []))
             values = {key: each["values"][key] for key in swept}
             entries.append(
                 Entry(int(each["job"]), folder / inner, each["overrides"], values, status, error)
@@ -98,25 +87,26 @@ def read_entries(folder: Path) -> tuple[list[Entry], dict[str, list[Any]]]:
     return entries, swept
 
 
-def _status(folder: Path) -> tuple[str, str]:
+def _status(folder: Path, hashes: Sequence[str]) -> tuple[str, str]:
+    """How a job has ended, and why it failed. hashes: the config hashes that it may have."""
     if (folder / RECORD).is_file():
         record = read_object(folder / RECORD)
         if record.get("status") == "failed":
             return "failed", str(record.get("error", ""))
     if not (folder / SUMMARY).is_file():
         return "unfinished", ""
-    why = spoiled(folder)
+    why = spoiled(folder, hashes)
     return ("failed", f"{why}; the sweep's command writes it again") if why else ("done", "")
 
 
 def read_curve(folder: Path) -> pd.DataFrame:
     """A run's curve.csv. Raises ConfigError."""
+    if not (folder / "curve.csv").is_file():
+        raise ConfigError(f"{folder / 'curve.csv'}: no such file")
     try:
         frame = read_csv(folder / "curve.csv")
         frame["block"] = frame["block"].astype("Int64")
         frame[["curve", "seed", "sublayer", "kind", "mean_square"]]
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder / 'curve.csv'}: no such file") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / 'curve.csv'}: not a curve ({error})") from error
     return frame
@@ -125,11 +115,11 @@ def read_curve(folder: Path) -> pd.DataFrame:
 def overrides_in(folder: Path) -> list[str]:
     """The overrides of a run, from the file that Hydra wrote; none where there isn't one."""
     path = folder / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return []
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not what Hydra writes") from error
     return [str(each) for each in found] if isinstance(found, list) else []
 

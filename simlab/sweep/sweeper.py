@@ -145,19 +145,22 @@ class Sweep:
         local = self.in_process or launch.is_local(self.launcher)
         for each in planned.jobs:
             signals.raise_noted()
+            hashes: list[str] = []
             for device in possible_devices(each.config, local):
                 ready = prepare(each.config, self.tokens_of, device, download=False)
+                hashes.append(store.config_hash(ready.config))
                 stored = (
                     job.find_result(job.key_of(ready), ready, self.results)
                     if self.keep.resume
                     else None
                 )
                 if stored:
+                    hashes = hashes[-1:]
                     break
             if local and not stored and each.config.measures:
                 self.refuse(ready.config)
             subdir = self.subdir(each)
-            yield Place(each, folder / subdir, subdir, ready.blocks, stored), ready
+            yield Place(each, folder / subdir, subdir, ready.blocks, stored, tuple(hashes)), ready
 
     def refuse(self, config: RunConfig) -> None:
         """Raise ConfigError for a job that needs more memory than this machine has for each."""
@@ -238,11 +241,11 @@ def import_figures() -> None:
 
 
 def possible_devices(config: RunConfig, local: bool) -> list[str]:
-    """Where a job may run. On a cluster ``auto`` may become cpu or cuda: a result of either will do."""
+    """Where a job may run. On a cluster ``auto`` may become each of three: a result of any will do."""
     if not config.measures:
         return ["cpu"]
     if not local:
-        return ["cpu", "cuda"] if config.device == "auto" else [config.device]
+        return ["cpu", "cuda", "mps"] if config.device == "auto" else [config.device]
     refuse_imports(TORCH)
     from simlab.measurement.engine import resolve_device
 
@@ -298,7 +301,10 @@ def write_hydra(place: Place) -> None:
 def description(
     planned: SweepPlan, places: Sequence[Place], answer: str | None = None
 ) -> dict[str, Any]:
-    """The content of sweep.json: swept keys with their values, every planned job, the answer's name."""
+    """The content of sweep.json: swept keys with their values, every planned job, the answer's name.
+
+    A job's ``config_hash`` lists the hashes that its summary may have: others are another job's.
+    """
     return {
         "answer": answer,
         "swept": {key: list(values) for key, values in planned.swept.items()},
@@ -308,6 +314,7 @@ def description(
                 "folder": place.subdir,
                 "overrides": list(place.job.overrides),
                 "values": dict(place.job.values),
+                "config_hash": list(place.hashes),
             }
             for place in places
         ],
@@ -348,7 +355,12 @@ def described(
             for key, value in parsed.items()
         }
         inner = str(path.parents[1].relative_to(folder))
-        jobs.append({"job": number, "folder": inner, "overrides": overrides, "values": values})
+        known = {"job": number, "folder": inner, "overrides": overrides, "values": values}
+        with contextlib.suppress(ConfigError, KeyError):  # it has failed
+            known["config_hash"] = [
+                store.read_object(folder / inner / store.SUMMARY)["config_hash"]
+            ]
+        jobs.append(known)
     jobs.sort(key=lambda each: int(each["job"]))
     every = dict.fromkeys(key for each in jobs for key in each["values"])
     of_key = {key: list(dict.fromkeys(j["values"].get(key) for j in jobs)) for key in every}

@@ -41,15 +41,44 @@ def test_spoiled_results_are_measured_again(tmp_path):
 def test_changed_files_of_a_job(tmp_path):
     """A report doesn't believe them; the sweep's command writes them again."""
     assert in_process(*SWEEP, cwd=tmp_path).returncode == 0
-    curve = tmp_path / "sweep" / "1" / "curve.csv"
-    whole = curve.read_text()
-    curve.write_text("\n".join(whole.splitlines()[:-1]) + "\n")
-    done = in_process("sweep", cwd=tmp_path, command="sweep")
-    assert done.returncode == 1
-    said = "curve.csv has changed; the sweep's command writes it again"
-    assert said in " ".join(done.stdout.split())
-    assert in_process(*SWEEP, cwd=tmp_path).returncode == 0
-    assert curve.read_text() == whole
+    job = tmp_path / "sweep" / "1"
+    before = {path.name: path.read_bytes() for path in job.glob("[!.]*")}
+    cut = b"".join(before["curve.csv"].splitlines(keepends=True)[:-1])
+    bare = json.loads(before["summary.json"])
+    del bare["summary_hash"]
+    earlier = {k: v for k, v in bare.items() if k not in ("files", "result_key")}
+    other = {path.name: path.read_bytes() for path in (tmp_path / "sweep" / "0").glob("[!.]*")}
+    cases = {
+        "curve.csv has changed": {"curve.csv": cut},
+        "summary.json has changed": {
+            "curve.csv": cut,
+            "summary.json": json.dumps(bare).encode(),
+        },
+        "has no hashes": {"curve.csv": cut, "summary.json": json.dumps(earlier).encode()},
+        "summary.json is another job's": other,
+    }
+    for why, files in cases.items():
+        for name, content in (before | files).items():
+            (job / name).write_bytes(content)
+        done = in_process("sweep", cwd=tmp_path, command="sweep")
+        assert done.returncode == 1
+        said = " ".join(done.stdout.split())
+        assert why in said
+        assert "the sweep's command writes it again" in said
+    # An earlier version's plan has no hashes, and neither have its jobs.
+    plan = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    for each in plan["jobs"]:
+        del each["config_hash"]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(plan))
+    (job / "summary.json").write_text(json.dumps(earlier))
+    assert in_process("sweep", cwd=tmp_path, command="sweep").returncode == 0
+    for sweeper in ("simlab", "basic"):
+        assert in_process(*SWEEP, f"hydra/sweeper={sweeper}", cwd=tmp_path).returncode == 0
+        assert {path.name: path.read_bytes() for path in job.glob("[!.]*")} == before
+        for name, content in other.items():
+            (job / name).write_bytes(content)
+        done = in_process("sweep", cwd=tmp_path, command="sweep")
+        assert (done.returncode, "another job's" in done.stdout) == (1, True)
 
 
 @pytest.mark.usefixtures("no_figures", "one_thread")
