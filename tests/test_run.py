@@ -200,7 +200,8 @@ def test_commands_that_need_no_torch(tmp_path):
         "import runpy, sys\n"
         "for given in ('simlab', 'simlab --version', 'simlab.run --version',\n"
         "              'simlab.sweep --version',\n"
-        "              'simlab.regress --version', 'simlab.run --help'):\n"
+        "              'simlab.regress --version', 'simlab.regress --help',\n"
+        "              'simlab.sweep --help', 'simlab.run --help'):\n"
         "    sys.argv = given.split()\n"
         "    try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
         "    except SystemExit as end: assert not end.code\n"
@@ -211,7 +212,9 @@ def test_commands_that_need_no_torch(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    commands, *versions, usage, _ = done.stdout.split("====\n")
+    commands, *versions, regress, sweep, usage, _ = done.stdout.split("====\n")
+    for shown in (regress, sweep):
+        assert max(map(len, shown.splitlines())) <= 80
     assert versions == [f"simlab {simlab_version('simlab')}\n"] * 4
     for part in ("run", "sweep", "regress"):
         assert f"python -m simlab.{part} " in commands

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,23 @@ if TYPE_CHECKING:
 
 _BASELINES = Path("tests/baselines")
 _FIGURES_FOLDER = Path("outputs/regress")  # of cases that fail, where --html names no other folder
+_EPILOG = """\
+A case is a file NAME.yaml beside its recorded curves NAME.csv:
+
+  description: OLMo-2-7B's shape at init
+  overrides: [model=olmo2_7b, seeds=10]    # as on simlab.run's command line
+  gates: [exact, statistical, law]         # each is held against a new run
+  quantities: [norm, cosine]               # columns of curve.csv; have a default
+
+gates:
+  exact        the first random init, or the checkpoint, gives the same numbers
+  statistical  other random inits differ from the recorded ones by chance only
+  law          random inits obey the additive law, whatever was recorded
+  theory       random inits are what theory predicts; needs no record
+
+exit status: 0 as recorded, 1 not as recorded, 2 a mistake, 130 Ctrl-C,
+143 SIGTERM. Nothing is recorded but by --update.
+"""
 
 
 @contextmanager
@@ -244,24 +262,40 @@ def record(case: Case, reason: str) -> Sequence[str]:
     return changes(before, read_baseline(case.curves, case.quantities).frame, case.quantities)
 
 
-def choose_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The cases of these names, or all cases if no name is given. Raises ConfigError."""
+def choose_cases(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """The cases of these names or shell patterns, each once; all cases if there is no pattern.
+
+    Raises ConfigError for a pattern that matches no case.
+    """
     known = {case.name: case for case in cases}
-    for name in names:
-        if name not in known:
+    chosen: dict[str, Case] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(known, pattern)
+        if not names:
+            what = "no case matches" if _is_pattern(pattern) else "no such case"
             raise ConfigError(
-                f"{name}: no such case; allowed: {', '.join(known)}{nearest(name, known)}"
+                f"{pattern}: {what}; allowed: {', '.join(known)}{nearest(pattern, known)}"
             )
-    return [known[name] for name in names] or list(cases)
+        chosen |= {name: known[name] for name in names}
+    return list(chosen.values()) or list(cases)
+
+
+def _is_pattern(name: str) -> bool:
+    return bool(set(name) & set("*?["))
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m simlab.regress",
-        description="Hold growth curves against recorded ones. Exit status 1 where one differs.",
+        description="Hold growth curves against recorded ones, or against theory's.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="cases; by default all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME",
+        help="cases, or quoted patterns such as 'olmo2_*' (default: all)",
+    )  # fmt: skip
     parser.add_argument(
         "--baselines", type=Path, default=_BASELINES, metavar="DIR",
         help=f"the folder with the cases (default: {_BASELINES})",
@@ -269,8 +303,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the cases and run nothing")
     parser.add_argument("--update", metavar="NAME", help="record this case anew; needs --reason")
     parser.add_argument("--reason", metavar="TEXT", help="why, kept with the curves")
-    parser.add_argument("--html", type=Path, metavar="DIR", help="write a page with figures there")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML there")
+    parser.add_argument(
+        "--html", type=Path, metavar="DIR",
+        help="write pages with figures there (default: only the figures of cases that fail, in "
+        f"{_FIGURES_FOLDER})",
+    )  # fmt: skip
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML there, for CI")
     parser.add_argument("--version", action="version", version=f"simlab {__version__}")
     args = parser.parse_args()
     if args.update and (args.names or args.list or args.html or args.junit):
@@ -302,6 +340,8 @@ def execute(args: argparse.Namespace) -> int:
         report.show_list([(case, _about(case)) for case in choose_cases(cases, args.names)])
         return 0
     if args.update:
+        if _is_pattern(args.update):
+            raise ConfigError(f"--update {args.update}: give one case's name, not a pattern")
         (case,) = choose_cases(cases, [args.update])
         for line in record(case, args.reason):
             print(line)

@@ -8,6 +8,21 @@ from pathlib import Path
 
 from simlab import signals
 
+_EPILOG = """\
+A sweep is made by python -m simlab.run -m KEY=A,B, which ends with this
+report. In the sweep's folder it writes anew:
+
+  sweep.parquet  every job's curve.csv, with the swept keys as columns
+  jobs.csv       a row per job and curve: growth, exponents, laws, verdict
+  report.html    a page with the figure, the jobs and the command
+  *.png          figures, chosen by what was swept
+  answer.md      a written answer, where the sweep's config asks for one
+
+Jobs that failed or are unfinished are listed, each with its error.
+exit status: 0 every job is done, 1 one is not, 2 a mistake, 130 Ctrl-C,
+143 SIGTERM.
+"""
+
 
 def main() -> None:
     """The command. Exit status 0 where every job is done, 1 where not, 2 for a mistake.
@@ -22,7 +37,10 @@ def _command() -> None:
     from simlab import __version__
 
     parser = argparse.ArgumentParser(
-        prog="python -m simlab.sweep", description="One report over a sweep, from its files alone."
+        prog="python -m simlab.sweep",
+        description="One report over a sweep, from its files alone.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", help="the folder of a sweep, finished or not")
     parser.add_argument("--version", action="version", version=f"simlab {__version__}")

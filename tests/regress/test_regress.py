@@ -138,7 +138,8 @@ def test_a_changed_number_in_the_file(recorded, command):
 def test_list(cases, command):
     assert "not recorded yet" in command("--list")[1]
     command("--update", "small", "--reason", "to begin with")
-    out = command("--list")[1]
+    out = command("--list", "s*", "small")[1]
+    assert out.count("gates") == 1
     assert "small: three small blocks" in out
     assert "gates exact, statistical, law" in out
     assert "recorded: to begin with" in out
@@ -173,7 +174,9 @@ def test_the_page_escapes(recorded, command):
     ("args", "said"),
     [
         (["smal"], "smal: no such case; allowed: small; did you mean small?"),
+        (["sm*", "bi*"], "bi*: no case matches; allowed: small"),
         (["--update", "smal", "--reason", "why"], "did you mean small?"),
+        (["--update", "s*", "--reason", "why"], "--update s*: give one case's name"),
         (["--baselines", "nowhere"], "nowhere: no such folder"),
         (["--baselines", "."], "has no case"),
     ],
