@@ -54,9 +54,9 @@ _EPILOG = """\
 A case is a file NAME.yaml beside its recorded curves NAME.csv:
 
   description: OLMo-2-7B's shape at init
-  overrides: [model=olmo2_7b, seeds=10]    # as on simlab.run's command line
-  gates: [exact, statistical, law]         # each is held against a new run
-  quantities: [norm, cosine]               # columns of curve.csv; have a default
+  overrides: [model=olmo2_7b, seeds=10]   # as simlab.run takes them
+  gates: [exact, statistical, law]        # each is held against a new run
+  quantities: [norm, cosine]              # columns of curve.csv; optional
 
 gates:
   exact        the first random init, or the checkpoint, gives the same numbers
