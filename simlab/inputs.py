@@ -14,6 +14,12 @@ from simlab.checkpoints.untrusted.tokenizer import encode, vocabulary_size
 from simlab.config import ConfigError, InputsConfig, nearest
 
 TEXT_BATCH, TEXT_LENGTH = 4, 256  # of inputs=text where the user gives none
+_MARKS = {  # the first that fits: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 BYTES_PER_TOKEN = 64  # bytes of a file that are read per token asked for: tokens are shorter
 
 Ids = NDArray[np.int64]  # (batch, length)
@@ -31,15 +37,16 @@ def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Pat
     """The token batch, (batch, length) int64, the same for every curve of a run.
 
     vocab_size: ids are below it. seed: draws random and Zipf ids. tokenizer: a tokenizer.json,
-    whose vocabulary also bounds random ids (embedding matrices often have unused rows at their end).
-    Raises ConfigError for a text that is missing or doesn't fill the batch.
+    whose vocabulary also bounds random ids (embedding matrices often have unused rows at their end), or
+    another tokenizer's file. Raises ConfigError for a text that is missing or doesn't fill the batch,
+    and for one with a tokenizer that simlab doesn't read.
     """
     if inputs.kind == "text":
         return _text(inputs, vocab_size, tokenizer)
     assert inputs.batch is not None
     assert inputs.length is not None
     if tokenizer is not None:
-        vocab_size = min(vocab_size, vocabulary_size(tokenizer))
+        vocab_size = min(vocab_size, vocabulary_size(tokenizer) or vocab_size)
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     shape = (inputs.batch, inputs.length)
     if inputs.kind == "random":
@@ -57,7 +64,8 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Toke
         ids, unit = list(data[: batch * length]), "bytes"
     else:
         text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the last letter may be cut
-        encoded, unit = encode(tokenizer, text, batch * length), "tokens"
+        encoded = encode(tokenizer, text, batch * length, inputs.special_tokens)
+        unit = "tokens"
         ids = encoded.ids
         if inputs.special_tokens is not False:
             before, after, names = encoded.before, encoded.after, encoded.names
@@ -69,9 +77,9 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Toke
         why = f"{tokenizer}: the tokenizer makes no tokens of it" if data else "the text is empty"
         raise ConfigError(f"inputs=text: {why}")
     # Every sequence is a text of its own to the model: each begins as the tokenizer begins a text.
-    if inputs.length is not None and inputs.length <= len(before):
+    if length <= len(before):
         raise ConfigError(
-            f"inputs.length={inputs.length}: the tokenizer's own {len(before)} tokens before a text "
+            f"inputs.length={length}: the tokenizer's own {len(before)} tokens before a text "
             "leave no room; inputs.special_tokens=false leaves them out"
         )
     size = length - len(before)
@@ -119,8 +127,9 @@ def _bytes(inputs: InputsConfig, most: int) -> bytes:
         hint = nearest(path.name, (entry.name for entry in beside if entry.is_file()))
         raise ConfigError(f"inputs.path={inputs.path}: {error.strerror}{hint}") from error
     save = "not UTF-8 text; convert it to UTF-8, or give another file"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigError(f"inputs.path={inputs.path}: UTF-16, {save}")
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise ConfigError(f"inputs.path={inputs.path}: {encoding}, {save}")
     if 0 in data:
         raise ConfigError(f"inputs.path={inputs.path}: byte {data.index(0)} is 0: {save}")
     data = data.removeprefix(codecs.BOM_UTF8)

@@ -79,6 +79,7 @@ def test_shape_follows_the_text(tmp_path):
         ({"path": "/"}, "not a file"),
         ({"path": "Größe".encode("latin-1")}, r"byte 2 is 0xf6: not UTF-8"),
         ({"path": "Größe".encode("utf-16")}, "UTF-16, not UTF-8"),
+        ({"path": "Größe".encode("utf-32")}, "UTF-32, not UTF-8"),
         ({"path": "Paris".encode("utf-16-be")}, "byte 0 is 0: not UTF-8"),
         ({"path": "Größe".encode()[:3]}, "byte 2 is 0xc3: not UTF-8"),  # cut at its end
     ],
@@ -146,6 +147,9 @@ def test_every_sequence_begins_with_them(tokenizer):
     assert (with_bos[:, 1:] == plain).all(), "the text goes on, and doesn't end"
     with pytest.raises(ConfigError, match=r"inputs.length=1: the tokenizer's own 1 tokens"):
         text(prompt=TEXT, tokenizer=tokenizer, length=1)
+    begins(tokenizer, " ".join(["<s>"] * 300 + ["$A"]))
+    with pytest.raises(ConfigError, match=r"inputs.length=256: the tokenizer's own 300 tokens"):
+        text(prompt=TEXT, tokenizer=tokenizer)
     begins(tokenizer, "$A <s>")
     with pytest.raises(ConfigError, match=r"true: .*tokenizer.json puts none before a text"):
         text(prompt=TEXT, tokenizer=tokenizer, special_tokens=True)

@@ -25,6 +25,7 @@ from simlab.checkpoints.formats import open_folder
 from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.storage import READ, StoredTensor, check_pieces
 from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool, row_runs
+from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
 from simlab.config import ConfigError, ModelConfig
 from simlab.model.describe import shapes as block_shapes
 from simlab.model.transformer import Block, dense_linear
@@ -92,9 +93,8 @@ class Checkpoint(Weights):
 
     @property
     def tokenizer(self) -> Path | None:
-        """The checkpoint's tokenizer.json, where it has one."""
-        path = self.folder / "tokenizer.json"
-        return path if path.is_file() else None
+        """The checkpoint's tokenizer.json, another tokenizer's file, or None where it has neither."""
+        return find_tokenizer(self.folder)
 
     def _parts(self) -> Iterator[tuple[str, tuple[str, int, int]]]:
         """Our parameter names ({} for the block), each with the file's name and its rows there."""

@@ -23,9 +23,11 @@ from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.layouts import BESIDE, INDEX, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
 from simlab.checkpoints.hub_client import as_given
-from simlab.checkpoints.hub_repository import TOKENIZER, Repository, Stored, partial
+from simlab.checkpoints.hub_repository import Repository, Stored, partial
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names
 from simlab.checkpoints.untrusted.files import fields_of, read_json
+from simlab.checkpoints.untrusted.tokenizer import FILE_LIMIT
+from simlab.checkpoints.untrusted.tokenizer_files import tokenizer_files
 from simlab.config import ConfigError, nearest
 
 CONFIGS = ("config.json", "config.yaml")
@@ -135,7 +137,9 @@ def _snapshot(repo: Repository) -> Found:
     config = repo.fetch(name, there[name])
     _refuse_unread(config)
     folder = config.parent  # …/snapshots/<commit>: the other files come from the same commit
-    for file in (TOKENIZER, *BESIDE):
+    for file in tokenizer_files(there):
+        repo.fetch(file, there[file], folder.name, FILE_LIMIT)
+    for file in BESIDE:
         if file in there:
             repo.fetch(file, there[file], folder.name)
     weights = _weights(repo, config, there)

@@ -23,12 +23,10 @@ from simlab.checkpoints.formats.olmo_core import STATE
 from simlab.checkpoints.hub_client import as_given, ask, told
 from simlab.checkpoints.untrusted.dcp import METADATA, METADATA_LIMIT
 from simlab.checkpoints.untrusted.files import JSON_LIMIT
-from simlab.checkpoints.untrusted.tokenizer import FILE_LIMIT
 from simlab.config import ConfigError
 
-TOKENIZER = "tokenizer.json"
 # Bytes that simlab reads of a small file; others are JSON, or a config.yaml, of which it reads less.
-_LIMITS = {TOKENIZER: FILE_LIMIT, f"{STATE}/{METADATA}": METADATA_LIMIT}
+_LIMITS = {f"{STATE}/{METADATA}": METADATA_LIMIT}
 _LIST_LIMIT = 32 << 20  # bytes of a list of files, of which each takes some 300
 _Answer = TypeVar("_Answer")
 
@@ -82,12 +80,15 @@ class Repository:
             return None
         return Path(path) if isinstance(path, str) else None  # it also says "not in the repository"
 
-    def fetch(self, file: str, stored: Stored, commit: str | None = None) -> Path:
+    def fetch(
+        self, file: str, stored: Stored, commit: str | None = None, limit: int | None = None
+    ) -> Path:
         """Fetch a small file to the hub's cache. Raises ConfigError, at once where it is too large.
 
-        commit: of a snapshot that is here; else the revision's, which the cache then knows.
+        commit: of a snapshot that is here; else the revision's, which the cache then knows. limit:
+        bytes, where they are another file's than the format's.
         """
-        limit = _LIMITS.get(file, JSON_LIMIT)
+        limit = limit or _LIMITS.get(file, JSON_LIMIT)
         if stored.size > limit:
             raise self._error(
                 f"{file} has {stored.size} bytes; simlab reads {limit / (1 << 20):g} MiB of one at most"

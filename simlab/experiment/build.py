@@ -10,6 +10,7 @@ import torch
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.formats import read_shape
 from simlab.checkpoints.formats.own_init import OwnInit
+from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
 from simlab.config import ConfigError, ModelConfig, RunConfig, SourceConfig
 from simlab.measurement.engine import resolve_device
 from simlab.model.transformer import Transformer
@@ -47,8 +48,7 @@ def read_description(source: SourceConfig) -> Described | None:
     found = find(source.location, source.revision)
     if not found.missing:
         return None
-    tokenizer = found.folder / "tokenizer.json"
-    return Described(*read_shape(found.folder), tokenizer if tokenizer.is_file() else None)
+    return Described(*read_shape(found.folder), find_tokenizer(found.folder))
 
 
 def build_model(

@@ -57,6 +57,9 @@ def test_whole_then_from_the_cache(hub, pushed, cache, capfd, caplog):
 def test_every_layout(hub, cache, tmp_path, written):
     write_olmo(tmp_path / "hf")
     write_olmo(tmp_path / "shards", shards="100KB")
+    for file in ("hf/tokenizer.json", "hf/tokenizer_config.json", "hf/added_tokens.json"):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "shards" / "tokenizer.model").write_text("another tokenizer")
     assert len(list((tmp_path / "shards").glob("model-*"))) > 1
     for kind in ("pt", "safetensors"):
         write_legacy(tmp_path / kind, fused(write_olmo(tmp_path / "x")), OLMO2, kind)
@@ -67,7 +70,10 @@ def test_every_layout(hub, cache, tmp_path, written):
         hub.push(f"org/{name}", tmp_path / "pushed" / name)
         with_weights = Checkpoint(f"org/{name}")
         assert with_weights.identity() == Checkpoint(str(folder)).identity(), name
-        assert not find(f"org/{name}", None).missing
+        found = find(f"org/{name}", None)
+        assert not found.missing
+        beside = {path.name for path in folder.glob("*token*")}
+        assert {path.name for path in found.folder.glob("*token*")} == beside
 
 
 def test_revisions(hub, pushed, tmp_path, capfd):

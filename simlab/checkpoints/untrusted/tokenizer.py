@@ -18,9 +18,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from simlab.checkpoints.untrusted.files import read_bytes
+from simlab.checkpoints.untrusted.tokenizer_files import (
+    ADDED,
+    CONFIG,
+    TOKENIZER,
+    Beside,
+    read_beside,
+)
 from simlab.config import ConfigError, printable
+from simlab.config.fields import brief
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILE_LIMIT = 64 << 20  # bytes; the largest of a known model, Gemma 3's, has 33 MB
 # Memory and seconds that a child may take, in all, per byte of the file and per byte of the text.
@@ -33,9 +45,9 @@ BUSY = 20  # seconds on the clock for one of work, where others keep the machine
 ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
 
 
-def vocabulary_size(path: Path) -> int:
-    """How many tokens a tokenizer.json knows. Raises ConfigError."""
-    return _ask(path, "", 0)[0]
+def vocabulary_size(path: Path) -> int | None:
+    """How many tokens a tokenizer.json knows; None of another file. Raises ConfigError."""
+    return _ask(path, "", 0, Beside())[0] if path.name == TOKENIZER else None
 
 
 @dataclass(frozen=True)
@@ -52,26 +64,39 @@ class Encoded:
     names: list[str]
 
 
-def encode(path: Path, text: str, most: int) -> Encoded:
+def encode(path: Path, text: str, most: int, special: bool | None = None) -> Encoded:
     """The first ``most`` token ids of a text. Raises ConfigError.
 
     The same text gives the same ids, neither cut nor padded, whatever the file says: a BPE model's
-    dropout, which is for training, is off.
+    dropout, which is for training, is off. special: the user's choice about the tokens around a text;
+    None: the tokenizer.json's, which the files beside it must then agree with.
     """
-    return _ask(path, text, most)[1]
+    if path.name != TOKENIZER:
+        raise ConfigError(
+            f"{path}: a text needs the tokenizer, and simlab reads it from a {TOKENIZER} only; "
+            "transformers makes one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    beside = read_beside(path)
+    _, encoded, does = _ask(path, text, most, beside)
+    beside.check(path, does, special is None)
+    return encoded
 
 
-def _ask(path: Path, text: str, most: int) -> tuple[int, Encoded]:
-    """The size of the vocabulary and the encoded text, from a child. Raises ConfigError."""
+def _ask(path: Path, text: str, most: int, beside: Beside) -> tuple[int, Encoded, dict[str, bool]]:
+    """The size of the vocabulary, the encoded text, and what is done to a text, from a child.
+
+    Raises ConfigError.
+    """
     file, data = read_bytes(path, FILE_LIMIT, "a tokenizer"), text.encode()
     memory = MEMORY + min(MEMORY_OF_FILE * len(file), MOST_OF_FILE) + MEMORY_OF_TEXT * len(data)
     seconds = SECONDS + SECONDS_OF_FILE * len(file) + SECONDS_OF_TEXT * len(data)
     about = {"file": len(file), "most": most, "memory": memory, "seconds": seconds}
+    line = json.dumps(about | {"tokens": beside.tokens}).encode()
     search = os.pathsep.join(filter(None, sys.path))
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", __name__],
-            input=b"".join([json.dumps(about).encode(), b"\n", file, data]),
+            input=b"".join([line, b"\n", file, data]),
             capture_output=True,
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": search},
             timeout=BUSY * (1 + seconds),
@@ -93,8 +118,13 @@ def _ask(path: Path, text: str, most: int) -> tuple[int, Encoded]:
     size = int(lines[1])
     if size < 1:
         raise ConfigError(f"{path}: the tokenizer has no vocabulary")
-    ids, before, after, names = json.loads(lines[2])
-    return size, Encoded(ids, before, after, [printable(name)[:30] for name in names])
+    ids, before, after, names, does, moved = json.loads(lines[2])
+    for content, index, own in moved:
+        raise ConfigError(
+            f"{path.parent}: {CONFIG} or {ADDED} says that {brief(content)} has the id {index}, but by "
+            f"{path.name} it has {'none' if own is None else own}"
+        )
+    return size, Encoded(ids, before, after, [printable(name)[:30] for name in names]), does
 
 
 def _reason(status: int, complaints: list[str], memory: int, seconds: float) -> str:
@@ -147,6 +177,7 @@ def main() -> None:
     if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None
     print(tokenizer.get_vocab_size(), flush=True)
+    moved = add_tokens(tokenizer, about["tokens"])
     plain = tokenizer.encode(text, add_special_tokens=False)
     ids, whole = plain.ids, tokenizer.post_process(plain).ids
     added = len(whole) - len(ids)
@@ -154,7 +185,44 @@ def main() -> None:
     cut = len(ids) > about["most"]
     after = [] if cut else whole[before + len(ids) :]
     names = [tokenizer.id_to_token(i) or str(i) for i in [*whole[:before], *after]]
-    print(json.dumps([ids[: about["most"]], whole[:before], after, names]))
+    does = {"add_bos_token": before > 0, "add_eos_token": added > before}
+    does["add_prefix_space"] = first_letter(tokenizer) in ("Ġ", "▁", " ")
+    print(json.dumps([ids[: about["most"]], whole[:before], after, names, does, moved]))
+
+
+def add_tokens(
+    tokenizer: Tokenizer, tokens: list[dict[str, Any]]
+) -> list[tuple[str, int, int | None]]:
+    """Add tokens as transformers does; return those that have another id than they should.
+
+    One that the tokenizer has is replaced where its flags differ, unless it counts by its content.
+    """
+    from tokenizers import AddedToken
+
+    have = tokenizer.get_added_tokens_decoder().values()
+    contents, flags = {token.content for token in have}, {repr(token) for token in have}
+    ids, more = {}, []
+    for about in tokens:
+        index, named = about.pop("id", None), about.pop("named", False)
+        token = AddedToken(**about)
+        if index is not None:
+            ids[token.content] = index
+        if token.content not in contents if named else repr(token) not in flags:
+            more.append(token)
+            contents.add(token.content)
+    tokenizer.add_tokens(more)
+    own = {content: tokenizer.token_to_id(content) for content in ids}
+    return [
+        (content, index, own[content]) for content, index in ids.items() if own[content] != index
+    ]
+
+
+def first_letter(tokenizer: Tokenizer) -> str:
+    """What the model sees first of a text that begins with a letter."""
+    text = tokenizer.normalizer.normalize_str("a") if tokenizer.normalizer else "a"
+    if tokenizer.pre_tokenizer:
+        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return text[:1]
 
 
 if __name__ == "__main__":
