@@ -265,11 +265,12 @@ def flush(folder: Path) -> None:
 def scratch(folder: Path, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
     """A new file or folder in ``folder``, made by ``make``, locked in this block and then removed.
 
-    ``name`` ends its name. What killed processes left in ``folder`` goes.
+    The end of ``name`` ends its name: all of it may be as long as a name may be. What killed processes
+    left in ``folder`` goes.
     """
     remove_left(folder)
     while True:
-        path = folder / f"{HERE}{secrets.token_hex(6)}-{name}"
+        path = folder / f"{HERE}{secrets.token_hex(6)}-{name[-40:]}"
         make(path)
         try:
             with locked(path) as mine:

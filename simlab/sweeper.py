@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,7 +79,8 @@ class Around(Callback):
                     whole = report(folder)
             except KeyboardInterrupt:
                 print(
-                    f"simlab: interrupted; the jobs are kept, python -m simlab.sweep {folder} reports",
+                    "simlab: interrupted; the jobs are kept, "
+                    f"python -m simlab.sweep {shlex.quote(str(folder))} reports",
                     file=sys.stderr,
                 )
                 raise SystemExit(signals.status()) from None

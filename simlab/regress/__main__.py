@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -346,7 +347,9 @@ def execute(args: argparse.Namespace) -> int:
         for line in record(case, args.reason):
             print(line)
         print(case.curves)
-        print(f"to hold it against a new run: python -m simlab.regress {case.name}")
+        where = [] if args.baselines == _BASELINES else ["--baselines", str(args.baselines)]
+        again = shlex.join(["python", "-m", "simlab.regress", *where, case.name])
+        print(f"to hold it against a new run: {again}")
         return 0
     chosen = choose_cases(cases, args.names)
     if args.junit and args.junit.is_dir():

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import shlex
 import shutil
 import sys
 import threading
@@ -113,7 +114,8 @@ class Sweep:
                 done = sum(place.ended for place in places)
                 line = (
                     f"simlab: interrupted; {done} of {len(places)} jobs are done and kept. The same "
-                    f"command does the rest; python -m simlab.sweep {folder} reports on these"
+                    "command does the rest; python -m simlab.sweep "
+                    f"{shlex.quote(str(folder))} reports on these"
                 )
             print(line, file=sys.stderr)
             raise SystemExit(signals.status()) from None

@@ -257,3 +257,43 @@ def test_yaml_numbers_in_exponent_notation(tmp_path, olmo2):
     path = tmp_path / "m" / "config.yaml"
     path.write_text(path.read_text().replace("0.0003", "1e-6"))
     assert Checkpoint(str(tmp_path / "m")).model.norm.eps == 1e-6
+
+
+AMBIGUOUS = {
+    "twice": ("  norm_after: true\n", "  norm_after: true\n  norm_after: false\n", "norm_after"),
+    "quoted": ("model:\n", "model:\n  'd_model': 48\n", "d_model"),
+    "two sections": ("seed: 1\n", "seed: 1\nmodel : {d_model: 64}\n", "model"),
+    "octal": ("d_model: 48", "d_model: 060", "d_model"),
+}
+
+
+@pytest.mark.parametrize("which", AMBIGUOUS)
+def test_what_readers_of_yaml_disagree_on(tmp_path, olmo2, which):
+    """The first of two values, or the last; 060 as 60 (YAML 1.2), or as 48 (1.1)."""
+    write_legacy(tmp_path / "m", fused(olmo2), OLMO2, "pt")
+    path = tmp_path / "m" / "config.yaml"
+    old, new, key = AMBIGUOUS[which]
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    why = "is octal to some readers" if which == "octal" else "is there twice"
+    refused(tmp_path / "m", "config.yaml", f"'{key}'", why)
+
+
+WRAPPED = {
+    "model": (lambda tensors: {"epoch": 3, "optimizer": {"lr": 1.0}, "model": tensors},
+              "a dictionary of tensors under 'model'", "torch.save(torch.load(path)['model'], path)"),
+    "parameters": (lambda tensors: {"state_dict": {k: torch.nn.Parameter(tensors[k]) for k in tensors}},
+                   "a dictionary of tensors under 'state_dict'", "save them alone"),
+    "number": (lambda tensors: {"epoch": 3} | tensors, "tensor 'epoch': not a tensor, an int", ""),
+    "list": (lambda tensors: list(tensors.values()), "model.pt: a list, not a dictionary", ""),
+    "transposed": (lambda tensors: {k: v.expand(2, *v.shape).mT for k, v in tensors.items()},
+                   "save it again after .contiguous()", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", WRAPPED)
+def test_what_a_pt_file_holds_instead_is_said(tmp_path, olmo2, which):
+    wrap, *parts = WRAPPED[which]
+    write_legacy(tmp_path / "m", wrap(fused(olmo2)), OLMO2, "pt")
+    refused(tmp_path / "m", "model.pt", *parts)

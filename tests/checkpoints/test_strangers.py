@@ -96,17 +96,20 @@ def largest(unit, size):
         ),
         ("config.json", b"{" + b" " * JSON_LIMIT + b"}", "larger than 2 MiB"),
         ("model.safetensors.index.json", largest(b"[],", JSON_LIMIT), "has no weight_map"),
+        ("config.json", b'{"a": [1], "a": [1], "b": 1, "b": 2}', "the key 'b' is there twice"),
         ("config.yaml", b"a: b\n" * 200_000, "more than 5000 keys and values"),
         ("config.yaml", b"model: [" + b"1," * 500_000 + b"]", "more than 5000 keys and values"),
         ("config.yaml", b"#" * (2 << 20), "larger than 1 MiB"),
     ],
-    ids=["header", "config", "index", "keys", "list", "yaml"],
+    ids=["header", "config", "index", "twice", "keys", "list", "yaml"],
 )
 def test_small_files_have_bounds(tmp_path, name, data, match):
     """What a real one needs, ten times; the worst that is let in takes a second of work."""
     write_olmo(tmp_path / "m", **TINY)
     if "index" in name:
         (tmp_path / "m" / "model.safetensors").unlink()
+    if name == "config.yaml":  # is not read beside a config.json
+        (tmp_path / "m" / "config.json").unlink()
     (tmp_path / "m" / name).write_bytes(data)
     start = time.process_time()
     refused(tmp_path / "m", match)

@@ -1,5 +1,6 @@
 """``python -m simlab.regress`` as it is used, on a small case; simlab's own cases are run by CI."""
 
+import shlex
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -94,6 +95,21 @@ def test_recorded_file(recorded, command):
     assert status == 0
     assert "norm: as before" in out
     assert path.read_bytes() == before
+
+
+def test_another_folder_and_a_long_name(tmp_path, command, monkeypatch):
+    """The command that is advised works as it stands, and takes the longest names of a file."""
+    monkeypatch.chdir(tmp_path)
+    name = "n" * 250
+    Path("my cases").mkdir()
+    case = CASE.replace("seeds=10", "seeds=1").replace("[exact, statistical, law]", "[exact]")
+    Path("my cases", f"{name}.yaml").write_text(case)
+    status, out, err = command("--baselines", "my cases", "--update", name, "--reason", "why")
+    assert (status, err) == (0, "")
+    advice = out.splitlines()[-1].removeprefix(
+        "to hold it against a new run: python -m simlab.regress "
+    )
+    assert command(*shlex.split(advice))[0] == 0
 
 
 def test_a_mistake_fails(recorded, command, monkeypatch):
@@ -210,6 +226,7 @@ def test_recording_needs_a_reason(cases, command, args):
         ("[exact, statistical, law]", "exact", "allowed: a list of texts"),
         ("[exact, statistical, law]", "[exact, exact]", "something is in it twice"),
         ("[exact, statistical, law]", "[statistical]", None),
+        ("gates:", "gates: [law]\ngates:", "the key 'gates' is there twice"),
         ("[exact,", "[", "small: seeds=10: gate law needs at least 11"),
         ("gates: [", "gates: [[", "not YAML"),
         ("three small blocks", "2020-13-45", None),

@@ -52,13 +52,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_bytes(path, JSON_LIMIT, "a config or an index"), path)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ConfigError where a key has two values: readers take either."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if value != values[key]:
+                raise ConfigError(f"the key {brief(key)} is there twice, with other values")
+    return values
+
+
 def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, Any]:
     """The JSON object in some bytes. what: their name, if they aren't the whole file."""
     where = f"{path}: {what}{' is ' if what else ''}"
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}not UTF-8 text") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -159,7 +159,8 @@ def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     inner = args[0] if args else value
     args = pickles.arguments_of(inner, "_rebuild_tensor_v2")
     if len(args) not in (6, 7):
-        raise ConfigError(f"{what}: not a tensor")
+        kind = "" if isinstance(value, PickledObject) else f", {_kind(value)}"
+        raise ConfigError(f"{what}: not a tensor{kind}")
     if len(args) == 7 and args[6]:  # torch then reads the bytes with another sign
         raise ConfigError(
             f"{what}: has torch's negation or conjugation bit; save it again after resolve_neg()"
@@ -173,12 +174,26 @@ def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
         raise ConfigError(f"{what}: not a tensor")
     pickles.check_dtype(storage.dtype, what)
     if not pickles.is_contiguous(shape, strides):
-        raise ConfigError(f"{what}: its strides are not contiguous")
+        raise ConfigError(
+            f"{what}: its strides are not contiguous, as of a transposed one; save it again after "
+            ".contiguous()"
+        )
     at, size = archive.storages.get(storage.key, (0, -1))
     width, numel = storage.dtype.itemsize, math.prod(shape)
     if storage.numel * width != size or not 0 <= start <= start + numel <= storage.numel:
         raise ConfigError(f"{what} reaches beyond its storage {brief(storage.key)}")
     return in_one_piece(name, shape, storage.dtype, archive.file, at + start * width)
+
+
+def _kind(value: object) -> str:
+    """What a value of a pickle is, in words."""
+    name = "dictionary" if isinstance(value, dict) else type(value).__name__
+    return f"an {name}" if name[0] in "aeioAEIO" else f"a {name}"
+
+
+def _is_tensor(value: object) -> bool:
+    made_by = value.constructor if isinstance(value, PickledObject) else None
+    return made_by is not None and made_by.is_("_rebuild_parameter", "_rebuild_tensor_v2")
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -187,7 +202,13 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     refuse_pointer(file.read(0, 64), path)
     archive = open_archive(file, 0, file.size)
     if not isinstance(archive.value, dict):
-        raise ConfigError(f"{path}: not a dictionary of tensors")
+        raise ConfigError(f"{path}: {_kind(archive.value)}, not a dictionary of tensors")
+    for name, value in archive.value.items():
+        if isinstance(value, dict) and any(map(_is_tensor, value.values())):
+            raise ConfigError(
+                f"{path}: holds a dictionary of tensors under {brief(name)}, not the tensors "
+                f"themselves; save them alone: torch.save(torch.load(path)[{brief(name)}], path)"
+            )
     return {
         checked_name(name, path): stored_tensor(archive, value, name)
         for name, value in archive.value.items()
