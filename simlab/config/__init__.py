@@ -1,6 +1,7 @@
 """The config of a run: its fields, their checks, and one-line errors."""
 
-from simlab.config.errors import ConfigError, divides, nearest, printable
+from simlab.config.errors import ConfigError, divides, printable
+from simlab.config.names import nearest
 from simlab.config.schema import (
     ANSWERS,
     CONF_DIR,

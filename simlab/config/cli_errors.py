@@ -14,10 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from simlab import signals
 from simlab.config import CONF_DIR, ConfigError, nearest, printable
+from simlab.config.names import nearest_key
 from simlab.config.validate import known_keys
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
+
+# That are given on the command line and aren't in a run's own config.
+OTHER_KEYS = ("+experiment", "+recipe", "hydra/launcher", "hydra.run.dir", "hydra.sweep.dir")
 
 # What torch, the loader of shared libraries, C++ and threads say, each in a class of its own.
 OUT = re.compile(
@@ -94,12 +98,13 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         return f"{error.filename or 'error'}: {error.strerror}"
     if match := re.match(r"Could not override '(?P<key>[^']+)'", str(error)):
         key, keys = match["key"], known_keys()
-        override = next((arg for arg in overrides if arg.lstrip("+~").startswith(key)), key)
+        override = next((a for a in overrides if a.lstrip("+~").partition("=")[0] == key), key)
         if (CONF_DIR / key).is_dir():
             return f"{override}: did you mean +{override}?"
         if keys.get(key):
             return f"{override}: only with {', '.join(keys[key])}"
-        return f"{override}: no such key{nearest(key, keys) or '; see --help'}"
+        near = nearest_key(key, [*keys, *OTHER_KEYS]) or "; see --help"
+        return f"{override}: no such key{near}"
     if match := re.match(r"Error parsing override '(?P<override>[^']*)'", str(error)):
         return f"{match['override']}: not of the form key=value"
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

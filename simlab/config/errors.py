@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 
 class ConfigError(ValueError):
     """A user's mistake, in one line: the key, its value, and the allowed values."""
@@ -13,12 +10,6 @@ class ConfigError(ValueError):
 def printable(text: str) -> str:
     """A text without control codes: it may be a stranger's, and goes to a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """``"; did you mean …?"`` where one of the allowed names is close, else an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def divides(part_name: str, part: int, whole_name: str, whole: int) -> None:

@@ -10,7 +10,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from simlab.config.errors import ConfigError, nearest
+from simlab.config.errors import ConfigError
+from simlab.config.names import nearest
 
 Default = TypeVar("Default")
 REQUIRED: Any = object()  # no default: the field must be there

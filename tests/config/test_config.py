@@ -8,7 +8,7 @@ from conftest import tiny
 
 import simlab
 from simlab import config
-from simlab.config import CONF_DIR, ConfigError, nearest
+from simlab.config import CONF_DIR, ConfigError
 from simlab.config.validate import compose, options
 from simlab.model.mlp import MLPS
 from simlab.model.transformer import parameter_count
@@ -169,8 +169,3 @@ def test_missing_pieces():
     for given in ("depth=3", "model=olmo2_1b", "norm=pre", "norm.eps=1e-5"):
         with pytest.raises(ConfigError, match="is read from the checkpoint"):
             compose(["source=checkpoint", "source.path=somewhere", given])
-
-
-def test_nearest():
-    assert nearest("dpeth", ["depth", "width"]) == "; did you mean depth?"
-    assert nearest("zzz", ["depth", "width"]) == ""
