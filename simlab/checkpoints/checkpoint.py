@@ -125,11 +125,15 @@ class Checkpoint(Weights):
         expected = dict(self.expected())
         others = sorted(tensors.keys() - expected.keys())
         for name in sorted(expected.keys() - tensors.keys()):
-            there = f", and {others[0]} is not part of this architecture" if others else ""
+            there = ""
+            if others:
+                there = f", and {tensors[others[0]].name} is not part of this architecture"
             raise ConfigError(f"{self.folder}: tensor {name} is missing{there}")
         for name in others:
             where = tensors[name].pieces[0].file.path if tensors[name].pieces else self.folder
-            raise ConfigError(f"{where}: tensor {name} is not part of this architecture")
+            raise ConfigError(
+                f"{where}: tensor {tensors[name].name} is not part of this architecture"
+            )
         for name, shape in expected.items():
             if (has := tensors[name].shape) != shape:
                 raise ConfigError(
@@ -144,7 +148,12 @@ class Checkpoint(Weights):
         Raises ConfigError where the files hold no head, or another one than the config says. A forward
         pass through the blocks reads none: only gradients and whole models need it.
         """
-        theirs = self.opened.keys["head.weight"]
+        theirs, other = self.opened.keys["head.weight"], self.opened.other_head
+        if other:
+            raise ConfigError(
+                f"{self.folder}: holds {other}, another task's head; gradients and the loss need "
+                f"{theirs}"
+            )
         if not self.model.tied:
             if "head.weight" not in self.parts:
                 raise ConfigError(

@@ -51,14 +51,20 @@ class Fields:
     """Takes the fields of one mapping by name and checks each.
 
     prefix: text before the field's name in an error: its nodes (``norm.``) or its file. shown: the
-    function that writes a value in an error. Every method raises ConfigError for a value that isn't
-    allowed. A missing or null field takes the method's ``default``; without one it is an error.
+    function that writes a value in an error. hint: the words after it, by the name and those allowed:
+    a user mistypes; in a stranger's file another name is another thing, and the nearest leads astray.
+    Every method raises ConfigError for a value that isn't allowed. A missing or null field takes the
+    method's ``default``; without one it is an error.
     """
 
     def __init__(
-        self, values: Mapping[str, Any], prefix: str = "", shown: Callable[[object], str] = as_typed
+        self,
+        values: Mapping[str, Any],
+        prefix: str = "",
+        shown: Callable[[object], str] = as_typed,
+        hint: Callable[[str, Iterable[str]], str] = nearest,
     ) -> None:
-        self.values, self.prefix, self.shown = dict(values), prefix, shown
+        self.values, self.prefix, self.shown, self.hint = dict(values), prefix, shown, hint
         self.taken: list[str] = []
 
     def fail(self, key: str, value: object, why: str) -> ConfigError:
@@ -126,7 +132,7 @@ class Fields:
         value, names = self.take(key, default), list(allowed)
         text = value if isinstance(value, str) else brief(value)
         if text not in names:
-            hint = nearest(text[:SHOWN], names)
+            hint = self.hint(text[:SHOWN], names)
             raise self.fail(key, value, f"allowed: {', '.join(names)}{hint}")
         return text
 
@@ -145,13 +151,13 @@ class Fields:
         value = self.take(key, default)
         if not isinstance(value, Mapping):
             raise self.fail(key, value, "must be a group of keys (an object)")
-        return Fields(value, f"{self.prefix}{key}.", self.shown)
+        return Fields(value, f"{self.prefix}{key}.", self.shown, self.hint)
 
     def only(self, owner: str, allowed: Sequence[str]) -> None:
         """Refuse fields that this owner (a placement, a rule) has no use for."""
         for key, value in self.values.items():
             if key not in allowed:
-                hint = nearest(key, allowed)
+                hint = self.hint(key, allowed)
                 raise self.fail(
                     key, value, f"{owner} has no such key; it has {', '.join(allowed)}{hint}"
                 )
@@ -174,6 +180,6 @@ class Fields:
         """Refuse the fields that nobody has taken."""
         for key, value in self.values.items():
             if key not in self.taken:
-                hint = nearest(key, self.taken)
+                hint = self.hint(key, self.taken)
                 allowed = ", ".join(sorted(self.taken))
                 raise self.fail(key, value, f"no such key; allowed: {allowed}{hint}")

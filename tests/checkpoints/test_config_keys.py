@@ -181,6 +181,30 @@ def test_refused_by_name(tmp_path, kind, changes, parts):
         assert part in str(caught.value)
 
 
+NO_HINTS = [
+    ("olmo2", {"hidden_act": "silu2"}),
+    ("llama", {"hidden_act": "selu"}),
+    ("llama", {"rope_scaling": {"rope_type": "llama4"}}),
+    ("olmo3", {"rope_scaling": {"rope_type": "yarns"}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), NO_HINTS)
+def test_a_files_values_get_no_hint(tmp_path, kind, changes):
+    """Names that are written alike are other functions; nobody has mistyped them."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind, "vocab_size": 61, **TINY, **changes}))
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, 100)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_no_model_type(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config\.json: has no model_type; allowed: olmo"):
+        read_config(tmp_path / "config.json", 100)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "mamba", "gemma", "olmoe", "mistral"])
 def test_no_hint_leads_to_another_architecture(tmp_path, kind):
     path = tmp_path / "config.json"

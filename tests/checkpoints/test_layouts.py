@@ -51,7 +51,9 @@ def test_a_base_models_files(tmp_path, kind, tied):
     return None
 
 
-@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "_fsdp_wrapped_module.module."])
+@pytest.mark.parametrize(
+    "before", ["_orig_mod.", "module.", "_fsdp_wrapped_module.module.", "_forward_module."]
+)
 def test_a_wrapped_models_names(tmp_path, before):
     model = write_olmo(tmp_path / "m", "Llama", **TINY)
     rewrite(tmp_path / "m", lambda t: {before + name: value for name, value in t.items()})
@@ -80,7 +82,8 @@ def test_stored_frequencies(tmp_path, dtype):
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     rewrite(tmp_path / "m", lambda t: t | {name: rope.to(dtype)})
     Checkpoint(str(tmp_path / "m"))
-    edit_json(tmp_path / "m" / "config.json", rope_parameters=PLAIN | {"rope_theta": 1000.0})
+    off = 1 + 3 * max(torch.finfo(dtype).eps, 1e-5)  # three roundings
+    rewrite(tmp_path / "m", lambda t: t | {name: (rope * off).to(dtype)})
     refused(tmp_path / "m", name, "RoPE")
 
 
@@ -90,6 +93,8 @@ def test_a_tied_models_other_head(tmp_path):
     before = curve(tmp_path / "m")
     edit_json(tmp_path / "m" / "config.json", tie_word_embeddings=True)
     assert curve(tmp_path / "m") == before
+    said = Checkpoint(str(tmp_path / "m")).opened.unread
+    assert said == "not used: lm_head.weight, for config.json ties the head to the embedding"
     for use in (run, build_model):
         with pytest.raises(ConfigError, match=r"another lm_head\.weight"):
             use(compose([*source(tmp_path / "m"), "gradients=true"]))
@@ -98,6 +103,50 @@ def test_a_tied_models_other_head(tmp_path):
     )
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert_same(tmp_path / "m", *sublayer_states(reference, IDS))
+
+
+def test_other_tasks_heads(tmp_path):
+    """A classifier's own head is named; gradients and the loss need a language model's."""
+    model = write_olmo(tmp_path / "m", "Llama", **TINY)
+    before = curve(tmp_path / "m")
+    for task, held in [
+        ("SequenceClassification", "score.weight"),
+        ("TokenClassification", "score.weight score.bias"),
+        ("QuestionAnswering", "qa_outputs.weight qa_outputs.bias"),
+    ]:
+        folder = tmp_path / task
+        other = getattr(transformers, f"LlamaFor{task}")(model.config)
+        getattr(other, other.base_model_prefix).load_state_dict(model.model.state_dict())
+        other.save_pretrained(folder)
+        assert curve(folder) == before
+        assert Checkpoint(str(folder)).opened.unread == f"not used: {held}, another task's head"
+    with pytest.raises(ConfigError, match=r"another task's head; .* need lm_head\.weight"):
+        run(compose([*source(folder), "gradients=true"]))
+
+
+@pytest.mark.parametrize(
+    ("before", "advice"),
+    [
+        ("base_model.model.", "merge_and_unload"),
+        ("language_model.", "part of another model"),
+        ("model.language_model.", "part of another model"),
+    ],
+)
+def test_a_part_of_another_model(tmp_path, before, advice):
+    write_olmo(tmp_path / "m", "Llama", **TINY)
+    rewrite(tmp_path / "m", lambda t: {before + name: value for name, value in t.items()})
+    refused(tmp_path / "m", f"names begin with {before}: ", advice)
+
+
+def test_messages_have_the_files_names(tmp_path):
+    """Also where simlab reads tensors by longer or shorter ones."""
+    model = write_olmo(tmp_path / "m", **TINY)
+    rows = torch.ones(3)
+    rewrite(tmp_path / "m", lambda t: t | {"embed_tokens.weight": rows})
+    refused(tmp_path / "m", "holds embed_tokens.weight", "beside model.embed_tokens.weight")
+    model.model.save_pretrained(tmp_path / "base")
+    rewrite(tmp_path / "base", lambda t: t | {"extra.weight": rows})
+    refused(tmp_path / "base", "tensor extra.weight is not part")
 
 
 def test_a_tensor_that_the_index_leaves_out(tmp_path):

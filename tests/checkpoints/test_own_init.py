@@ -92,7 +92,7 @@ def test_legacy_configs(tmp_path, text):
     ("kind", "changes", "init", "origin"),
     [
         ("Olmo2", {"initializer_range": 0.04}, InitConfig("normal", 0.04, 3.0), "range=0.04 in config"),
-        ("Llama", {"initializer_range": 0.0}, InitConfig("normal", 0.02, None), "is a guess: config.j"),
+        ("Llama", {"initializer_range": 0.0}, InitConfig("normal", 0.02, None), "initializer_range=0"),
         ("Olmo", {}, InitConfig("mitchell", None, 3.0), "is a guess: OLMo 1's rule"),
     ],
 )  # fmt: skip

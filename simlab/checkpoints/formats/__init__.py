@@ -68,14 +68,22 @@ def open_folder(folder: Path) -> Opened:
     for name, (matches, opener) in FORMATS.items():
         if matches(folder) and (name != "legacy_olmo" or not _is_hugging_faces(folder)):
             opened = opener(folder)
-            others = {*_configs(folder)} - {opened.config.name}
+            others, lines = {*_configs(folder)} - {opened.config.name}, [opened.unread]
             if others and name != "olmo_core":
-                line = f"read as {opened.config.name} says; not read: {others.pop()}"
-                opened = replace(opened, unread="; ".join(filter(None, [line, opened.unread])))
+                lines.insert(0, f"read as {opened.config.name} says; not read: {others.pop()}")
             tensors = unwrapped(opened.tensors, folder)
             # Where the head is tied, a stored one is only read to see that it is the embedding.
             head = tensors.pop(opened.keys["head.weight"], None) if opened.model.tied else None
-            return replace(opened, tensors=tensors, head=head)
+            embedding = tensors.get(opened.keys["embedding.weight"])
+            if head and embedding and head.pieces != embedding.pieces:
+                lines.append(
+                    f"not used: {head.name}, for {opened.config.name} ties the head to the embedding"
+                )
+            if opened.other_head:
+                lines.append(f"not used: {opened.other_head}, another task's head")
+            return replace(
+                opened, tensors=tensors, head=head, unread="; ".join(filter(None, lines))
+            )
     raise ConfigError(
         f"{folder}: holds no checkpoint: no config.json, config.yaml or .metadata"
         f"{instead(entry.name for entry in folder.iterdir())}"

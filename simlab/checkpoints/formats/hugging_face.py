@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
@@ -16,6 +17,7 @@ from simlab.checkpoints.formats.layouts import (
     SHARDS,
     instead,
     refuse_beside,
+    refuse_prefixed,
     unread,
     unwrapped,
 )
@@ -54,6 +56,8 @@ _NORMS_IN = {  # the second is "post attention" because it comes after: it is th
     "blocks.{}.mlp.norm_in.weight": "model.layers.{}.post_attention_layernorm.weight",
 }
 _BUFFER = ".rotary_emb.inv_freq"  # not learned: it follows from the config
+# Of models for classification and for questions, in place of lm_head.
+_OTHER_HEADS = ("score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
 KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
 
 
@@ -158,21 +162,38 @@ def open_folder(folder: Path) -> Opened:
     )  # first: there is no use in looking for its weights
     refuse_beside(folder)
     files = weight_files(folder)
-    held = _by_full_name(unwrapped(tensors(files), folder))
+    held = _by_full_name(unwrapped(tensors(files), folder), folder)
+    refuse_prefixed(held, folder)
     model, keys, init = read_config(path, len(held))
     learned = {name: t for name, t in held.items() if not name.endswith(_BUFFER)}
     for name in sorted(held.keys() - learned.keys()):
         _check_frequencies(held[name], model, path)
+    others = [learned.pop(name).name for name in _OTHER_HEADS if name in learned]
     index = [] if None in files.values() else [INDEX]
     beside = unread(folder, [*index, *(file.name for file in files)])
-    return Opened("hugging_face", model, keys, learned, path, init, unread=beside)
+    return Opened(
+        "hugging_face", model, keys, learned, path, init, other_head=" ".join(others), unread=beside
+    )
 
 
-def _by_full_name(held: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """A base model's tensors (``AutoModel.save_pretrained``) by the names in a model with a head."""
-    if "embed_tokens.weight" not in held:
+def _by_full_name(held: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """A base model's tensors (``AutoModel.save_pretrained``) by the names in a model with a head.
+
+    Also those of a model for questions, whose base is ``transformer``. Raises ConfigError where the
+    files hold two models.
+    """
+    base = next((b for b in ("", "transformer.") if f"{b}embed_tokens.weight" in held), None)
+    if base is None:
         return held
-    return {n if n.startswith("lm_head.") else f"model.{n}": t for n, t in held.items()}
+    for name in sorted(name for name in held if name.startswith("model.")):
+        raise ConfigError(
+            f"{folder}: holds {base}embed_tokens.weight beside {name}, as if it were two models: leave "
+            "one model's tensors"
+        )
+    heads = ("lm_head.", *_OTHER_HEADS)
+    return {
+        n if n.startswith(heads) else f"model.{n.removeprefix(base)}": t for n, t in held.items()
+    }
 
 
 def _check_frequencies(stored: StoredTensor, model: ModelConfig, path: Path) -> None:
@@ -181,13 +202,18 @@ def _check_frequencies(stored: StoredTensor, model: ModelConfig, path: Path) -> 
     theirs = stored.rows(0, *stored.shape) if len(stored.shape) == 1 else None
     pairs = torch.arange(model.head_dim / 2)
     ours, _ = inverse_frequencies(pairs, model.head_dim, model.rope_theta, model.yarn, model.llama3)
-    # To what bfloat16 rounds to, and float16 near 0.
-    if (
-        theirs is None
-        or theirs.shape != ours.shape
-        or not theirs.float().allclose(ours, 2**-7, 1e-7)
-    ):
+    if theirs is None or theirs.shape != ours.shape or not _rounded(theirs, ours):
         raise ConfigError(f"{path}: its RoPE isn't that of the tensor {stored.name} in the files")
+
+
+def _rounded(theirs: Tensor, ours: Tensor) -> bool:
+    """True if stored frequencies are ours but for rounding to their dtype.
+
+    A number rounds by half of the dtype's eps, near 0 by half of its smallest number. Frequencies that
+    are computed in float32 err themselves: at most log θ times its eps, some 2e-6.
+    """
+    about = torch.finfo(theirs.dtype)
+    return theirs.double().allclose(ours.double(), max(about.eps, 1e-5), about.tiny * about.eps)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simlab.checkpoints.formats.keys import Keys
+from simlab.config import ConfigError
 from simlab.config.fields import Fields
 
 # Parameters of generation, which older versions kept in config.json.
@@ -71,7 +72,10 @@ MODEL_TYPES: Mapping[str, Keys] = {
     | Keys("", "sliding_window max_window_layers", {"use_sliding_window": False}),
 }
 _CLASSES = {"olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3"}
-_HEADS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification")
+_HEADS = (
+    "ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification",
+    "ForQuestionAnswering",
+)  # fmt: skip
 _HF_OLMO = (
     "the first OLMo repositories' own layout, which needs their code: use the repository whose name "
     "ends in -hf"
@@ -89,6 +93,8 @@ def read_family(values: dict[str, object], fields: Fields) -> str:
     name that simlab reads is a hint.
     """
     kind = values.get("model_type")
+    if kind is None:
+        raise ConfigError(f"{fields.prefix}has no model_type; allowed: {', '.join(MODEL_TYPES)}")
     if isinstance(kind, str) and kind in _ELSEWHERE:
         raise fields.fail("model_type", kind, _ELSEWHERE[kind])
     if kind not in list(MODEL_TYPES):

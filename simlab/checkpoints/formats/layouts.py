@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from simlab.checkpoints.storage import StoredTensor
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
-# Modules around a model, or around its layers, that torch.compile, DDP, FSDP and checkpointing leave in
-# the names of a state dict.
-_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Modules around a model, or around its layers, that torch.compile, DDP, FSDP, checkpointing and
+# DeepSpeed leave in the names of a state dict.
+_WRAPPERS = {
+    "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
+}  # fmt: skip
 SHARDS, INDEX = "model-*-of-*.safetensors", "model.safetensors.index.json"
 _MERGE = (
     "merge it into its base model (peft's merge_and_unload), and give the folder saved from that"
@@ -38,6 +41,10 @@ _INSTEAD = (
     ("tf_model.h5", "TensorFlow's: load it with transformers and save it from there"),
     ("flax_model.msgpack", "Flax's: load it with transformers and save it from there"),
 )
+# What comes before the names of a model that is a part of another one, as far as the names tell.
+_PREFIX = re.compile(r"((?:\w+\.)*?)(?:model\.)?(?:embed_tokens|layers\.\d+)\.")
+_PARTS = {"base_model.model.": f"a model with an adapter (peft): {_MERGE}"}
+_PART = "they are a part of another model: save that part alone, and give its folder"
 # Files beside the weights with which they aren't the model any more.
 BESIDE = {
     "adapter_config.json": f"an adapter beside the weights, which transformers applies: {_MERGE}",
@@ -61,6 +68,16 @@ def refuse_beside(folder: Path) -> None:
     for name, why in BESIDE.items():
         if (folder / name).is_file():
             raise ConfigError(f"{folder / name}: {why}")
+
+
+def refuse_prefixed(names: Iterable[str], folder: Path) -> None:
+    """Refuse the tensors of a part of another model. Raises ConfigError."""
+    prefixes = {match[1] for match in map(_PREFIX.match, names) if match}
+    if prefixes and "" not in prefixes:
+        prefix = min(prefixes)
+        raise ConfigError(
+            f"{folder}: the tensors' names begin with {prefix}: {_PARTS.get(prefix, _PART)}"
+        )
 
 
 def unread(folder: Path, read: Iterable[str]) -> str:

@@ -21,8 +21,9 @@ class Opened:
     theirs are stacked in it by rows, in the map's order (a fused q‖k‖v). A norm without an entry has
     no gain: it is 1. tensors: the file's names to where their bytes are, optimizer state left out.
     config: the file that says the shape. init: how its weights were drawn before training. head: the
-    one that the files hold although it is tied. unread: a line on what is beside these files and could
-    be taken for them, but isn't read; empty where there is nothing.
+    one that the files hold although it is tied. other_head: tensors of another task's head. unread: a
+    line on what is in or beside these files and could be taken for what is measured, but isn't; empty
+    where there is nothing.
     """
 
     format: str
@@ -32,6 +33,7 @@ class Opened:
     config: Path
     init: OwnInit
     head: StoredTensor | None = None
+    other_head: str = ""
     unread: str = ""
 
 

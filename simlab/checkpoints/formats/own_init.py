@@ -33,7 +33,10 @@ def transformers_init(fields: Fields, kind: str) -> OwnInit:
         return OwnInit(InitConfig("mitchell", None, 3.0), why, guess=True)
     init = InitConfig("normal", std or _STD, _TRUNCATE.get(kind))
     if not std:  # transformers takes 0 for missing, too
-        return OwnInit(init, "config.json has no initializer_range", guess=True)
+        why = "config.json has " + (
+            "no initializer_range" if std is None else "initializer_range=0"
+        )
+        return OwnInit(init, why, guess=True)
     return OwnInit(init, f"initializer_range={std:g} in config.json")
 
 

@@ -79,8 +79,8 @@ def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, Any]:
 
 
 def fields_of(values: dict[str, Any], path: Path) -> Fields:
-    """The fields of a file's object; a line names the file, and quotes texts."""
-    return Fields(values, f"{path}: ", brief)
+    """The fields of a file's object; a line names the file, quotes texts, and suggests nothing."""
+    return Fields(values, f"{path}: ", brief, lambda name, allowed: "")
 
 
 def plain_name(name: object, ending: str) -> bool:
