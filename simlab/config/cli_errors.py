@@ -9,19 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from simlab import signals
 from simlab.config import CONF_DIR, ConfigError, nearest, printable
+from simlab.config.command_line import MULTIRUN, OTHER_KEYS, how_to_write, needs_multirun
 from simlab.config.names import nearest_key
 from simlab.config.validate import known_keys
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
-
-# That are given on the command line and aren't in a run's own config.
-OTHER_KEYS = ("+experiment", "+recipe", "hydra/launcher", "hydra.run.dir", "hydra.sweep.dir")
 
 # What torch, the loader of shared libraries, C++ and threads say, each in a class of its own.
 OUT = re.compile(
@@ -37,7 +35,7 @@ def fail(message: str) -> NoReturn:
     Raises KeyboardInterrupt where a signal has come: it may be what went wrong.
     """
     signals.raise_noted()
-    line = printable(" ".join(message.split()))
+    line = printable(" ".join(part.strip() for part in message.splitlines()))
     print(f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -105,6 +103,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
             return f"{override}: only with {', '.join(keys[key])}"
         near = nearest_key(key, [*keys, *OTHER_KEYS]) or "; see --help"
         return f"{override}: no such key{near}"
-    if match := re.match(r"Error parsing override '(?P<override>[^']*)'", str(error)):
-        return f"{match['override']}: not of the form key=value"
+    if isinstance(error, OverrideParseException):
+        return how_to_write(error.override, sweep=bool(MULTIRUN & set(overrides)))
+    if match := re.match(r"(Ambiguous value for argument|Sweep parameters) '(.*)'", str(error)):
+        return needs_multirun(match[2])
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

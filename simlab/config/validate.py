@@ -39,6 +39,8 @@ OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
 
 GROUPS = ("model", "norm", "init", "source", "inputs")
+HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
+MORE_GROUPS = ("experiment", "recipe", *HYDRA_GROUPS)  # that no run's config has
 
 
 def options(group: str) -> list[str]:
@@ -332,10 +334,13 @@ def _refuse_shape(top: Fields, kind: str) -> None:
 def refuse_empty_choices(overrides: Sequence[str]) -> None:
     """Raises ConfigError for ``norm=null``, ``norm=true`` or ``norm=3``, on which Hydra fails."""
     for override in overrides:
-        group, _, value = override.partition("=")
+        group, _, value = override.lstrip("+").partition("=")
         words = re.sub(r"\b(null|true|false)\b", "", value, flags=re.IGNORECASE)
-        if group in GROUPS and not re.search(r"[A-Za-z]", words):
-            names = [name for name in options(group) if name != FROM_CHECKPOINT]
+        if not group:
+            raise ConfigError(f"{override}: not of the form key=value, without spaces")
+        if group in (*GROUPS, *MORE_GROUPS) and not re.search(r"[A-Za-z]", words):
+            names = ["basic"] if group in HYDRA_GROUPS else []  # Hydra's own
+            names += [name for name in options(group) if name != FROM_CHECKPOINT]
             raise ConfigError(f"{override}: allowed: {', '.join(names)}")
 
 

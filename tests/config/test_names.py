@@ -4,7 +4,7 @@ import pytest
 
 from simlab import config
 from simlab.config import names, nearest
-from simlab.config.cli_errors import OTHER_KEYS
+from simlab.config.command_line import OTHER_KEYS
 from simlab.config.names import nearest_key
 from simlab.config.validate import known_keys, options
 

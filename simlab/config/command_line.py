@@ -1,0 +1,81 @@
+"""How an argument of ``simlab.run`` has to be written, where Hydra can't read it as it was given."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from simlab.config.errors import ConfigError
+from simlab.config.names import nearest, nearest_key
+from simlab.config.validate import known_keys
+
+OPTIONS = {
+    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p",
+    "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp",
+    "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun", "--info", "-i", "--",
+}  # fmt: skip
+MULTIRUN = {"-m", "--multirun"}
+# Keys of the command line that aren't in a run's own config.
+OTHER_KEYS = ("+experiment", "+recipe", "hydra/launcher", "hydra.run.dir", "hydra.sweep.dir")
+TEXTS = ("prompt", "path", "revision", "name", "results", "dir", "text")  # last parts of keys
+SWITCHES = ("dry_run", "gradients")
+
+
+def refuse_options(args: Sequence[str]) -> None:
+    """Raises ConfigError for a key that is written as an option: ``--depth=8``, ``--depth 8``."""
+    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+        option, equals, value = arg.partition("=")
+        if not option.startswith("-") or option in OPTIONS:
+            continue
+        keys = {key.lstrip("+"): key for key in (*known_keys(), *OTHER_KEYS)}
+        name = option.lstrip("-").replace("-", "_")
+        if name not in keys:
+            near = nearest(option, OPTIONS) or nearest_key(name, keys.values()) or "; see --help"
+            raise ConfigError(f"{arg}: no such option, and keys are written key=value{near}")
+        if not equals and ("=" in following or following.startswith("-")):
+            value = "true" if name in SWITCHES else "VALUE"
+        elif not equals:
+            value = following
+        raise ConfigError(f"{arg}: write {shlex.quote(f'{keys[name]}={value}')}, without dashes")
+
+
+def as_text(key: str, *values: str) -> str:
+    """``key=value`` as a shell must be given it, so that Hydra reads the values as texts."""
+    quoted = (QuotedString(v, Quote.single if '"' in v else Quote.double) for v in values)
+    whole = f"{key}={','.join(each.with_quotes() for each in quoted)}"
+    if whole.isprintable():
+        return shlex.quote(whole)
+    # Line breaks and the like, as bash and zsh take them: $'one\u000atwo'.
+    whole = whole.replace("\\", r"\\").replace("'", r"\'")
+    shown = (c if c.isprintable() else rf"\u{ord(c):04x}" for c in whole)
+    return f"$'{''.join(shown)}'"
+
+
+def how_to_write(override: str, sweep: bool) -> str:
+    """The line about an override that Hydra can't read. sweep: commas part the values of a sweep."""
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"[+~]*[\w./@:$-]+", key, re.ASCII) or value[:1] in ("", "="):
+        return f"{override}: not of the form key=value"
+    try:
+        override.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(override[error.start]) - 0xDC00  # as Python keeps it in a text
+        return f"{override}: not UTF-8 text (byte 0x{byte:02x}); convert it to UTF-8"
+    if re.search(r"[][(){}]", value) and key.rpartition(".")[2] not in TEXTS:
+        return f"{override}: its brackets can't be read; a list is [1,2], a swept range range(1,5)"
+    written = as_text(key, *(value.split(",") if sweep else [value]))
+    return f"{override}: has characters that need quotes; write {written}"
+
+
+def needs_multirun(override: str) -> str:
+    """The line about an override with several values, without -m."""
+    key, _, value = override.partition("=")
+    line = f"{override}: several values need -m: simlab.run -m {shlex.quote(override)}"
+    if key == "seeds" and re.fullmatch(r"[\d, ]+", value):
+        line += f"; a list is seeds=[{value}]"
+    if key.rpartition(".")[2] in TEXTS:
+        line += f"; a text with commas is {as_text(key, value)}"
+    return line
