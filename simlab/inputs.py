@@ -27,10 +27,14 @@ Ids = NDArray[np.int64]  # (batch, length)
 
 @dataclass(frozen=True)
 class Tokens:
-    """A token batch, and which special tokens are put around a text: ``<bos> first``, or nothing."""
+    """A token batch, and which special tokens are put around a text: ``<bos> first``, or nothing.
+
+    unit: what an id is, ``tokens``, or ``bytes`` for text without a tokenizer.
+    """
 
     ids: Ids
     special: str = ""
+    unit: str = "tokens"
 
 
 def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tokens:
@@ -104,7 +108,7 @@ def _text(inputs: InputsConfig, vocab_size: int, tokenizer: Path | None) -> Toke
     told = [
         f"{' '.join(part)} {where}" for part, where in ((first, "first"), (last, "last")) if part
     ]
-    return Tokens(whole, " and ".join(told))
+    return Tokens(whole, " and ".join(told), unit)
 
 
 def _bytes(inputs: InputsConfig, most: int) -> bytes:

@@ -30,7 +30,7 @@ class Prepared:
     ``config.engine`` is then the random inits' engine, and ``reason`` says why it is that one. With
     ``theory`` they are one predicted curve, and ``config.seeds`` is (seed,). ``init_origin`` says where
     an init that the user left to the checkpoint comes from, None of one that the user gave. ``special``
-    names the tokens that are put around a text.
+    names the tokens that are put around a text, ``unit`` says if ids are tokens or bytes.
     ``checkpoint`` is also None of a plan for one on the hub whose weights aren't here.
     """
 
@@ -40,6 +40,7 @@ class Prepared:
     reason: str
     init_origin: str | None = None
     special: str = ""
+    unit: str = "tokens"
 
     @property
     def parameters(self) -> int:
@@ -59,12 +60,6 @@ class Prepared:
     def entries(self) -> int:
         """Numbers in the residual stream of one curve: tokens × width."""
         return self.tokens.size * self.config.shape.width
-
-    @property
-    def unit(self) -> str:
-        """The unit of the token ids: ``tokens``, or ``bytes`` for text without a tokenizer."""
-        tokenizer = self.checkpoint.tokenizer if self.checkpoint else None
-        return "bytes" if self.config.inputs.kind == "text" and tokenizer is None else "tokens"
 
     @property
     def blocks(self) -> int:
@@ -183,7 +178,7 @@ def prepare(
         refuse(config, torch.get_num_threads())
     if config.source.stored and checkpoint is None and download:
         checkpoint = _opened(config)
-    return Prepared(config, tokens, checkpoint, reason, origin, made.special)
+    return Prepared(config, tokens, checkpoint, reason, origin, made.special, made.unit)
 
 
 def _opened(config: RunConfig) -> Checkpoint:

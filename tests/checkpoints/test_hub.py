@@ -9,9 +9,11 @@ from hub_server import LOGIN_PAGE, REPO, TOKEN, cache, hub, pushed
 from huggingface_hub import close_session, constants
 from test_legacy_olmo import OLMO2, fused, write_legacy
 
+from simlab import compose
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.hub import find, locate
 from simlab.config import ConfigError
+from simlab.experiment import prepare
 
 WEIGHTS = "model.safetensors"
 __all__ = ["cache", "hub", "pushed"]  # fixtures
@@ -74,6 +76,19 @@ def test_every_layout(hub, cache, tmp_path, written):
         assert not found.missing
         beside = {path.name for path in folder.glob("*token*")}
         assert {path.name for path in found.folder.glob("*token*")} == beside
+
+
+def test_a_plan_knows_the_tokenizer(hub, pushed, cache):
+    """What becomes of a text is known before the weights are downloaded."""
+    given = ["source=checkpoint", f"source.path={REPO}", "inputs=text", "inputs.prompt=' !'"]
+    plan = prepare(compose(given), download=False)
+    assert (plan.checkpoint, plan.unit) == (None, "bytes")
+    (pushed / "tokenizer.model").write_text("another tokenizer")
+    hub.push(REPO, pushed)
+    shutil.rmtree(cache)
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: a text needs the tokenizer"):
+        prepare(compose(given))
+    assert not list(cache.rglob(WEIGHTS))
 
 
 def test_revisions(hub, pushed, tmp_path, capfd):
