@@ -93,13 +93,21 @@ def test_classes(tmp_path, original, kind, single):
     path = written(original, tmp_path, single, tokenizer_config={"tokenizer_class": kind})
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     if kind == "GPTNeoXTokenizerFast":
-        with pytest.raises(
-            ConfigError, match=r"GPTNeoXTokenizer without add_.*special_tokens=false"
-        ):
+        with pytest.raises(ConfigError, match=r"GPTNeoXTok.* without add_.*special_tokens=false"):
             ids(path)
         assert ids(path, False) == theirs(TEXT).input_ids
     else:
         assert ids(path) == theirs(TEXT).input_ids
+
+
+@pytest.mark.parametrize("config", [{"model_type": "olmo"}, {"tokenizer_class": CLASSES[1]}])
+def test_the_class_of_a_model(tmp_path, original, config):
+    """transformers takes it from config.json where no tokenizer_config.json names one."""
+    path = written(original, tmp_path, "<s> $A", config={"model_type": "llama"} | config)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ids(path, False) == theirs(TEXT).input_ids
+    with pytest.raises(ConfigError, match=r"GPTNeoXTokenizer.* without add_bos_token"):
+        ids(path)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -105,6 +105,18 @@ def test_a_tied_models_other_head(tmp_path):
     assert_same(tmp_path / "m", *sublayer_states(reference, IDS))
 
 
+def test_a_legacy_models_other_head(tmp_path):
+    """Said, unless it is the embedding itself, as a .pt file can have it."""
+    tensors = fused(write_olmo(tmp_path / "hf", vocab_size=61))
+    write_legacy(tmp_path / "m", tensors, OLMO2 | {"weight_tying": True}, "pt")
+    said = Checkpoint(str(tmp_path / "m")).opened.unread
+    ties = "config.yaml ties the head to the embedding"
+    assert said == f"not used: transformer.ff_out.weight, for {ties}"
+    tensors["transformer.ff_out.weight"] = tensors["transformer.wte.weight"]
+    write_legacy(tmp_path / "m", tensors, OLMO2 | {"weight_tying": True}, "pt")
+    assert not Checkpoint(str(tmp_path / "m")).opened.unread
+
+
 def test_other_tasks_heads(tmp_path):
     """A classifier's own head is named; gradients and the loss need a language model's."""
     model = write_olmo(tmp_path / "m", "Llama", **TINY)

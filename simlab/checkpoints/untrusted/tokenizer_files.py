@@ -16,7 +16,7 @@ from typing import Any
 
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError
-from simlab.config.fields import Fields, brief
+from simlab.config.fields import Fields, as_typed, brief
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -51,12 +51,14 @@ INDIFFERENT_KEYS = [
     "vocab", "merges", "errors", "trim_offsets", "clean_up_tokenization_spaces",
     "use_default_system_prompt", "legacy",
 ]  # fmt: skip
-# What a class does where its config doesn't say.
+# What a class does where its config doesn't say, and the class of a config.json's model type. Where the
+# config says add_bos_token, transformers 4 follows it, and 5.23 puts no token for GPT-NeoX's class.
 _CLASSES: Mapping[str, Mapping[str, bool]] = {
     "GPT2Tokenizer": {"add_prefix_space": False},
     "Qwen2Tokenizer": {"add_prefix_space": False},
     "GPTNeoXTokenizer": {"add_prefix_space": False, "add_bos_token": False, "add_eos_token": False},
 }
+_FAMILIES = {"olmo": "GPTNeoXTokenizer", "qwen3": "Qwen2Tokenizer"}
 _DOES = {
     "add_bos_token": "a token before a text",
     "add_eos_token": "a token after a text",
@@ -115,14 +117,13 @@ def read_beside(path: Path) -> Beside:
     values, decoder = dict(config), fields.node("added_tokens_decoder", {})
     if config.get("added_tokens_decoder") is None:
         values |= _read(path.with_name(MAP))
-    kind = config.get("tokenizer_class")
-    kind = kind.removesuffix("Fast") if isinstance(kind, str) else ""
+    kind, where = _class(config, path.parent)
     says = {}
     for key in _DOES:
         if (said := fields.boolean(key, None)) is not None:
             says[key] = (said, f"{fields.prefix}{key}={str(said).lower()}")
         elif key in (default := _CLASSES.get(kind, {})):
-            says[key] = (default[key], f"{fields.prefix}tokenizer_class={kind} without {key}")
+            says[key] = (default[key], f"{where}, the tokenizer's class, without {key}")
     tokens = [
         {"id": _index(index, fields), **_token(token, index, decoder)}
         for index, token in decoder.values.items()
@@ -137,6 +138,16 @@ def read_beside(path: Path) -> Beside:
             tokens.append({"id": _index(index, beside), **token, "named": True})
     tokens.sort(key=lambda token: token["id"])
     return Beside([*tokens, *({**token, "named": True} for token in named)], says)
+
+
+def _class(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """The tokenizer's class, and a line on where that stands; empty where nothing says it."""
+    model = _read(folder / "config.json")
+    for name, its in ((CONFIG, config), ("config.json", model)):
+        if isinstance(kind := its.get("tokenizer_class"), str):
+            return kind.removesuffix("Fast"), f"{folder / name}: tokenizer_class={as_typed(kind)}"
+    kind = _FAMILIES.get(str(model.get("model_type")), "")
+    return kind, f"{folder}: {kind}"
 
 
 def _read(path: Path) -> dict[str, Any]:
