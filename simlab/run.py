@@ -13,11 +13,6 @@ def main() -> None:
 
     SIGINT (Ctrl-C): 130; SIGTERM: 143.
     """
-    if "--version" in sys.argv[1:]:  # Hydra's option of that name prints Hydra's
-        from simlab import __version__
-
-        print(f"simlab {__version__}")
-        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing
     kept = "nothing of the unfinished run was kept"
     signals.run_command(lambda: command(sys.argv[1:]), kept)
@@ -25,6 +20,11 @@ def main() -> None:
 
 def command(args: list[str]) -> None:
     """Let Hydra read the command line and start the run or the sweep. Raises SystemExit."""
+    if "--version" in args:  # Hydra's option of that name prints Hydra's
+        from simlab import __version__
+
+        print(f"simlab {__version__}")
+        return
     import hydra
 
     from simlab.budget.machine import PANDAS, refuse_imports

@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and closed pipes, wherever they come; and limits of memory."""
 
+import importlib
 import os
 import re
 import signal
@@ -157,6 +158,19 @@ def test_output_to_a_full_disk(capfd, monkeypatch, own_handlers, status):
     assert (end.value.code, done) == (status or 2, [1])
     said = "simlab: the output is incomplete: No space left on device; results are kept\n"
     assert capfd.readouterr().err == (said if status < 2 else "another line\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only some systems have one")
+@pytest.mark.parametrize("command", ["__main__", "run", "regress.__main__", "sweep.__main__"])
+def test_a_version_to_a_full_disk(capfd, monkeypatch, own_handlers, command):
+    """Of every command, as nothing comes before its handlers."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "argv", ["simlab", "--version"])
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(f"simlab.{command}").main()
+    assert end.value.code == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
 
 
 OUT = {
