@@ -57,7 +57,7 @@ def additive(rows: Rows) -> Array:
     matrix is fresh, independent of x and isotropic: exact in expectation at every width for
     ``reordered`` and ``peri``. A norm of the stream sets v anew, v_k = g_k²c_k: a re-norm, and every
     step of ``post`` and ``deepnorm``. A step that norms neither has no such law (``normed``).
-    (S, R), ln v. Derived in the README; tested by simulation.
+    (S, R), ln v. Derived in docs/laws.md; tested by simulation.
     """
     v = [rows.first]
     for row in range(1, len(rows.kinds)):

@@ -29,7 +29,7 @@ so that the implied W has exactly i.i.d. N(0, σ²) entries however the tokens l
 is nothing to gain, and L = X, Z = Wᵀ: the layer draws its weights like a dense one.
 
 A truncated init is matched by its variance: W's entries are then not Gaussian, and Y only nearly
-so, its kurtosis by some 1/d_in (README).
+so, its kurtosis by some 1/d_in (docs/weightless.md).
 """
 
 from __future__ import annotations

@@ -300,10 +300,9 @@ def test_overflow_warns():
     assert np.isfinite(frame["mean_square"]).all()
 
 
-def test_readme_examples(capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Your own model\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+def test_probe_page_examples(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "probe.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     assert len(blocks) >= 2
     names: dict = {}
     for block in blocks:

@@ -1,4 +1,4 @@
-"""The fixture growth_regression, in the test suite of the README's example."""
+"""The fixture growth_regression, in the test suite of the example in docs/gate.md."""
 
 import re
 from pathlib import Path
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # of the inner sessions' plu
 
 @pytest.fixture
 def example():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("### In your own test suite\n")[1].split("\n## ")[0]
+    page = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+    section = page.split("## In your own test suite\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     return block
 
@@ -41,7 +41,7 @@ def suite(pytester, example, monkeypatch):
     return run
 
 
-def test_readme_example(suite, pytester):
+def test_page_example(suite, pytester):
     outcomes, said = suite()
     assert outcomes == {"failed": 2}
     assert "recorded for the first time, look at it and commit it" in said
