@@ -25,6 +25,11 @@ def command(args: list[str]) -> None:
 
         print(f"simlab {__version__}")
         return
+    if {"--help", "-h"} & set(args):  # Hydra's prints one config, and describes nothing
+        from simlab.config.help import help_text
+
+        print(help_text())
+        return
     import hydra
 
     from simlab.budget.machine import PANDAS, refuse_imports

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from simlab import signals
 from simlab.config import CONF_DIR, ConfigError, nearest, printable
 from simlab.config.command_line import MULTIRUN, OTHER_KEYS, how_to_write, needs_multirun
+from simlab.config.keys import known_keys
 from simlab.config.names import nearest_key
-from simlab.config.validate import known_keys
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
@@ -99,8 +99,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         override = next((a for a in overrides if a.lstrip("+~").partition("=")[0] == key), key)
         if (CONF_DIR / key).is_dir():
             return f"{override}: did you mean +{override}?"
-        if keys.get(key):
-            return f"{override}: only with {', '.join(keys[key])}"
+        if key in keys and keys[key].choices:
+            of = keys[key]
+            return f"{override}: only with {', '.join(f'{of.group}={name}' for name in of.choices)}"
         near = nearest_key(key, [*keys, *OTHER_KEYS]) or "; see --help"
         return f"{override}: no such key{near}"
     if isinstance(error, OverrideParseException):

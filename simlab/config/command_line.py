@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from simlab.config.errors import ConfigError
+from simlab.config.keys import known_keys
 from simlab.config.names import nearest, nearest_key
-from simlab.config.validate import known_keys
 
 OPTIONS = {
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p",

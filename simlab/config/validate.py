@@ -48,30 +48,6 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
-def known_keys() -> dict[str, list[str]]:
-    """Every dotted key that some choice of groups has, with the choices (``norm=pre``) that have it.
-
-    Keys that are always there have no choices; a group's name is a key too.
-    """
-    choices: dict[str, list[str]] = {}
-    files = [CONF_DIR / "config.yaml"]
-    files += [CONF_DIR / group / f"{name}.yaml" for group in GROUPS for name in options(group)]
-    for path in files:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(loaded, dict)
-        top = path.parent == CONF_DIR
-        group = "" if top else path.parent.name
-        choice = [] if top or path.stem == FROM_CHECKPOINT else [f"{group}={path.stem}"]
-        whole = "# @package _global_" in path.read_text(encoding="utf-8").splitlines()
-        choices.setdefault(group or "seeds", [])
-        for key, value in loaded.items():
-            prefix = "" if top or whole else f"{group}."
-            inner = [f"{key!s}.{k!s}" for k in value] if isinstance(value, dict) else None
-            for name in inner or [f"{prefix}{key!s}"]:
-                choices.setdefault(name, []).extend(choice)
-    return {k: v for k, v in choices.items() if k != "defaults" and not k.startswith("hydra.")}
-
-
 # Far beyond use, and small enough that checking them costs nothing.
 MOST_BLOCKS, MOST_TOKENS, MOST_SEEDS = 10**6, 10**8, 10**6
 

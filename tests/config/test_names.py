@@ -5,8 +5,9 @@ import pytest
 from simlab import config
 from simlab.config import names, nearest
 from simlab.config.command_line import OTHER_KEYS
+from simlab.config.keys import known_keys
 from simlab.config.names import nearest_key
-from simlab.config.validate import known_keys, options
+from simlab.config.validate import options
 
 KEYS = {
     # by meaning
@@ -20,7 +21,7 @@ KEYS = {
     "dpeth": "depth", "nrom": "norm", "norm.gian": "norm.gain", "init.embed_std": "init.embedding_std",
     "experiments": "+experiment",
     # the right name elsewhere
-    "model.depth": "depth", "std": "init.std", "path": "source.path or inputs.path",
+    "model.depth": "depth", "std": "init.std", "path": "inputs.path or source.path",
 }  # fmt: skip
 FAR = ("lr", "source.token", "init.scale", "inputs.xyz", "norm.size", "foo.bar")
 
