@@ -26,7 +26,7 @@ SWITCHES = ("dry_run", "gradients")
 
 def refuse_options(args: Sequence[str]) -> None:
     """Raises ConfigError for a key that is written as an option: ``--depth=8``, ``--depth 8``."""
-    for arg, following in zip(args, [*args[1:], "-"], strict=True):
+    for arg, following in zip(args, [*args, "-"][1:], strict=True):
         option, equals, value = arg.partition("=")
         if not option.startswith("-") or option in OPTIONS:
             continue

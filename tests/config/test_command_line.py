@@ -7,7 +7,7 @@ import pytest
 from conftest import in_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from simlab.config.command_line import as_text
+from simlab.config.command_line import as_text, refuse_options
 
 QUOTES = "has characters that need quotes; write "
 LINES = {
@@ -36,6 +36,11 @@ LINES = {
     ("+experiment=3",): "+experiment=3: allowed: context_length, ",
     ("hydra/launcher=3",): "hydra/launcher=3: allowed: basic, joblib, ",
 }  # fmt: skip
+
+
+def test_no_arguments():
+    refuse_options([])
+    refuse_options(["depth=8"])
 
 
 @pytest.mark.parametrize("args", LINES)
