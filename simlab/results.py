@@ -106,7 +106,7 @@ class Result:
 
     def figure(self) -> Figure:
         """The run's main figure, growth.png, as a matplotlib Figure."""
-        from simlab.report.figure import growth_figure
+        from simlab.report.growth_figure import growth_figure
 
         return growth_figure(self.curves, self.title, figure_lines(self.curves, self.summary))
 

@@ -210,7 +210,11 @@ def figure_names(monkeypatch) -> list[str]:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Runs and sweeps in this process draw nothing, which takes most of a small one's time."""
-    for name in ("figure.growth_figure", "figure.lambda_figure", "checkpoint_figure.inside_figure"):
+    for name in (
+        "growth_figure.growth_figure",
+        "figure.lambda_figure",
+        "checkpoint_figure.inside_figure",
+    ):
         monkeypatch.setattr(f"simlab.report.{name}", lambda *_: None)
     monkeypatch.setattr("simlab.report.sweep_figures.figures", lambda *_: {})
 

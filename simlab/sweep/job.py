@@ -182,7 +182,7 @@ def write(
     weights: the rows of weights.csv. overrides: of the command that makes the run again, which the page
     shows.
     """
-    from simlab.report import checkpoint_figure, console, figure, style
+    from simlab.report import checkpoint_figure, console, figure, growth_figure, style
     from simlab.report.page.build import command_of, run_page
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
@@ -191,7 +191,7 @@ def write(
     title, depth = summary["title"], summary["config"]["model"]["depth"]
     lines = console.figure_lines(curve, summary)
     figures = {
-        "growth": figure.growth_figure(curve, title, lines),
+        "growth": growth_figure.growth_figure(curve, title, lines),
         "lambda": figure.lambda_figure(curve, depth, title),
         "inside": checkpoint_figure.inside_figure(curve, title),
     }

@@ -11,7 +11,7 @@ from simlab import compose
 from simlab.budget import predicted
 from simlab.config import ConfigError
 from simlab.experiment import measure, prepare, run
-from simlab.report.figure import growth_figure
+from simlab.report.growth_figure import growth_figure
 from simlab.theory.mean_field import predict
 
 WIDE = ["width=128", "heads=4", "kv_heads=2", "d_ff=256", "init.std=0.05"]
@@ -45,7 +45,7 @@ def test_the_figure_shows_the_predicted_band(both):
     """Mean ± 2 std of seeds."""
     frame = both[0].curve
     low, high = (frame["mean_square"] + sign * 2 * frame["band_mean_field"] for sign in (-1, 1))
-    (band,) = growth_figure(frame, "", []).axes[0].collections[:1]
+    (band,) = growth_figure(frame, "", []).axes[0].collections
     edges = np.concatenate([low, high])[:, None]
     assert np.isclose(edges, band.get_paths()[0].vertices[:, 1], rtol=1e-9).any(1).all()
 

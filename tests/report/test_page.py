@@ -11,7 +11,7 @@ from conftest import in_process, tiny
 
 from simlab.analysis.headline import headline
 from simlab.experiment import run
-from simlab.report.figure import growth_figure
+from simlab.report.growth_figure import growth_figure
 from simlab.report.page import build, sweep
 from simlab.report.page.quantities import BY_SUBLAYER, DRAWABLE
 from simlab.store import read_csv

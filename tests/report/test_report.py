@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny
 from rich.console import Console
 
+from simlab.analysis import LAWS
 from simlab.analysis.exponents import per_block
 from simlab.config import CONF_DIR
 from simlab.config.preset import changed
@@ -22,7 +23,8 @@ from simlab.report.console import (
     show_result,
     verdict_lines,
 )  # fmt: skip
-from simlab.report.figure import growth_figure, lambda_figure
+from simlab.report.figure import lambda_figure
+from simlab.report.growth_figure import growth_figure
 from simlab.report.style import save
 from simlab.report.table import block_table, fallen, growth_table, lambda_table, shown_rows
 
@@ -135,24 +137,69 @@ def test_a_verdict_is_told_in_sentences(capsys):
     assert "gradient" not in main
 
 
+def named(ax):
+    """The lines' names right of a panel, and those of laws that leave it."""
+    return " ".join(text.get_text() for text in ax.texts)
+
+
 def test_figure_elements():
+    """Names at the lines' ends, theory's band, √2 drawn once, the peak's value, axes that say log."""
     result = run(tiny("depth=8", "seeds=3", "norm=swin_renorm"))
-    figure = growth_figure(result.curve, "t", ["v"])
-    linear, log = figure.axes
-    assert (linear.get_yscale(), log.get_yscale()) == ("linear", "log")
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    theory = ["theory (mean field)", "theory: mean ± 2 std of a seed"]
-    seeds = "random init (3 seeds: mean, min to max)"
-    assert sorted(labels) == sorted(["additive law", "√2 per sublayer", *theory, seeds])
+    figure = growth_figure(result.curve, "t", ["The answer.", "More."])
+    main, log, norm, variance, added = figure.axes
+    assert [ax.get_yscale() for ax in figure.axes] == [
+        "linear",
+        "log",
+        "linear",
+        "linear",
+        "linear",
+    ]
+    assert sum("log axis" in text.get_text() for text in figure.texts) == 1
+    assert {"The answer.", "More.", "t"} <= {text.get_text() for text in figure.texts}
     one = result.curve[result.curve["seed"] == 0]
+    mean = result.curve.groupby(["sublayer", "kind"], sort=False)["mean_square"].mean()
+    for said in (
+        "random init",
+        "3 seeds",
+        "additive law",
+        "theory (mean field)",
+        "√2 per sublayer",
+    ):
+        assert said in named(main)
+    peaks = mean.to_numpy()[np.flatnonzero(one["kind"] == "renorm") - 1]
+    assert f"peak {peaks.max():.3g}" in named(main)
+    sqrt2 = next(line for line in main.lines if line.get_color() == LAWS["sqrt2"].colour)
+    drawn = np.isfinite(np.asarray(sqrt2.get_ydata(), float))
+    assert drawn.sum() == np.flatnonzero(one["kind"] == "renorm")[0]
     edges = one["law_mean_field"] - 2 * one["band_mean_field"]
-    corners = np.concatenate([path.vertices for c in linear.collections for path in c.get_paths()])
-    assert all(np.isclose(corners[:, 1], edge).any() for edge in edges[one["kind"] != "renorm"])
-    for ax in figure.axes:
+    corners = np.concatenate([path.vertices for c in main.collections for path in c.get_paths()])
+    assert all(np.isclose(corners[:, 1], edge).any() for edge in edges)
+    for ax, column in ((main, "mean_square"), (log, "mean_square"), (norm, "norm"), (variance, "variance"),
+                       (added, "branch_mean_square")):  # fmt: skip
+        of = result.curve.groupby(["sublayer", "kind"], sort=False)[column].mean().dropna()
+        heights = [np.asarray(line.get_ydata(), float) for line in ax.lines]
+        assert any(len(y) == len(of) and np.allclose(y, of) for y in heights), column
         assert ax.collections  # the band
         low, high = ax.get_ylim()
-        assert low <= result.curve["mean_square"].min()
-        assert high >= result.curve["mean_square"].max()
+        assert low <= of.min() <= of.max() <= high
+
+
+def test_a_checkpoint_of_few_large_tokens():
+    """The linear panel has its median token then, and the names say so."""
+    frame = run(tiny("seeds=8")).curve
+    trained = frame[frame["seed"] == 0].assign(curve="checkpoint", outside=1.0)
+    trained["mean_square"] *= 5000
+    both = pd.concat([trained, frame], ignore_index=True)
+    main, relative, *_ = growth_figure(both, "t", ["a"]).axes
+    median = trained["mean_square_median"]
+    assert any(
+        np.allclose(line.get_ydata(), median)
+        for line in main.lines
+        if len(line.get_ydata()) == len(median)
+    )
+    assert main.get_ylim()[1] < 100 * frame["mean_square"].max()
+    assert relative.get_yscale() == "log"
+    assert relative.get_ylim()[1] > 4000
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +221,9 @@ def test_odd_curves_draw(tmp_path, request, case):
         figure.axes[0].set_title("a $ and a $")
         save(figure, tmp_path, "growth")
         svg = (tmp_path / "growth.svg").read_text("utf-8")
-        assert all(f"<!-- {text} -->" in svg for text in ("a $ and a $", "0.1", "10⁵")), "plain"
+        assert all(f"<!-- {text} -->" in svg for text in ("a $ and a $", "0.1", "100")), "plain"
     mean = result.curve.groupby(["sublayer", "kind"], sort=False)["mean_square"].mean()
-    for ax in figure.axes:
+    for ax in figure.axes[:2]:
         (low, high), (left, right) = ax.get_ylim(), ax.get_xlim()
         shown = mean[mean > 0] if ax.get_yscale() == "log" else mean
         assert low <= shown.min() <= shown.max() <= high
@@ -204,9 +251,9 @@ def test_overflow_is_named():
 def test_gradient_panel_column_and_line(norm, seeds):
     result = run(tiny("gradients=true", f"norm={norm}", "depth=5", f"seeds={seeds}"))
     figure = growth_figure(result.curve, "t", [])
-    assert len(figure.axes) == 3
-    assert figure.axes[2].get_yscale() == "log"
-    heights = [np.asarray(line.get_ydata(), float) for line in figure.axes[2].lines]
+    assert len(figure.axes) == 5
+    assert figure.axes[4].get_yscale() == "log"
+    heights = [np.asarray(line.get_ydata(), float) for line in figure.axes[4].lines]
     one = result.curve[result.curve["seed"] == 0].drop_duplicates(["sublayer", "kind"])
     assert any(np.allclose(y, one["law_gradient_rms"]) for y in heights)  # theory's
     lines = lines_of(growth_table(result.curve, "random"))

@@ -11,7 +11,8 @@ from simlab.analysis import LAWS, Law
 from simlab.experiment import run
 from simlab.regress.law_gate import law as law_gate
 from simlab.report import style
-from simlab.report.figure import growth_figure, lambda_figure
+from simlab.report.figure import lambda_figure
+from simlab.report.growth_figure import growth_figure
 from simlab.report.table import growth_table, lambda_table
 from simlab.store import SUMMARY, write_json
 from simlab.sweep import report
@@ -38,6 +39,10 @@ def lines_in(figure, colour):
     return sum(line.get_color() == colour for ax in figure.axes for line in ax.lines)
 
 
+def names_in(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
 def shown_of_a_run(folder):
     """What a run's figures, tables, sentences and files say of the laws."""
     result = run(tiny(*BASE))
@@ -47,7 +52,7 @@ def shown_of_a_run(folder):
     growth, lambdas = growth_figure(frame, "t", []), lambda_figure(frame, 4, "t")
     return {
         "curve.csv": (folder / "curve.csv").read_text().splitlines()[0],
-        "growth.png": f"{legend(growth)} {lines_in(growth, DUMMY.colour)}",
+        "growth.png": f"{names_in(growth)} {lines_in(growth, DUMMY.colour)}",
         "lambda.png": f"{legend(lambdas)} {lines_in(lambdas, DUMMY.colour)}",
         "table": text_of(growth_table(frame, "random")),
         "exponents": text_of(lambda_table(summary["lambda"]["random"])),

@@ -1,0 +1,163 @@
+"""Panels placed by hand: curves with their bands and laws, axes with plain ticks, titles.
+
+Axes are placed in inches and ticks are plain texts: matplotlib's layout engines and formulas would take
+half of a run's time after its verdict (measured).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+from simlab.analysis.curve import basis, laws_in
+from simlab.report.style import COLOURS
+
+INK, DIM, GRID = "#1a1d21", "#59616b", "#ecebe6"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+PanelArray = NDArray[np.float64]
+
+
+class Steps:
+    """A run's curves as arrays (seeds, steps), by curve and column; NaN where a curve has ended."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.names = list(dict.fromkeys(frame["curve"]))
+        self.rows = {name: frame[frame["curve"] == name] for name in self.names}
+        self.base = basis(frame)
+        longest = max(self.rows.values(), key=lambda rows: rows.groupby("seed").size().max())
+        steps = max((rows for _, rows in longest.groupby("seed")), key=len)
+        self.kinds = steps["kind"].tolist()
+        late = (steps["kind"] == "renorm").to_numpy() * 0.35  # makes the drop visible
+        self.x = steps["sublayer"].to_numpy(np.float64) + late
+
+    def __call__(self, name: str, column: str) -> PanelArray:
+        """A column of the curve ``name``."""
+        rows = self.rows[name]
+        found = np.full((rows["seed"].nunique(), len(self.x)), np.nan)
+        for i, (_, values) in enumerate(rows.groupby("seed", sort=True)[column]):
+            found[i, : len(values)] = values
+        return found
+
+    def mean(self, name: str, column: str) -> PanelArray:
+        """Over the seeds that reach a step; NaN where none does."""
+        return over_seeds(np.nanmean, self(name, column))
+
+    def has(self, column: str) -> bool:
+        """True if some curve has a number in this column."""
+        return any(column in rows and rows[column].notna().any() for rows in self.rows.values())
+
+    def first_renorm(self) -> int:
+        """The step of the first re-norm, or the number of steps."""
+        return self.kinds.index("renorm") if "renorm" in self.kinds else len(self.kinds)
+
+
+def over_seeds(how: Callable[..., PanelArray], values: PanelArray) -> PanelArray:
+    """A mean, least or most (steps,) over the seeds (seeds, steps) that have a number; else NaN."""
+    known = np.isfinite(values).any(0)
+    out = np.full(values.shape[1], np.nan)
+    out[known] = how(np.where(np.isfinite(values), values, np.nan)[:, known], axis=0)
+    return out
+
+
+def write_at(
+    figure: Figure, x: float, y: float, text: str, *, size: float, colour: str = INK,
+    weight: str = "normal", ha: str = "left",
+) -> None:  # fmt: skip
+    """A text at inches from the lower left corner."""
+    width, height = figure.get_size_inches()
+    figure.text(x / width, y / height, text, fontsize=size, color=colour, weight=weight, ha=ha)
+
+
+def plain(value: float, _: int | None = None) -> str:
+    """A tick's text: ``10³``, ``2·10⁻⁴``, ``30``."""
+    if value == 0:
+        return "0"
+    if 1e-2 <= abs(value) < 1e4:
+        return f"{value:g}".replace("-", "−")
+    digits, exponent = f"{value:.0e}".split("e")
+    raised = f"10{str(int(exponent)).translate(RAISED)}"
+    return {"1": raised, "-1": f"−{raised}"}.get(digits, f"{digits}·{raised}")
+
+
+def panel(
+    figure: Figure, box: tuple[float, float, float, float], title: str, under: str, log: bool = False
+) -> Axes:  # fmt: skip
+    """Axes at inches (left, bottom, width, height), with a title that says what is seen."""
+    width, height = figure.get_size_inches()
+    x, y, w, h = box
+    ax = figure.add_axes((x / width, y / height, w / width, h / height))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#b5b5b0")
+    ax.set_axisbelow(True)
+    ax.grid(color=GRID, lw=0.8)
+    ax.tick_params(colors=DIM, labelsize=8.5, length=0)
+    write_at(figure, x, y + h + 0.29, title, size=10, weight="bold")
+    write_at(figure, x, y + h + 0.1, under + (", log axis" if log else ""), size=8.5, colour=DIM)
+    if log:
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_formatter(FuncFormatter(plain))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return ax
+
+
+def log_ticks(ax: Axes) -> None:
+    """Round ticks for whatever a log axis now spans."""
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low)
+    subs: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    if decades > 0.8:
+        subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7 if decades > 3 else 12))
+
+
+def draw_seeds(
+    ax: Axes, steps: Steps, column: str, change: Callable[[PanelArray], PanelArray] = lambda y: y,
+    lw: float = 2.0,
+) -> None:  # fmt: skip
+    """Each curve's mean over its seeds, and the band from the least to the most."""
+    for name in steps.names:
+        if column not in steps.rows[name]:
+            continue
+        y = change(steps(name, column))
+        known = np.isfinite(y).any(0)
+        x, y = steps.x[known], y[:, known]
+        if y.size == 0:
+            continue
+        if len(y) > 1:
+            low, high = over_seeds(np.nanmin, y), over_seeds(np.nanmax, y)
+            ax.fill_between(x, low, high, color=COLOURS[name], alpha=0.2, lw=0)
+        ax.plot(x, over_seeds(np.nanmean, y), color=COLOURS[name], lw=lw, zorder=3)
+
+
+def draw_laws(
+    ax: Axes, steps: Steps, change: Callable[[PanelArray], PanelArray] = lambda y: y
+) -> dict[str, PanelArray]:  # fmt: skip
+    """The laws of the random inits (or of the checkpoint alone), above the curves, by their names.
+
+    √2 per sublayer starts anew at each re-norm: it is drawn up to the first one.
+    """
+    drawn = {}
+    own = steps.rows[steps.base]
+    most = float(own["mean_square"].max())
+    for law in laws_in(own):
+        if steps.base == "theory" and law.name == "mean_field":
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = change(np.minimum(steps.mean(steps.base, law.column), 1e300))
+        if not law.expected:
+            y = np.where(np.arange(len(y)) < steps.first_renorm(), y, np.nan)
+        drawn[law.name] = y
+        shown = np.minimum(y, change(np.array(1e6 * most)))  # off the axis, within float64
+        ax.plot(steps.x, shown, color=law.colour, ls=law.line, lw=1.6, zorder=4)
+    return drawn
