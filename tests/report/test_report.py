@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import matplotlib
 import numpy as np
@@ -174,8 +175,8 @@ def test_figure_elements():
     edges = one["law_mean_field"] - 2 * one["band_mean_field"]
     corners = np.concatenate([path.vertices for c in main.collections for path in c.get_paths()])
     assert all(np.isclose(corners[:, 1], edge).any() for edge in edges)
-    for ax, column in ((main, "mean_square"), (log, "mean_square"), (norm, "norm"), (variance, "variance"),
-                       (added, "branch_mean_square")):  # fmt: skip
+    panels = {"mean_square": main, "norm": norm, "variance": variance, "branch_mean_square": added}
+    for column, ax in (*panels.items(), ("mean_square", log)):
         of = result.curve.groupby(["sublayer", "kind"], sort=False)[column].mean().dropna()
         heights = [np.asarray(line.get_ydata(), float) for line in ax.lines]
         assert any(len(y) == len(of) and np.allclose(y, of) for y in heights), column
@@ -221,7 +222,8 @@ def test_odd_curves_draw(tmp_path, request, case):
         figure.axes[0].set_title("a $ and a $")
         save(figure, tmp_path, "growth")
         svg = (tmp_path / "growth.svg").read_text("utf-8")
-        assert all(f"<!-- {text} -->" in svg for text in ("a $ and a $", "0.1", "100")), "plain"
+        assert "<!-- a $ and a $ -->" in svg
+        assert re.search("<!-- 10⁻?[⁰-⁹]+ -->", svg), "plain"
     mean = result.curve.groupby(["sublayer", "kind"], sort=False)["mean_square"].mean()
     for ax in figure.axes[:2]:
         (low, high), (left, right) = ax.get_ylim(), ax.get_xlim()
