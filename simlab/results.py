@@ -116,17 +116,17 @@ class Result:
 
         return run_page(self.curves, self.summary, self.title, self.command, str(date.today()))
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, svg: bool = False) -> Path:
         """Write the command's files into a folder: tables, figures, report.html, summary.json.
 
         The folder is made where it isn't there; files of an earlier run in it are replaced. Returns it.
-        Raises OSError.
+        svg: write the figures as .svg, too. Raises OSError.
         """
         from simlab.sweep.job import write
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        write(self.curves, dict(self.summary), self.weights, path, self.overrides)
+        write(self.curves, dict(self.summary), self.weights, path, self.overrides, svg=svg)
         return path
 
     def __repr__(self) -> str:

@@ -76,7 +76,7 @@ class Around(Callback):
                 write_json(folder / job.PLAN, plan | made_by(config))
             try:
                 with alone_in(folder) if is_ours(config) else self.alone:
-                    whole = report(folder)
+                    whole = report(folder, svg=read_keep(config).svg)
             except KeyboardInterrupt:
                 print(
                     "simlab: interrupted; the jobs are kept, "

@@ -199,7 +199,7 @@ def figure_names(monkeypatch) -> list[str]:
     """The names of the figures that are made while this fixture holds; none is drawn or written."""
     names: list[str] = []
 
-    def save(figure, folder, name):
+    def save(figure, folder, name, *, svg=False):
         names.append(name)
         return []
 

@@ -21,7 +21,7 @@ MULTIRUN = {"-m", "--multirun"}
 # Keys of the command line that aren't in a run's own config.
 OTHER_KEYS = ("+experiment", "+recipe", "hydra/launcher", "hydra.run.dir", "hydra.sweep.dir")
 TEXTS = ("prompt", "path", "revision", "name", "results", "dir", "text")  # last parts of keys
-SWITCHES = ("dry_run", "gradients")
+SWITCHES = ("dry_run", "gradients", "svg")
 
 
 def refuse_options(args: Sequence[str]) -> None:

@@ -184,13 +184,14 @@ class KeepConfig:
 
     results: folder in which a sweep keeps each result under its hash. resume: reuse results that are
     kept there. dry_run: print the time and memory that the run would take, and run nothing. answer:
-    one of ANSWERS, the text with which a sweep ends, or None.
+    one of ANSWERS, the text with which a sweep ends, or None. svg: write each figure as .svg, too.
     """
 
     results: str = "outputs/results"
     resume: bool = True
     dry_run: bool = False
     answer: str | None = None
+    svg: bool = False
 
 
 def full_layers(depth: int, every: int | None) -> tuple[int, ...]:

@@ -237,16 +237,17 @@ def _device(reader: Fields) -> str:
     return value
 
 
-KEEP_KEYS = ("results", "resume", "dry_run", "answer")
+KEEP_KEYS = ("results", "resume", "dry_run", "answer", "svg")
 
 
 def _keep(top: Fields) -> KeepConfig:
     results = top.text("results")
     if not results:
         raise top.fail("results", results, "allowed: a folder")
-    # Configs written before this key existed haven't got it.
+    # Configs written before these two keys existed haven't got them.
     answer = None if top.take("answer") is None else top.choice("answer", ANSWERS)
-    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"), answer)
+    svg = top.take("svg") is not None and top.boolean("svg")
+    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"), answer, svg)
 
 
 def read_keep(config: DictConfig) -> KeepConfig:

@@ -309,6 +309,7 @@ def parse() -> argparse.Namespace:
         help="write pages with figures there (default: only the figures of cases that fail, in "
         f"{_FIGURES_FOLDER})",
     )  # fmt: skip
+    parser.add_argument("--svg", action="store_true", help="write each figure as .svg, too")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML there, for CI")
     parser.add_argument("--version", action="version", version=f"simlab {__version__}")
     args = parser.parse_args()
@@ -360,7 +361,8 @@ def execute(args: argparse.Namespace) -> int:
     width = max(len(case.name) for case in chosen)
     done = check(chosen, lambda checked: report.show_line(checked, width))
     files = [report.write_junit(args.junit, done)] if args.junit else []
-    files += report.draw_cases(done, args.html or _FIGURES_FOLDER, every=args.html is not None)
+    figures, every = args.html or _FIGURES_FOLDER, args.html is not None
+    files += report.draw_cases(done, figures, every=every, svg=args.svg)
     if args.html:
         from simlab.regress.page import write_report
 

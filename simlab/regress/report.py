@@ -116,13 +116,15 @@ def changes(
     return lines
 
 
-def draw_cases(done: Sequence[Checked], folder: Path, *, every: bool) -> list[Path]:
-    """NAME.png and .svg of each case that fails, or of every one; the PNGs' paths."""
+def draw_cases(
+    done: Sequence[Checked], folder: Path, *, every: bool, svg: bool = False
+) -> list[Path]:
+    """NAME.png of each case that fails, or of every one, and with ``svg`` NAME.svg; the PNGs' paths."""
     paths = []
     for checked in done:
         if every or not checked.passed:
             folder.mkdir(parents=True, exist_ok=True)
-            paths.append(save(figure(checked), folder, checked.case.name)[0])
+            paths.append(save(figure(checked), folder, checked.case.name, svg=svg)[0])
     return paths
 
 
@@ -192,7 +194,7 @@ def write_page(folder: Path, done: Sequence[Checked]) -> Path:
         parts.append(
             f'<h2 id="{name}">{name}</h2><p>{esc(checked.case.description)}</p>'
             f"<p><code>{esc(' '.join(checked.case.overrides))}</code></p>{why}"
-            f'<p><a href="{name}.svg"><img src="{name}.png" alt="{name}"></a></p>'
+            f'<p><a href="{name}.png"><img src="{name}.png" alt="{name}"></a></p>'
         )
     text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext
@@ -115,8 +114,11 @@ class _PlainPowers(LogFormatter):
         return f"{'' if digits == '1' else digits + '·'}10{raised}"
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.png and NAME.svg; the same figure gives the same bytes."""
+def save(figure: Figure, folder: Path, name: str, *, svg: bool = False) -> list[Path]:
+    """NAME.png, and with ``svg`` NAME.svg; the same figure gives the same bytes.
+
+    Without ``svg`` an earlier NAME.svg is removed: it shows other numbers.
+    """
     for text in figure.findobj(Text):  # a user's own may have a dollar
         text.set_parse_math(False)
     for ax in figure.axes:
@@ -125,14 +127,20 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
                 axis.set_major_formatter(_PlainPowers())
             if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
                 axis.set_minor_formatter(_PlainPowers())
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    drawing, vectors = folder / f"{name}.png", folder / f"{name}.svg"
     # Canvases themselves: ``savefig`` draws everything twice, once to find the layout.
+    dpi = figure.dpi
+    figure.set_dpi(150)
+    write_atomically(drawing, FigureCanvasAgg(figure).print_png)
+    figure.set_dpi(dpi)
+    if not svg:
+        if vectors.is_file() or vectors.is_symlink():  # a folder of that name isn't ours
+            vectors.unlink()
+        return [drawing]
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    figure.set_layout_engine("none")  # found once: it's a third of the time
+    canvas = FigureCanvasSVG(figure)
     with matplotlib.rc_context({"svg.hashsalt": "simlab"}):
-        dpi = figure.dpi
-        figure.set_dpi(150)
-        write_atomically(paths[0], FigureCanvasAgg(figure).print_png)
-        figure.set_dpi(dpi)
-        figure.set_layout_engine("none")  # found once: it's a third of the time
-        canvas = FigureCanvasSVG(figure)
-        write_atomically(paths[1], lambda path: canvas.print_svg(path, metadata={"Date": None}))
-    return paths
+        write_atomically(vectors, lambda path: canvas.print_svg(path, metadata={"Date": None}))
+    return [drawing, vectors]

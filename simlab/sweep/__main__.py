@@ -43,8 +43,9 @@ def _command() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", help="the folder of a sweep, finished or not")
+    parser.add_argument("--svg", action="store_true", help="write each figure as .svg, too")
     parser.add_argument("--version", action="version", version=f"simlab {__version__}")
-    folder = Path(parser.parse_args().folder)
+    args = parser.parse_args()
 
     from simlab.budget.machine import PANDAS, refuse_imports
     from simlab.config.cli_errors import in_one_line
@@ -53,7 +54,7 @@ def _command() -> None:
         refuse_imports(PANDAS)
         from simlab.sweep.report import report
 
-        whole = report(folder)
+        whole = report(Path(args.folder), svg=args.svg)
     sys.exit(0 if whole else 1)
 
 

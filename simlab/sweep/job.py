@@ -130,7 +130,7 @@ def task(config: DictConfig) -> None:
     folder = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
         with in_one_line():  # Hydra would say more of a mistake
-            run_job(read(config), folder, hydra.overrides.task)
+            run_job(read(config), folder, hydra.overrides.task, svg=read_keep(config).svg)
         return
     keep = read_keep(config)
     if keep.dry_run:  # of another sweeper
@@ -142,10 +142,13 @@ def task(config: DictConfig) -> None:
         tell_spoiled(spoiled, keep)
 
 
-def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
+def run_job(
+    config: RunConfig, folder: Path, overrides: Sequence[str], *, svg: bool = False
+) -> None:
     """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError.
 
-    overrides: those of the command line, of which the config was composed.
+    overrides: those of the command line, of which the config was composed. svg: write the figures as
+    .svg, too.
     """
     from simlab import experiment
     from simlab.report import console, progress
@@ -166,7 +169,7 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
 
             result = experiment.measure(ready, on_block)
         console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second
-        files = write(result.curve, result.summary, result.weights, folder, overrides)
+        files = write(result.curve, result.summary, result.weights, folder, overrides, svg=svg)
     console.show_files(files)
 
 
@@ -176,6 +179,8 @@ def write(
     weights: pd.DataFrame | None,
     folder: Path,
     overrides: Sequence[str],
+    *,
+    svg: bool = False,
 ) -> list[Path]:
     """curve.csv, the figures, the page, and last summary.json: with it the run is whole.
 
@@ -195,7 +200,8 @@ def write(
         "lambda": figure.lambda_figure(curve, depth, title),
         "inside": checkpoint_figure.inside_figure(curve, title),
     }
-    files = [f for name, each in figures.items() if each for f in style.save(each, folder, name)]
+    drawn = {name: each for name, each in figures.items() if each}
+    files = [f for name, each in drawn.items() for f in style.save(each, folder, name, svg=svg)]
     page = run_page(curve, summary, title, command_of(overrides), str(date.today()))
     write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
     signals.raise_noted()

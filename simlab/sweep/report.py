@@ -2,7 +2,7 @@
 
 sweep.parquet   every job's curve.csv, with the job's number and every swept key as a column
 jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which law holds
-*.png, *.svg    figures, chosen by what was swept
+*.png           figures, chosen by what was swept; *.svg where asked for
 report.html     a page with the figure, the jobs and the command
 answer.md       a written answer, where the sweep's config asks for one (``report.answer``)
 """
@@ -204,8 +204,11 @@ def _interval(name: str, estimate: Mapping[str, float | None] | None) -> dict[st
     return {f"{name}{end}": _number((estimate or {}).get(key)) for end, key in parts.items()}
 
 
-def report(folder: Path) -> bool:
-    """Write and show a sweep's report; True if every job succeeded. Raises ConfigError, OSError."""
+def report(folder: Path, *, svg: bool = False) -> bool:
+    """Write and show a sweep's report; True if every job succeeded. Raises ConfigError, OSError.
+
+    svg: write the figures as .svg, too.
+    """
     import matplotlib
 
     from simlab.report import console, style, sweep_figures
@@ -223,7 +226,7 @@ def report(folder: Path) -> bool:
         write_atomically(files[0], lambda path: frame.to_parquet(path, index=False))
         write_csv(files[1], table)
         for name, figure in sweep_figures.figures(frame, table, keys, heading).items():
-            files += style.save(figure, folder, name)
+            files += style.save(figure, folder, name, svg=svg)
     answer = _answer(folder, jobs)
     files += [folder / ANSWER] if answer else []
     if done:

@@ -114,7 +114,7 @@ def test_another_folder_and_a_long_name(tmp_path, command, monkeypatch):
 
 def test_a_mistake_fails(recorded, command, monkeypatch):
     wrong(monkeypatch)
-    status, out, _ = command()
+    status, out, _ = command("--svg")
     assert status == 1
     assert out.startswith("FAIL  small")
     said = " ".join(out.split())

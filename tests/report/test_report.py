@@ -220,7 +220,7 @@ def test_odd_curves_draw(tmp_path, request, case):
     figure = growth_figure(result.curve, title(result.config), lines)
     if case == "deep":
         figure.axes[0].set_title("a $ and a $")
-        save(figure, tmp_path, "growth")
+        save(figure, tmp_path, "growth", svg=True)
         svg = (tmp_path / "growth.svg").read_text("utf-8")
         assert "<!-- a $ and a $ -->" in svg
         assert re.search("<!-- 10⁻?[⁰-⁹]+ -->", svg), "plain"
@@ -286,8 +286,8 @@ def test_lambda_figure(tmp_path, deep, gradients):
     values = blocks.loc[(blocks["curve"] == "random") & (blocks["of"] == "activation")]
     assert low <= values["lambda_pairwise"].min()
     assert high >= values["lambda_pairwise"].max()
-    save(figure, tmp_path, "lambda")
-    assert (tmp_path / "lambda.svg").exists()
+    (tmp_path / "lambda.svg").write_text("of an earlier run")
+    assert save(figure, tmp_path, "lambda") == [tmp_path / "lambda.png"] == [*tmp_path.iterdir()]
 
 
 def test_a_lost_gradient_is_named():

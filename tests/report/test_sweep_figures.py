@@ -272,7 +272,7 @@ def test_the_same_frames_give_the_same_files(tmp_path, steps):
     files = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        paths = save(drawn(steps[0])["growth"], tmp_path / name, "growth")
+        paths = save(drawn(steps[0])["growth"], tmp_path / name, "growth", svg=True)
         files.append([path.read_bytes() for path in paths])
     assert len(files[0]) == 2
     assert files[0] == files[1]
