@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from conftest import in_process
 
 from simlab.config import ConfigError
@@ -177,6 +178,32 @@ def test_page_and_junit(recorded, command, monkeypatch):
     names = [test.get("name") for test in suite if test.find("failure") is not None]
     assert names == ["small[exact]", "small[statistical]", "small[law]"]
     assert "blame: norm" in suite[0].find("failure").text
+
+
+def test_the_workflow_for_github_actions(recorded, command):
+    """It is YAML of the shape that GitHub reads, its command runs, and what it uploads is written."""
+    workflow = yaml.load(
+        (OWN.parents[1] / "docs" / "growth_curves.yml").read_text(), Loader=yaml.BaseLoader
+    )
+    assert set(workflow) == {
+        "name",
+        "on",
+        "permissions",
+        "jobs",
+    }  # the safe loader reads on as True
+    (job,) = workflow["jobs"].values()
+    checkout, python, install, check, upload = job["steps"]
+    assert [step["uses"].partition("@")[0] for step in (checkout, python, upload)] == [
+        "actions/checkout", "actions/setup-python", "actions/upload-artifact",
+    ]  # fmt: skip
+    assert install["run"].startswith("pip install ")
+    args = shlex.split(check["run"])
+    assert args[:3] == ["python", "-m", "simlab.regress"]
+    status, _, err = command(*args[3:])
+    assert (status, err) == (0, "")
+    written = {path.name for path in Path(upload["with"]["path"]).iterdir()}
+    assert written >= {"index.html", "report.html", "small.png", "junit.xml"}
+    assert "cancelled()" in upload["if"]  # so the page of a failure is kept, too
 
 
 def test_the_page_escapes(recorded, command):
