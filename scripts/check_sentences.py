@@ -25,16 +25,18 @@ from theory_error import draw
 from simlab.config import ModelConfig
 from simlab.theory.mean_field import PredictedRow
 
-NUMBER = r"(\(?-?\d[\d.,]*(?:e-?\d+)?(?: ± [\d.e-]+\)?)?(?:·10\^-?\d+)?|10\^-?\d+)"
+NUMBER = r"(\(?-?\d[\d.,]*(?:e-?\d+)?(?: ± [\d.e-]+\)?)?(?:·10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?|10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)"
+PLAIN = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 WIDTHS = (64, 128, 256, 512)
 
 
 def number(text: str) -> float:
-    """A number as sentences write it: ``1.00 ± 0.01``, ``4·10^19``, ``(3 ± 1)·10^-6``."""
+    """A number as sentences write it: ``1.00 ± 0.01``, ``4·10¹⁹``, ``(3 ± 1)·10⁻⁶``."""
     text = re.sub(r" ± [\d.e-]+", "", text.strip()).strip("(").replace(")", "").rstrip(".,;:")
-    head, _, power = text.partition("·10^")
-    if text.startswith("10^"):
-        head, power = "1", text[3:]
+    head, _, power = text.partition("·10")
+    if re.match("10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]", text):
+        head, power = "1", text[2:]
+    power = power.translate(PLAIN)
     return float(head) * 10.0 ** int(power or 0)
 
 

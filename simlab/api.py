@@ -19,6 +19,7 @@ import pandas as pd
 
 from simlab.config import ConfigError
 from simlab.results import Comparison, Result, SweepResult, read_result
+from simlab.store import plain_values
 
 # What Hydra's grammar reads as the same text without quotes.
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_./][A-Za-z0-9_./@%-]*", re.IGNORECASE)
@@ -53,7 +54,8 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
         ready = prepare(config)
         with progress.block_bar(ready.blocks) as advance:
             found = measured(ready, advance)
-    return Result(found.curve, found.summary, found.weights, tuple(given))
+    summary = plain_values(found.summary)  # as summary.json has it
+    return Result(found.curve, summary, found.weights, tuple(given))
 
 
 def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:

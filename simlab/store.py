@@ -183,7 +183,7 @@ def file_hash(path: Path) -> str:
 
 def _content_hash(summary: Mapping[str, Any]) -> str:
     """The SHA-256 of a summary's content, whatever its layout as a file."""
-    content = json.loads(json.dumps(_plain(dict(summary))))
+    content = json.loads(json.dumps(plain_values(dict(summary))))
     content.pop(SEAL, None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -352,18 +352,18 @@ def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = 
             temporary.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """JSON has no inf or NaN: null stands for them."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, values: dict[str, Any], durable: bool = True) -> None:
     """A readable JSON file."""
-    text = json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain_values(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: write_text(temporary, text), durable)
 
 

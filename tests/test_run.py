@@ -35,7 +35,13 @@ def test_main_job(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     out = only_run(tmp_path)
     assert sorted(p.name for p in out.iterdir()) == [".hydra", *FILES]
-    assert Path(done.stdout.split()[-1]) == out / "growth.png"  # ends with the figure's path
+    told = (
+        done.stdout.index("per sublayer"),
+        done.stdout.index(str(out / "growth.png")),
+        done.stdout.index("block after"),
+    )
+    assert list(told) == sorted(told)  # the verdict, where the figure is, the table
+    assert str(out / "report.html") in done.stdout
     assert "per sublayer" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if str(out) not in line) <= 80
     frame = pd.read_csv(out / "curve.csv")

@@ -24,8 +24,16 @@ def short(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def raised(power: int) -> str:
+    """An exponent as it is written: ``⁻¹²``."""
+    return str(power).translate(_RAISED)
+
+
 def off_by(log_error: float) -> str:
-    """A log error as a person says it: ``0.8 %``, ``a factor of 5.2``, ``10^35``."""
+    """A log error as a person says it: ``0.8 %``, ``a factor of 5.2``, ``10³⁵``."""
     if math.isinf(log_error):
         return "any factor"
     factor, percent = math.exp(min(log_error, 700)), 100 * math.expm1(min(log_error, 700))
@@ -33,7 +41,7 @@ def off_by(log_error: float) -> str:
         return f"{percent:.2g} %" if percent >= 0.01 else "less than 0.01 %"
     if factor < 1e4:
         return f"a factor of {factor:.2g}" if factor < 99.5 else f"a factor of {factor:.0f}"
-    return f"10^{log_error / math.log(10):.0f}"
+    return f"10{raised(round(log_error / math.log(10)))}"
 
 
 def percent(share: float) -> str:
@@ -44,16 +52,18 @@ def percent(share: float) -> str:
 
 
 def power_of_ten(log10: float) -> str:
-    """A number by its decimal logarithm: ``65.2``, ``4·10^19``; three digits from 10^-3 to 10^4."""
+    """A number by its decimal logarithm: ``65.2``, ``4·10¹⁹``; three digits from 10^-3 to 10^4."""
     if -3 <= log10 < 4:
         return short(10**log10)
     whole = math.floor(log10)
     digit = round(10 ** (log10 - whole))
-    return f"10^{whole + (digit == 10)}" if digit in (1, 10) else f"{digit}·10^{whole}"
+    if digit in (1, 10):
+        return f"10{raised(whole + (digit == 10))}"
+    return f"{digit}·10{raised(whole)}"
 
 
 def plus_minus(e: Estimate) -> str:
-    """``1.00 ± 0.01``, ``(3.1 ± 0.2)·10^-6``: as many decimals as the half-width's first digit."""
+    """``1.00 ± 0.01``, ``(3.1 ± 0.2)·10⁻⁶``: as many decimals as the half-width's first digit."""
     if e.low is None or e.high is None:
         return f"{e.value:.3g}"
     half = (e.high - e.low) / 2
@@ -62,7 +72,7 @@ def plus_minus(e: Estimate) -> str:
     value, half = e.value / 10.0**power, half / 10.0**power
     digits = min(6, max(0, -math.floor(math.log10(half)))) if half > 1e-6 else 2
     text = f"{value:.{digits}f} ± {half:.{digits}f}"
-    return f"({text})·10^{power}" if power else text
+    return f"({text})·10{raised(power)}" if power else text
 
 
 def interval(e: Estimate) -> str:

@@ -185,6 +185,7 @@ class KeepConfig:
     results: folder in which a sweep keeps each result under its hash. resume: reuse results that are
     kept there. dry_run: print the time and memory that the run would take, and run nothing. answer:
     one of ANSWERS, the text with which a sweep ends, or None. svg: write each figure as .svg, too.
+    verbose: a run prints λ's too.
     """
 
     results: str = "outputs/results"
@@ -192,6 +193,7 @@ class KeepConfig:
     dry_run: bool = False
     answer: str | None = None
     svg: bool = False
+    verbose: bool = False
 
 
 def full_layers(depth: int, every: int | None) -> tuple[int, ...]:

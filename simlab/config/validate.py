@@ -237,17 +237,17 @@ def _device(reader: Fields) -> str:
     return value
 
 
-KEEP_KEYS = ("results", "resume", "dry_run", "answer", "svg")
+KEEP_KEYS = ("results", "resume", "dry_run", "answer", "svg", "verbose")
 
 
 def _keep(top: Fields) -> KeepConfig:
     results = top.text("results")
     if not results:
         raise top.fail("results", results, "allowed: a folder")
-    # Configs written before these two keys existed haven't got them.
+    # Configs written before these keys existed haven't got them.
     answer = None if top.take("answer") is None else top.choice("answer", ANSWERS)
-    svg = top.take("svg") is not None and top.boolean("svg")
-    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"), answer, svg)
+    svg, verbose = (top.take(key) is not None and top.boolean(key) for key in ("svg", "verbose"))
+    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"), answer, svg, verbose)
 
 
 def read_keep(config: DictConfig) -> KeepConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.table import Table
 from rich.text import Text
 
 from simlab.analysis.headline import headline
@@ -20,7 +21,13 @@ from simlab.analysis.verdict import Verdict
 from simlab.config import RunConfig
 from simlab.config.title import title
 from simlab.report.sweep_table import failed_table, jobs_table
-from simlab.report.table import block_table, departures_table, growth_table, lambda_table
+from simlab.report.table import (
+    beside_table,
+    block_table,
+    departures_table,
+    growth_table,
+    lambda_table,
+)
 
 NAMES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 
@@ -115,31 +122,55 @@ def show_sweep(
         console.print(failed_table(failed))
 
 
-def show_result(
-    frame: pd.DataFrame,
-    verdicts: Mapping[str, Verdict],
-    summary: Mapping[str, Any],
-) -> None:
-    """The verdict, a sentence a line, the main ones bold, and then every curve's tables."""
+def show_verdict(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> None:
+    """The verdict, a sentence a line, the main ones bold: before any file is written."""
     console = Console(highlight=False)
     main = headlines(verdicts, summary)
     for sentence in verdict_lines(verdicts, summary):
         style = "bold" if any(sentence in each for each in main) else ""
         console.print(Text(_indented(sentence, console.width), style=style))
+    console.print()
+
+
+def show_tables(
+    frame: pd.DataFrame,
+    verdicts: Mapping[str, Verdict],
+    summary: Mapping[str, Any],
+    verbose: bool = False,
+) -> None:
+    """The curves by block. A checkpoint and random inits share a table.
+
+    verbose: a table of each kind of curve, with the laws, λ's, and the checkpoint's weight hash.
+    """
+    console = Console(highlight=False)
+    if not verbose:
+        width = console.width
+        both = len(verdicts) > 1
+        table = (
+            beside_table(frame, width) if both else growth_table(frame, next(iter(verdicts)), width)
+        )
+        _print(console, table)
+        return
     if "weight_hash" in summary:
         console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
-    console.print()
     for name in verdicts:
         if len(verdicts) > 1:
             console.print(Text(NAMES[name].capitalize(), style="bold"))
-        console.print(growth_table(frame, name))
-        console.print()
         head = "predicted" if name == "theory" else "measured"
-        lambdas = lambda_table(summary["lambda"][name], head)
-        for shown in (lambdas, block_table(summary["lambda"][name])):
+        values = summary["lambda"][name]
+        for shown in (
+            growth_table(frame, name, console.width),
+            lambda_table(values, head),
+            block_table(values),
+        ):
             if shown.row_count:
-                console.print(shown)
+                _print(console, shown)
                 console.print()
+
+
+def _print(console: Console, table: Table) -> None:
+    """A table, beyond the terminal's width rather than with numbers cut."""
+    console.print(table, soft_wrap=True, crop=False)
 
 
 def _indented(sentence: str, width: int) -> str:
@@ -151,10 +182,13 @@ def _indented(sentence: str, width: int) -> str:
 
 
 def show_files(files: Sequence[Path]) -> None:
-    """Where a run's files are, the figure last."""
+    """Where a run's figure and page are; the other files lie beside them."""
     console = Console(highlight=False)
-    for path in files:
-        console.print(str(path), soft_wrap=True, markup=False)
+    for name, path in (("figure", "growth.png"), ("page", "report.html")):
+        found = next((file for file in files if file.name == path), None)
+        if found:
+            console.print(f"{name:6} {found}", soft_wrap=True, markup=False)
+    console.print()
 
 
 def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:

@@ -17,10 +17,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from simlab.analysis.curve import basis, laws_in
+from simlab.analysis.numbers import raised
 from simlab.report.style import COLOURS
 
 INK, DIM, GRID = "#1a1d21", "#59616b", "#ecebe6"
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 PanelArray = NDArray[np.float64]
 
 
@@ -82,8 +82,8 @@ def plain(value: float, _: int | None = None) -> str:
     if 1e-2 <= abs(value) < 1e4:
         return f"{value:g}".replace("-", "−")
     digits, exponent = f"{value:.0e}".split("e")
-    raised = f"10{str(int(exponent)).translate(RAISED)}"
-    return {"1": raised, "-1": f"−{raised}"}.get(digits, f"{digits}·{raised}")
+    power = f"10{raised(int(exponent))}"
+    return {"1": power, "-1": f"−{power}"}.get(digits, f"{digits}·{power}")
 
 
 def panel(

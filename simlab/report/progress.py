@@ -24,15 +24,32 @@ _LOOK_SECONDS = 0.5  # seconds between two looks at what other processes have fi
 
 @contextmanager
 def block_bar(total: int) -> Iterator[Callable[[], None]]:
-    """A bar over a run's blocks on stderr, gone when done; yields what to call after each block."""
+    """A bar over a run's blocks on stderr, gone when done; yields what to call after each block.
+
+    Where stderr is no terminal, a line now and then.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda: None
+        yield _now_and_then(total)
         return
     columns = (TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("blocks", total=total)
         yield lambda: bar.advance(task)
+
+
+def _now_and_then(total: int) -> Callable[[], None]:
+    """Where there is no terminal: a line after every EVERY seconds, none of a short run."""
+    done, printed = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, printed
+        done += 1
+        if time.monotonic() - printed > EVERY:
+            printed = time.monotonic()
+            print(f"simlab: {done} of {total} blocks", file=sys.stderr, flush=True)
+
+    return advance
 
 
 class SweepBar:

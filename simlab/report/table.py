@@ -21,37 +21,98 @@ _MOST_ROWS = 34  # rows; beyond, every n-th block
 FALL = 0.8  # of the mean square before: a step that leaves less is shown, with the row before it
 
 
-def growth_table(frame: pd.DataFrame, name: str) -> Table:
-    """Mean square after each sublayer (each block of a deep model), beside the laws' predictions."""
-    frame = frame[frame["curve"] == name].copy()
-    gradients = "gradient_rms" in frame
-    if not gradients:
-        frame["gradient_rms"] = float("nan")
-    # Rows of one step share (sublayer, kind): a re-norm has the number of the sublayer before it.
+def growth_table(frame: pd.DataFrame, name: str, width: int = 80) -> Table:
+    """Mean square after each sublayer (each block of a deep model), beside the laws' predictions.
+
+    width: of the terminal. Where columns don't fit, those of LEAST_NEEDED are left out, in its order:
+    no number is cut. A column without a number is left out, too.
+    """
+    frame = frame[frame["curve"] == name]
+    others = {law.column: (law.column, "mean") for law in laws_in(frame)}
+    if "gradient_rms" in frame:
+        others["gradient"] = ("gradient_rms", "mean")
+    steps = _steps(frame, **others)
+    if name == "theory":  # one row per step: the band is predicted
+        steps["spread"] = frame["band_mean_field"].to_numpy()
+    shown = _shown(steps)
+    columns = {"mean_square": "mean square", "spread": "± seeds", "branch": "added"}
+    columns |= {law.column: law.head for law in laws_in(frame)} | {"gradient": "grad. rms"}
+    return _fitting(shown, columns, width)
+
+
+def beside_table(frame: pd.DataFrame, width: int = 80) -> Table:
+    """A checkpoint's mean square beside that of random inits, by block. As ``growth_table``."""
+    tables = {name: _steps(frame[frame["curve"] == name]) for name in frame["curve"].unique()}
+    base = next(name for name in tables if name != "checkpoint")
+    if base == "theory":
+        tables[base]["spread"] = frame.loc[frame["curve"] == base, "band_mean_field"].to_numpy()
+    keys = ["sublayer", "kind"]
+    inits = tables[base][[*keys, "mean_square", "spread"]]
+    inits = inits.rename(columns={"mean_square": "inits", "spread": "inits_spread"})
+    steps = tables["checkpoint"].merge(inits, on=keys, how="left")
+    steps["ratio"] = steps["mean_square"] / steps["inits"]
+    median = (
+        frame[frame["curve"] == "checkpoint"].groupby(keys, sort=False)["mean_square_median"].mean()
+    )
+    steps["median"] = median.to_numpy()
+    head = "random init" if base == "random" else "theory"
+    columns = {
+        "mean_square": "checkpoint", "median": "median token", "inits": head, "inits_spread": "± seeds",
+        "ratio": "× random",
+    }  # fmt: skip
+    return _fitting(_shown(steps), columns, width)
+
+
+LEAST_NEEDED = (
+    "law_sqrt2",
+    "branch",
+    "spread",
+    "median",
+    "law_mean_field",
+    "law_additive",
+    "inits_spread",
+)
+
+
+def _steps(frame: pd.DataFrame, **others: tuple[str, str]) -> pd.DataFrame:
+    """One row per step of one kind of curve: the seeds' mean, their std, and ``others``.
+
+    Rows of one step share (sublayer, kind): a re-norm has the number of the sublayer before it.
+    """
     by_step = frame.groupby(["sublayer", "kind"], sort=False)
-    steps = by_step.agg(
+    return by_step.agg(
         block=("block", "first"),
         mean_square=("mean_square", "mean"),
         spread=("mean_square", "std"),
         branch=("branch_mean_square", "mean"),
-        gradient=("gradient_rms", "mean"),
-        **{law.column: (law.column, "mean") for law in laws_in(frame)},
+        **others,
     ).reset_index()
-    if name == "theory":  # one row per step: the band is predicted
-        steps["spread"] = frame["band_mean_field"].to_numpy()
-    shown = _shown(steps)
-    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    table.add_column("block", justify="right")
-    table.add_column("after")
-    columns = {"mean_square": "mean square", "spread": "± seeds", "branch": "added"}
-    columns |= {law.column: law.head for law in laws_in(frame)}
-    columns |= {"gradient": "grad. rms"} if gradients else {}
-    for head in columns.values():
-        table.add_column(head, justify="right")
-    numbers = shown[list(columns)].to_numpy(float)
+
+
+def _fitting(shown: pd.DataFrame, columns: Mapping[str, str], width: int) -> Table:
+    """Steps as a table with these heads; within ``width`` by leaving out columns of LEAST_NEEDED."""
+    cells = {
+        name: [short(number, DIGITS) for number in shown[name].to_numpy(float)]
+        for name in columns if name in shown and shown[name].notna().any()
+    }  # fmt: skip
     blocks = ["" if pd.isna(block) else str(block + 1) for block in shown["block"]]
-    for block, kind, row in zip(blocks, shown["kind"], numbers, strict=True):
-        table.add_row(block, kind, *(short(number, DIGITS) for number in row))
+    kinds = shown["kind"].tolist()
+
+    def size() -> int:
+        own = [max(map(len, [columns[name], *texts])) + 1 for name, texts in cells.items()]
+        return len("block ") + max(map(len, ["after", *kinds])) + 1 + sum(own)
+
+    for name in LEAST_NEEDED:
+        if size() <= width:
+            break
+        cells.pop(name, None)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("after", no_wrap=True)
+    for name in cells:
+        table.add_column(columns[name], justify="right", no_wrap=True, min_width=len(columns[name]))
+    for block, kind, *row in zip(blocks, kinds, *cells.values(), strict=True):
+        table.add_row(block, kind, *row)
     return table
 
 

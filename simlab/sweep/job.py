@@ -31,6 +31,7 @@ from simlab.store import (
     SUMMARY,
     Results,
     copy_result,
+    plain_values,
     remove_left,
     result_key,
     write_atomically,
@@ -130,7 +131,7 @@ def task(config: DictConfig) -> None:
     folder = Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN:
         with in_one_line():  # Hydra would say more of a mistake
-            run_job(read(config), folder, hydra.overrides.task, svg=read_keep(config).svg)
+            run_job(read(config), folder, hydra.overrides.task, read_keep(config))
         return
     keep = read_keep(config)
     if keep.dry_run:  # of another sweeper
@@ -142,13 +143,11 @@ def task(config: DictConfig) -> None:
         tell_spoiled(spoiled, keep)
 
 
-def run_job(
-    config: RunConfig, folder: Path, overrides: Sequence[str], *, svg: bool = False
-) -> None:
+def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], keep: KeepConfig) -> None:
     """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError.
 
-    overrides: those of the command line, of which the config was composed. svg: write the figures as
-    .svg, too.
+    overrides: those of the command line, of which the config was composed. keep: its ``svg`` and
+    ``verbose`` are used.
     """
     from simlab import experiment
     from simlab.report import console, progress
@@ -168,9 +167,12 @@ def run_job(
                 advance()
 
             result = experiment.measure(ready, on_block)
-        console.show_result(result.curve, result.verdicts, result.summary)  # figures take a second
-        files = write(result.curve, result.summary, result.weights, folder, overrides, svg=svg)
+        console.show_verdict(result.verdicts, result.summary)  # figures take half a second
+        curves = result.curve, result.summary, result.weights
+        files = write(*curves, folder, overrides, svg=keep.svg)
     console.show_files(files)
+    if result.verdicts:
+        console.show_tables(result.curve, result.verdicts, result.summary, keep.verbose)
 
 
 def write(
@@ -192,6 +194,7 @@ def write(
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
         clear(folder)  # of an earlier run there
+    summary = plain_values(summary)  # as the file has it: null, not NaN
     tables = write_tables(curve, weights, folder)
     title, depth = summary["title"], summary["config"]["model"]["depth"]
     lines = console.figure_lines(curve, summary)

@@ -279,14 +279,14 @@ def test_massive_activations_are_set_aside():
 
 def test_off_by():
     factors = {1.008: "0.8 %", 1.5: "50 %", 5.2: "a factor of 5.2", 150: "a factor of 150"}
-    factors |= {1 + 1e-6: "less than 0.01 %", 1e35: "10^35", np.inf: "any factor"}
+    factors |= {1 + 1e-6: "less than 0.01 %", 1e35: "10³⁵", np.inf: "any factor"}
     for factor, text in factors.items():
         assert off_by(np.log(factor)) == text
     assert [percent(x) for x in (1e-5, 0.008, 0.12, 11.5)] == [
         "less than 0.01 %", "0.8 %", "12 %", "1150 %"
     ]  # fmt: skip
     assert [power_of_ten(x) for x in (1.814, 3.61, 19.6, 0, -5)] == [
-        "65.2", "4074", "4·10^19", "1", "10^-5"
+        "65.2", "4074", "4·10¹⁹", "1", "10⁻⁵"
     ]  # fmt: skip
 
 
@@ -294,8 +294,8 @@ def test_plus_minus():
     for estimate, text in (
         (Estimate(1.0, 0.99, 1.01), "1.00 ± 0.01"),
         (Estimate(1.0023, 1.0021, 1.0025), "1.0023 ± 0.0002"),
-        (Estimate(1.08e-6, 1.05e-6, 1.11e-6), "(1.08 ± 0.03)·10^-6"),
-        (Estimate(12345.0, 11845.0, 12845.0), "(1.23 ± 0.05)·10^4"),
+        (Estimate(1.08e-6, 1.05e-6, 1.11e-6), "(1.08 ± 0.03)·10⁻⁶"),
+        (Estimate(12345.0, 11845.0, 12845.0), "(1.23 ± 0.05)·10⁴"),
         (Estimate(0.5), "0.5"),
         (Estimate(6786.76, 4677.0, 8896.0), "6787 ± 2110"),
     ):
@@ -311,7 +311,7 @@ def test_a_law_beyond_float64_is_rejected_quietly():
     verdict = judge(made(v, kinds), "float32")
     assert verdict.laws["sqrt2"].status == "fails"
     assert verdict.laws["additive"].status == "holds"
-    assert "√2 per sublayer would have meant 5·10^309 after 520 blocks" in verdict.sentence
+    assert "√2 per sublayer would have meant 5·10³⁰⁹ after 520 blocks" in verdict.sentence
 
 
 def test_gigabytes():

@@ -21,6 +21,8 @@ TINY = ["model=olmo2_1b,olmo2_7b", "width=48", "heads=4", "kv_heads=2", "d_ff=64
 COLUMNS = ["norm", "mean_abs", "variance", "mean_square", "law_mean_field"]
 LABELS = re.compile(r"OLMo-2|2·√2|√2|\b(1|7)B\b|\|x\||‖x‖")
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?:·10\^\d+)?(?:\^\d+)?")
+RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+PLAIN = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def swept(one_thread, tmp_path_factory):
 def said(text):
     """The numbers of a text."""
     numbers = []
-    for token in NUMBER.findall(LABELS.sub(" ", text)):
+    text = RAISED.sub(lambda found: "^" + found[0].translate(PLAIN), LABELS.sub(" ", text))
+    for token in NUMBER.findall(text):
         mantissa, _, power = token.rpartition("10^")
         numbers.append(
             float(f"{mantissa.rstrip('·') or 1}e{power}") if "^" in token else float(token)

@@ -14,7 +14,7 @@ from simlab.experiment import run
 from simlab.report.growth_figure import growth_figure
 from simlab.report.page import build, sweep
 from simlab.report.page.quantities import BY_SUBLAYER, DRAWABLE
-from simlab.store import read_csv
+from simlab.store import plain_values, read_csv
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -337,7 +337,7 @@ HEADLINES = {
 def test_headline(overrides):
     config = tiny("engine=theory", "depth=12", "inputs.length=16", *overrides)
     result = run(config)
-    text = headline(result.curve, result.summary)
+    text = headline(result.curve, plain_values(result.summary))
     assert re.fullmatch(HEADLINES[overrides], text), text
     assert growth_figure(result.curve, "title", [text])  # whatever laws there are
 

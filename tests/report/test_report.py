@@ -21,13 +21,21 @@ from simlab.experiment import run
 from simlab.report.console import (
     headlines,
     overflow_lines,
-    show_result,
+    show_tables,
+    show_verdict,
     verdict_lines,
 )  # fmt: skip
 from simlab.report.figure import lambda_figure
 from simlab.report.growth_figure import growth_figure
 from simlab.report.style import save
-from simlab.report.table import block_table, fallen, growth_table, lambda_table, shown_rows
+from simlab.report.table import (
+    beside_table,
+    block_table,
+    fallen,
+    growth_table,
+    lambda_table,
+    shown_rows,
+)
 
 matplotlib.use("Agg")
 
@@ -66,6 +74,57 @@ def test_table(depth, norm):
     assert "mean square" in lines[0]
     if norm == "reordered":  # the last block is always shown
         assert lines[-1].split()[:2] == [str(depth), "mlp"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_narrow_terminals_lose_columns_not_digits(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = run(tiny("depth=8", "seeds=8", "gradients=true"))
+    show_tables(result.curve, result.verdicts, result.summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= max(width, 40)
+    assert "…" not in "".join(lines)
+    ends = result.curve[result.curve["sublayer"] == 16]["mean_square"].mean()
+    assert f"{ends:.4g}" in lines[-1].split()
+    assert ("± seeds" in lines[0], "√2 law" in lines[0]) == (width > 60, width > 80)
+    values = [line.split() for line in lines[2:] if "embedding" not in line]
+    assert len({len(row) for row in values}) == 1  # no empty column
+
+
+def test_a_checkpoint_beside_random_inits_in_one_table(capsys):
+    result = run(tiny("seeds=8"))
+    frame = result.curve
+    trained = frame[frame["seed"] == 0].assign(curve="checkpoint", mean_square=7.0)
+    both = pd.concat([trained, frame], ignore_index=True)
+    lines = lines_of(beside_table(both))
+    assert lines[0].split() == [
+        "block",
+        "after",
+        "checkpoint",
+        "median",
+        "token",
+        "random",
+        "init",
+        "±",
+        "seeds",
+        "×",
+        "random",
+    ]
+    last = frame[frame["sublayer"] == 6]["mean_square"]
+    row = [float(cell) for cell in lines[-1].split()[2:]]
+    assert row[0] == 7
+    assert row[2:] == pytest.approx([last.mean(), last.std(), 7 / last.mean()], rel=1e-3)
+    assert max(map(len, lines)) <= 80
+
+
+def test_verbose_adds_lambdas(capsys):
+    result = run(tiny("depth=4", "seeds=2"))
+    show_tables(result.curve, result.verdicts, result.summary)
+    assert "λ" not in capsys.readouterr().out
+    show_tables(result.curve, result.verdicts, result.summary, verbose=True)
+    out = capsys.readouterr().out
+    assert "λ of the tokens' mean norm" in out
+    assert "λ pairwise" in out
 
 
 def saw_tooth(depth, every):
@@ -119,7 +178,8 @@ def test_rows_of_a_table():
 def test_a_verdict_is_told_in_sentences(capsys):
     """Before the tables, a sentence a line; the main ones are theory's and the growth's."""
     result = run(tiny("depth=4", "norm=swin_renorm", "norm.every=2", "seeds=8", "gradients=true"))
-    show_result(result.curve, result.verdicts, result.summary)
+    show_verdict(result.verdicts, result.summary)
+    show_tables(result.curve, result.verdicts, result.summary)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     table = next(i for i, line in enumerate(lines) if line.startswith("block after"))

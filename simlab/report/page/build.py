@@ -163,7 +163,7 @@ def tiles(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[dict[str,
         elif word == "power" and verdict["exponent"]["value"] is not None:
             yield _tile(plus_minus(Estimate(**verdict["exponent"])), f"exponent p of depth{who}")
         token = summary["lambda"][name].get("lambda_token")
-        if token:
+        if token and token["value"] is not None:
             yield _tile(plus_minus(Estimate(**token)), f"λ of the tokens' norm{who}")
     name = "random" if "random" in summary["verdict"] else next(iter(summary["verdict"]), None)
     for law, fit in (summary["theories"].get(name) or {}).items():
