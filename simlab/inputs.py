@@ -37,7 +37,12 @@ class Tokens:
     unit: str = "tokens"
 
 
-def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tokens:
+def make_tokens(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Ids:
+    """The ids of ``token_batch``, (batch, length) int64."""
+    return token_batch(inputs, vocab_size, seed, tokenizer).ids
+
+
+def token_batch(inputs: InputsConfig, vocab_size: int, seed: int, tokenizer: Path | None) -> Tokens:
     """The token batch, (batch, length) int64, the same for every curve of a run.
 
     vocab_size: ids are below it. seed: draws random and Zipf ids. tokenizer: a tokenizer.json,

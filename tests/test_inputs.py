@@ -18,22 +18,22 @@ TEXT = "The capital of France is Paris. Größe: 3 µm.\n" * 40
 
 def text(vocab=256, tokenizer=None, **values):
     config = InputsConfig(**{"kind": "text", "batch": None, "length": None} | values)
-    return make_tokens(config, vocab, 0, tokenizer).ids
+    return make_tokens(config, vocab, 0, tokenizer)
 
 
 def test_random_ids_are_uniform_and_reproducible():
     config = InputsConfig("random", 50, 200)
-    ids = make_tokens(config, 10, 3, None).ids
+    ids = make_tokens(config, 10, 3, None)
     assert ids.shape == (50, 200)
-    assert np.array_equal(ids, make_tokens(config, 10, 3, None).ids)
-    assert not np.array_equal(ids, make_tokens(config, 10, 4, None).ids)
+    assert np.array_equal(ids, make_tokens(config, 10, 3, None))
+    assert not np.array_equal(ids, make_tokens(config, 10, 4, None))
     counts = np.bincount(ids.flatten(), minlength=10)
     assert ((counts - 1000) ** 2 / 1000).sum() < 27.9  # χ² with 9 degrees of freedom, 0.1 %
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.5])
 def test_zipf_frequencies(exponent):
-    ids = make_tokens(InputsConfig("zipf", 100, 1000, exponent), 20, 0, None).ids
+    ids = make_tokens(InputsConfig("zipf", 100, 1000, exponent), 20, 0, None)
     p = np.arange(1, 21) ** -exponent
     expected = 100_000 * p / p.sum()
     counts = np.bincount(ids.flatten(), minlength=20)
@@ -189,7 +189,7 @@ def test_tokenizer_truncation_and_padding_are_ignored(tokenizer):
 
 def test_random_ids_stay_in_the_tokenizers_vocabulary(tokenizer):
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    ids = make_tokens(InputsConfig("random", 20, 500), 10_000, 0, tokenizer).ids
+    ids = make_tokens(InputsConfig("random", 20, 500), 10_000, 0, tokenizer)
     assert ids.max() == size - 1
 
 

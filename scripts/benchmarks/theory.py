@@ -17,7 +17,7 @@ from simlab import compose
 from simlab.inputs import make_tokens
 from simlab.theory.mean_field import predict
 config = compose(sys.argv[2:])
-ids = make_tokens(config.inputs, config.shape.vocab_size, config.seed, None).ids
+ids = make_tokens(config.inputs, config.shape.vocab_size, config.seed, None)
 start = time.perf_counter()
 predict(config.shape, config.init, ids, with_band=sys.argv[1] == "band")
 """

@@ -14,7 +14,7 @@ from simlab.analysis.numbers import gigabytes
 from simlab.budget.machine import TORCH, available, refuse_imports
 from simlab.budget.predicted import WITHOUT_TORCH, prediction_cost, refuse_prediction
 from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
-from simlab.inputs import Ids, Tokens, make_tokens
+from simlab.inputs import Ids, Tokens, token_batch
 from simlab.theory.mean_field import unpredictable
 from simlab.theory.size import parameters_on_paper
 
@@ -121,13 +121,13 @@ class Prepared:
 
 def prepare(
     config: RunConfig,
-    tokens_of: Callable[..., Tokens] = make_tokens,
+    tokens_of: Callable[..., Tokens] = token_batch,
     device: str | None = None,
     download: bool = True,
 ) -> Prepared:
     """Open the checkpoint, make the tokens, find the device, see that it fits. Raises ConfigError.
 
-    tokens_of: replaces ``make_tokens``, with the same arguments; a sweep passes one that caches.
+    tokens_of: replaces ``token_batch``, with the same arguments; a sweep passes one that caches.
     device: where the run will be; this machine's devices and free memory are then not checked.
     download: False for a plan: weights that aren't here are left where they are.
     """

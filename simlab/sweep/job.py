@@ -271,7 +271,7 @@ def sweep_job(
     user or the machine can get wrong is recorded as a line, anything else with its traceback.
     """
     from simlab import experiment
-    from simlab.inputs import make_tokens
+    from simlab.inputs import token_batch
 
     results = Results(Path(keep.results))
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,11 +280,11 @@ def sweep_job(
         try:
             clear(folder)
             with own_gpu(config.device if config.measures else "cpu"):
-                ready = experiment.prepare(config, tokens_of or make_tokens, download=False)
+                ready = experiment.prepare(config, tokens_of or token_batch, download=False)
                 key = key_of(ready)  # before its files are read, which may change meanwhile
                 stored = find_result(key, ready, results) if keep.resume else None
                 if stored is None and config.source.stored and ready.checkpoint is None:
-                    ready = experiment.prepare(config, tokens_of or make_tokens)
+                    ready = experiment.prepare(config, tokens_of or token_batch)
                 if stored is None:
                     result = experiment.measure(ready, on_block, curves_of)
                     stored = results.put(

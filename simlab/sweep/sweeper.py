@@ -74,10 +74,10 @@ class Sweep:
         planned = plan_experiment(
             self.loader, hydra.job.config_name, overrides["hydra"], params, overrides["task"]
         )
-        from simlab.inputs import make_tokens
+        from simlab.inputs import token_batch
 
         self.results = store.Results(Path(self.keep.results))
-        self.tokens_of = functools.lru_cache(4)(make_tokens)  # jobs often have the same
+        self.tokens_of = functools.lru_cache(4)(token_batch)  # jobs often have the same
         folder = Path(hydra.sweep.dir)
         places, rows = [], []
         for place, ready in self.look(planned, folder):
