@@ -128,7 +128,7 @@ def test_demo_run(tmp_path, figure_names):
     assert "× 64 text bytes" in done.stdout
     (out,) = (tmp_path / "outputs").glob("*/*")
     summary = json.loads((out / "summary.json").read_text())
-    assert "checkpoint" in done.stdout
+    assert summary["weight_hash"] == WEIGHT_HASHES["final"]
     frame = pd.read_csv(out / "curve.csv")
     assert frame.groupby("curve")["seed"].nunique().to_dict() == {"checkpoint": 1, "random": 2}
     last = frame[frame["sublayer"] == 48].groupby("curve")["mean_square"].mean()
