@@ -74,7 +74,9 @@ def shown_of_a_sweep(folder, capsys, monkeypatch):
         write_json(of_job / SUMMARY, result.summary)
         jobs.append({"job": job, "folder": str(job), "overrides": [], "values": {"depth": depth}})
     write_json(folder / PLAN, {"swept": {"depth": [2, 4]}, "jobs": jobs})
-    monkeypatch.setattr(style, "save", lambda figure, _, name, **__: drawn.update({name: figure}) or [])
+    monkeypatch.setattr(
+        style, "save", lambda figure, _, name, **__: drawn.update({name: figure}) or []
+    )
     assert report.report(folder)
     return {
         "jobs.csv": (folder / "jobs.csv").read_text().splitlines()[0],
