@@ -176,6 +176,7 @@ def load(folder: str | Path) -> Result | SweepResult:
             place, frame, rows(done, frame) if done else pd.DataFrame(), swept,
             {each.number: each.error for each in entries if each.status == "failed"},
             [each.number for each in entries if each.status == "unfinished"],
+            {each.number: each.folder for each in done},
         )  # fmt: skip
     if not (place / SUMMARY).is_file():
         what = (

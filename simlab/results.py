@@ -18,6 +18,7 @@ import pandas as pd
 from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.headline import headline
 from simlab.analysis.numbers import short
+from simlab.config import ConfigError
 from simlab.report.console import figure_lines
 from simlab.report.page.build import command_of, lines, run_page
 from simlab.report.plot import plot
@@ -155,6 +156,7 @@ class SweepResult:
         swept: The swept columns with their values, in order.
         failed: The errors of jobs that have failed, by their numbers.
         unfinished: The numbers of jobs that have not ended; the same call does them.
+        folders: Each finished job's folder, by its number.
     """
 
     folder: Path
@@ -163,6 +165,7 @@ class SweepResult:
     swept: Mapping[str, Sequence[Any]]
     failed: Mapping[int, str] = field(default_factory=dict)
     unfinished: Sequence[int] = ()
+    folders: Mapping[int, Path] = field(default_factory=dict)
 
     def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
         """Draw a quantity by sublayer, a line per job (with its curve's name where there are several).
@@ -178,10 +181,15 @@ class SweepResult:
         return plot(self.frame.assign(_name=names), quantity, ax, by="_name", **options)
 
     def job(self, number: int) -> Result:
-        """One of its jobs as a run of its own. Raises ConfigError for one that isn't there."""
-        from simlab.api import load
+        """One of its finished jobs as a run of its own. Raises ConfigError for one that isn't."""
+        from simlab.sweep.report import overrides_in
 
-        return load(self.folder / str(number))  # type: ignore[return-value]  # a job's folder is a run's
+        if number not in self.folders:
+            there = ", ".join(map(str, self.folders)) or "none"
+            raise ConfigError(
+                f"job {number}: not a finished job of {self.folder}; there are {there}"
+            )
+        return read_result(self.folders[number], overrides_in(self.folders[number]))
 
     def __repr__(self) -> str:
         """One line: how many jobs, over what, and where."""

@@ -129,6 +129,10 @@ def test_multirun(tmp_path, monkeypatch, capfd):
     assert sweep.table.groupby(["depth", "init.std"]).size().tolist() == [1] * 4
     assert len(sweep.frame) == 2 * (2 * 5 + 2 * 7)
     assert sweep.job(2).summary["config"]["model"]["depth"] == 3
+    with pytest.raises(
+        simlab.ConfigError, match="job 4: not a finished job of here; there are 0, 1, 2, 3"
+    ):
+        sweep.job(4)
     assert "4 jobs" in repr(sweep)
     labels = [
         line.get_label()
