@@ -3,11 +3,13 @@
 import json
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import in_process, tiny
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import simlab
@@ -69,7 +71,7 @@ def test_shows_itself(result):
 @pytest.mark.parametrize("quantity", ["mean_square", "rms", "norm", "token_cosine", "max_abs"])
 def test_plot(result, quantity):
     """The line is the seeds' mean, the band their range, on the axes that were given."""
-    ax = matplotlib.figure.Figure().subplots()
+    ax = Figure().subplots()
     assert result.plot(quantity, ax=ax, laws=False) is ax
     rows = result.curves.assign(rms=np.sqrt(result.curves["mean_square"]))
     mean = rows.groupby("sublayer")[quantity].mean()
@@ -88,7 +90,7 @@ def test_laws_in_a_plot(result):
     assert labels(laws=["additive"]) == ["additive law"]
     line = result.plot("rms", laws=["additive"]).get_lines()[1]
     np.testing.assert_allclose(line.get_ydata() ** 2, result.theory["additive"], rtol=1e-6)
-    matplotlib.pyplot.close("all")
+    plt.close("all")
     with pytest.raises(simlab.ConfigError, match=r"no column nrom; did you mean norm\?"):
         result.plot("nrom")
 
@@ -97,7 +99,7 @@ def test_a_probes_rows_are_plotted():
     config = tiny()
     model, ids = build_model(config), torch.randint(97, (2, 7))
     rows = simlab.probe(model, ids).rows()
-    ax = simlab.plot(rows, "norm", ax=matplotlib.figure.Figure().subplots())
+    ax = simlab.plot(rows, "norm", ax=Figure().subplots())
     np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), rows["norm"])
 
 
@@ -106,7 +108,7 @@ def test_compare(result):
     both = simlab.compare(result, other)
     assert repr(both).startswith("norm=swin_renorm: At init")
     assert list(both.table.index) == [("norm=swin_renorm", "random"), ("norm=pre", "random")]
-    ax = both.plot("norm", ax=matplotlib.figure.Figure().subplots())
+    ax = both.plot("norm", ax=Figure().subplots())
     assert [line.get_label().split(" (")[0] for line in ax.get_lines()] == [
         "norm=swin_renorm",
         "norm=pre",
@@ -134,10 +136,7 @@ def test_multirun(tmp_path, monkeypatch, capfd):
     ):
         sweep.job(4)
     assert "4 jobs" in repr(sweep)
-    labels = [
-        line.get_label()
-        for line in sweep.plot(ax=matplotlib.figure.Figure().subplots()).get_lines()
-    ]
+    labels = [line.get_label() for line in sweep.plot(ax=Figure().subplots()).get_lines()]
     assert labels[0].startswith("depth 2, init.std 0.01")
     kept = sorted((tmp_path / "outputs" / "results").iterdir())
     (tmp_path / "here" / "sweep.parquet").unlink()
