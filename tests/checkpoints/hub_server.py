@@ -209,7 +209,7 @@ def hub(cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
-        monkeypatch.setattr(constants, name, 0.3)
+        monkeypatch.setattr(constants, name, 2.0)
     monkeypatch.setattr(hub_client, "WAITS", (0.01,))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield server
