@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simlab.analysis.curve import basis
-from simlab.report.style import COLOURS, LABELS, subplots
+from simlab.report.colours import COLOURS, LABELS
+from simlab.report.style import subplots
 from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
 
 SHADES, TOLD_APART = 8, 6  # colours, of numbers and of categories

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from simlab.analysis.compare import Departure, departure
 from simlab.analysis.curve import laws_in
 from simlab.analysis.numbers import short
+from simlab.report.colours import COLOURS, LABELS
 from simlab.report.panels import (
     DIM,
     INK,
@@ -29,7 +30,6 @@ from simlab.report.panels import (
     plain,
     write_at,
 )
-from simlab.report.style import COLOURS, LABELS
 
 WIDTH, PANELS_HEIGHT = 12.8, 4.9  # inches, of the figure and of its panels without titles
 SKEWED = 5.0  # from this ratio of mean to median token on, a linear axis shows the median

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.numbers import raised
-from simlab.report.style import COLOURS
+from simlab.report.colours import COLOURS
 
 INK, DIM, GRID = "#1a1d21", "#59616b", "#ecebe6"
 PanelArray = NDArray[np.float64]

@@ -10,16 +10,13 @@ import pandas as pd
 
 from simlab.analysis.curve import INITS, laws_in
 from simlab.config import ConfigError, nearest
+from simlab.report.colours import COLOURS, LABELS, PALETTE
 from simlab.report.page.payload import FROM_LAW, RENORM
 from simlab.report.page.quantities import BY_SUBLAYER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by the colour-blind; the first three are the named curves'.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#000000")
-NAMED = {"random": PALETTE[0], "checkpoint": PALETTE[1], "theory": PALETTE[2]}
-TITLES = {"random": "random init"}
 MIDDLE = (0.05, 0.95)  # quantiles of the seeds' band from twenty seeds on; else least to most
 
 
@@ -63,9 +60,9 @@ def plot(
     late = (rows["kind"] == "renorm") * RENORM if "kind" in rows else 0.0
     rows["x"] = rows["sublayer"] + late
     names = list(dict.fromkeys(rows[by]))
-    free = iter(c for c in PALETTE if not set(names) & set(NAMED) or c not in NAMED.values())
+    free = iter(c for c in PALETTE if not set(names) & set(COLOURS) or c not in COLOURS.values())
     for name in names:
-        colour = NAMED.get(name) if by == "curve" else None
+        colour = COLOURS.get(name) if by == "curve" else None
         _line(ax, rows[rows[by] == name], quantity, str(name), colour or next(free, PALETTE[-1]))
     if quantity in FROM_LAW and "curve" in rows and by == "curve" and laws is not False:
         _laws(ax, rows, quantity, laws)
@@ -93,7 +90,7 @@ def _line(ax: Axes, rows: pd.DataFrame, quantity: str, name: str, colour: str) -
     groups = rows.groupby("x")[quantity]
     mean = groups.mean()
     count = rows.groupby("x").size().max()
-    label = TITLES.get(name, name) + (
+    label = LABELS.get(name, name) + (
         f" ({count} curves: mean, least to most)" if count > 1 else ""
     )
     if name == "theory" and quantity == "mean_square" and "band_mean_field" in rows:

@@ -19,12 +19,11 @@ from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 from pandas.core.groupby import SeriesGroupBy
 
 from simlab.analysis import Law
+from simlab.report.colours import COLOURS, LABELS
 from simlab.store import write_atomically
 
 _BAND = "theory: mean ± 2 std of a seed"  # a legend's name for the predicted band
-LABELS = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 _AXES = {"grid.color": ".92", "axes.edgecolor": ".6"}
-COLOURS = {"random": "#1f77b4", "checkpoint": "#d62728", "theory": "#15803d"}
 
 
 def subplots(
@@ -90,14 +89,25 @@ def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure
     handles, labels = list(named.values()), list(named)
     if handles:
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9.5
-        )
+            handles, labels, loc="outside lower center", frameon=False, fontsize=9.5,
+            ncols=_legend_columns(labels, figure.get_figwidth()),
+        )  # fmt: skip
     width = round(figure.get_figwidth() * 13)
     wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
     # 0.17 inches a line: a longer title doesn't take room from the panels.
     figure.set_figheight(figure.get_figheight() + 0.17 * max(0, len(wrapped) - FREE_LINES))
     figure.suptitle("\n".join(wrapped), fontsize=10.5, x=0.01, ha="left")
     return figure
+
+
+def _legend_columns(labels: Sequence[str], inches: float) -> int:
+    """As many columns as fit into a width, where matplotlib fills them one after the other."""
+    # Measured in DejaVu Sans of 9.5 points: 0.074 inches a letter, 0.7 for the line and the gaps.
+    wide = [0.074 * len(label) + 0.7 for label in labels]
+    for columns in range(min(len(wide), 6), 1, -1):
+        if sum(max(part) for part in np.array_split(wide, columns)) < inches - 0.3:
+            return columns
+    return 1
 
 
 class _PlainPowers(LogFormatter):

@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from simlab.analysis import LAWS
 from simlab.analysis.curve import INITS, basis
 from simlab.analysis.numbers import short
+from simlab.report.colours import LABELS
 from simlab.report.facets import (
     COLUMNS,
     ORDERED,
@@ -29,7 +30,7 @@ from simlab.report.facets import (
     plan,
     values_of,
 )  # fmt: skip
-from simlab.report.style import LABELS, draw_band, finish
+from simlab.report.style import draw_band, finish
 from simlab.report.values import SEEDS, key_text
 
 MEASURES = {

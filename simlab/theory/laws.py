@@ -135,11 +135,11 @@ LAWS: dict[str, Law] = {
         ),
         Law(
             "sqrt2", sqrt2, "√2 law", "√2 per sublayer", "√2 per sublayer",
-            "#e08214", (0, (5, 2)), applies=added,
+            "#E69F00", (0, (5, 2)), applies=added,
         ),
         Law(
             "mean_field", mean_field, "theory", "theory (mean field)", "theory",
-            "#15803d", (0, (4, 4)), expected=True, exact=False, applies=has_prediction,
+            "#009E73", (0, (4, 4)), expected=True, exact=False, applies=has_prediction,
         ),
     )
 }  # fmt: skip

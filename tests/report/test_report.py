@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import tiny
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from simlab.analysis import LAWS
@@ -27,7 +28,7 @@ from simlab.report.console import (
 )  # fmt: skip
 from simlab.report.figure import lambda_figure
 from simlab.report.growth_figure import growth_figure
-from simlab.report.style import save
+from simlab.report.style import finish, save, subplots
 from simlab.report.table import (
     beside_table,
     block_table,
@@ -330,7 +331,7 @@ def test_gradient_panel_column_and_line(norm, seeds):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_lambda_figure(tmp_path, deep, gradients):
-    """One row of panels, or two; both laws beside the activations' measured curve."""
+    """One row of panels, or two, each with its formula; the expected laws beside the measured curve."""
     result = run(tiny("depth=2", "gradients=true")) if gradients else deep
     frame, depth = result.curve, result.config.shape.depth
     blocks, figure = per_block(frame, depth), lambda_figure(frame, depth, "t")
@@ -338,9 +339,9 @@ def test_lambda_figure(tmp_path, deep, gradients):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     mean = "random init, of the mean vector (paper)"
     theory = "theory (mean field)"
-    assert sorted(labels) == sorted(
-        ["additive law", "√2 per sublayer", theory, "random init", mean]
-    )
+    assert sorted(labels) == sorted(["additive law", theory, "random init", mean])
+    formulas = [ax.get_ylabel() for ax in figure.axes]
+    assert formulas[:2] == ["λ = ln(‖xᵢ‖/‖xᵢ₋₁‖)/n", "λ = ln(‖xᵢ‖/‖x₁‖)/n"]
     pairwise = figure.axes[0]
     low, high = pairwise.get_ylim()
     values = blocks.loc[(blocks["curve"] == "random") & (blocks["of"] == "activation")]
@@ -356,3 +357,16 @@ def test_a_lost_gradient_is_named():
     assert any(line.startswith("Gradient overflow (random init, 1 curve)") for line in lines)
     growth_figure(result.curve, "t", lines)
     assert lambda_figure(result.curve, 12, "t") is not None
+
+
+@pytest.mark.parametrize("count", [1, 5, 6])
+def test_a_legend_fits_its_figure(count):
+    """Entries as long as those of a checkpoint beside random inits, which four columns cut off."""
+    figure, ((ax,),) = subplots(1, 1, (11, 4))
+    for i in range(count):
+        ax.plot([0, 1], label=f"{i}: random init, of the mean vector (paper)")
+    finish(figure, [ax], ["t"])
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
+    assert box.height < (0.3 * count + 0.3) * figure.dpi
