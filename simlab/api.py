@@ -78,7 +78,7 @@ def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
 
 
 def _labels(runs: Sequence[Result]) -> list[str]:
-    """What tells runs apart, in a few words."""
+    """A label for each run: the overrides that the other runs lack, or else its title."""
     shared = set.intersection(*(set(run.overrides) for run in runs))
     labels = [" ".join(o for o in run.overrides if o not in shared) for run in runs]
     if not all(labels) or len(set(labels)) < len(labels):

@@ -19,7 +19,7 @@ from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.headline import headline
 from simlab.analysis.numbers import short
 from simlab.config import ConfigError
-from simlab.report.console import figure_lines
+from simlab.report.console import figure_lines, title_of
 from simlab.report.page.build import command_of, lines, run_page
 from simlab.report.plot import plot
 from simlab.report.values import key_text, value_text
@@ -62,7 +62,7 @@ class Result:
     @property
     def title(self) -> str:
         """Which model, norm and init it is about."""
-        return str(self.summary.get("title") or self.summary["config"]["model"]["name"])
+        return title_of(self.summary)
 
     @property
     def command(self) -> str:

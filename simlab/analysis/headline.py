@@ -107,7 +107,7 @@ def _grows(verdict: Mapping[str, Any], starts: float, ends: float, depth: int) -
 
 
 def _sqrt2(verdict: Mapping[str, Any], laws: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """What that says of √2 per sublayer, of a curve that grows."""
+    """A clause that says whether a growing curve obeys √2 per sublayer; empty where it can't tell."""
     law = laws.get("sqrt2")
     if law is None or verdict["fit"]["word"] not in GROWING or law["log_error"] is None:
         return ""

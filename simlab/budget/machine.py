@@ -137,7 +137,7 @@ def ulimits(root: Path = Path("/")) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Packages:
-    """What packages take when they have been imported, in bytes: resident, addresses, data.
+    """The memory of imported packages, in bytes: resident, addresses, data.
 
     addresses, data: with one thread; thread: of both, for each thread more that their pools start.
     pools: how many of them start threads, one for each core (OpenBLAS's, pyarrow's, torch's).
@@ -181,9 +181,8 @@ def refuse_imports(packages: Packages, root: Path = Path("/")) -> None:
             hint = f"; OMP_NUM_THREADS=1 needs less than {more + 1} threads"
             hint = hint if more and what != "memory" else ""
             raise ConfigError(f"{what}: {packages.name} with what it imports {numbers}{hint}")
-    if (
-        "ulimit -v" not in allowed
-    ):  # of whose addresses glibc reserves 64 MiB for each thread, for good
+    # Not under ulimit -v: glibc would reserve 64 MiB of its addresses for each thread, for good.
+    if "ulimit -v" not in allowed:
         refuse_threads(packages.name, (more + 1) * packages.pools)
 
 
@@ -195,7 +194,9 @@ def pool_size() -> int:
 
 
 def refuse_threads(name: str, count: int) -> None:
-    """Raise ConfigError where so many threads can't be started: pools of C code would end the process.
+    """Raise ConfigError where the system doesn't allow ``count`` more threads.
+
+    Thread pools of C code would end the process then.
 
     A limit on processes (``ulimit -u``, or a control group's) counts threads.
     """
@@ -206,8 +207,8 @@ def refuse_threads(name: str, count: int) -> None:
             each.start()
     except RuntimeError as error:
         raise ConfigError(
-            f"threads: {name} with what it imports needs {count}, not so many can be started "
-            "(ulimit -u or a control group); with OMP_NUM_THREADS=1 fewer do"
+            f"threads: {name} with what it imports needs {count}, and the system allows fewer "
+            "(ulimit -u or a control group); OMP_NUM_THREADS=1 needs fewer"
         ) from error
     finally:
         done.set()

@@ -1,4 +1,4 @@
-"""What a request to the hub may take, in time and in bytes: hooks of huggingface_hub's HTTP client."""
+"""Limits of time and bytes on requests to the hub, as hooks of huggingface_hub's HTTP client."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # both are documented
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
     WeakFileLock,
     build_hf_headers,
 )

@@ -47,7 +47,8 @@ def in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except MISTAKES as error:
         fail(explain(error, overrides))
-    except Exception as error:  # each library has its own for want of memory; others go on
+    # torch, NumPy and pyarrow have classes of their own for want of memory; any other goes on.
+    except Exception as error:
         if line := out_of_memory(error):
             fail(line)
         raise

@@ -14,12 +14,11 @@ from simlab.analysis.numbers import duration
 from simlab.config import printable
 from simlab.experiment.summary import versions
 from simlab.regress.cases import Checked
+from simlab.report.page import PAGE
 from simlab.report.page.build import html_of, names
 from simlab.report.page.payload import Drawn, curve_values, steps_of
 from simlab.report.page.quantities import BY_SUBLAYER
 from simlab.store import write_atomically, write_text
-
-CHECK_PAGE = "report.html"
 
 
 def write_report(folder: Path, done: Sequence[Checked]) -> Path:
@@ -53,7 +52,7 @@ def write_report(folder: Path, done: Sequence[Checked]) -> Path:
         "config": "\n".join(f"{c.case.name}: {printable(c.case.command)}" for c in done),
         "quantities": names(),
     }  # fmt: skip
-    path = folder / CHECK_PAGE
+    path = folder / PAGE
     write_atomically(path, lambda aside: write_text(aside, html_of(data)))
     return path
 

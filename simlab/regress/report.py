@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -18,6 +17,7 @@ from simlab.analysis.numbers import duration
 from simlab.config import printable
 from simlab.regress.cases import Case, Checked
 from simlab.regress.gates import GATE_ALPHA, RTOL, SIGNED, Finding, relative_error
+from simlab.report.seeds import x_of
 from simlab.report.style import draw_band, finish, save, subplots
 from simlab.store import write_atomically, write_text
 
@@ -168,7 +168,7 @@ def figure(checked: Checked) -> Figure:
 def _rows(frame: pd.DataFrame, curve: str, name: str) -> pd.DataFrame:
     """A curve's rows with this quantity, and their positions ``x`` on the sublayer axis."""
     rows = frame[(frame["curve"] == curve) & frame[name].notna()]
-    return rows.assign(x=rows["sublayer"] + np.where(rows["kind"] == "renorm", 0.35, 0.0))
+    return rows.assign(x=x_of(rows))
 
 
 def write_page(folder: Path, done: Sequence[Checked]) -> Path:

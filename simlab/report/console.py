@@ -20,6 +20,7 @@ from simlab.analysis.resampling import Estimate
 from simlab.analysis.verdict import Verdict
 from simlab.config import RunConfig
 from simlab.config.title import title
+from simlab.report.colours import LABELS
 from simlab.report.sweep_table import failed_table, jobs_table
 from simlab.report.table import (
     beside_table,
@@ -28,8 +29,6 @@ from simlab.report.table import (
     growth_table,
     lambda_table,
 )
-
-NAMES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 
 
 def announce(
@@ -155,7 +154,7 @@ def show_tables(
         console.print(f"Checkpoint's weight hash: {summary['weight_hash'][:12]}")
     for name in verdicts:
         if len(verdicts) > 1:
-            console.print(Text(NAMES[name].capitalize(), style="bold"))
+            console.print(Text(LABELS[name].capitalize(), style="bold"))
         head = "predicted" if name == "theory" else "measured"
         values = summary["lambda"][name]
         for shown in (
@@ -202,7 +201,7 @@ def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -
         value = Estimate(**loss)
         if math.isfinite(value.value):
             chance = math.log(summary["config"]["model"]["vocab_size"])
-            of = f" of the {NAMES[name]}" if len(verdicts) > 1 else ""
+            of = f" of the {LABELS[name]}" if len(verdicts) > 1 else ""
             lines.append(
                 f"Next-token loss{of}: {plus_minus(value)} nats; ln(vocabulary) is {chance:.3f}."
             )
@@ -210,7 +209,7 @@ def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -
 
 
 def _named(name: str, verdicts: Mapping[str, Verdict]) -> str:
-    return f"{NAMES[name].capitalize()}: " if len(verdicts) > 1 else ""
+    return f"{LABELS[name].capitalize()}: " if len(verdicts) > 1 else ""
 
 
 def headlines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> list[str]:
@@ -221,6 +220,11 @@ def headlines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -> li
     lines = [_named(name, verdicts) + " ".join(v.main) for name, v in verdicts.items()]
     lines += summary.get("comparison", [])[:1]
     return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
+
+
+def title_of(summary: Mapping[str, Any]) -> str:
+    """Which model, norm and init a run is about; of a summary of an earlier version the model alone."""
+    return str(summary.get("title") or summary["config"]["model"]["name"])
 
 
 def figure_lines(curve: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
@@ -237,7 +241,7 @@ def lost_lines(summary: Mapping[str, Any]) -> list[str]:
         rows = [row["sublayer"] for row in lost if row["curve"] == name]
         seeds = f"{len(rows)} curve{'s' if len(rows) > 1 else ''}"
         lines.append(
-            f"Gradient overflow ({NAMES[name]}, {seeds}): not finite at sublayer {max(rows)} and "
+            f"Gradient overflow ({LABELS[name]}, {seeds}): not finite at sublayer {max(rows)} and "
             "before; empty there."
         )
     return lines
@@ -255,5 +259,5 @@ def overflow_lines(overflow: Sequence[Mapping[str, object]]) -> list[str]:
         said = f"first non-finite value at {where}; the curve ends before it"
         if first["sublayer"] == 0:
             said = "the embedding isn't finite, so there is no curve"
-        lines.append(f"Overflow ({NAMES[str(name)]}, {seeds}): {said}.")
+        lines.append(f"Overflow ({LABELS[str(name)]}, {seeds}): {said}.")
     return lines

@@ -20,16 +20,15 @@ from simlab.report.colours import COLOURS, LABELS
 from simlab.report.panels import (
     DIM,
     INK,
-    PanelArray,
     Steps,
     draw_laws,
     draw_seeds,
     log_ticks,
-    over_seeds,
     panel,
     plain,
     write_at,
 )
+from simlab.report.seeds import SeedArray, over_seeds
 
 WIDTH, PANELS_HEIGHT = 12.8, 4.9  # inches, of the figure and of its panels without titles
 SKEWED = 5.0  # from this ratio of mean to median token on, a linear axis shows the median
@@ -90,7 +89,7 @@ def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
     if skewed:
         under = "mean of x² over width; checkpoint: the median token, pale: 90 % of tokens"
     ax = panel(figure, (0.65, 0.6, 5.2, 4.1), "Mean square of the residual stream", under)
-    shown: dict[str, PanelArray] = {}
+    shown: dict[str, SeedArray] = {}
     for name in steps.names:
         column = "mean_square_median" if skewed and name == "checkpoint" else "mean_square"
         shown[name] = steps.mean(name, column)
@@ -148,7 +147,7 @@ def _skewed(steps: Steps) -> bool:
     return bool((rows["mean_square"] > SKEWED * rows["mean_square_median"]).any())
 
 
-def _last(y: PanelArray) -> float:
+def _last(y: SeedArray) -> float:
     known = np.flatnonzero(np.isfinite(y))
     return float(y[known[-1]]) if len(known) else math.nan
 
@@ -177,7 +176,7 @@ HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
 
 
 def _leaving(
-    ax: Axes, steps: Steps, y: PanelArray, top: float, label: str, colour: str, left: Departure | None
+    ax: Axes, steps: Steps, y: SeedArray, top: float, label: str, colour: str, left: Departure | None
 ) -> None:  # fmt: skip
     """The name of a law that leaves the axes, where it does, and where it would end."""
     over = int(np.flatnonzero(y > top)[0])
@@ -199,7 +198,7 @@ def _about(value: float) -> str:
     return short(value) if 1e-2 <= value < 1e4 else plain(float(f"{value:.0e}"))
 
 
-def _peak(ax: Axes, steps: Steps, y: PanelArray) -> None:
+def _peak(ax: Axes, steps: Steps, y: SeedArray) -> None:
     """The largest peak of a saw-tooth, with its value."""
     rows = [
         i - 1 for i, kind in enumerate(steps.kinds) if kind == "renorm" and np.isfinite(y[i - 1])

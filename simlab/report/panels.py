@@ -14,14 +14,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from numpy.typing import NDArray
 
 from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.numbers import raised
 from simlab.report.colours import COLOURS
+from simlab.report.seeds import SeedArray, SeedTable, longest, over_seeds, x_of
 
 INK, DIM, GRID = "#1a1d21", "#59616b", "#ecebe6"
-PanelArray = NDArray[np.float64]
 
 
 class Steps:
@@ -31,21 +30,18 @@ class Steps:
         self.names = list(dict.fromkeys(frame["curve"]))
         self.rows = {name: frame[frame["curve"] == name] for name in self.names}
         self.base = basis(frame)
-        longest = max(self.rows.values(), key=lambda rows: rows.groupby("seed").size().max())
-        steps = max((rows for _, rows in longest.groupby("seed")), key=len)
+        self.tables = {name: SeedTable(rows) for name, rows in self.rows.items()}
+        steps = max(map(longest, self.rows.values()), key=len)
         self.kinds = steps["kind"].tolist()
-        late = (steps["kind"] == "renorm").to_numpy() * 0.35  # makes the drop visible
-        self.x = steps["sublayer"].to_numpy(np.float64) + late
+        self.x = x_of(steps).to_numpy(np.float64)
 
-    def __call__(self, name: str, column: str) -> PanelArray:
+    def __call__(self, name: str, column: str) -> SeedArray:
         """A column of the curve ``name``."""
-        rows = self.rows[name]
-        found = np.full((rows["seed"].nunique(), len(self.x)), np.nan)
-        for i, (_, values) in enumerate(rows.groupby("seed", sort=True)[column]):
-            found[i, : len(values)] = values
-        return found
+        values = self.tables[name][column]
+        more = len(self.x) - values.shape[1]
+        return np.pad(values, ((0, 0), (0, more)), constant_values=np.nan)
 
-    def mean(self, name: str, column: str) -> PanelArray:
+    def mean(self, name: str, column: str) -> SeedArray:
         """Over the seeds that reach a step; NaN where none does."""
         return over_seeds(np.nanmean, self(name, column))
 
@@ -56,14 +52,6 @@ class Steps:
     def first_renorm(self) -> int:
         """The step of the first re-norm, or the number of steps."""
         return self.kinds.index("renorm") if "renorm" in self.kinds else len(self.kinds)
-
-
-def over_seeds(how: Callable[..., PanelArray], values: PanelArray) -> PanelArray:
-    """A mean, least or most (steps,) over the seeds (seeds, steps) that have a number; else NaN."""
-    known = np.isfinite(values).any(0)
-    out = np.full(values.shape[1], np.nan)
-    out[known] = how(np.where(np.isfinite(values), values, np.nan)[:, known], axis=0)
-    return out
 
 
 def write_at(
@@ -122,7 +110,7 @@ def log_ticks(ax: Axes) -> None:
 
 
 def draw_seeds(
-    ax: Axes, steps: Steps, column: str, change: Callable[[PanelArray], PanelArray] = lambda y: y,
+    ax: Axes, steps: Steps, column: str, change: Callable[[SeedArray], SeedArray] = lambda y: y,
     lw: float = 2.0,
 ) -> None:  # fmt: skip
     """Each curve's mean over its seeds, and the band from the least to the most."""
@@ -141,8 +129,8 @@ def draw_seeds(
 
 
 def draw_laws(
-    ax: Axes, steps: Steps, change: Callable[[PanelArray], PanelArray] = lambda y: y
-) -> dict[str, PanelArray]:  # fmt: skip
+    ax: Axes, steps: Steps, change: Callable[[SeedArray], SeedArray] = lambda y: y
+) -> dict[str, SeedArray]:  # fmt: skip
     """The laws of the random inits (or of the checkpoint alone), above the curves, by their names.
 
     √2 per sublayer starts anew at each re-norm: it is drawn up to the first one.

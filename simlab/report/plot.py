@@ -11,8 +11,9 @@ import pandas as pd
 from simlab.analysis.curve import INITS, laws_in
 from simlab.config import ConfigError, nearest
 from simlab.report.colours import COLOURS, LABELS, PALETTE
-from simlab.report.page.payload import FROM_LAW, RENORM
+from simlab.report.page.payload import FROM_LAW
 from simlab.report.page.quantities import BY_SUBLAYER
+from simlab.report.seeds import x_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +58,7 @@ def plot(
         import matplotlib.pyplot as plt
 
         ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")[1]
-    late = (rows["kind"] == "renorm") * RENORM if "kind" in rows else 0.0
-    rows["x"] = rows["sublayer"] + late
+    rows["x"] = x_of(rows) if "kind" in rows else rows["sublayer"]
     names = list(dict.fromkeys(rows[by]))
     free = iter(c for c in PALETTE if not set(names) & set(COLOURS) or c not in COLOURS.values())
     for name in names:

@@ -15,6 +15,7 @@ from simlab.analysis import Law
 from simlab.analysis.curve import basis, laws_in
 from simlab.report import sweep_scans
 from simlab.report.facets import GREY, Plan, grid, labelled, name_band, name_colours, plan
+from simlab.report.seeds import x_of
 from simlab.report.style import BANDED, finish, law_band, predicted_band
 
 FEW = 24  # steps, up to which each has its dot
@@ -59,7 +60,7 @@ def prepared(
     """
     frame, keys = labelled(curves.replace([np.inf, -np.inf], np.nan), swept)
     # A re-norm happens after its sublayer: half a step to the right makes the drop visible.
-    frame["x"] = frame["sublayer"] + np.where(frame["kind"] == "renorm", 0.35, 0.0)
+    frame["x"] = x_of(frame)
     frame = frame.drop_duplicates([*keys, "curve", "seed", "x", "mean_square"])
     over = jobs if len(jobs) else frame[["job", "curve"]].drop_duplicates().assign(overflow=0)
     return frame.merge(over[["job", "curve", "overflow"]], on=["job", "curve"], how="left"), keys

@@ -26,6 +26,7 @@ from simlab.budget.process import tune_process
 from simlab.config import ConfigError, KeepConfig, RunConfig
 from simlab.config.cli_errors import in_one_line, out_of_memory
 from simlab.config.validate import read, read_keep
+from simlab.report.page import PAGE
 from simlab.store import (
     PARTIAL,
     SUMMARY,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
 TABLES = ("curve.csv", "weights.csv")
-PAGE = "report.html"
 FIGURES = ("growth.png", "growth.svg", "lambda.png", "lambda.svg", "inside.png", "inside.svg")
 OUR_FOLDER = re.compile(
     r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
@@ -196,7 +196,7 @@ def write(
         clear(folder)  # of an earlier run there
     summary = plain_values(summary)  # as the file has it: null, not NaN
     tables = write_tables(curve, weights, folder)
-    title, depth = summary["title"], summary["config"]["model"]["depth"]
+    title, depth = console.title_of(summary), summary["config"]["model"]["depth"]
     lines = console.figure_lines(curve, summary)
     figures = {
         "growth": growth_figure.growth_figure(curve, title, lines),

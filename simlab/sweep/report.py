@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from simlab.config import ConfigError, printable
+from simlab.report.page import PAGE
 from simlab.store import (
     SUMMARY,
     read_csv,
@@ -30,7 +31,7 @@ from simlab.store import (
     write_csv,
     write_text,
 )
-from simlab.sweep.job import PAGE, PLAN, RECORD
+from simlab.sweep.job import PLAN, RECORD
 
 READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
 MOST_SHOWN = 40  # characters of a value in the heading

@@ -28,6 +28,7 @@ from simlab.budget.machine import TORCH, refuse_imports
 from simlab.config import ConfigError, RunConfig
 from simlab.config.validate import read_keep
 from simlab.report import estimates, progress
+from simlab.report.page import PAGE
 from simlab.sweep import job, launch
 from simlab.sweep.launch import Place
 from simlab.sweep.plan import Job, SweepPlan, column, plan_experiment
@@ -39,7 +40,7 @@ DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, whe
 NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
 REPORT = (
     "answer.md",
-    job.PAGE,
+    PAGE,
     "heatmap.*",
     "lambda_*.png",
     "lambda_*.svg",

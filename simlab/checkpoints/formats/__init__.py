@@ -40,7 +40,7 @@ def read_shape(folder: Path) -> tuple[ModelConfig, OwnInit]:
 
 
 def _configs(folder: Path) -> list[str]:
-    """Which of config.yaml and config.json are there."""
+    """The names of the config files in a folder: config.yaml, config.json, both or none."""
     return [name for name in ("config.yaml", "config.json") if (folder / name).is_file()]
 
 

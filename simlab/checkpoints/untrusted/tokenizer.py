@@ -218,7 +218,7 @@ def add_tokens(
 
 
 def first_letter(tokenizer: Tokenizer) -> str:
-    """What the model sees first of a text that begins with a letter."""
+    """The first character of ``a`` after normalizer and pre-tokenizer: ``Ġ`` of a prefix space."""
     text = tokenizer.normalizer.normalize_str("a") if tokenizer.normalizer else "a"
     if tokenizer.pre_tokenizer:
         text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))

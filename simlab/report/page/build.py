@@ -18,8 +18,9 @@ from simlab.analysis.headline import headline
 from simlab.analysis.massive import place
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate
+from simlab.report.colours import LABELS
 from simlab.report.console import lost_lines, overflow_lines
-from simlab.report.page.payload import CURVES, Drawn, job_values
+from simlab.report.page.payload import Drawn, job_values
 from simlab.report.page.quantities import BY_BLOCK, DRAWABLE
 
 _HERE = Path(__file__).parent
@@ -116,7 +117,7 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """The verdict's sentences, each curve's with its name where there are several."""
     verdicts = summary["verdict"]
     for name, verdict in verdicts.items():
-        who = f"{CURVES[name].capitalize()}: " if len(verdicts) > 1 else ""
+        who = f"{LABELS[name].capitalize()}: " if len(verdicts) > 1 else ""
         yield who + verdict["sentence"]
     yield from summary.get("comparison", [])
 
@@ -127,7 +128,7 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
     yield from lost_lines(summary)
     for name in frame["curve"].unique():
         rows = frame[frame["curve"] == name]
-        who = f" ({CURVES[name]})" if frame["curve"].nunique() > 1 else ""
+        who = f" ({LABELS[name]})" if frame["curve"].nunique() > 1 else ""
         factors = rows[rows["kind"] != "embedding"].groupby("sublayer")["eps_factor"].mean()
         held = {int(str(at)): float(m) for at, m in factors.items() if m < EPS_TAKES}
         if held:
@@ -138,7 +139,7 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
             )
     if "massive" in frame and (frame["massive"] == 1).any():
         rows = frame[frame["massive"] == 1]
-        who = " and ".join(CURVES[name] for name in rows["curve"].unique())
+        who = " and ".join(LABELS[name] for name in rows["curve"].unique())
         top = rows.sort_values("max_abs").iloc[-1]
         yield (
             f"Massive activations ({who}): the largest |x| is {short(float(top['max_abs']))} at "
@@ -151,7 +152,7 @@ def tiles(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[dict[str,
     """The main numbers, each with what it is."""
     several = len(summary["verdict"]) > 1
     for name, verdict in summary["verdict"].items():
-        who = f", {CURVES[name]}" if several else ""
+        who = f", {LABELS[name]}" if several else ""
         rows = frame[frame["curve"] == name]
         last = rows.groupby("seed").tail(1)["mean_square"]
         yield _tile(short(float(last.mean())), f"mean square at the end{who}")

@@ -244,8 +244,9 @@ function mini(q) {
   return el("button", {class: "mini", "aria-current": String(q === S.q), onclick() { S.q = q; S.scale = ""; S.zoom = null; show(); $("chart-title").scrollIntoView({block: "center"}) }}, el("span", {}, D.quantities[q].label), svg, el("small", {}, `ends at ${ends}`));
 }
 function everything() {
-  const groups = Map.groupBy ? Map.groupBy(quantities, q => D.quantities[q].group) : quantities.reduce((m, q) => m.set(D.quantities[q].group, [...(m.get(D.quantities[q].group) ?? []), q]), new Map());
-  $("all").replaceChildren(...[...groups].flatMap(([name, list]) => [el("h3", {}, name), el("div", {class: "many"}, ...list.map(mini))]));
+  const groups = {};
+  for (const q of quantities) (groups[D.quantities[q].group] ??= []).push(q);
+  $("all").replaceChildren(...Object.entries(groups).flatMap(([name, list]) => [el("h3", {}, name), el("div", {class: "many"}, ...list.map(mini))]));
 }
 // A table whose heads sort it. texts: how many of its first columns are texts.
 function fill(table, id, heads, rows, texts) {

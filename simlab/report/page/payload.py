@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from simlab.analysis import LAWS
 from simlab.analysis.curve import basis, laws_in
 from simlab.analysis.exponents import per_block
+from simlab.report.colours import LABELS
 from simlab.report.page.quantities import BY_BLOCK, BY_SUBLAYER
+from simlab.report.seeds import SeedArray, SeedTable, longest, over_seeds, x_of
 
-_Array = NDArray[np.float64]
 PAGE_DIGITS = 5  # significant, of every number in a page
-RENORM = 0.35  # sublayers to the right of its sublayer that a re-norm is drawn
-CURVES = {"random": "random init", "checkpoint": "checkpoint", "theory": "theory"}
 # Of these columns a law speaks too: what it says of the mean square v, at width d.
-FROM_LAW: dict[str, Callable[[_Array, int], _Array]] = {
+FROM_LAW: dict[str, Callable[[SeedArray, int], SeedArray]] = {
     "mean_square": lambda v, d: v,
     "rms": lambda v, d: np.sqrt(v),
     "norm": lambda v, d: np.sqrt(v * d),
@@ -36,7 +34,7 @@ class Drawn:
     columns: Sequence[str] = tuple(BY_SUBLAYER | BY_BLOCK)
 
 
-def rounded(values: _Array) -> list[float | None]:
+def rounded(values: SeedArray) -> list[float | None]:
     """A row of numbers at PAGE_DIGITS significant digits; None for those that aren't finite."""
     return [_short(value) for value in values.tolist()]
 
@@ -50,13 +48,12 @@ def _short(value: float) -> float | None:
 
 def steps_of(rows: pd.DataFrame) -> dict[str, list[Any]]:
     """The steps of a curve that is longest: x on the axis, sublayer, kind, block (from 1; 0: none)."""
-    longest = max((part for _, part in rows.groupby("seed")), key=len)
-    late = np.where(longest["kind"] == "renorm", RENORM, 0.0)
+    steps = longest(rows)
     return {
-        "x": (longest["sublayer"] + late).tolist(),
-        "sublayer": longest["sublayer"].tolist(),
-        "kind": longest["kind"].tolist(),
-        "block": (longest["block"].astype("float64") + 1).fillna(0).astype(int).tolist(),
+        "x": x_of(steps).tolist(),
+        "sublayer": steps["sublayer"].tolist(),
+        "kind": steps["kind"].tolist(),
+        "block": (steps["block"].astype("float64") + 1).fillna(0).astype(int).tolist(),
     }
 
 
@@ -70,20 +67,19 @@ def curve_values(
     rows = frame[frame["curve"] == name]
     if "mean_square" in rows:
         rows = rows.assign(rms=np.sqrt(rows["mean_square"]))
-    of_rows = _Tables(rows)
+    of_rows = SeedTable(rows)
     seeds = of_rows.seeds
     tables = {q: of_rows[q] for q in BY_SUBLAYER if q in drawn.columns and q in rows}
     for q in (q for q in BY_BLOCK if q in drawn.columns):
         of = "gradient" if q.endswith("_gradient") else "activation"
         part = blocks[(blocks["curve"] == name) & (blocks["of"] == of)]
         if len(part):
-            tables[q] = _Tables(part)[q.removesuffix("_gradient")][
-                :, 1:
-            ]  # of block 1 there is none
+            of_blocks = SeedTable(part)[q.removesuffix("_gradient")]
+            tables[q] = of_blocks[:, 1:]  # of block 1 there is none
     tables = {q: table for q, table in tables.items() if np.isfinite(table).any()}
     values: dict[str, Any] = {"mean": {}, "low": {}, "high": {}, "count": len(seeds)}
     for q, table in tables.items():
-        mean = _over_seeds(np.nanmean, table)
+        mean = over_seeds(np.nanmean, table)
         values["mean"][q] = rounded(mean)
         if name == "theory" and q == "mean_square":
             band = 2 * rows["band_mean_field"].to_numpy(np.float64)
@@ -92,39 +88,14 @@ def curve_values(
                 rounded(mean + band),
             )
         elif len(seeds) > 1:
-            values["low"][q] = rounded(_over_seeds(np.nanmin, table))
-            values["high"][q] = rounded(_over_seeds(np.nanmax, table))
+            values["low"][q] = rounded(over_seeds(np.nanmin, table))
+            values["high"][q] = rounded(over_seeds(np.nanmax, table))
     if drawn.seeds and len(seeds) > 1:
         values["seeds"] = [
             {"seed": int(seed), "values": {q: rounded(table[i]) for q, table in tables.items()}}
             for i, seed in enumerate(seeds)
         ]
     return values
-
-
-class _Tables:
-    """Rows of one kind of curve, each column as (seeds, steps); NaN where a curve has ended."""
-
-    def __init__(self, rows: pd.DataFrame) -> None:
-        self.rows = rows
-        self.seeds, self.row = np.unique(rows["seed"].to_numpy(), return_inverse=True)
-        self.step = rows.groupby("seed").cumcount().to_numpy()
-
-    def __getitem__(self, column: str) -> _Array:
-        table = np.full((len(self.seeds), self.step.max() + 1), np.nan)
-        table[self.row, self.step] = self.rows[column].to_numpy(np.float64)
-        return table
-
-
-def _over_seeds(how: Callable[..., _Array], table: _Array) -> _Array:
-    """A mean, least or most over the seeds that have a number; NaN where none has."""
-    there = np.isfinite(table)
-    if there.all():
-        return how(table, axis=0)
-    known = there.any(0)
-    out = np.full(table.shape[1], np.nan)
-    out[known] = how(np.where(there, table, np.nan)[:, known], axis=0)
-    return out
 
 
 def law_values(frame: pd.DataFrame, blocks: pd.DataFrame, width: int) -> list[dict[str, Any]]:
@@ -134,11 +105,11 @@ def law_values(frame: pd.DataFrame, blocks: pd.DataFrame, width: int) -> list[di
     """
     found = []
     name = basis(frame)
-    rows = _Tables(frame[frame["curve"] == name])
+    rows = SeedTable(frame[frame["curve"] == name])
     for law in laws_in(frame):
         if name == "theory" and law is LAWS["mean_field"]:
             continue
-        v = _over_seeds(np.nanmean, rows[law.column])
+        v = over_seeds(np.nanmean, rows[law.column])
         law_is: dict[str, Any] = {
             "key": law.name,
             "label": law.label,
@@ -149,18 +120,18 @@ def law_values(frame: pd.DataFrame, blocks: pd.DataFrame, width: int) -> list[di
         with np.errstate(over="ignore"):
             law_is["mean"] = {q: rounded(says(v, width)) for q, says in FROM_LAW.items()}
             if law is LAWS["mean_field"]:
-                band = 2 * _over_seeds(np.nanmean, rows["band_mean_field"])
+                band = 2 * over_seeds(np.nanmean, rows["band_mean_field"])
                 for q, says in FROM_LAW.items():
                     law_is["low"][q] = rounded(says(np.maximum(v - band, 0), width))
                     law_is["high"][q] = rounded(says(v + band, width))
                 if "law_gradient_rms" in frame:
-                    gradient = _over_seeds(np.nanmean, rows["law_gradient_rms"])
+                    gradient = over_seeds(np.nanmean, rows["law_gradient_rms"])
                     law_is["mean"]["gradient_rms"] = rounded(gradient)
         if law.expected:  # √2 per sublayer's λ would be the axis
             part = blocks[blocks["curve"] == law.column]
             for q in ("lambda_pairwise", "lambda_from_first"):
                 if len(part):
-                    law_is["mean"][q] = rounded(_over_seeds(np.nanmean, _Tables(part)[q])[1:])
+                    law_is["mean"][q] = rounded(over_seeds(np.nanmean, SeedTable(part)[q])[1:])
         law_is["mean"] = {q: v for q, v in law_is["mean"].items() if any(x is not None for x in v)}
         found.append(law_is)
     return found
@@ -174,7 +145,7 @@ def job_values(frame: pd.DataFrame, summary: Mapping[str, Any], drawn: Drawn) ->
     for name in frame["curve"].unique():
         rows = frame[frame["curve"] == name]
         curve = curve_values(frame, name, blocks, drawn)
-        curves.append({"name": name, "label": CURVES[name], "steps": steps_of(rows), **curve})
+        curves.append({"name": name, "label": LABELS[name], "steps": steps_of(rows), **curve})
     return {
         "curves": curves,
         "laws": law_values(frame, blocks, model["width"]),
