@@ -178,7 +178,7 @@ def refuse_imports(packages: Packages, root: Path = Path("/")) -> None:
     for what, has in allowed.items():
         if has < needs[what]:
             numbers = f"needs {needs[what] / 1e9:.2f} GB, {has / 1e9:.2f} GB are allowed"
-            hint = f"; OMP_NUM_THREADS=1 needs less than {more + 1} threads"
+            hint = "; with OMP_NUM_THREADS=1 it needs less"
             hint = hint if more and what != "memory" else ""
             raise ConfigError(f"{what}: {packages.name} with what it imports {numbers}{hint}")
     # Not under ulimit -v: glibc would reserve 64 MiB of its addresses for each thread, for good.

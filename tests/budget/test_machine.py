@@ -147,7 +147,7 @@ def test_ulimit(tmp_path, monkeypatch, which):
     [
         (900, {"ulimit -v": 900}, 1, None),
         (900, {"ulimit -v": 800}, 1, "ulimit -v: no_package with what it imports needs 0.00 GB"),
-        (900, {"ulimit -v": 900}, 2, "ulimit -v: .*OMP_NUM_THREADS=1 needs less than 2 threads"),
+        (900, {"ulimit -v": 900}, 2, "ulimit -v: .*with OMP_NUM_THREADS=1 it needs less"),
         (900, {"ulimit -d": 300}, 1, "ulimit -d: no_package"),
         (100, {}, 1, "memory: no_package with what it imports needs 0.00 GB"),
     ],
