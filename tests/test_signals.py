@@ -100,6 +100,27 @@ def test_a_signal_sent_twice(monkeypatch, own_handlers, between, raised):
     assert (end.value.code, len(ends)) == (130, raised)
 
 
+EXEC = """
+import os, signal
+from simlab.signals import run_command
+text = "os.kill(os.getpid(), signal.SIG{name}); [None for _ in range(10**6)]"
+run_command(lambda: exec(text, {{"os": os, "signal": signal}}), "nothing was kept")
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130)])
+def test_a_signal_within_an_exec(tmp_path, name, status):
+    """As where a dataclass is made: Python would end by SIGINT, also after a SIGTERM."""
+    (tmp_path / "kill_itself.py").write_text(EXEC.format(name=name))
+    command = [
+        sys.executable,
+        "-m",
+        "kill_itself",
+    ]  # as simlab's commands are: a script ends otherwise
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "simlab: interrupted; nothing was kept\n")
+
+
 def test_a_callback_swallows_a_signal(capfd, own_handlers):
     """Without a traceback, which Python prints of other exceptions there."""
 
