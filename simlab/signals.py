@@ -85,8 +85,8 @@ def run_command(work: Callable[[], object], kept: str) -> None:
     finally:
         end_at_once()
         sys.unraisablehook = hook
-        # A KeyboardInterrupt that passes an exec of a text, as where a dataclass is made, leaves a mark:
-        # Python then ends as if by SIGINT, whatever the exit status. Another exec removes it
+        # A KeyboardInterrupt that passes an exec of a text, as where a dataclass is made, leaves a
+        # mark: Python then ends as if by SIGINT, whatever the exit status. Another exec removes it
         # (run_eval_code_obj in CPython's Python/pythonrun.c).
         exec("")
         for stream in (sys.stdout, sys.stderr):
