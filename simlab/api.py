@@ -40,7 +40,8 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
         more: Keys with a dot, such as ``init.std``, which Python takes as no keyword.
         keys: Any key of the config. A dict's keys are those below it: ``init={"std": 0.01}``.
 
-    Raises ConfigError, which names the key and what is allowed. Nothing is written to disk.
+    Raises ConfigError, which names the key and what is allowed. Nothing is written to disk,
+    but for what ``logger="tensorboard"`` and the like ask for (docs/trackers.md), in outputs/DATE/TIME.
     """
     from simlab.config.validate import compose
     from simlab.experiment import measure as measured
@@ -48,14 +49,28 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
     from simlab.report import progress
     from simlab.sweep.gpu_lock import own_gpu
 
-    given = as_overrides({**({"model": model} if model else {}), **(more or {}), **keys})
+    asked = {**({"model": model} if model else {}), **(more or {}), **keys}
+    given = as_overrides(asked)
     config = compose(given)
     with own_gpu(config.device if config.measures else "cpu"):
         ready = prepare(config)
         with progress.block_bar(ready.blocks) as advance:
             found = measured(ready, advance)
     summary = plain_values(found.summary)  # as summary.json has it
-    return Result(found.curve, summary, found.weights, tuple(given))
+    result = Result(found.curve, summary, found.weights, tuple(given))
+    if loggers := asked.get("logger"):
+        from simlab.trackers.log import log_runs
+
+        place = _new_folder()
+        place.mkdir(parents=True)
+        names = [loggers] if isinstance(loggers, str) else list(loggers)
+        log_runs(names, [(result.title, result, place)], place)
+    return result
+
+
+def _new_folder() -> Path:
+    """A folder of outputs/, by the time, as the command's."""
+    return Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}")
 
 
 def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
@@ -118,11 +133,7 @@ def multirun(
             raise ConfigError(f"multirun: {key}={values!r}: give a list of values")
         swept.append(f"{key}={','.join(_text(key, value) for value in values)}")
     given = as_overrides({**({"model": model} if model else {}), **(more or {}), **keys})
-    place = (
-        Path(folder)
-        if folder is not None
-        else Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}")
-    )
+    place = Path(folder) if folder is not None else _new_folder()
     command = [
         sys.executable,
         "-m",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -49,6 +51,8 @@ class Around(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Prepare for the report on another sweeper's jobs. Raises SystemExit for a dry run of it."""
+        with or_exit():
+            refuse_swept_logger(config.hydra.overrides.task)
         if is_ours(config):
             return
         with or_exit():
@@ -84,8 +88,30 @@ class Around(Callback):
                     file=sys.stderr,
                 )
                 raise SystemExit(signals.status()) from None
-            if not whole:
-                raise SystemExit(1)
+            logged = log_jobs(folder, read_keep(config).logger)
+            if not (whole and logged):
+                raise SystemExit(2 if whole else 1)
+
+
+def refuse_swept_logger(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for ``-m logger=A,B``, which would be two jobs for one result."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.get_key_element() == "logger" and override.is_sweep_override():
+            names = str(override.input_line).partition("=")[2]
+            raise ConfigError(f"{override.input_line}: for several give a list, logger=[{names}]")
+
+
+def log_jobs(folder: Path, loggers: Sequence[str]) -> bool:
+    """Log a sweep's finished jobs, a run each, and say where they are; True if no logger has failed."""
+    if not loggers:
+        return True
+    from simlab.results import read_result
+    from simlab.sweep.report import of_sweep, read_entries
+    from simlab.trackers.log import log_runs
+
+    done = [each for each in read_entries(folder)[0] if each.status == "done"]
+    runs = ((of_sweep(e), read_result(e.folder, e.overrides), e.folder) for e in done)
+    return log_runs(loggers, runs, folder, sweep=True)
 
 
 def is_ours(config: DictConfig) -> bool:

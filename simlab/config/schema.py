@@ -18,6 +18,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless", "theory")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "full", "per_head")
+LOGGERS = (
+    "tensorboard",
+    "wandb",
+    "mlflow",
+)  # modules, extras, and the keys of trackers.sinks.TRACKERS
 ANSWERS = ("issue797",)  # the keys of simlab.report.answer.WRITERS
 FROM_CHECKPOINT = "from_checkpoint"  # a choice of model, norm and init: read from the checkpoint
 MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS
@@ -185,7 +190,7 @@ class KeepConfig:
     results: folder in which a sweep keeps each result under its hash. resume: reuse results that are
     kept there. dry_run: print the time and memory that the run would take, and run nothing. answer:
     one of ANSWERS, the text with which a sweep ends, or None. svg: write each figure as .svg, too.
-    verbose: a run prints λ's too.
+    verbose: a run prints λ's too. logger: those of LOGGERS that finished runs are logged to.
     """
 
     results: str = "outputs/results"
@@ -194,6 +199,7 @@ class KeepConfig:
     answer: str | None = None
     svg: bool = False
     verbose: bool = False
+    logger: tuple[str, ...] = ()
 
 
 def full_layers(depth: int, every: int | None) -> tuple[int, ...]:

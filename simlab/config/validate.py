@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from simlab.config import (
     DTYPES,
     ENGINES,
     FROM_CHECKPOINT,
+    LOGGERS,
     MLP_NAMES,
     NORM_TYPES,
     QK_NORMS,
@@ -237,7 +239,7 @@ def _device(reader: Fields) -> str:
     return value
 
 
-KEEP_KEYS = ("results", "resume", "dry_run", "answer", "svg", "verbose")
+KEEP_KEYS = ("results", "resume", "dry_run", "answer", "svg", "verbose", "logger")
 
 
 def _keep(top: Fields) -> KeepConfig:
@@ -247,12 +249,31 @@ def _keep(top: Fields) -> KeepConfig:
     # Configs written before these keys existed haven't got them.
     answer = None if top.take("answer") is None else top.choice("answer", ANSWERS)
     svg, verbose = (top.take(key) is not None and top.boolean(key) for key in ("svg", "verbose"))
-    return KeepConfig(results, top.boolean("resume"), top.boolean("dry_run"), answer, svg, verbose)
+    return KeepConfig(
+        results, top.boolean("resume"), top.boolean("dry_run"), answer, svg, verbose, _loggers(top)
+    )
+
+
+def _loggers(top: Fields) -> tuple[str, ...]:
+    """The trackers of the key ``logger``: one, a list of them, or none. Each must be installed."""
+    value = top.take("logger")
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    for name in names:
+        checked = Fields({"logger": name}).choice("logger", LOGGERS)
+        found = importlib.util.find_spec(checked)
+        # Without an origin it's a folder of that name in this one, such as W&B's own.
+        if found is None or found.origin is None:
+            raise ConfigError(f"logger={checked}: not installed; pip install 'simlab[{checked}]'")
+    return tuple(dict.fromkeys(names))
 
 
 def read_keep(config: DictConfig) -> KeepConfig:
     """Check the config's keys about results. Raises ConfigError."""
-    return _keep(Fields({key: config.get(key) for key in KEEP_KEYS}))
+    found = {key: config.get(key) for key in KEEP_KEYS}
+    plain = {
+        k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in found.items()
+    }
+    return _keep(Fields(plain))
 
 
 def read(config: DictConfig) -> RunConfig:

@@ -45,7 +45,7 @@ from simlab.sweep.gpu_lock import own_gpu
 if TYPE_CHECKING:
     import pandas as pd
 
-    from simlab.experiment import MeasuredCurves, Prepared
+    from simlab.experiment import MeasuredCurves, Prepared, RunResult
     from simlab.inputs import Tokens
 
 RECORD = "job.json"  # how a sweep's job ended
@@ -144,10 +144,11 @@ def task(config: DictConfig) -> None:
 
 
 def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], keep: KeepConfig) -> None:
-    """A single run: prepare, measure and judge, write, show. Raises ConfigError, OSError.
+    """A single run: prepare, measure and judge, write, show, log. Raises ConfigError, OSError.
 
-    overrides: those of the command line, of which the config was composed. keep: its ``svg`` and
-    ``verbose`` are used.
+    overrides: those of the command line, of which the config was composed. keep: its ``svg``,
+    ``verbose`` and ``logger`` are used. Raises SystemExit where the run is whole and a logger has
+    failed.
     """
     from simlab import experiment
     from simlab.report import console, progress
@@ -173,6 +174,20 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], keep: Kee
     console.show_files(files)
     if result.verdicts:
         console.show_tables(result.curve, result.verdicts, result.summary, keep.verbose)
+    if keep.logger and not log_result(result, folder, overrides, keep.logger):
+        raise SystemExit(2)
+
+
+def log_result(
+    result: RunResult, folder: Path, overrides: Sequence[str], loggers: Sequence[str]
+) -> bool:
+    """Log a run whose files are written; True if every logger has it."""
+    from simlab.results import Result
+    from simlab.trackers.log import log_runs
+
+    summary = plain_values(result.summary)
+    run = Result(result.curve, summary, result.weights, tuple(overrides), folder)
+    return log_runs(loggers, [(run.title, run, folder)], folder)
 
 
 def write(

@@ -1,0 +1,1 @@
+"""Finished runs to TensorBoard, Weights & Biases and MLflow, through their own libraries."""
