@@ -11,7 +11,7 @@ from simlab import signals
 from simlab.report import style
 from simlab.results import Result
 from simlab.store import write_text
-from simlab.trackers.record import record
+from simlab.trackers.record import record_of
 from simlab.trackers.sinks import TRACKERS
 
 
@@ -32,7 +32,7 @@ def log_runs(
             break
         with tempfile.TemporaryDirectory() as aside:
             files = _files(run, place, Path(aside))
-            entry = record(name, run, place, folder if sweep else None, *files)
+            entry = record_of(name, run, place, folder if sweep else None, *files)
             for logger in list(left):
                 try:
                     TRACKERS[logger].write(entry)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ NOT_CURVES = ("seed", "sublayer", "block", "max_token")
 # The parts of summary.json whose numbers a tracker gets.
 NUMBERS = ("verdict", "theories", "lambda", "loss", "departure")
 MOST_NAME = 128  # characters of a run's or a group's name in W&B; MLflow takes 250
-LONGEST = 500  # characters of a value of the config, such as a prompt; MLflow takes 6000
+MOST_TEXT = 500  # characters of a value of the config, such as a prompt; MLflow takes 6000
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Record:
         return "/".join(self.sweep.parts[-2:])[-MOST_NAME:] if self.sweep else None
 
 
-def record(
+def record_of(
     name: str, run: Result, folder: Path, sweep: Path | None, figure: Path, page: Path
 ) -> Record:
     """What trackers are given of a run. figure, page: its growth.png and report.html."""
@@ -84,13 +84,13 @@ def _leaves(values: Mapping[str, Any], joint: str, above: str = "") -> Iterator[
 
 
 def _config(config: Mapping[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
-    """A config's values but for null; a list and a long text as a text of at most LONGEST."""
+    """A config's values but for null; a list and a long text as a text of at most MOST_TEXT."""
     for path, value in _leaves(config, "."):
         if isinstance(value, bool | int | float):
             yield path, value
         elif value is not None:
             text = str(list(value)) if isinstance(value, tuple) else str(value)
-            yield path, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+            yield path, text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
 
 
 def _is_number(value: Any) -> bool:
@@ -99,10 +99,11 @@ def _is_number(value: Any) -> bool:
 
 def _points(curves: pd.DataFrame) -> Iterator[tuple[int, dict[str, float]]]:
     """Each step's sublayer, and there the seeds' mean of every curve's columns; in order."""
-    numeric = curves.select_dtypes("number").columns.difference(NOT_CURVES, sort=False)
+    numeric = curves.select_dtypes("number").columns.difference(list(NOT_CURVES), sort=False)
     steps = curves.groupby(["sublayer", "kind", "curve"], sort=False)[list(numeric)].mean()
     rows: dict[tuple[int, str], dict[str, float]] = {}
-    for (sublayer, kind, curve), means in steps.iterrows():
+    for at, means in steps.iterrows():
+        sublayer, kind, curve = cast("tuple[int, str, str]", at)
         row = rows.setdefault((int(sublayer), kind), {})
         row |= {f"{curve}/{name}": float(v) for name, v in means.items() if math.isfinite(v)}
     # Stable: within a sublayer the re-norm stays after what it follows.
