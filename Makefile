@@ -14,9 +14,10 @@ ARGS ?=
 .PHONY: run demo test regress mutations gpu check checkpoint format clean
 
 # A stamp per extra: reinstalled when the dependencies change, not on every call.
+# Not compiled: Python compiles what is imported, and half of an installation's time is for what isn't.
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
 		-e ".$(if $(filter run,$*),,[$*])"
 	@touch $@
 
