@@ -4,6 +4,7 @@
 # make regress  growth curves of OLMo-2's shapes and of the demo against the recorded ones
 # make gpu    tests and benchmarks on a CUDA GPU, with the machine's own Python and torch
 # make check  ruff, ruff-format, mypy
+# make docs   the site of README.md and docs/, in outputs/site; a warning fails
 # run, demo, test and gpu pass ARGS on: make run ARGS="depth=64 norm=swin_renorm"
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run demo test regress mutations gpu check checkpoint format clean
+.PHONY: run demo test regress mutations gpu check docs checkpoint format clean
 
 # A stamp per extra: reinstalled when the dependencies change, not on every call.
 # Not compiled: Python compiles what is imported, and half of an installation's time is for what isn't.
@@ -46,6 +47,11 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variable silences a note on MkDocs' future, which mkdocs-material prints at every build.
+docs: $(VENV)/docs.stamp
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo outputs/site/index.html
 
 # A small OLMo-2 trained for a minute with transformers, to look at beside random inits.
 checkpoint: $(VENV)/test.stamp

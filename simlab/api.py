@@ -28,7 +28,7 @@ _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_./][A-Za-z0-9_./@%-]*
 def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **keys: Any) -> Result:
     """Measure a run, as ``python -m simlab.run`` does, and give its curves and verdict.
 
-    Example::
+    Example:
 
         r = simlab.measure("olmo2_7b", norm="swin_renorm", seeds=8)
         r.verdict; r.plot("norm"); r.save("folder")
@@ -108,7 +108,7 @@ def multirun(
 ) -> SweepResult:  # fmt: skip
     """Measure every combination of values, as ``python -m simlab.run -m`` does.
 
-    Example::
+    Example:
 
         s = simlab.multirun({"depth": [8, 16, 32], "init.std": [0.01, 0.02]}, seeds=8)
         s.frame; s.table; s.plot()
@@ -118,7 +118,9 @@ def multirun(
 
     Args:
         sweep: Lists of values by key, dotted or not.
-        model, more, keys: What all jobs have, as of ``measure``; also ``hydra/launcher`` in ``more``.
+        model: As of ``measure``, for all jobs.
+        more: As of ``measure``, for all jobs; also ``{"hydra/launcher": "joblib"}``.
+        keys: As of ``measure``, for all jobs.
         folder: Where the sweep's files go; by default outputs/DATE/TIME.
 
     Raises ConfigError for a mistake, before any job starts. Jobs that fail are in ``.failed``.

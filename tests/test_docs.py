@@ -1,0 +1,48 @@
+"""The documentation's links, its table of contents and its reference, read without mkdocs."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+import simlab
+
+ROOT = Path(__file__).parents[1]
+ABOVE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+PAGES = [*map(ROOT.joinpath, ABOVE), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def links(page):
+    """The relative links and images of a page, without their anchors."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [link.split("#")[0] for link in found if not re.match(r"https?:|#", link)]
+
+
+def test_links_lead_to_files_of_the_site():
+    seen = 0
+    for page in PAGES:
+        for link in links(page):
+            target = page.parent / link
+            assert target.is_file(), f"{page.name}: {link}"
+            assert target != page, f"{page.name} links to itself"
+            there = target.resolve()
+            assert link in ABOVE or there.is_relative_to(ROOT / "docs"), f"{page.name}: {link}"
+            seen += 1
+    assert seen > 20
+
+
+def test_site_has_every_page():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    listed = re.findall(r"[\w-]+\.md", str(nav))
+    assert sorted(listed) == sorted([*ABOVE.values(), *(page.name for page in PAGES[len(ABOVE) :])])
+
+
+def test_reference_has_every_public_name():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    described = re.findall(r"^::: simlab[\w.]*\.(\w+)$", text, flags=re.M)
+    assert set(simlab.__all__) - {"__version__"} <= set(described)
