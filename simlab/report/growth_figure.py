@@ -21,6 +21,7 @@ from simlab.report.panels import (
     DIM,
     INK,
     Steps,
+    apart,
     draw_laws,
     draw_seeds,
     log_ticks,
@@ -156,13 +157,7 @@ def _ends(ax: Axes, names: Sequence[tuple[float, str, str, str]], top: float) ->
     """The lines' names right of the axes, each at its line's end, moved apart where they'd overlap."""
     placed = sorted((n for n in names if math.isfinite(n[0])), key=lambda n: n[0])
     heights = [0.042 * (text.count("\n") + 1) + 0.018 for _, text, *_ in placed]
-    at = [min(max(value / top, 0.0), 1.0) for value, *_ in placed]
-    for i in range(1, len(at)):  # upwards, then back down from the top
-        at[i] = max(at[i], at[i - 1] + (heights[i] + heights[i - 1]) / 2)
-    limit = 1.0
-    for i in reversed(range(len(at))):
-        at[i] = min(at[i], limit - heights[i] / 2 if limit < 1 else 1.0)
-        limit = at[i] - heights[i] / 2
+    at = apart([min(max(value / top, 0.0), 1.0) for value, *_ in placed], heights, 1.0)
     for y, (_, text, colour, weight) in zip(at, placed, strict=True):
         first, *others = text.split("\n")
         offset = 0.021 * len(others)

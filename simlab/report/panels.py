@@ -7,7 +7,7 @@ half of a run's time after its verdict (measured).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -77,7 +77,7 @@ def plain(value: float, _: int | None = None) -> str:
 def panel(
     figure: Figure, box: tuple[float, float, float, float], title: str, under: str, log: bool = False
 ) -> Axes:  # fmt: skip
-    """Axes at inches (left, bottom, width, height), with a title that says what is seen."""
+    """Axes at inches (left, bottom, width, height), with a title (or none) that says what is seen."""
     width, height = figure.get_size_inches()
     x, y, w, h = box
     ax = figure.add_axes((x / width, y / height, w / width, h / height))
@@ -86,8 +86,11 @@ def panel(
     ax.set_axisbelow(True)
     ax.grid(color=GRID, lw=0.8)
     ax.tick_params(colors=DIM, labelsize=8.5, length=0)
-    write_at(figure, x, y + h + 0.29, title, size=10, weight="bold")
-    write_at(figure, x, y + h + 0.1, under + (", log axis" if log else ""), size=8.5, colour=DIM)
+    if title:
+        write_at(figure, x, y + h + 0.29, title, size=10, weight="bold")
+        write_at(
+            figure, x, y + h + 0.1, under + (", log axis" if log else ""), size=8.5, colour=DIM
+        )
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(NullLocator())
@@ -107,6 +110,20 @@ def log_ticks(ax: Axes) -> None:
     if decades > 0.8:
         subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7 if decades > 3 else 12))
+
+
+def apart(at: Sequence[float], heights: Sequence[float], top: float) -> list[float]:
+    """Places of labels beside their lines' ends, moved so that none overlaps another.
+
+    at: where they belong, ascending. heights: theirs. top: the highest place. All in one unit.
+    """
+    places = list(at)
+    for i in range(1, len(places)):  # upwards, then back down from the top
+        places[i] = max(places[i], places[i - 1] + (heights[i] + heights[i - 1]) / 2)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], top)
+        top = places[i] - (heights[i] + heights[i - 1]) / 2
+    return places
 
 
 def draw_seeds(

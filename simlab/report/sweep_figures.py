@@ -16,6 +16,7 @@ from simlab.analysis.curve import basis, laws_in
 from simlab.report import sweep_scans
 from simlab.report.facets import GREY, Plan, grid, labelled, name_band, name_colours, plan
 from simlab.report.seeds import x_of
+from simlab.report.statistics_figure import statistics_figure
 from simlab.report.style import BANDED, finish, law_band, predicted_band
 
 FEW = 24  # steps, up to which each has its dot
@@ -42,7 +43,7 @@ def figures(
         for name, y in {"growth": "mean_square", "gradients": "gradient_rms"}.items():
             if y in frame and frame[y].notna().any():
                 drawn[name] = curves_figure(frame, keys, y, title)
-        drawn["statistics"] = sweep_scans.statistics_figure(frame, keys, title)
+        drawn["statistics"] = statistics_figure(frame, keys, title)
     if not jobs.empty:
         table, keys = labelled(jobs, swept)
         drawn["heatmap"] = sweep_scans.heatmap(table, keys, title)

@@ -1,4 +1,4 @@
-"""Figures of a sweep against what was swept: growth exponents, statistics over width, heat maps."""
+"""Figures of a sweep against what was swept: growth exponents, heat maps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from simlab.report.facets import (
     ORDERED,
     PART,
     grid,
-    name_band,
     name_colours,
     numbers,
     plan,
     values_of,
 )  # fmt: skip
-from simlab.report.style import draw_band, finish
+from simlab.report.style import finish
 from simlab.report.values import SEEDS, key_text
 
 MEASURES = {
@@ -39,15 +38,6 @@ MEASURES = {
     "lambda_token_gradient": "λ of the gradient's mean norm",
     "lambda_paper_gradient": "λ of the gradient's mean vector",
 }
-_SHOWN_STATISTICS = {
-    "norm": "norm ‖x‖",
-    "mean_abs": "mean |x|",
-    "max_abs": "largest |x|",
-    "attention_max_logit": "largest attention logit",
-    "attention_entropy": "attention entropy, nats",
-    "gradient_norm": "norm of the gradient",
-}
-BLOCKS = 5  # that the statistics are shown after, beside the embedding
 CELLS = 12  # of a side of a heat map, up to which numbers are written
 
 
@@ -129,47 +119,6 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
                 shade = colour if layout.colour else law.colour
                 ax.plot(places, says, color=shade, ls=law.line, lw=1.6, zorder=5)
     return finish(figure, [first], [title, " ".join(notes), *layout.notes])
-
-
-def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
-    """Statistics after some blocks against width, as in a coordinate check; None without widths.
-
-    A row per value of another swept key.
-    """
-    frame = frame[frame["curve"].isin(INITS)]
-    shown = [name for name in _SHOWN_STATISTICS if name in frame and frame[name].notna().any()]
-    if not shown or "width" not in keys or not numbers(frame["width"]):
-        return None
-    layout = plan(frame, [key for key in keys if key != "width"], coloured=False, panels=1)
-    rows = layout.frame
-    block = rows["block"].astype(float).fillna(-1)  # of the embedding
-    deepest = int(block.groupby(rows["job"]).max().min())
-    some = sorted(
-        {round(b) - 1 for b in np.geomspace(1, deepest + 1, BLOCKS)} if deepest >= 0 else ()
-    )
-    named = {-1: "embedding"} | {b: f"after block {b + 1}" for b in some}
-    shades = [".55", *sns.color_palette("viridis", len(some)).as_hex()]
-    inks = dict(zip(named.values(), shades, strict=True))
-    ids = ["job", "seed", "width", *filter(None, [layout.column]), "at"]
-    long = rows.assign(at=block.map(named)).melt(ids, shown, PART).dropna(subset=["at", "value"])
-    ends = long.groupby([PART, *ids], observed=True)["value"].last().reset_index()  # of the block
-    ends[PART] = pd.Categorical(
-        ends[PART].map(_SHOWN_STATISTICS), [_SHOWN_STATISTICS[name] for name in shown]
-    )
-    figure, panels = grid(ends, PART, layout.column, ("width", ""), size=(2.8, 2.9), alike="col")
-    for ax, part in panels:
-        least, most = ends.loc[ends[PART].isin(part[PART]), "value"].agg(["min", "max"])
-        if 0 < 8 * least < most:  # less than a decade has no round ticks
-            ax.set_yscale("log")
-        at = scan(ax, frame["width"])
-        for name, line in part.groupby("at"):
-            by_width = line.groupby(line["width"].map(at).astype(float))["value"]
-            draw_band(ax, by_width, inks[str(name)], lw=1.6, marker="o", ms=4)
-    for name, colour in inks.items():
-        panels[0][0].plot([], [], color=colour, marker="o", ms=4, lw=1.6, label=name)
-    name_band(panels[0][0], rows.groupby("job")["seed"].nunique())
-    axes = [panels[0][0]]
-    return finish(figure, axes, [title, "Statistics against width.", *layout.notes])
 
 
 def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
