@@ -25,7 +25,7 @@ from simlab.report.seeds import SeedArray, over_seeds
 
 BLOCKS = 5  # that the statistics are shown after, beside the embedding
 ROWS = 8  # of panels
-STATISTICS = {  # the columns' titles, and what is reduced how
+SHOWN_STATISTICS = {  # the columns' titles, and what is reduced how
     "mean_abs": ("Mean |x|", "over width and tokens"),
     "norm": ("Norm ‖x‖", "mean over tokens"),
     "max_abs": ("Largest |x|", "of all tokens"),
@@ -33,7 +33,7 @@ STATISTICS = {  # the columns' titles, and what is reduced how
     "attention_entropy": ("Attention entropy", "nats, mean over heads"),
     "gradient_norm": ("Gradient of the loss", "norm, mean over tokens"),
 }
-FLAT = {"norm": 0.5}  # p where entries of x have one size at every width; of the others 0
+OF_ONE_SIZE = {"norm": 0.5}  # p where entries of x have one size at every width; of the others 0
 # A panel and the room beside it for ticks and for labels, in inches.
 WIDE, TALL, TICKS, ENDS, UNDER = 1.65, 1.6, 0.45, 1.15, 0.3
 _AT = "at"  # a column: -1 of the embedding, else the block
@@ -55,7 +55,7 @@ def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> F
     stands p, if it goes as width^p (``analysis.scaling``).
     """
     frame = frame[frame["curve"].isin(INITS)]
-    names = [name for name in STATISTICS if name in frame and frame[name].notna().any()]
+    names = [name for name in SHOWN_STATISTICS if name in frame and frame[name].notna().any()]
     if not names or "width" not in keys or not numbers(frame["width"]):
         return None
     frame, rows, notes = _rows(frame, [key for key in keys if key != "width"])
@@ -136,8 +136,8 @@ def _half(e: Estimate) -> str:
 
 
 def _grows(law: PowerLaw, name: str) -> bool:
-    """True if entries of x don't keep their size: p is off FLAT by more than BENT, beyond chance."""
-    e, flat = law.exponent, FLAT.get(name, 0.0)
+    """True if p is off OF_ONE_SIZE by more than BENT, beyond chance."""
+    e, flat = law.exponent, OF_ONE_SIZE.get(name, 0.0)
     half = 0.0 if e.high is None else e.high - e.value
     return abs((law.last if law.bent else e.value) - flat) > BENT + (0.0 if law.bent else half)
 
@@ -152,7 +152,7 @@ def _headline(
         for row in rows for line in panels[row, name]
         if line.at == deepest and line.law is not None
     }  # fmt: skip
-    what = f"{STATISTICS[name][0]} {_place(deepest)}"
+    what = f"{SHOWN_STATISTICS[name][0]} {_place(deepest)}"
     if not laws:
         return f"{what} against width"
     order = sorted(laws, key=lambda row: laws[row].exponent.value)
@@ -227,7 +227,7 @@ def _panel(
     widths: SeedArray, inks: Mapping[int, str], limits: tuple[float, float, bool], row: int, rows: int,
 ) -> None:  # fmt: skip
     low, high, log = limits
-    head, how = STATISTICS[name] if row == 0 else ("", "")
+    head, how = SHOWN_STATISTICS[name] if row == 0 else ("", "")
     ax = panel(figure, box, head, how if log else f"{how}, linear axis", log=log)
     ax.set_gid(f"{row} {name}")
     for line in lines:

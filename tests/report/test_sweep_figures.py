@@ -13,7 +13,7 @@ import pytest
 from simlab.config.validate import compose
 from simlab.experiment import run
 from simlab.report.facets import GREY, labelled, plan
-from simlab.report.statistics_figure import STATISTICS
+from simlab.report.statistics_figure import SHOWN_STATISTICS
 from simlab.report.style import save
 from simlab.report.sweep_figures import figures
 from simlab.report.values import shorten, value_text
@@ -163,7 +163,7 @@ def test_statistics_are_those_after_a_block(widths):
     panels = {ax.get_gid(): ax for ax in of_sweep["statistics"].axes}
     assert set(panels) == {
         f"{row} {name}"
-        for row in (0, 1) for name in STATISTICS
+        for row in (0, 1) for name in SHOWN_STATISTICS
     }  # fmt: skip
     for row, init in enumerate(("normal", "fan_in")):
         ends = curves[(curves["init"] == init) & (curves["block"] == 1)]
