@@ -333,6 +333,15 @@ HEADLINES = {
 }
 
 
+@pytest.mark.parametrize("norm", ["reordered", "pre"])
+def test_warns_of_eps_where_a_norm_acts_on_the_branch(norm):
+    """Both have branches far below eps, but pre-norm's are added as they come."""
+    result = run(tiny(f"norm={norm}", "init.std=0.001", "seeds=1"))
+    assert (result.curve["eps_factor"][1:] < 0.5).any()
+    texts = list(build.warnings(result.curve, plain_values(result.summary)))
+    assert any(text.startswith("Eps") for text in texts) == (norm == "reordered")
+
+
 @pytest.mark.parametrize("overrides", HEADLINES)
 def test_headline(overrides):
     config = tiny("engine=theory", "depth=12", "inputs.length=16", *overrides)

@@ -129,13 +129,16 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
     for name in frame["curve"].unique():
         rows = frame[frame["curve"] == name]
         who = f" ({LABELS[name]})" if frame["curve"].nunique() > 1 else ""
-        factors = rows[rows["kind"] != "embedding"].groupby("sublayer")["eps_factor"].mean()
+        # Where no norm acts on what is added (pre), there is no additive law, and eps takes nothing.
+        normed = rows[(rows["kind"] != "embedding") & rows["law_additive"].notna()]
+        factors = normed.groupby("sublayer")["eps_factor"].mean()
         held = {int(str(at)): float(m) for at, m in factors.items() if m < EPS_TAKES}
         if held:
             least = min(held, key=lambda at: held[at])
             yield (
-                f"Eps{who}: it takes more than a tenth of what a norm divides, up to sublayer "
-                f"{max(held)} (m/(m + eps) is {short(held[least])} at sublayer {least})."
+                f"Eps{who}: it takes more than a tenth of a norm's mean square at {len(held)} of "
+                f"{len(factors)} sublayers, the last of them {max(held)} (m/(m + eps) is "
+                f"{short(held[least])} at sublayer {least})."
             )
     if "massive" in frame and (frame["massive"] == 1).any():
         rows = frame[frame["massive"] == 1]
