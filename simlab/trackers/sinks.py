@@ -46,7 +46,7 @@ def to_wandb(record: Record) -> None:
 
     started = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
-        mode=os.environ.get("WANDB_MODE", "offline"),
+        mode=None if "WANDB_MODE" in os.environ else "offline",
         dir=str(record.sweep or record.folder),
         name=record.name,
         group=record.group,
