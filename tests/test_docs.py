@@ -46,3 +46,19 @@ def test_reference_has_every_public_name():
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     described = re.findall(r"^::: simlab[\w.]*\.(\w+)$", text, flags=re.M)
     assert set(simlab.__all__) - {"__version__"} <= set(described)
+
+
+def test_python_guide_runs(tmp_path, monkeypatch, capsys):
+    """Its examples on smaller models, but for the sweep and the demo, which other tests run."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    names: dict = {}
+    for block in blocks:
+        if not re.search("multirun|demo", block):
+            small = re.sub(
+                r"depth=\d+, seeds=\d", "depth=2, seeds=1, width=64, heads=4, d_ff=128", block
+            )
+            exec(small, names)
+    assert len(blocks) > 5
+    assert "did you mean pre?" in capsys.readouterr().out
