@@ -29,7 +29,7 @@ def block_bar(total: int) -> Iterator[Callable[[], None]]:
     Where stderr is no terminal, a line now and then.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():  # rich's is_terminal goes by FORCE_COLOR, which Jupyter sets
         yield _now_and_then(total)
         return
     columns = (TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -89,7 +89,7 @@ def sweep(
     look: for jobs in other processes, the blocks of those that have ended; asked now and then.
     """
     console = Console(stderr=True)
-    if console.is_terminal:
+    if sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with (
             Progress(*columns, console=console, transient=True) as bar,
