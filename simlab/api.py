@@ -74,9 +74,17 @@ def _new_folder() -> Path:
 
 
 def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
-    """Put runs side by side: ``simlab.compare(a, b).plot("norm")``.
+    """Put runs side by side.
 
-    labels: a name of each; by default what differs between their overrides, or else their titles.
+    Example:
+
+        pre, post = simlab.measure("small", norm="pre"), simlab.measure("small", norm="post")
+        simlab.compare(pre, post).plot("norm")
+
+    Args:
+        runs: Finished runs.
+        labels: A name of each; by default what differs between their overrides, or else their titles.
+
     Raises ConfigError for no run, or labels that aren't one of each.
     """
     if not runs:
@@ -173,6 +181,9 @@ def multirun(
 
 def load(folder: str | Path) -> Result | SweepResult:
     """A finished run or sweep again, from the folder that it wrote: ``simlab.load("outputs/…")``.
+
+    Args:
+        folder: A run's, with summary.json, or a sweep's, with sweep.json; of an interrupted sweep too.
 
     Raises ConfigError for a folder without one, or whose files aren't what simlab writes.
     """

@@ -36,7 +36,7 @@ class Result:
     """A finished run. In a notebook it shows itself: a sentence, a figure, a small table.
 
     Attributes:
-        curves: The rows of curve.csv: one per curve, seed and step (docs/columns.md).
+        curves: The rows of curve.csv: one per curve, seed and step. Columns and units: docs/columns.md.
         summary: The content of summary.json: config, versions, verdicts, theories, λ's.
         weights: The rows of weights.csv, a checkpoint's tensors, if it was asked for.
         overrides: What the config was composed of, as on the command line.
@@ -218,14 +218,22 @@ class SweepResult:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Runs side by side. frame: their curves' rows, with a column ``run``, each run's label."""
+    """Runs side by side.
+
+    Attributes:
+        frame: Their curves' rows, with a column ``run``, each run's label.
+        headlines: Each run's answer in one sentence, by its label.
+    """
 
     frame: pd.DataFrame
     headlines: Mapping[str, str]
 
     @property
     def table(self) -> pd.DataFrame:
-        """Where each run's curves end: mean square, norm and, where measured, the gradient's rms."""
+        """Where each run's curves end, the mean over seeds: a row per run and curve.
+
+        Columns: mean_square, norm, max_abs, token_cosine.
+        """
         last = self.frame.groupby(["run", "curve", "seed"], sort=False).tail(1)
         columns = [c for c in ("mean_square", "norm", "max_abs", "token_cosine") if c in last]
         return last.groupby(["run", "curve"], sort=False)[columns].mean()

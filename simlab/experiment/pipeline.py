@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run's curves (the rows of curve.csv), its summary (summary.json) and its verdicts.
+    """What ``simlab.experiment.run`` gives of a config.
 
-    weights: the rows of weights.csv, a checkpoint's tensors.
+    Attributes:
+        config: The config that was measured; a checkpoint's shape is filled in.
+        curve: The rows of curve.csv.
+        summary: The content of summary.json.
+        verdicts: A verdict per kind of curve: random, checkpoint or theory.
+        weights: The rows of weights.csv, a checkpoint's tensors.
     """
 
     config: RunConfig

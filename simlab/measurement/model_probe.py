@@ -39,20 +39,28 @@ def probe(
 ) -> ModelProbe:
     """Measure the residual stream of a decoder after its embedding and after every sublayer.
 
+    Example:
+
         rows = simlab.probe(model, ids).rows()
 
         with simlab.probe(model) as result:      # or any forward calls of your own
             model(ids)
         rows = result.rows()
 
-    batch: token ids, or a mapping (``model(**batch)``), or a tuple (``model(*batch)``), which is
-    passed through the model at once, without gradients and in eval mode; every submodule's mode is
-    put back. Your own calls run in the mode the model is in. They are batches of one curve, of
-    sequences of one length and without padding. No output and no gradient changes. What torch.compile
-    has compiled runs uncompiled meanwhile: it would pass the hooks by.
+    Your own calls run in the mode the model is in. They are batches of one curve, of sequences of one
+    length and without padding. No output and no gradient changes. What torch.compile has compiled runs
+    uncompiled meanwhile: it would pass the hooks by.
 
-    layout: describes the residual stream of a model that ``layout.KNOWN`` lacks.
-    curve, seed: values of the rows' columns of these names. Raises ConfigError.
+    Args:
+        model: Any decoder whose blocks pass a stream of shape (batch, length, width).
+        batch: Token ids (batch, length), or a mapping (``model(**batch)``), or a tuple
+            (``model(*batch)``). It is passed through the model at once, without gradients and in eval
+            mode; every submodule's mode is put back.
+        layout: Describes the residual stream of a model that ``layout.KNOWN`` lacks.
+        curve: The name in the rows' column ``curve``.
+        seed: The number in the rows' column ``seed``.
+
+    Raises ConfigError for a model without known decoder layers, or a batch that is none of these.
     """
     result = ModelProbe(model, layout, curve, seed)
     if batch is not None:

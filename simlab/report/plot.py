@@ -32,7 +32,9 @@ def plot(
 ) -> Axes:
     """Draw a quantity against the sublayer: each curve's mean over its seeds, with their range.
 
-    Example: ``simlab.plot(simlab.probe(model, ids).rows(), "norm")``.
+    Example:
+
+        ax = simlab.plot(simlab.probe(model, ids).rows(), "norm")
 
     Args:
         curves: Tidy rows as in curve.csv: of ``Result.curves``, of ``probe(…).rows()`` or of a sweep.
