@@ -12,14 +12,16 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from simlab.analysis.curve import basis
-from simlab.report.colours import COLOURS, LABELS
+from simlab.report.colours import COLOURS, LABELS, PALETTE
 from simlab.report.style import subplots
 from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
 
-SHADES, TOLD_APART = 8, 6  # colours, of numbers and of categories
+SHADES, TOLD_APART = 10, 6  # colours, of numbers and of categories
+# Theory's green and the √2 law's orange are in neither the categories' colours nor plasma's.
+CHOICES = (PALETTE[0], PALETTE[1], PALETTE[3], PALETTE[5], PALETTE[7], "#7A4F2A")
 COLUMNS, ROWS, PANELS = 4, 6, 24  # of panels; those of a single key wrap
 ORDERED = ("source.step", "source.revision")  # in the order given, whatever they are called
 SOURCE = (*ORDERED, "source.path")
@@ -108,9 +110,10 @@ def plan(frame: pd.DataFrame, keys: Sequence[str], coloured: bool = True, panels
     palette = {LABELS[name]: shade for name, shade in COLOURS.items()}
     if colour:
         values = values_of(frame[colour])
-        scale = "viridis" if colour in (*number, *ORDERED) else "deep"
-        shades = sns.color_palette(scale, len(values)).as_hex()
-        palette = dict(zip(values, shades, strict=True)) | dict.fromkeys(palette, GREY)
+        shades: Sequence[str] = CHOICES
+        if colour in (*number, *ORDERED) or len(values) > len(CHOICES):
+            shades = sns.color_palette("plasma", len(values) + 1).as_hex()  # without its yellow
+        palette = dict(zip(values, shades, strict=False)) | dict.fromkeys(palette, GREY)
         main = basis(frame) if colour.startswith("init") else "checkpoint"
         beside = frame.groupby("job")["curve"].transform("nunique") > 1
         ink = frame[colour].astype(object).mask(beside & (frame["curve"] != main), names)
@@ -136,6 +139,32 @@ def name_band(ax: Axes, seeds: pd.Series) -> None:
         ax.fill_between([], [], [], color=".5", alpha=0.35, lw=0, label=name)
 
 
+def columns_of(panels: int) -> int:
+    """Columns for the panels of a single key: few empty cells, and rather wide than high."""
+    if panels <= 3:
+        return panels
+    wide = math.sqrt(1.6 * panels)
+    return min(range(2, 7), key=lambda n: (-panels % n) + 2 * abs(n - wide))
+
+
+def extent(
+    frame: pd.DataFrame,
+    column: str | None,
+    row: str | None,
+    *,
+    size: tuple[float, float] | None = None,
+    alike: bool | Literal["row", "col"] = True,
+) -> tuple[int, int, tuple[float, float]]:
+    """The rows and columns of ``grid``, and its width and height in inches."""
+    columns, rows = (frame[key].nunique() if key else 1 for key in (column, row))
+    panels = columns * rows
+    if column and not row and alike != "col":
+        columns = columns_of(panels) if alike else min(panels, 2)
+    wide, high = size or ((7.5, 4.4) if panels == 1 else (4.4, 3.6) if panels <= 4 else (3.3, 2.6))
+    height = math.ceil(panels / columns)
+    return height, columns, (max(columns * wide, 8.5), height * high + 1.2)
+
+
 def grid(
     frame: pd.DataFrame,
     column: str | None,
@@ -144,26 +173,24 @@ def grid(
     *,
     size: tuple[float, float] | None = None,
     alike: bool | Literal["row", "col"] = True,
+    into: SubFigure | None = None,
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel per value of ``column`` × ``row``: each with its title and its rows.
 
+    A cell that is left over is an invisible panel: ``style.finish`` puts the legend there.
+
     labels: of the x and y axes. size: of a panel, in inches. alike: which panels share a y axis.
+    into: a part of a figure, where it isn't one of its own.
     """
-    columns, rows = (frame[key].nunique() if key else 1 for key in (column, row))
-    panels = columns * rows
-    if column and not row and alike != "col":
-        side = 3 if panels in (3, 5, 6, 9) else COLUMNS
-        columns = min(panels, side if alike else 2)
-    wide, high = size or ((7.5, 4.4) if panels == 1 else (4.4, 3.6) if panels <= 4 else (3.3, 2.6))
-    height = math.ceil(panels / columns)
-    inches = (max(columns * wide, 8.5), height * high + 1.2)
-    figure, axes = subplots(height, columns, inches, sharex=True, sharey=alike)
+    height, columns, inches = extent(frame, column, row, size=size, alike=alike)
+    panels = (frame[column].nunique() if column else 1) * (frame[row].nunique() if row else 1)
+    figure, axes = subplots(height, columns, inches, into=into, sharex=True, sharey=alike)
     keys = [key for key in (row, column) if key]
     shown = []
     values = itertools.product(*(values_of(frame[key]) for key in keys))
     for i, (ax, of_panel) in enumerate(itertools.zip_longest(axes.flat, values)):
         if of_panel is None:  # the last row isn't full
-            ax.remove()
+            ax.set_visible(False)
             continue
         last, first = i + columns >= panels, i % columns == 0
         ax.set(xlabel=labels[0] if last else "", ylabel=labels[1] if first else "")

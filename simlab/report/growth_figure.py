@@ -19,6 +19,7 @@ from simlab.analysis.numbers import short
 from simlab.report.colours import COLOURS, LABELS
 from simlab.report.panels import (
     DIM,
+    HALO,
     INK,
     Steps,
     apart,
@@ -165,9 +166,6 @@ def _ends(ax: Axes, names: Sequence[tuple[float, str, str, str]], top: float) ->
         put(y + offset, first, fontsize=9, weight=weight)
         for i, line in enumerate(others, start=1):
             put(y + offset - 0.042 * i, line, fontsize=8)
-
-
-HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
 
 
 def _leaving(

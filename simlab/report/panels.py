@@ -21,6 +21,8 @@ from simlab.report.colours import COLOURS
 from simlab.report.seeds import SeedArray, SeedTable, longest, over_seeds, x_of
 
 INK, DIM, GRID = "#1a1d21", "#59616b", "#ecebe6"
+# Behind a text over lines.
+HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
 
 
 class Steps:

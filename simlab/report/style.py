@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 from pandas.core.groupby import SeriesGroupBy
@@ -26,13 +27,22 @@ _BAND = "theory: mean ± 2 std of a seed"  # a legend's name for the predicted b
 _AXES = {"grid.color": ".92", "axes.edgecolor": ".6"}
 
 
-def subplots(
-    rows: int, columns: int, size: tuple[float, float], **shared: Any
-) -> tuple[Figure, np.ndarray]:
-    """A figure of ``size`` inches and its axes (rows, columns); shared: sharex, sharey."""
+def blank(size: tuple[float, float]) -> Figure:
+    """A figure of ``size`` inches without axes."""
     with matplotlib.style.context(["seaborn-v0_8-whitegrid", _AXES]):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+        return Figure(figsize=size, layout="constrained")
+
+
+def subplots(
+    rows: int, columns: int, size: tuple[float, float], into: SubFigure | None = None, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of ``size`` inches, and its axes (rows, columns); shared: sharex, sharey.
+
+    into: the part of a figure that gets the axes; that figure is returned.
+    """
+    with matplotlib.style.context(["seaborn-v0_8-whitegrid", _AXES]):
+        figure = blank(size) if into is None else into.figure
+        return figure, (into or figure).subplots(rows, columns, squeeze=False, **shared)
 
 
 def draw_band(ax: Axes, values: SeriesGroupBy[Any, Any], colour: str, **line: Any) -> None:
@@ -82,16 +92,41 @@ def predicted_band(rows: pd.DataFrame, y: str) -> tuple[pd.Series, pd.Series]:
 
 
 def finish(figure: Figure, axes: Sequence[Axes], lines: Sequence[str]) -> Figure:
-    """One legend for all panels, below; the lines above."""
+    """The lines above, and one legend for all panels: in cells without a panel, or below."""
+    legend(figure, axes)
+    return headed(figure, lines)
+
+
+def legend(figure: Figure | SubFigure, axes: Sequence[Axes]) -> None:
+    """One legend of what the axes name: in the cells that a grid left empty if it fits, or below."""
     named: dict[str, Artist] = {}
     for ax in axes:
         named = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True)) | named
     handles, labels = list(named.values()), list(named)
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", frameon=False, fontsize=9.5,
-            ncols=_legend_columns(labels, figure.get_figwidth()),
-        )  # fmt: skip
+    if not handles:
+        return
+    looks: dict[str, Any] = {"frameon": False, "fontsize": 9.5}
+    inches = figure.bbox.width / figure.dpi
+    empty = [ax for ax in figure.axes if not ax.get_visible()]
+    if empty:
+        spec = empty[0].get_subplotspec()
+        assert spec is not None
+        rows, columns = spec.get_gridspec().get_geometry()
+        lines = int((figure.bbox.height / figure.dpi / rows - 0.6) / 0.21)
+        ncols = math.ceil(len(labels) / lines)
+        if ncols <= _legend_columns(labels, inches * len(empty) / columns):
+            drawn = figure.legend(
+                handles, labels, loc="center left", ncols=ncols, bbox_to_anchor=(0, 0.5),
+                bbox_transform=empty[0].transAxes, **looks,
+            )  # fmt: skip
+            drawn.set_in_layout(False)
+            return
+    ncols = _legend_columns(labels, inches)
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, **looks)
+
+
+def headed(figure: Figure, lines: Sequence[str]) -> Figure:
+    """The lines above the panels, wrapped."""
     width = round(figure.get_figwidth() * 13)
     wrapped = [part for line in lines for part in textwrap.wrap(line, width)]
     # 0.17 inches a line: a longer title doesn't take room from the panels.

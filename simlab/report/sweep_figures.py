@@ -8,23 +8,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from simlab.analysis import Law
+from simlab.analysis import LAWS, Law
 from simlab.analysis.curve import basis, laws_in
+from simlab.analysis.numbers import short
 from simlab.report import sweep_scans
-from simlab.report.facets import GREY, Plan, grid, labelled, name_band, name_colours, plan
+from simlab.report.facets import GREY, Plan, extent, grid, labelled, name_band, name_colours, plan
+from simlab.report.panels import HALO, INK
 from simlab.report.seeds import x_of
 from simlab.report.statistics_figure import statistics_figure
-from simlab.report.style import BANDED, finish, law_band, predicted_band
+from simlab.report.style import BANDED, blank, finish, law_band, predicted_band
 
 FEW = 24  # steps, up to which each has its dot
 DECADES = 2  # beyond, a log axis
 WORDS = {
     "mean_square": "mean square of the residual stream",
-    "gradient_rms": "rms of the gradient with respect to the residual stream",
+    "gradient_rms": "rms of the loss's gradient with respect to the residual stream",
 }
+NAMES = {"mean_square": "mean square", "gradient_rms": "rms of the gradient"}  # of axes
+_PAIRED = 4  # panels, up to which activations and gradients are in one figure
+_BANDS = 4  # of theory in a panel, up to which they can be told apart
 
 
 def figures(
@@ -40,9 +45,10 @@ def figures(
     drawn: dict[str, Figure | None] = {}
     if not curves.empty:
         frame, keys = prepared(curves, jobs, swept)
-        for name, y in {"growth": "mean_square", "gradients": "gradient_rms"}.items():
-            if y in frame and frame[y].notna().any():
-                drawn[name] = curves_figure(frame, keys, y, title)
+        if frame["mean_square"].notna().any():
+            drawn["growth"] = curves_figure(frame, keys, "mean_square", title)
+        if "gradient_rms" in frame and frame["gradient_rms"].notna().any():
+            drawn["gradients"] = gradients_figure(frame, keys, title)
         drawn["statistics"] = statistics_figure(frame, keys, title)
     if not jobs.empty:
         table, keys = labelled(jobs, swept)
@@ -74,16 +80,45 @@ def curves_figure(frame: pd.DataFrame, keys: Sequence[str], y: str, title: str) 
     coloured, the other panels' curves are grey behind.
     """
     layout = plan(frame[frame[y].notna()], keys)
+    figure, axes, caption = _panels(layout, keys, y)
+    return finish(figure, axes, [title, *caption, *layout.notes])
+
+
+def gradients_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> Figure:
+    """The gradient's rms, beside the mean square where both have room: up to _PAIRED panels each."""
+    y = "gradient_rms"
+    layout = plan(frame[frame[y].notna()], keys)
+    rows, columns, (wide, high) = extent(layout.frame, layout.column, layout.row)
+    if rows * columns > _PAIRED or layout.frame["mean_square"].isna().all():
+        return curves_figure(frame, keys, y, title)
+    across = rows == columns  # one panel or four: side by side, else one above the other
+    figure = blank((13 if columns == 1 else 1.8 * wide, high) if across else (wide, 2 * high - 1.2))
+    axes: list[Axes] = []
+    captions = [title]
+    shape = (1, 2) if across else (2, 1)
+    parts = np.asarray(figure.subfigures(*shape, squeeze=False), object).ravel()
+    for part, column in zip(parts, ("mean_square", y), strict=True):
+        _, drawn, caption = _panels(layout, keys, column, part)
+        axes, captions = drawn + axes, captions + caption
+    return finish(figure, axes, [*captions, *layout.notes])
+
+
+def _panels(
+    layout: Plan, keys: Sequence[str], y: str, into: SubFigure | None = None
+) -> tuple[Figure, list[Axes], list[str]]:
+    """The panels of ``curves_figure``: their figure, themselves, last first, and the caption."""
     lines = _lines(layout, keys, y)
-    laws = laws_in(frame) if y == "mean_square" else []
+    laws = _laws(layout.frame, y)
     low, high, last = lines["low"].where(lines["low"] > 0), lines["high"], lines["x"].max()
-    after = lines["x"] > (2 if laws and last > 2 else -1)  # the first block makes decades by itself
+    activations = y == "mean_square"
+    skipped = 2 if activations and last > 2 else -1  # the first block makes decades by itself
+    after = lines["x"] > skipped
     log = bool(high[after].max() > 10**DECADES * low[after].min())
     dots = "o" if lines["x"].nunique() <= FEW else None
-    axes = ("sublayer (0: embedding)", WORDS[y].split(" of ")[0])
-    figure, panels = grid(lines, layout.column, layout.row, axes)
+    axes = ("sublayer (0: embedding)", NAMES[y] + (", log axis" if log else ""))
+    figure, panels = grid(lines, layout.column, layout.row, axes, into=into)
     name_colours(panels[0][0], layout)
-    differ = False
+    notes: dict[str, None] = {}
     for ax, part in panels:
         if layout.colour is None and layout.column:
             for _, rows in lines.groupby("line"):
@@ -98,28 +133,54 @@ def curves_figure(frame: pd.DataFrame, keys: Sequence[str], y: str, title: str) 
             end = rows.iloc[-1]
             colour = layout.palette[end["ink"]]
             style = "--" if colour == GREY and end["curve"] == "checkpoint" else "-"
-            ax.plot(rows["x"], rows["mean"], style, color=colour, lw=1.8, marker=dots, ms=3)
+            ax.plot(rows["x"], rows["mean"], style, color=colour, lw=2.2, marker=dots, ms=3.5)
             ax.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
-            if laws and end["overflow"] > 0:
+            if activations and laws and end["overflow"] > 0:
                 over = "a seed's curve ends: overflow"
                 ax.plot(
                     end["x"], end["mean"], "x", color=colour, ms=6, mew=1.8, zorder=5, label=over
                 )
-        for law in laws:
-            differ = _law(ax, law, part, float(high.max())) or differ
+        for law, column in laws:
+            notes |= dict.fromkeys(_law(ax, law, column, part, float(high.max())))
+        peaks = activations and _peak(ax, groups)
         ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         ax.set_xlim(-0.01 * last - 0.2, 1.01 * last + 0.2)
         ax.set_yscale("log" if log else "linear")
-        room = (8 if laws else 1.6) if log else 1.1  # a law may use another decade
-        ax.set_ylim(low.min() / 1.6 if log else 0, high.max() * room or 1)
+        room = 8 if activations and laws else 4  # a law may use another decade
+        ax.set_ylim(
+            low.min() / 1.6 if log else 0,
+            high.max() * (room if log else 1.15 if peaks else 1.1) or 1,
+        )
     name_band(panels[0][0], lines["count"])
     if y in BANDED and (lines["curve"] == "theory").any():
         label = "theory: mean ± 2 std of seeds"
         panels[0][0].fill_between([], [], [], color=".5", alpha=0.35, lw=0, label=label)
     caption = f"{WORDS[y].capitalize()} after each sublayer{', log axis' if log else ''}."
-    if differ:
-        caption += " Of a law that differs between colours the lowest and the highest are drawn."
-    return finish(figure, [ax for ax, _ in panels[::-1]], [title, caption, *layout.notes])
+    return figure, [ax for ax, _ in panels[::-1]], [" ".join([caption, *notes])]
+
+
+def _laws(frame: pd.DataFrame, y: str) -> list[tuple[Law, str]]:
+    """The laws about the statistic, each with the column that has it."""
+    if y == "mean_square":
+        return [(law, law.column) for law in laws_in(frame)]
+    known = f"law_{y}" in frame and frame[f"law_{y}"].notna().any()
+    return [(LAWS["mean_field"], f"law_{y}")] if known else []
+
+
+def _peak(ax: Axes, groups: Sequence[pd.DataFrame]) -> bool:
+    """Write the largest value before a re-norm of a panel's curves beside it; True if there is one."""
+    before = [rows[(rows["x"].shift(-1) % 1 > 0.2)] for rows in groups]
+    peaks = pd.concat(before).sort_values("mean")
+    if peaks.empty:
+        return False
+    at = peaks.iloc[-1]
+    text = f"peak {short(float(at['mean']))}"
+    right = at["x"] > 0.8 * max(rows["x"].max() for rows in groups)
+    ax.annotate(
+        text, (at["x"], at["mean"]), (0, 6), textcoords="offset points", fontsize=9, zorder=6,
+        ha="right" if right else "center", color=INK, bbox=HALO,
+    )  # fmt: skip
+    return True
 
 
 def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
@@ -132,7 +193,7 @@ def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
     theory = frame["curve"] == "theory"
     if y in BANDED and theory.any():
         frame.loc[theory, "low"], frame.loc[theory, "high"] = predicted_band(frame[theory], y)
-    columns = [*(law.column for law in laws_in(frame)), "band_mean_field"]
+    columns = [*(column for _, column in _laws(frame, y)), "band_mean_field"]
     means = {name: (name, "mean") for name in columns if name in frame}
     groups = frame.groupby([*by, "x"], observed=True)
     lines = groups.agg(
@@ -143,27 +204,45 @@ def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
     return lines[lines["count"] == lines.groupby("line")["count"].transform("max")]
 
 
-def _law(ax: Axes, law: Law, part: pd.DataFrame, top: float) -> bool:
-    """Draw a law, the lowest and highest where a panel's curves differ; True if others are left out.
+def _law(ax: Axes, law: Law, column: str, part: pd.DataFrame, top: float) -> list[str]:
+    """Draw a law, the lowest and highest where a panel's curves differ. What is left out, in words.
 
-    Theory is drawn beside every curve, with its band.
+    A law that random inits aren't expected to obey is drawn once, up to the first re-norm, where it
+    starts anew. Theory is drawn beside every curve, with its band if there are few.
     """
     part = part[part["curve"] == basis(part)]
-    table = part.pivot(index="x", columns="line", values=law.column).dropna(axis=1, how="all")
+    table = part.pivot(index="x", columns="line", values=column).dropna(axis=1, how="all")
     shared = table.dropna()
     if shared.empty:
-        return False
-    ends = shared.iloc[-1]
-    differ = bool(ends.max() > 1.1 * ends.min())
-    lines = [ends.idxmin(), ends.idxmax()] if differ else [table.count().idxmax()]
+        return []
+    style: dict[str, Any] = {"color": law.colour, "ls": law.line, "lw": 1.4, "zorder": 4}
+    style["label"] = law.label
+    renorm = table.index.to_numpy() % 1 > 0.2
+    if not law.expected:
+        first = table.where((table.notna() & renorm[:, None]).cumsum() == 0)
+        longest = first.loc[:, first.count() == first.count().max()]
+        says = longest[longest.bfill().iloc[0].idxmin()].dropna().clip(upper=1e6 * top)
+        ax.plot(says.index, says, **style)
+        starts, notes = first.bfill().iloc[0], []
+        if starts.max() > 1.1 * starts.min():
+            notes.append(f"{law.label} is drawn from the lowest start.")
+        return [*notes, f"{law.label} is drawn up to the first re-norm."] if renorm.any() else notes
+    apart = (shared.max(axis=1) / shared.min(axis=1)).fillna(1)  # 0 / 0: the same
+    at = shared.iloc[int(apart.to_numpy().argmax())]
+    differ = bool(apart.max() > 1.1)
+    lines = [at.idxmin(), at.idxmax()] if differ else [table.count().idxmax()]
     theory = law.name == "mean_field"
     if theory and differ:
         lines = list(table)
+    banded = column == law.column and len(lines) <= _BANDS
     for line in lines:
         says = table[line].dropna().clip(upper=1e6 * top)
         says[says.index % 1 > 0.2] = np.nan  # a gap at each re-norm, not a drop
-        ax.plot(says.index, says, color=law.colour, ls=law.line, lw=1.4, zorder=4, label=law.label)
-        if theory:
+        ax.plot(says.index, says, **style)
+        if theory and banded:
             std = part[part["line"] == line].set_index("x")["band_mean_field"].reindex(says.index)
             law_band(ax, says.index.to_series(), says, std, law)
-    return differ and table.shape[1] > 2 and not theory
+    if differ and table.shape[1] > 2 and not theory:
+        return ["Of a law that differs between colours the lowest and the highest are drawn."]
+    left = theory and column == law.column and not banded
+    return ["Theory's bands are left out."] if left else []

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from simlab.analysis import LAWS
+from simlab.analysis.numbers import short
 from simlab.config.validate import compose
 from simlab.experiment import run
 from simlab.report.facets import GREY, labelled, plan
@@ -119,7 +121,10 @@ def test_renorm_position_and_law_gap():
     (line,) = (li for li in ax.lines if len(li.get_xdata()) == 6 and li.get_linestyle() == "-")
     assert np.allclose(line.get_ydata(), mean)
     assert 4.35 in line.get_xdata()
-    assert sum(np.isnan(np.asarray(law.get_ydata(), float)).sum() == 1 for law in ax.lines) == 3
+    assert sum(np.isnan(np.asarray(law.get_ydata(), float)).sum() == 1 for law in ax.lines) == 2
+    (fan,) = (law for law in ax.lines if law.get_label() == LAWS["sqrt2"].label)
+    assert max(fan.get_xdata()) == 4  # drawn once, up to the re-norm
+    assert [text.get_text() for text in ax.texts] == [f"peak {short(mean[4, 'mlp'])}"]
 
 
 def test_laws_that_coincide_are_drawn_once():
@@ -260,8 +265,8 @@ def test_odd_frames_do_not_crash(tmp_path, steps):
 @pytest.mark.parametrize(
     ("axes", "said"),
     [
-        ({"d_ff": range(1, 31)}, ["8 of the 30 values of d_ff"]),
-        ({"source.path": [f"/a/folder/far/off/step{i}" for i in range(20)]}, ["8 of the 20"]),
+        ({"d_ff": range(1, 31)}, ["10 of the 30 values of d_ff"]),
+        ({"source.path": [f"/a/folder/far/off/step{i}" for i in range(20)]}, ["10 of the 20"]),
         ({"model": [f"model_{i}" for i in range(7)], "d_ff": [1, 2]}, []),
         ({"norm_placement": [*"abcdefg"], "init.std": [1, 2], "d_ff": [8, 16, 32]},
          ["6 of the 7 values of norm"]),
@@ -284,7 +289,7 @@ def test_a_title_says_what_is_left_out(axes, said):
     assert ("Shown: " in title) == bool(said)
     assert all(words in title for words in said)
     assert len(figure.axes) <= 24
-    assert len(legend(figure)) <= 13  # 8 values, the seeds, three laws and theory's band
+    assert len(legend(figure)) <= 15  # 10 values, the seeds, three laws and theory's band
     means = {tuple(f.groupby("sublayer")["mean_square"].mean().round(6)) for f in frames}
     seen = {tuple(np.round(np.asarray(line.get_ydata(), float), 6)) for ax in figure.axes
             for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata())}  # fmt: skip
