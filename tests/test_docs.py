@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 import simlab
+from simlab.report.page.quantities import BY_SUBLAYER
 
 ROOT = Path(__file__).parents[1]
 ABOVE = {
@@ -46,6 +47,11 @@ def test_reference_has_every_public_name():
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     described = re.findall(r"^::: simlab[\w.]*\.(\w+)$", text, flags=re.M)
     assert set(simlab.__all__) - {"__version__"} <= set(described)
+
+
+def test_columns_are_explained():
+    page = (ROOT / "docs" / "columns.md").read_text(encoding="utf-8")
+    assert [name for name in BY_SUBLAYER if f"`{name}`" not in page] == ["rms"]  # of plots alone
 
 
 def test_python_guide_runs(tmp_path, monkeypatch, capsys):
