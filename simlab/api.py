@@ -101,11 +101,16 @@ def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
 
 
 def _labels(runs: Sequence[Result]) -> list[str]:
-    """A label for each run: the overrides that the other runs lack, or else its title."""
+    """A label for each run: the overrides that the other runs lack, or else so of its title."""
     shared = set.intersection(*(set(run.overrides) for run in runs))
     labels = [" ".join(o for o in run.overrides if o not in shared) for run in runs]
     if not all(labels) or len(set(labels)) < len(labels):
-        labels = [run.title for run in runs]
+        parts = [re.split(r", (?![^(]*\))", run.title) for run in runs]
+        same = set.intersection(*map(set, parts))
+        labels = [
+            ", ".join(p for p in part if p not in same) or run.title
+            for part, run in zip(parts, runs, strict=True)
+        ]
     again = {label for label in labels if labels.count(label) > 1}
     return [f"{label} ({i + 1})" if label in again else label for i, label in enumerate(labels)]
 
@@ -133,6 +138,8 @@ def multirun(
 
     Raises ConfigError for a mistake, before any job starts. Jobs that fail are in ``.failed``.
     """
+    from simlab.report import progress
+
     swept = []
     for key, values in sweep.items():
         if (
@@ -154,13 +161,18 @@ def multirun(
         f"hydra.sweep.dir={_text('folder', str(place))}",
     ]
     said: list[str] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    ) as process:
+    with (
+        progress.of_process() as (env, show),
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
+        ) as process,
+    ):
         assert process.stderr is not None
         try:
-            for line in process.stderr:  # a mistake's line is raised, not printed
-                if said:
+            for line in process.stderr:
+                if show(line.rstrip()):
+                    continue
+                if said:  # the last line may be a mistake's, which is raised
                     print(said[-1], file=sys.stderr, flush=True)
                 said.append(line.rstrip())
         except KeyboardInterrupt:

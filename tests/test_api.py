@@ -101,6 +101,9 @@ def test_a_probes_rows_are_plotted():
     rows = simlab.probe(model, ids).rows()
     ax = simlab.plot(rows, "norm", ax=Figure().subplots())
     np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), rows["norm"])
+    assert ax.get_xlabel().endswith("a block has two)")
+    attention = rows[rows["kind"] != "mlp"]  # a model whose blocks have one sublayer each
+    assert "two" not in simlab.plot(attention, "norm", ax=Figure().subplots()).get_xlabel()
 
 
 def test_compare(result):
@@ -114,6 +117,8 @@ def test_compare(result):
         "norm=pre",
     ]
     assert "<img" in both._repr_html_()
+    plain = simlab.measure("small", {"inputs.length": 11}, **KEYS, seeds=4)
+    assert list(simlab.compare(plain, other).headlines) == ["norm reordered", "norm pre"]
     twice = simlab.compare(result, result)
     assert len(twice.headlines) == 2
     for runs, labels in (((), None), ((result, other), ["a"]), ((result, other), ["a", "a"])):

@@ -26,7 +26,7 @@ def test_notebook(tmp_path, monkeypatch):
     )
     for part in ("by 1.00 ± 0.0", "dept=8: no such key; did you mean depth?", "model=olmo2_7b"):
         assert part in said
-    assert not [out.text for _, outputs in shown for out in outputs if out.get("name") == "stderr"]
+    assert not any("\x1b" in o.text for _, out in shown for o in out if o.get("name") == "stderr")
     displays = {last: out.data for last, outputs in shown for out in outputs if "data" in out}
     for last, display in displays.items():
         if last.endswith(";"):

@@ -76,7 +76,8 @@ def plot(
     elif len(values) and values.min() >= 0:
         ax.set_ylim(0, 1.08 * float(values.max()) or 1.0)
     ax.set(
-        xlabel="sublayer (0: the embedding; a block has two)",
+        xlabel="sublayer (0: the embedding"
+        + ("; a block has two)" if _two_a_block(curves) else ")"),
         ylabel=known.label if known else quantity,
     )
     ax.grid(color="0.92")
@@ -85,6 +86,11 @@ def plot(
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend(frameon=False, fontsize="small")
     return ax
+
+
+def _two_a_block(curves: pd.DataFrame) -> bool:
+    """Whether each block has two sublayers, as a transformer's and not every probed model's."""
+    return "block" in curves and set(curves.groupby("block")["sublayer"].nunique()) == {2}
 
 
 def _line(ax: Axes, rows: pd.DataFrame, quantity: str, name: str, colour: str) -> None:
@@ -101,7 +107,8 @@ def _line(ax: Axes, rows: pd.DataFrame, quantity: str, name: str, colour: str) -
         label += " (± 2 std of a seed)"
     if count > 1:
         ax.fill_between(mean.index, groups.min(), groups.max(), color=colour, alpha=0.18, lw=0)
-    ax.plot(mean.index, mean, color=colour, lw=2, label=label)
+    # the dot at its end shows a curve that lies under a longer one: equal seeds share their blocks
+    ax.plot(mean.index, mean, color=colour, lw=2, label=label, marker="o", ms=4, markevery=[-1])
 
 
 def _laws(ax: Axes, rows: pd.DataFrame, quantity: str, wanted: bool | Sequence[str]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +22,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-EVERY = 30.0  # seconds between two lines where there is no terminal
+_EVERY = (
+    "SIMLAB_PROGRESS_EVERY"  # an environment variable: how a process asks another for more lines
+)
+EVERY = float(os.environ.get(_EVERY, 30))  # seconds between two lines where there is no terminal
+DELAY = 1.0  # seconds until a notebook shows a run's bar: a short run needs none
+_JOBS_DONE = re.compile(r"simlab: (\d+) of (\d+) jobs done")
 _LOOK_SECONDS = 0.5  # seconds between two looks at what other processes have finished
 
 
@@ -26,9 +35,13 @@ _LOOK_SECONDS = 0.5  # seconds between two looks at what other processes have fi
 def block_bar(total: int) -> Iterator[Callable[[], None]]:
     """A bar over a run's blocks on stderr, gone when done; yields what to call after each block.
 
-    Where stderr is no terminal, a line now and then.
+    Where stderr is no terminal, a line now and then; a notebook has a bar.
     """
     console = Console(stderr=True)
+    if console.is_jupyter:
+        with _notebook_bar("blocks", total, DELAY) as shown:
+            yield lambda: shown.update()
+        return
     if not sys.stderr.isatty():  # rich's is_terminal goes by FORCE_COLOR, which Jupyter sets
         yield _now_and_then(total)
         return
@@ -36,6 +49,44 @@ def block_bar(total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("blocks", total=total)
         yield lambda: bar.advance(task)
+
+
+def _notebook_bar(what: str, total: int, delay: float = 0) -> Any:
+    """tqdm's: a widget where ipywidgets is installed, and else a line of text, as in a terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its advice to install ipywidgets
+        from tqdm.auto import tqdm
+    return tqdm(total=total, desc=what, leave=False, delay=delay)
+
+
+@contextmanager
+def of_process() -> Iterator[tuple[dict[str, str], Callable[[str], bool]]]:
+    """For a sweep in a process of its own: its environment, and what shows a line that it says.
+
+    That gives False for a line that is not about progress. In a terminal and in a notebook it draws
+    a bar of jobs.
+    """
+    drawn = sys.stderr.isatty() or Console(stderr=True).is_jupyter
+    bar = None
+
+    def show(line: str) -> bool:
+        nonlocal bar
+        said = _JOBS_DONE.fullmatch(line)
+        if said is None:
+            return False
+        if drawn:
+            bar = bar or _notebook_bar("jobs", int(said[2]))
+            bar.n = int(said[1])
+            bar.refresh()
+        else:
+            print(line, file=sys.stderr, flush=True)
+        return True
+
+    try:
+        yield {**os.environ, **({_EVERY: "0.5"} if drawn else {})}, show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _now_and_then(total: int) -> Callable[[], None]:
@@ -66,9 +117,7 @@ class SweepBar:
 
     def block(self) -> None:
         """A block is done."""
-        self.done += 1
-        if self.bar and self.task is not None:
-            self.bar.advance(self.task)
+        self.reached(self.ended, self.done + 1)
 
     def reached(self, ended: int, blocks: int) -> None:
         """Show that ``ended`` jobs have ended, which together have ``blocks`` blocks."""
