@@ -10,18 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from simlab.analysis import LAWS
 from simlab.analysis.numbers import duration
 from simlab.config import printable
+from simlab.regress.case_figure import case_figure
 from simlab.regress.cases import Case, Checked
 from simlab.regress.gates import GATE_ALPHA, RTOL, SIGNED, Finding, relative_error
-from simlab.report.seeds import x_of
-from simlab.report.style import draw_band, finish, save, subplots
+from simlab.report.style import save
 from simlab.store import write_atomically, write_text
 
-EXPECTED, GOT = "#7f7f7f", "#d62728"
 _PASS_OR_FAIL = {True: "pass", False: "FAIL"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -124,51 +122,8 @@ def draw_cases(
     for checked in done:
         if every or not checked.passed:
             folder.mkdir(parents=True, exist_ok=True)
-            paths.append(save(figure(checked), folder, checked.case.name, svg=svg)[0])
+            paths.append(save(case_figure(checked), folder, checked.case.name, svg=svg)[0])
     return paths
-
-
-def figure(checked: Checked) -> Figure:
-    """Expected and new curves of the quantity that differs first, and their difference by sublayer."""
-    got, expected = checked.got, checked.expected
-    findings = [o.finding for o in checked.outcomes if o.finding is not None]
-    drawable = (f for f in findings if f.quantity in got and (f.against or f.quantity in expected))
-    finding = next(drawable, None)
-    there = [q for q in (*checked.case.quantities, "mean_square") if q in expected]
-    name = finding.quantity if finding else there[0]
-    if finding and finding.against and name not in expected:  # a law's prediction, in the new rows
-        expected = got[got["curve"] == "random"].assign(**{name: got[finding.against]})
-    curve = "random" if (expected["curve"] == "random").any() else expected["curve"].iloc[0]
-    old, new = (_rows(frame, curve, name) for frame in (expected, got))
-    drawn, ((left, right),) = subplots(1, 2, (11, 4.6))
-    mean = old.groupby("x")[name].mean()
-    dots = "o" if len(mean) <= 24 else None
-    signed = name in SIGNED
-    # The recorded curves' line is wide, to be seen under the new one.
-    for rows, colour, lw, label in ((old, EXPECTED, 4.0, "expected"), (new, GOT, 1.6, "got")):
-        count, base = rows["seed"].nunique(), rows["x"].map(mean)
-        label += f" ({count} curves: mean, min to max)" if count > 1 else ""
-        off = rows[name] - base if signed else rows[name] / base - 1
-        draw_band(left, rows.groupby("x")[name], colour, lw=lw, marker=dots, ms=4, label=label)
-        draw_band(right, off.groupby(rows["x"]), colour, lw=lw, marker=dots, ms=4)
-    means = pd.concat([mean, new.groupby("x")[name].mean()])
-    if means.min() > 0 and means.max() > 10 * means.min():
-        left.set_yscale("log")
-    left.set(xlabel="sublayer (0: embedding)", ylabel=name)
-    right.set(xlabel="sublayer (0: embedding)",
-              ylabel="got − expected" if signed else "got / expected − 1")  # fmt: skip
-    for ax in (left, right):
-        if finding:
-            ax.axvline(finding.sublayer, color="k", lw=0.9, ls=(0, (3, 2)))
-    lines = [f"{checked.case.name}: {_PASS_OR_FAIL[checked.passed]}"]
-    lines += [f"{o.gate}: {o.why}" for o in checked.outcomes if not o.passed]
-    return finish(drawn, [left], lines)
-
-
-def _rows(frame: pd.DataFrame, curve: str, name: str) -> pd.DataFrame:
-    """A curve's rows with this quantity, and their positions ``x`` on the sublayer axis."""
-    rows = frame[(frame["curve"] == curve) & frame[name].notna()]
-    return rows.assign(x=x_of(rows))
 
 
 def write_page(folder: Path, done: Sequence[Checked]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -22,10 +21,10 @@ from simlab.report.panels import (
     HALO,
     INK,
     Steps,
-    apart,
     draw_laws,
     draw_seeds,
     log_ticks,
+    name_ends,
     panel,
     plain,
     write_at,
@@ -135,7 +134,7 @@ def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
         else:
             text = law.label + ("\nuntil the first re-norm" if "renorm" in steps.kinds else "")
             names.append((_last(y), text, law.colour, "normal"))
-    _ends(ax, names, top)
+    name_ends(ax, names)
     _peak(ax, steps, shown[steps.names[0]])
     if left is not None:
         _leaves(ax, left, last)
@@ -152,20 +151,6 @@ def _skewed(steps: Steps) -> bool:
 def _last(y: SeedArray) -> float:
     known = np.flatnonzero(np.isfinite(y))
     return float(y[known[-1]]) if len(known) else math.nan
-
-
-def _ends(ax: Axes, names: Sequence[tuple[float, str, str, str]], top: float) -> None:
-    """The lines' names right of the axes, each at its line's end, moved apart where they'd overlap."""
-    placed = sorted((n for n in names if math.isfinite(n[0])), key=lambda n: n[0])
-    heights = [0.042 * (text.count("\n") + 1) + 0.018 for _, text, *_ in placed]
-    at = apart([min(max(value / top, 0.0), 1.0) for value, *_ in placed], heights, 1.0)
-    for y, (_, text, colour, weight) in zip(at, placed, strict=True):
-        first, *others = text.split("\n")
-        offset = 0.021 * len(others)
-        put = functools.partial(ax.text, 1.015, transform=ax.transAxes, color=colour, va="center")
-        put(y + offset, first, fontsize=9, weight=weight)
-        for i, line in enumerate(others, start=1):
-            put(y + offset - 0.042 * i, line, fontsize=8)
 
 
 def _leaving(

@@ -6,6 +6,7 @@ half of a run's time after its verdict (measured).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -66,14 +67,15 @@ def write_at(
 
 
 def plain(value: float, _: int | None = None) -> str:
-    """A tick's text: ``10³``, ``2·10⁻⁴``, ``30``."""
+    """A tick's text, to three digits: ``10³``, ``2.5·10⁻⁴``, ``30``."""
     if value == 0:
         return "0"
     if 1e-2 <= abs(value) < 1e4:
         return f"{value:g}".replace("-", "−")
-    digits, exponent = f"{value:.0e}".split("e")
+    digits, exponent = f"{value:.2e}".split("e")
+    digits = digits.rstrip("0").rstrip(".")
     power = f"10{raised(int(exponent))}"
-    return {"1": power, "-1": f"−{power}"}.get(digits, f"{digits}·{power}")
+    return {"1": power, "-1": f"−{power}"}.get(digits, f"{digits.replace('-', '−')}·{power}")
 
 
 def panel(
@@ -126,6 +128,25 @@ def apart(at: Sequence[float], heights: Sequence[float], top: float) -> list[flo
         places[i] = min(places[i], top)
         top = places[i] - (heights[i] + heights[i - 1]) / 2
     return places
+
+
+def name_ends(ax: Axes, names: Sequence[tuple[float, str, str, str]]) -> None:
+    """Lines' names right of axes 4.1 inches high, each at its line's end, moved where they'd overlap.
+
+    names: a line's last value, its name (further lines of it smaller), colour and weight. The axes'
+    limits are final.
+    """
+    placed = sorted((n for n in names if math.isfinite(n[0])), key=lambda n: n[0])
+    heights = [0.042 * (text.count("\n") + 1) + 0.018 for _, text, *_ in placed]
+    to_axes = (ax.transData - ax.transAxes).transform
+    at = [float(np.clip(to_axes((1.0, value))[1], 0.0, 1.0)) for value, *_ in placed]
+    for y, (_, text, colour, weight) in zip(apart(at, heights, 1.0), placed, strict=True):
+        first, *others = text.split("\n")
+        offset = 0.021 * len(others)
+        put = functools.partial(ax.text, 1.015, transform=ax.transAxes, color=colour, va="center")
+        put(y + offset, first, fontsize=9, weight=weight)
+        for i, line in enumerate(others, start=1):
+            put(y + offset - 0.042 * i, line, fontsize=8)
 
 
 def draw_seeds(

@@ -28,6 +28,7 @@ from simlab.report.console import (
 )  # fmt: skip
 from simlab.report.figure import lambda_figure
 from simlab.report.growth_figure import growth_figure
+from simlab.report.panels import plain
 from simlab.report.style import finish, save, subplots
 from simlab.report.table import (
     beside_table,
@@ -370,3 +371,16 @@ def test_a_legend_fits_its_figure(count):
     box = figure.legends[0].get_window_extent()
     assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
     assert box.height < (0.3 * count + 0.3) * figure.dpi
+
+
+def test_ticks_are_the_numbers():
+    """A tick at 0.0075 isn't 7·10⁻³."""
+    ticks = {
+        0.0075: "7.5·10⁻³",
+        -0.00125: "−1.25·10⁻³",
+        1e4: "10⁴",
+        -1e5: "−10⁵",
+        0.5: "0.5",
+        0: "0",
+    }
+    assert {tick: plain(tick) for tick in ticks} == ticks
