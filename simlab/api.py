@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
     Raises ConfigError, which names the key and what is allowed. Nothing is written to disk,
     but for what ``logger="tensorboard"`` and the like ask for (docs/trackers.md), in outputs/DATE/TIME.
     """
+    from simlab.config.schema import KeepConfig
     from simlab.config.validate import compose
     from simlab.experiment import measure as measured
     from simlab.experiment import prepare
@@ -51,6 +53,9 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
 
     asked = {**({"model": model} if model else {}), **(more or {}), **keys}
     given = as_overrides(asked)
+    for key in (each.name for each in fields(KeepConfig)):
+        if any(each.startswith(f"{key}=") for each in given):
+            raise ConfigError(f"{key}: of the command and of multirun; measure writes no file")
     config = compose(given)
     with own_gpu(config.device if config.measures else "cpu"):
         ready = prepare(config)
@@ -87,8 +92,8 @@ def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
 
     Raises ConfigError for no run, or labels that aren't one of each.
     """
-    if not runs:
-        raise ConfigError("compare: give at least one run")
+    if not runs or not all(isinstance(run, Result) for run in runs):
+        raise ConfigError("compare: give at least one run, and each as an argument of its own")
     if labels is None:
         labels = _labels(runs)
     if len(labels) != len(runs) or len(set(labels)) < len(labels):
@@ -140,6 +145,8 @@ def multirun(
     """
     from simlab.report import progress
 
+    if not isinstance(sweep, Mapping) or not sweep:
+        raise ConfigError(f"multirun: {sweep!r}: give lists of values by key")
     swept = []
     for key, values in sweep.items():
         if (

@@ -160,6 +160,25 @@ def test_multirun(tmp_path, monkeypatch, capfd):
             simlab.multirun({"depth": bad})
 
 
+def test_mistaken_arguments(result):
+    for call, said in (
+        (lambda: result.plot("kind"), "kind is a column of texts"),
+        (lambda: result.plot(3), "no column 3"),
+        (lambda: result.plot(laws=["addtive"]), "did you mean additive?"),
+        (lambda: simlab.plot(result), "give a DataFrame"),
+        (lambda: simlab.compare([result, result]), "an argument of its own"),
+        (lambda: simlab.multirun(["depth"]), "lists of values by key"),
+        (lambda: simlab.multirun({}), "lists of values by key"),
+        (lambda: simlab.measure("small", dry_run=True), "dry_run: of the command"),
+    ):
+        with pytest.raises(simlab.ConfigError) as error:
+            call()
+        assert said in str(error.value)
+    alone = result.plot("rms", laws="additive").get_lines()
+    assert [line.get_label() for line in alone][1:] == ["additive law"]
+    plt.close("all")
+
+
 def test_mistakes(tmp_path):
     for keys, said in (
         ({"depht": 3}, "depht=3: no such key; did you mean depth?"),

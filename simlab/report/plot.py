@@ -47,14 +47,24 @@ def plot(
 
     Returns the axes. Raises ConfigError for a column that isn't there.
     """
+    if not isinstance(curves, pd.DataFrame):
+        raise ConfigError("plot: give a DataFrame, such as .curves of a run or .rows() of a probe")
+    wanted = [laws] if isinstance(laws, str) else laws
+    for name in wanted if not isinstance(wanted, bool) else ():
+        names = [law.name for law in laws_in(curves)]
+        if name not in names:
+            near = nearest(str(name), names) or f"; there are {', '.join(names) or 'none'}"
+            raise ConfigError(f"plot: there is no law {name}{near}")
     rows = curves.copy()
     if quantity == "rms" and "rms" not in rows:
         rows["rms"] = np.sqrt(rows["mean_square"])
     for column in ("sublayer", by, quantity):
         if column not in rows:
-            names = [str(name) for name in rows.columns]
-            near = nearest(column, names) or f"; there are {', '.join(names)}"
+            columns = [str(name) for name in rows.columns]
+            near = nearest(str(column), columns) or f"; there are {', '.join(columns)}"
             raise ConfigError(f"plot: there is no column {column}{near}")
+    if not pd.api.types.is_numeric_dtype(rows[quantity]):
+        raise ConfigError(f"plot: {quantity} is a column of texts: give one of numbers")
     rows = rows[rows[quantity].notna()]
     if ax is None:
         import matplotlib.pyplot as plt
@@ -66,8 +76,8 @@ def plot(
     for name in names:
         colour = COLOURS.get(name) if by == "curve" else None
         _line(ax, rows[rows[by] == name], quantity, str(name), colour or next(free, PALETTE[-1]))
-    if quantity in FROM_LAW and "curve" in rows and by == "curve" and laws is not False:
-        _laws(ax, rows, quantity, laws)
+    if quantity in FROM_LAW and "curve" in rows and by == "curve" and wanted is not False:
+        _laws(ax, rows, quantity, wanted)
     known = BY_SUBLAYER.get(quantity)
     values = rows[quantity]
     if known is not None and known.log if log is None else log:
