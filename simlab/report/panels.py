@@ -106,14 +106,18 @@ def panel(
     return ax
 
 
-def log_ticks(ax: Axes) -> None:
-    """Round ticks for whatever a log axis now spans."""
-    low, high = ax.get_ylim()
+def log_locator(low: float, high: float) -> LogLocator:
+    """Round ticks for a log axis from ``low`` to ``high``, also where it spans less than a decade."""
     decades = math.log10(high / low)
     subs: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     if decades > 0.8:
         subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7 if decades > 3 else 12))
+    return LogLocator(subs=subs, numticks=7 if decades > 3 else 12)
+
+
+def log_ticks(ax: Axes) -> None:
+    """Round ticks for whatever a log axis now spans."""
+    ax.yaxis.set_major_locator(log_locator(*ax.get_ylim()))
 
 
 def apart(at: Sequence[float], heights: Sequence[float], top: float) -> list[float]:

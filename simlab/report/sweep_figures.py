@@ -38,7 +38,7 @@ def figures(
     """A sweep's figures by name, for ``style.save``; empty where there is nothing to draw.
 
     ``growth``, ``gradients`` (where measured): curves over depth. ``heatmap``: two numeric keys.
-    ``lambda``: growth exponents against a numeric key, ``lambda_KEY`` for each of several.
+    ``lambda``: growth exponents against every numeric key.
     ``statistics``: where width is swept. curves: the jobs' curve.csv, each row with its job and
     swept values; jobs: a row per job and curve; swept: every key's values.
     """
@@ -53,7 +53,7 @@ def figures(
     if not jobs.empty:
         table, keys = labelled(jobs, swept)
         drawn["heatmap"] = sweep_scans.heatmap(table, keys, title)
-        drawn |= sweep_scans.lambda_figures(table, keys, title)
+        drawn["lambda"] = sweep_scans.exponents_figure(table, keys, title)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 

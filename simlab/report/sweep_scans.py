@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,8 +13,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from simlab.analysis import LAWS
 from simlab.analysis.curve import INITS, basis
@@ -23,15 +24,21 @@ from simlab.report.facets import (
     COLUMNS,
     ORDERED,
     PART,
+    Plan,
+    extent,
     grid,
     name_colours,
     numbers,
     plan,
     values_of,
-)  # fmt: skip
-from simlab.report.style import finish
+)
+from simlab.report.panels import log_locator, plain
+from simlab.report.style import blank, finish, headed, legend
 from simlab.report.values import SEEDS, key_text
 
+_FORMULA = (
+    "Growth exponents λ = ln(‖xₙ‖/‖x₁‖)/n; x₁: after the first block, xₙ: after the last of n."
+)
 MEASURES = {
     "lambda_token": "λ of the tokens' mean norm",
     "lambda_paper": "λ of the mean vector (paper)",
@@ -41,11 +48,17 @@ MEASURES = {
 CELLS = 12  # of a side of a heat map, up to which numbers are written
 
 
-def scan(ax: Axes, column: pd.Series) -> dict[str, float]:
+def _far_apart(column: pd.Series) -> bool:
+    """True if a swept key's values are numbers that need a log axis."""
+    x = numbers(column)
+    return bool(x and x[0] > 0 and x[-1] >= 4 * x[0])
+
+
+def _scan(ax: Axes, column: pd.Series) -> dict[str, float]:
     """Make a swept key the x axis; where each of its values lies. Numbers far apart: a log axis."""
     values = values_of(column)
     x = np.array(numbers(column) or range(len(values)), float)
-    ax.set_xscale("log" if x[0] > 0 and x[-1] >= 4 * x[0] else "linear")
+    ax.set_xscale("log" if _far_apart(column) else "linear")
     some = slice(None, None, math.ceil(len(x) / 8))
     ax.xaxis.set_major_locator(FixedLocator(x[some].tolist()))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -54,26 +67,57 @@ def scan(ax: Axes, column: pd.Series) -> dict[str, float]:
     return dict(zip(values, x.tolist(), strict=True))
 
 
-def lambda_figures(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> dict[str, Figure | None]:
-    """Growth exponents against each numeric key, and against a checkpoint's steps."""
-    scanned = [key for key in keys if numbers(jobs[key]) or key in ORDERED]
-    return {
-        f"lambda_{key_text(x)}" if len(scanned) > 1 else "lambda": _lambda_figure(
-            jobs, x, [key for key in keys if key != x], title
-        )
-        for x in scanned
-    }
+def exponents_figure(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
+    """Growth exponents against each numeric key, and against a checkpoint's steps; None without any.
 
-
-def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str) -> Figure | None:
-    """A panel for each measure and for the plan's column; of many panels one measure's alone."""
+    A part of the figure for each of these keys, with its own legend.
+    """
     measures = [name for name in MEASURES if name in jobs and jobs[name].notna().any()]
-    if not measures:
+    against = [key for key in keys if numbers(jobs[key]) or key in ORDERED]
+    if not against or not measures:
         return None
+    scans = [_scan_of(jobs, x, [key for key in keys if key != x], measures) for x in against]
+    wide, high = (max(sizes) for sizes in zip(*(scan.extent for scan in scans), strict=True))
+    across = len(scans) > 1 and len(scans) * high > 1.5 * wide  # else one above the other
+    shape = (1, len(scans)) if across else (len(scans), 1)
+    figure = blank((wide * shape[1], high * shape[0]))
+    lines = [title, _FORMULA]
+    for scan, part in zip(scans, figure.subfigures(*shape, squeeze=False).ravel(), strict=True):
+        _draw_scan(scan, part, jobs)
+        lines += [] if scan.notes in lines else [scan.notes]
+    return headed(figure, [line for line in lines if line])
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What λ is shown against, its panels' keys, and the rows: a job's λ of each measure shown.
+
+    notes: what is left out.
+    """
+
+    key: str
+    layout: Plan
+    column: str
+    row: str | None
+    alike: bool | Literal["row"]
+    measures: Sequence[str]
+    rows: pd.DataFrame
+    notes: str
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Width and height in inches."""
+        return extent(self.rows, self.column, self.row, alike=self.alike)[2]
+
+
+def _scan_of(jobs: pd.DataFrame, x: str, others: Sequence[str], measures: Sequence[str]) -> _Scan:
+    """A panel for each measure and for the plan's column; of many panels one measure's alone."""
     layout = plan(jobs, others)
-    row, notes = layout.row, [f"Growth exponents λ against {key_text(x)}."]
+    row, notes = layout.row, list(layout.notes)
     if layout.column and (row or layout.frame[layout.column].nunique() > COLUMNS):
-        notes.append(f"Shown: {MEASURES[measures[0]]}; jobs.csv has the others.")
+        notes.append(
+            f"Shown against {key_text(x)}: {MEASURES[measures[0]]}; jobs.csv has the others."
+        )
         measures = measures[:1]
     elif layout.column:
         row = PART
@@ -86,13 +130,23 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
     )  # fmt: skip
     frame[PART] = pd.Categorical(frame[PART], [MEASURES[name] for name in measures])
     alike: bool | Literal["row"] = "row" if row == PART else bool(layout.column)
-    figure, panels = grid(frame, layout.column or PART, row, (key_text(x), "λ"), alike=alike)
+    return _Scan(
+        x, layout, layout.column or PART, row, alike, measures, frame, " ".join(notes)
+    )  # fmt: skip
+
+
+def _draw_scan(scan: _Scan, into: SubFigure, jobs: pd.DataFrame) -> None:
+    """Fill a part of the figure with one scan's panels and their legend."""
+    layout, frame, x, measures = scan.layout, scan.rows, scan.key, scan.measures
+    labels = (key_text(x) + (", log axis" if _far_apart(frame[x]) else ""), "λ")
+    _, panels = grid(frame, scan.column, scan.row, labels, alike=scan.alike, into=into)
     first = panels[0][0]
     name_colours(first, layout, "o")
     laws = [law for law in LAWS.values() if law.expected and f"lambda_token_{law.name}" in jobs]
     laws = laws if "lambda_token" in measures else []
     for law in laws:
-        first.plot([], [], color=law.colour, ls=law.line, lw=1.6, label=law.label)
+        shade = ".3" if layout.colour else law.colour  # there it has the curves' colours
+        first.plot([], [], color=shade, ls=law.line, lw=1.6, label=law.label)
     seeds = any(jobs[key].nunique() > 1 for key in SEEDS if key in jobs)
     bar = "95 % interval" + ("; of several jobs least to most" if seeds else "")
     if (frame["low"] < frame["high"]).any() or seeds:
@@ -100,7 +154,7 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
     for end in ("low", "high"):
         frame[end] = frame[end].fillna(frame["value"])
     for ax, part in panels:
-        at = scan(ax, frame[x])
+        at = _scan(ax, frame[x])
         ax.axhline(0, color=".4", lw=0.8, zorder=1)
         inits = basis(part)
         tokens = (part[PART] == MEASURES["lambda_token"]).all()
@@ -118,7 +172,7 @@ def _lambda_figure(jobs: pd.DataFrame, x: str, others: Sequence[str], title: str
                 says = by[f"lambda_token_{law.name}"].mean()
                 shade = colour if layout.colour else law.colour
                 ax.plot(places, says, color=shade, ls=law.line, lw=1.6, zorder=5)
-    return finish(figure, [first], [title, " ".join(notes), *layout.notes])
+    legend(into, [first])
 
 
 def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
@@ -154,9 +208,14 @@ def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | Non
             annot=texts if max(cells.shape) <= CELLS else None, fmt="", annot_kws={"size": 8},
         )  # fmt: skip
         ax.set(xlabel=names[0], ylabel=names[1])
-    figure.colorbar(
-        ScalarMappable(scale, "viridis"), ax=[ax for ax, _ in panels], label="mean square", pad=0.01
-    )
+        ax.tick_params(axis="y", labelrotation=0)
+    log = isinstance(scale, LogNorm)
+    bar = figure.colorbar(
+        ScalarMappable(scale, "viridis"), ax=[ax for ax, _ in panels], pad=0.01,
+        label="mean square" + (", log scale" if log else ""), format=FuncFormatter(plain),
+        ticks=log_locator(low, high) if log else MaxNLocator(5),
+    )  # fmt: skip
+    bar.minorticks_off()
     name = LABELS[frame["curve"].iloc[0]]
     cut = ["×: curves overflow; their last finite value."] if (jobs["overflow"] > 0).any() else []
     return finish(

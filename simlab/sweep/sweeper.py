@@ -42,7 +42,7 @@ REPORT = (
     "answer.md",
     PAGE,
     "heatmap.*",
-    "lambda_*.png",
+    "lambda_*.png",  # of earlier versions, one for each key
     "lambda_*.svg",
     "statistics.*",
     "gradients.*",

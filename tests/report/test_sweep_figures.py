@@ -90,7 +90,7 @@ def legend(figure):
 
 
 def test_which_figures(three_keys, widths, steps):
-    assert set(three_keys[1]) == {"growth", "heatmap", "lambda_depth", "lambda_init.std"}
+    assert set(three_keys[1]) == {"growth", "heatmap", "lambda"}
     assert set(widths[1]) == {"growth", "gradients", "statistics", "lambda"}
     assert set(steps[1]) == {"growth", "lambda"}
     assert set(drawn(sweep(*BASE, "depth=2", norm=("pre", "post")))) == {"growth"}
@@ -136,7 +136,9 @@ def test_laws_that_coincide_are_drawn_once():
 
 def test_exponents_and_their_laws_are_the_jobs(three_keys):
     (curves, jobs, _), of_sweep = three_keys
-    panels = titled(of_sweep["lambda_depth"])
+    against_depth, against_std = of_sweep["lambda"].subfigs
+    assert {ax.get_xlabel() for ax in against_std.axes} == {"", "init.std"}
+    panels = titled(against_depth)
     words = {"lambda_token": "λ of the tokens' mean norm",
              "lambda_token_additive": "λ of the tokens' mean norm",
              "lambda_paper": "λ of the mean vector (paper)"}  # fmt: skip
@@ -161,6 +163,18 @@ def test_heatmap_values(three_keys):
         table = of.pivot(index="init.std", columns="depth", values="mean_square").iloc[::-1]
         (mesh,) = panels[frozenset([f"norm={norm}"])].collections
         assert np.array_equal(np.asarray(mesh.get_array()), table.to_numpy())
+
+
+@pytest.mark.parametrize("high", [12.0, 13.5, 50.0, 900.0])
+def test_colour_bar_has_ticks(three_keys, high):
+    (curves, jobs, swept), _ = three_keys
+    jobs = jobs.assign(mean_square=np.linspace(12.0, high, len(jobs)))
+    bar = figures(curves, jobs, swept, "t")["heatmap"].axes[-1]
+    low, top = bar.get_ylim()
+    shown = [text for text, y in zip(bar.get_yticklabels(), bar.get_yticks(), strict=True)
+             if low <= y <= top]  # fmt: skip
+    assert len({text.get_text() for text in shown} - {""}) >= (1 if high == 12.0 else 3)
+    assert ("log scale" in bar.get_ylabel()) == (high > 36)
 
 
 def test_statistics_are_those_after_a_block(widths):

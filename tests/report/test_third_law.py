@@ -81,7 +81,7 @@ def shown_of_a_sweep(folder, capsys, monkeypatch):
     return {
         "jobs.csv": (folder / "jobs.csv").read_text().splitlines()[0],
         "sweep's growth.png": str(legend(drawn["growth"])),
-        "sweep's lambda.png": str(legend(drawn["lambda"])),
+        "sweep's lambda.png": str(legend(drawn["lambda"].subfigs[0])),
         "sweep's table": capsys.readouterr().out,
     }
 

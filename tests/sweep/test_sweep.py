@@ -54,7 +54,7 @@ def test_report(whole, tmp_path, figure_names):
         (tmp_path / "sweep" / name).unlink()
     done = report("sweep", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert figure_names == ["growth", "heatmap", "lambda_depth", "lambda_init.std"]
+    assert figure_names == ["growth", "heatmap", "lambda"]
     assert done.stdout == (whole.parent / "stdout").read_text()
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stdout.startswith("8 jobs: depth 1, 2; init.std 0.02, 0.05; ")
@@ -316,7 +316,7 @@ def test_a_folder_used_again(tmp_path, request):
     first = in_process(*run, "depth=1,2", "init.std=0.02,0.05", cwd=tmp_path)
     assert "sweep/growth.png" in first.stdout
     names = {path.stem for path in (tmp_path / "sweep").glob("*.png")}
-    assert names == {"growth", "heatmap", "lambda_depth", "lambda_init.std"}
+    assert names == {"growth", "heatmap", "lambda"}
     request.getfixturevalue("no_figures")
     done = in_process(*run, "norm=pre,post", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
