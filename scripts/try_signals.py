@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     args = parser.parse_args(argv)
+    # A shell's background job begins with SIGINT ignored, and so would the commands.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rng = random.Random(args.seed)
     print("| command | signals | ended by them | exit statuses | faults |", flush=True)
     print("|---|---|---|---|---|")

@@ -244,12 +244,18 @@ def _alone(figure: Figure, steps: Steps) -> None:
         ax.plot(
             steps.x, steps.mean(base, "mean_square"), color=INK, ls=(0, (1, 1.3)), lw=1.4, zorder=4
         )
-        ax.set_ylim(0)
+        _from_zero(ax)
     _x(ax, steps, True)
     if steps.has("gradient_rms"):
         _gradient(figure, steps, (RIGHT, LOW, PANEL, TALL))
     else:
         _added(figure, steps, (RIGHT, LOW, PANEL, TALL))
+
+
+def _from_zero(ax: Axes) -> None:
+    """An axis from 0 to somewhat above the curves, also where they are nearly constant."""
+    top = ax.dataLim.y1
+    ax.set_ylim(0, 1.08 * top if 0 < top < np.inf else 1)
 
 
 def _least_share(steps: Steps) -> str:
@@ -258,7 +264,7 @@ def _least_share(steps: Steps) -> str:
         return ""
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.nanmin(steps(steps.base, "variance") / steps(steps.base, "mean_square"))
-    return f"{100 * share:.3g} %" if np.isfinite(share) else ""
+    return f"{np.floor(1000 * share) / 10:.3g} %" if np.isfinite(share) else ""
 
 
 def _gradient(figure: Figure, steps: Steps, box: tuple[float, float, float, float]) -> None:
@@ -280,7 +286,7 @@ def _added(figure: Figure, steps: Steps, box: tuple[float, float, float, float])
     ax = panel(figure, box, "What a sublayer adds", "‖b‖²/d, as it is added")
     if steps.has("branch_mean_square"):
         draw_seeds(ax, steps, "branch_mean_square", lw=1.6)
-        ax.set_ylim(0)
+        _from_zero(ax)
     _x(ax, steps, box[1] == LOW)
 
 
