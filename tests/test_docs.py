@@ -54,6 +54,26 @@ def test_columns_are_explained():
     assert [name for name in BY_SUBLAYER if f"`{name}`" not in page] == ["rms"]  # of plots alone
 
 
+def test_readme_python_runs(tmp_path, monkeypatch):
+    """Its two examples, with a small model in the place of what would be downloaded or large."""
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen3Config(vocab_size=1000, **shape, **heads)
+    small = transformers.Qwen3ForCausalLM(config)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: small)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace('"olmo2_7b"', '"small", depth=2').replace("seeds=8", "seeds=2"), names)
+    assert (tmp_path / "growth.png").is_file()
+    assert len(names["rows"]) == 5  # the embedding and two blocks of two sublayers
+
+
 def test_python_guide_runs(tmp_path, monkeypatch, capsys):
     """Its examples on smaller models, but for the sweep and the demo, which other tests run."""
     monkeypatch.chdir(tmp_path)
