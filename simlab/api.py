@@ -53,8 +53,8 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
 
     asked = {**({"model": model} if model else {}), **(more or {}), **keys}
     given = as_overrides(asked)
-    for key in (each.name for each in fields(KeepConfig)):
-        if any(each.startswith(f"{key}=") for each in given):
+    for key in ("hydra", *(each.name for each in fields(KeepConfig) if each.name != "logger")):
+        if any(re.match(rf"{key}[=./]", each) for each in given):
             raise ConfigError(f"{key}: of the command and of multirun; measure writes no file")
     config = compose(given)
     with own_gpu(config.device if config.measures else "cpu"):
@@ -157,6 +157,10 @@ def multirun(
             raise ConfigError(f"multirun: {key}={values!r}: give a list of values")
         swept.append(f"{key}={','.join(_text(key, value) for value in values)}")
     given = as_overrides({**({"model": model} if model else {}), **(more or {}), **keys})
+    if "dry_run=true" in given:
+        raise ConfigError(
+            "multirun: dry_run: of the command, which prints what each job would take"
+        )
     place = Path(folder) if folder is not None else _new_folder()
     command = [
         sys.executable,
@@ -223,7 +227,7 @@ def load(folder: str | Path) -> Result | SweepResult:
         )  # fmt: skip
     if not (place / SUMMARY).is_file():
         what = (
-            "no such folder"
+            ("is a file; give its folder" if place.exists() else "no such folder")
             if not place.is_dir()
             else f"holds no finished run or sweep: no {SUMMARY}"
         )

@@ -170,6 +170,9 @@ def test_mistaken_arguments(result):
         (lambda: simlab.multirun(["depth"]), "lists of values by key"),
         (lambda: simlab.multirun({}), "lists of values by key"),
         (lambda: simlab.measure("small", dry_run=True), "dry_run: of the command"),
+        (lambda: simlab.measure("small", hydra={"job": {"name": "a"}}), "hydra: of the command"),
+        (lambda: simlab.multirun({"depth": [1]}, dry_run=True), "dry_run: of the command"),
+        (lambda: simlab.load(__file__), "is a file; give its folder"),
     ):
         with pytest.raises(simlab.ConfigError) as error:
             call()

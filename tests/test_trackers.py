@@ -178,3 +178,13 @@ def test_failure_costs_no_result(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "growth.png" in done.stdout
     assert (tmp_path / "run/summary.json").is_file()
+
+
+def test_measure_logs_too(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    import simlab
+
+    small = {"depth": 2, "width": 48, "heads": 6, "d_ff": 80, "vocab_size": 97, "seeds": 1}
+    simlab.measure("small", {"inputs.length": 11}, logger="tensorboard", device="cpu", **small)
+    assert len(list(tmp_path.glob("outputs/*/*/tensorboard/events.out.tfevents.*"))) == 1
