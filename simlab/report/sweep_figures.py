@@ -141,7 +141,7 @@ def _panels(
                     end["x"], end["mean"], "x", color=colour, ms=6, mew=1.8, zorder=5, label=over
                 )
         for law, column in laws:
-            notes |= dict.fromkeys(_law(ax, law, column, part, float(high.max())))
+            notes |= dict.fromkeys(_law(ax, law, column, part, float(high.max()), log))
         peaks = activations and _peak(ax, groups)
         ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         ax.set_xlim(-0.01 * last - 0.2, 1.01 * last + 0.2)
@@ -204,7 +204,9 @@ def _lines(layout: Plan, keys: Sequence[str], y: str) -> pd.DataFrame:
     return lines[lines["count"] == lines.groupby("line")["count"].transform("max")]
 
 
-def _law(ax: Axes, law: Law, column: str, part: pd.DataFrame, top: float) -> list[str]:
+def _law(
+    ax: Axes, law: Law, column: str, part: pd.DataFrame, top: float, log: bool
+) -> list[str]:  # fmt: skip
     """Draw a law, the lowest and highest where a panel's curves differ. What is left out, in words.
 
     A law that random inits aren't expected to obey is drawn once, up to the first re-norm, where it
@@ -227,9 +229,11 @@ def _law(ax: Axes, law: Law, column: str, part: pd.DataFrame, top: float) -> lis
         if starts.max() > 1.1 * starts.min():
             notes.append(f"{law.label} is drawn from the lowest start.")
         return [*notes, f"{law.label} is drawn up to the first re-norm."] if renorm.any() else notes
-    apart = (shared.max(axis=1) / shared.min(axis=1)).fillna(1)  # 0 / 0: the same
+    low, high = shared.min(axis=1), shared.max(axis=1)
+    # What can be seen: a tenth of a value on a log axis, a twentieth of a linear axis.
+    apart = (high / low - 1).fillna(0) / 0.1 if log else (high - low) / top / 0.05
     at = shared.iloc[int(apart.to_numpy().argmax())]
-    differ = bool(apart.max() > 1.1)
+    differ = bool(apart.max() > 1)
     lines = [at.idxmin(), at.idxmax()] if differ else [table.count().idxmax()]
     theory = law.name == "mean_field"
     if theory and differ:
