@@ -153,12 +153,12 @@ def extent(
     row: str | None,
     *,
     size: tuple[float, float] | None = None,
-    alike: bool | Literal["row", "col"] = True,
+    alike: bool | Literal["row"] = True,
 ) -> tuple[int, int, tuple[float, float]]:
     """The rows and columns of ``grid``, and its width and height in inches."""
     columns, rows = (frame[key].nunique() if key else 1 for key in (column, row))
     panels = columns * rows
-    if column and not row and alike != "col":
+    if column and not row:
         columns = columns_of(panels) if alike else min(panels, 2)
     wide, high = size or ((7.5, 4.4) if panels == 1 else (4.4, 3.6) if panels <= 4 else (3.3, 2.6))
     height = math.ceil(panels / columns)
@@ -172,7 +172,7 @@ def grid(
     labels: tuple[str, str],
     *,
     size: tuple[float, float] | None = None,
-    alike: bool | Literal["row", "col"] = True,
+    alike: bool | Literal["row"] = True,
     into: SubFigure | None = None,
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel per value of ``column`` × ``row``: each with its title and its rows.
@@ -194,7 +194,7 @@ def grid(
             continue
         last, first = i + columns >= panels, i % columns == 0
         ax.set(xlabel=labels[0] if last else "", ylabel=labels[1] if first else "")
-        ax.tick_params(which="both", labelbottom=last, labelleft=first or alike in (False, "col"))
+        ax.tick_params(which="both", labelbottom=last, labelleft=first or not alike)
         part, lines = frame, []
         for key, value in zip(keys, of_panel, strict=True):
             part = part[part[key] == value]
