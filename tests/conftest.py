@@ -38,6 +38,8 @@ PARITY = {"rtol": 1e-5, "atol": 1e-5}
 STANDARD_ERRORS = 5
 GOLDEN = {"float64": 1e-6, "float32": 5e-5, "float16": 5e-2, "bfloat16": 2e-1}
 
+# Of the commands that tests run: on a slow machine a line of progress would be taken for a message.
+os.environ.setdefault("SIMLAB_PROGRESS_EVERY", "3600")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: together they use the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests run

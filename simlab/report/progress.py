@@ -22,9 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_EVERY = (
-    "SIMLAB_PROGRESS_EVERY"  # an environment variable: how a process asks another for more lines
-)
+# An environment variable: how a process asks another for more lines, or for none.
+_EVERY = "SIMLAB_PROGRESS_EVERY"
 EVERY = float(os.environ.get(_EVERY, 30))  # seconds between two lines where there is no terminal
 DELAY = 1.0  # seconds until a notebook shows a run's bar: a short run needs none
 _JOBS_DONE = re.compile(r"simlab: (\d+) of (\d+) jobs done")

@@ -46,7 +46,7 @@ def test_of_another_process(monkeypatch, capsys, drawn):
     """Its lines move a bar where there can be one, or else are printed; others are the caller's."""
     monkeypatch.setattr(rich.console, "_is_jupyter", lambda: drawn)
     with progress.of_process() as (env, show):
-        assert (progress._EVERY in env) == drawn
+        assert (env.get(progress._EVERY) == "0.5") == drawn
         assert show("simlab: 2 of 3 jobs done")
         assert not show("simlab: depth=0: allowed: an integer")
     err = capsys.readouterr().err
