@@ -2,7 +2,7 @@
 
     python scripts/make_checkpoint.py outputs/checkpoint --steps 200
 
-It needs transformers (pip install "simlab[test]"). The model reads bytes; without a tokenizer.json
+It needs transformers (pip install transformers). The model reads bytes; without a tokenizer.json
 in the folder simlab feeds it bytes too. The numbers are those of the run's seed and machine.
 """
 

@@ -145,7 +145,7 @@ def test_sweep_logs_kept_results_too(tmp_path):
     ("override", "said"),
     [
         ("logger=tensorbord", "allowed: tensorboard, wandb, mlflow; did you mean tensorboard?"),
-        ("logger=[mlflow]", "logger=mlflow: not installed; pip install 'simlab[mlflow]'"),
+        ("logger=[mlflow]", "logger=mlflow: not installed; pip install mlflow"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, override, said):

@@ -263,7 +263,7 @@ def _loggers(top: Fields) -> tuple[str, ...]:
         found = importlib.util.find_spec(checked)
         # Without an origin it's a folder of that name in this one, such as W&B's own.
         if found is None or found.origin is None:
-            raise ConfigError(f"logger={checked}: not installed; pip install 'simlab[{checked}]'")
+            raise ConfigError(f"logger={checked}: not installed; pip install {checked}")
     return tuple(dict.fromkeys(names))
 
 

@@ -286,8 +286,8 @@ def installed(target: str) -> None:
         spec = None
     if spec is None:
         raise ConfigError(
-            f"hydra.launcher: {target} is not installed; pip install 'simlab[cluster]' brings joblib's "
-            "and submitit's"
+            f"hydra.launcher: {target} is not installed; pip install hydra-joblib-launcher "
+            "hydra-submitit-launcher"
         )
 
 
