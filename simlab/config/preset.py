@@ -20,6 +20,8 @@ def changed(model: ModelConfig) -> dict[str, Any]:
         return {}
     preset = OmegaConf.load(paths[model.name])
     plain: Any = OmegaConf.to_container(preset)
+    for other in ("defaults", "norm"):  # of its norm and init, which every title names itself
+        plain.pop(other, None)
     for key, value in plain.items():  # kv_heads: ${heads} is to follow the run's heads
         if isinstance(value, int):
             preset[key] = getattr(model, key)

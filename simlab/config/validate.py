@@ -29,12 +29,12 @@ from simlab.config import (
     NormConfig,
     RunConfig,
     SourceConfig,
-    YarnConfig,
     divides,
     full_layers,
     nearest,
 )
 from simlab.config.fields import REQUIRED, Fields
+from simlab.config.rope import read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
 OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
@@ -80,22 +80,6 @@ def _norm(reader: Fields) -> NormConfig:
     return norm
 
 
-def _yarn(reader: Fields) -> YarnConfig | None:
-    if reader.values.get("yarn") is None:
-        reader.take("yarn")
-        return None
-    node = reader.node("yarn")
-    yarn = YarnConfig(
-        factor=node.number("factor", 1.0),
-        original_length=node.integer("original_length"),
-        beta_fast=node.number("beta_fast", 1e-6),
-        beta_slow=node.number("beta_slow", 1e-6),
-        attention_factor=node.number("attention_factor", 0.0, above=True, default=None),
-    )
-    node.done()
-    return yarn
-
-
 def _model(top: Fields, norm: NormConfig) -> ModelConfig:
     depth = top.integer("depth", high=MOST_BLOCKS)
     width, heads = top.integer("width"), top.integer("heads")
@@ -125,11 +109,12 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         norm=norm,
         qk_norm=node.choice("qk_norm", QK_NORMS),
         rope_theta=node.number("rope_theta", 1.0, above=True),
-        yarn=_yarn(node),
+        llama3=read_llama3(node) if "llama3" in node.values else None,
+        yarn=read_yarn(node),
         window=window,
         full_attention=full_layers(depth, every),
         tied=tied,
-        # Configs written before these keys existed have neither.
+        # Configs written before these keys and llama3 existed have none of them.
         mlp=node.choice("mlp", MLP_NAMES) if "mlp" in node.values else "swiglu",
         bias=node.boolean("bias") if "bias" in node.values else False,
     )

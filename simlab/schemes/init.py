@@ -2,17 +2,19 @@
 
 σ is the parameter of the rule, L the depth, l the layer counted from 0, d = width. Sources: the
 trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization.py``), GPT-2
-(Radford et al. 2019, §2.3) and Megatron-LM (arXiv 1909.08053).
+(Radford et al. 2019, §2.3), Megatron-LM (arXiv 1909.08053) and transformers 5.23 (``_init_weights`` of
+``PreTrainedModel``, whose normals are whole: the choice's ``truncate`` is null).
 
-| rule        | embedding | q, k, v | o              | gate | up        | down              | head  |
-|-------------|-----------|---------|----------------|------|-----------|-------------------|-------|
-| normal      | σ         | σ       | σ              | σ    | σ         | σ                 | σ     |
-| mitchell    | 1/√d      | 1/√d    | 1/√(2d(l+1))   | 1/√d | 1/√d      | 1/√(2·d_ff·(l+1)) | 1/√d  |
-| llama       | 1, whole  | σ       | σ/√(2L)        | σ    | σ/√(2L)   | σ/√(2L)           | 1/√d  |
-| llama_depth | 1, whole  | σ       | σ/√(2(l+1))    | σ    | as o      | as o              | 1/√d  |
-| fan_in      | 1, whole  | 1/√d    | 1/√(heads·C)   | 1/√d | 1/√d      | 1/√d_ff           | 1/√d  |
-| gpt2        | σ         | σ       | σ/√(2L)        | σ    | σ         | σ/√(2L)           | σ     |
-| megatron    | σ         | σ       | σ/√(2L)        | σ    | σ         | σ/√(2L)           | 1/√d  |
+| rule         | embedding | q, k, v | o            | gate | up      | down              | head |
+|--------------|-----------|---------|--------------|------|---------|-------------------|------|
+| normal       | σ         | σ       | σ            | σ    | σ       | σ                 | σ    |
+| transformers | σ         | σ       | σ            | σ    | σ       | σ                 | σ    |
+| mitchell     | 1/√d      | 1/√d    | 1/√(2d(l+1)) | 1/√d | 1/√d    | 1/√(2·d_ff·(l+1)) | 1/√d |
+| llama        | 1, whole  | σ       | σ/√(2L)      | σ    | σ/√(2L) | σ/√(2L)           | 1/√d |
+| llama_depth  | 1, whole  | σ       | σ/√(2(l+1))  | σ    | as o    | as o              | 1/√d |
+| fan_in       | 1, whole  | 1/√d    | 1/√(heads·C) | 1/√d | 1/√d    | 1/√d_ff           | 1/√d |
+| gpt2         | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | σ    |
+| megatron     | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | 1/√d |
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
 ``init.embedding_std``, where given, stands in place of the embedding's σ.
@@ -102,6 +104,7 @@ def _megatron(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
 
 RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "normal": _normal,
+    "transformers": _normal,
     "mitchell": _mitchell,
     "llama": _llama,
     "llama_depth": _llama_depth,

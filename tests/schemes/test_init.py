@@ -15,6 +15,7 @@ S = 0.02
 # rule -> layer -> role -> sigma, from FACTS written out for tiny() (kept apart from the code's table).
 EXPECTED = {
     "normal": lambda n: {},
+    "transformers": lambda n: {},
     "mitchell": lambda n: (
         dict.fromkeys(ROLES, D**-0.5)
         | {"o_proj": 1 / math.sqrt(2 * D * (n + 1)), "down_proj": 1 / math.sqrt(2 * FF * (n + 1))}
@@ -46,7 +47,11 @@ def test_table(rule, layer):
     assert {role: g.sigma for role, g in laws.items()} == pytest.approx(expected, rel=1e-12)
     whole = {role for role, g in laws.items() if g.truncate is None}
     assert whole == (
-        set(ROLES) if rule == "gpt2" else {"embedding"} if expected["embedding"] == 1 else set()
+        set(ROLES)
+        if rule in ("gpt2", "transformers")
+        else {"embedding"}
+        if expected["embedding"] == 1
+        else set()
     )
 
 
@@ -64,7 +69,7 @@ def test_truncated_std():
 def test_measured_moments_match_the_table(rule):
     """Mean 0, the table's std, nothing beyond the cut, for every matrix of a whole model.
 
-    Five standard errors: √(κ−1)/2n-ish for the std (κ ≤ 3), 1/√n for the mean; 23 matrices × 6
+    Five standard errors: √(κ−1)/2n-ish for the std (κ ≤ 3), 1/√n for the mean; 23 matrices × 8
     rules, so a false alarm in 10^4 runs at most, and seeds are fixed.
     """
     config = tiny(f"init={rule}", "vocab_size=997")

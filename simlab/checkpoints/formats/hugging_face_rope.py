@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simlab.config import ConfigError, Llama3RopeConfig, YarnConfig
 from simlab.config.fields import REQUIRED, Fields
+from simlab.config.rope import llama3_scaling
 
 _ORIGINAL = "original_max_position_embeddings"
 # The scalings, and the keys of each; transformers ignores another's keys, and warns.
@@ -59,7 +60,7 @@ def read_transformers_rope(
     original = scaling.integer(_ORIGINAL, default=longest or REQUIRED)
     factor = scaling.number("factor", 1.0)
     if kind == "llama3":
-        return theta, None, read_llama3(scaling, factor, original)
+        return theta, None, llama3_scaling(scaling, factor, original)
     yarn = YarnConfig(
         factor=factor,
         original_length=original,
@@ -87,12 +88,3 @@ def _kind(section: Fields) -> str:
     known = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[kind].split())
     Fields(there, section.prefix, section.shown).only(f"rope_type={kind}", known)
     return kind
-
-
-def read_llama3(scaling: Fields, factor: float, original: int) -> Llama3RopeConfig:
-    """Llama 3's scaling, whose two factors bound the pairs that are between. Raises ConfigError."""
-    low = scaling.number("low_freq_factor", 1e-6)
-    high = scaling.number("high_freq_factor", 1e-6)
-    if not low < high:
-        raise scaling.fail("low_freq_factor", low, f"must be below high_freq_factor={high:g}")
-    return Llama3RopeConfig(factor, low, high, original)

@@ -1,0 +1,88 @@
+"""Presets of released models against their config.json on the hub, and against transformers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from simlab.checkpoints.formats.hugging_face import read_config
+from simlab.config.validate import compose
+from simlab.model.transformer import parameter_count
+from simlab.schemes.init import table
+
+# What decides the computation in the repositories' config.json, spelled as transformers 4 did.
+LLAMA3 = {
+    "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "vocab_size": 128256,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+CONFIGS = {
+    "llama3_8b": LLAMA3 | {  # meta-llama/Meta-Llama-3-8B
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "max_position_embeddings": 8192,
+    },
+    "llama3_70b": LLAMA3 | {  # meta-llama/Meta-Llama-3-70B
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "max_position_embeddings": 8192,
+    },
+    "llama3_405b": LLAMA3 | {  # meta-llama/Llama-3.1-405B
+        "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+        "num_attention_heads": 128, "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+    },
+    "qwen3_32b": {  # Qwen/Qwen3-32B
+        "model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+        "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "hidden_size": 5120,
+        "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
+        "max_position_embeddings": 40960, "max_window_layers": 64, "use_sliding_window": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_presets_are_their_config_json(tmp_path, preset):
+    path = tmp_path / preset / "config.json"
+    path.parent.mkdir()
+    common = {"initializer_range": 0.02, "hidden_act": "silu", "tie_word_embeddings": False}
+    path.write_text(json.dumps(CONFIGS[preset] | common))
+    model, _, init = read_config(path, 1000)
+    run = compose([f"model={preset}"])
+    assert run.shape == model
+    for layer in (0, model.depth - 1):
+        assert table(run.shape, run.init, layer) == table(model, init.config, layer)
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_presets_have_transformers_parameters(preset):
+    """Of two blocks, on meta; every further block has as many as the second."""
+    values = CONFIGS[preset]
+    config = transformers.AutoConfig.for_model(**values | {"num_hidden_layers": 2})
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    ours = compose([f"model={preset}", "depth=2"]).shape
+    assert parameter_count(ours) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_choice_on_the_command_line_wins():
+    """A model picks its norm and init; the command line's hold, and eps is the model's."""
+    run = compose(["init=mitchell", "norm=swin_renorm", "model=llama3_8b"])
+    assert (run.init.rule, run.init.truncate) == ("mitchell", 3.0)
+    assert (run.shape.norm.placement, run.shape.norm.eps) == ("swin_renorm", 1e-5)
+    assert compose(["model=olmo2_7b"]).shape.norm.placement == "reordered"
+
+
+def test_llama3_rope_is_one_of_two():
+    from simlab.config import ConfigError
+
+    scaling = "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_length: 64}"
+    assert compose([f"model.llama3={scaling}"]).shape.llama3.factor == 8
+    for wrong, part in (
+        (["model=olmo3_7b", f"model.llama3={scaling}"], "model.yarn"),
+        ([f"model.llama3={scaling.replace(' 4', ' 1')}"], "low_freq_factor=1.0: must be below"),
+        ([f"model.llama3={scaling.replace('factor: 8,', 'factor: 8, beta: 1,')}"], "beta=1"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            compose(wrong)
