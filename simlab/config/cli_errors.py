@@ -88,11 +88,16 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     overrides: what the user gave; the line then has the one in question as it was given.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        if not group:
-            return f"--config-name={name}: no such config"
+        parts = error.missing_cfg_file.split("/")
+        depth = 2 if parts[0] == "hydra" else 1  # of the group; what follows may have slashes
+        group, name = "/".join(parts[:depth]), "/".join(parts[depth:])
+        if not name:
+            return f"--config-name={group}: no such config"
         names = [option for option in error.options or [] if option != "from_checkpoint"]
-        return f"{group}={name}: allowed: {', '.join(names)}{nearest(name, names)}"
+        hint = nearest(name, names)
+        if group == "model" and "/" in name:
+            hint = f"; a checkpoint is source=checkpoint source.path={name}"
+        return f"{group}={name}: allowed: {', '.join(names)}{hint}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'error'}: {error.strerror}"
     if match := re.match(r"Could not override '(?P<key>[^']+)'", str(error)):

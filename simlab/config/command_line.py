@@ -58,7 +58,8 @@ def how_to_write(override: str, sweep: bool) -> str:
     """The line about an override that Hydra can't read. sweep: commas part the values of a sweep."""
     key, _, value = override.partition("=")
     if not re.fullmatch(r"[+~]*[\w./@:$-]+", key, re.ASCII) or value[:1] in ("", "="):
-        return f"{override}: not of the form key=value"
+        known = f", as {override}=VALUE" if override in known_keys() else ""
+        return f"{override}: not of the form key=value{known}"
     try:
         override.encode()
     except UnicodeEncodeError as error:
@@ -76,6 +77,8 @@ def needs_multirun(override: str) -> str:
     line = f"{override}: several values need -m: simlab.run -m {shlex.quote(override)}"
     if key == "seeds" and re.fullmatch(r"[\d, ]+", value):
         line += f"; a list is seeds=[{value}]"
+    if re.fullmatch(r"0,\d+", value):
+        line += f"; a number has a point: {key}={value.replace(',', '.')}"
     if key.rpartition(".")[2] in TEXTS:
         line += f"; a text with commas is {as_text(key, value)}"
     return line
