@@ -192,7 +192,7 @@ class Checkpoint(Weights):
 
     def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         """A linear layer: on a CPU its weight is streamed, on a device it is read whole."""
-        return StreamedLinear(d_in, d_out) if self.streams else dense_linear(d_in, d_out, bias)
+        return (StreamedLinear if self.streams else dense_linear)(d_in, d_out, bias)
 
     def block(self, layer: int, device: torch.device, dtype: torch.dtype) -> Block:
         """One block. The system begins to read the next one's bytes, in either direction."""

@@ -121,12 +121,13 @@ class _Product(torch.autograd.Function):
 
 
 class StreamedLinear(nn.Module):
-    """A linear layer without bias, (…, d_in) to (…, d_out), whose weight ``bind`` sets."""
+    """A linear layer, (…, d_in) to (…, d_out), whose weight ``bind`` sets; its bias is a parameter."""
 
     matrix: StreamedMatrix
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__()
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def bind(self, matrix: StreamedMatrix) -> None:
         """Set the weight."""
@@ -135,4 +136,6 @@ class StreamedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) to (…, d_out), in x's dtype."""
         out: Tensor = _Product.apply(x.flatten(0, -2), self.matrix)
+        if self.bias is not None:
+            out = out + self.bias
         return out.unflatten(0, x.shape[:-1])

@@ -88,6 +88,7 @@ class ModelConfig:
     llama3: Llama3RopeConfig | None = None  # or yarn, not both
     mlp: str = "swiglu"
     bias: bool = False  # on the linear layers of attention and MLP, not on the head
+    qkv_bias: bool = False  # on those of queries, keys and values
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

@@ -109,14 +109,15 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         norm=norm,
         qk_norm=node.choice("qk_norm", QK_NORMS),
         rope_theta=node.number("rope_theta", 1.0, above=True),
+        # Configs written before this key, mlp and the biases existed have none of them.
         llama3=read_llama3(node) if "llama3" in node.values else None,
         yarn=read_yarn(node),
         window=window,
         full_attention=full_layers(depth, every),
         tied=tied,
-        # Configs written before these keys and llama3 existed have none of them.
         mlp=node.choice("mlp", MLP_NAMES) if "mlp" in node.values else "swiglu",
         bias=node.boolean("bias") if "bias" in node.values else False,
+        qkv_bias=node.boolean("qkv_bias") if "qkv_bias" in node.values else False,
     )
     node.done()
     return model

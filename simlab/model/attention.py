@@ -51,9 +51,10 @@ class Attention(nn.Module):
         self.yarn = config.yarn if self.window is None else None
         self.llama3 = config.llama3 if self.window is None else None
         q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = linear(config.width, q_dim, config.bias)
-        self.k_proj = linear(config.width, kv_dim, config.bias)
-        self.v_proj = linear(config.width, kv_dim, config.bias)
+        bias = config.bias or config.qkv_bias
+        self.q_proj = linear(config.width, q_dim, bias)
+        self.k_proj = linear(config.width, kv_dim, bias)
+        self.v_proj = linear(config.width, kv_dim, bias)
         self.o_proj = linear(q_dim, config.width, config.bias)
         self.attend = Attend()
         if self.qk_norm != "none":

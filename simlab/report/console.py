@@ -54,7 +54,7 @@ def announce(
     console = Console(highlight=False)
     console.print(Text(title(config), style="bold"))
     mlp = "" if model.mlp == "swiglu" else f", {model.mlp}"
-    mlp += ", biases" if model.bias else ""
+    mlp += ", biases" if model.bias else ", q, k, v biases" if model.qkv_bias else ""
     console.print(
         f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
     )

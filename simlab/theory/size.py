@@ -15,6 +15,7 @@ def parameters_on_paper(model: ModelConfig) -> int:
     d, q, kv = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
     inputs = q + 2 * kv + (1 + UNITS[model.mlp].gated) * model.d_ff  # rows of the input matrices
     block = d * (inputs + q + model.d_ff) + model.bias * (inputs + 2 * d)
+    block += (model.qkv_bias and not model.bias) * (q + 2 * kv)
     block += {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
     norms = sum(renorm_after(model, layer) for layer in range(model.depth))
     norms += sum(

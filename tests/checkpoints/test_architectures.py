@@ -47,6 +47,10 @@ CASES = {
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-head-dim": ("Llama", {"head_dim": 12, "num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "shards": "40KB"}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral-whole": ("Mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -164,8 +168,10 @@ def test_config_defaults_match_transformers(tmp_path, kind):
     assert ours.kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == getattr(theirs, "head_dim", 256 // 64)
     assert ours.tied == theirs.tie_word_embeddings
-    assert ours.window == (theirs.sliding_window if kind == "olmo3" else None)
-    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 8
+    assert ours.window == (theirs.sliding_window if kind in ("olmo3", "mistral") else None)
+    kinds = (
+        getattr(theirs, "layer_types", None) or ["sliding" if ours.window else "full_attention"] * 8
+    )
     assert [ours.window_of(i) is None for i in range(8)] == [k == "full_attention" for k in kinds]
 
 
@@ -177,9 +183,12 @@ REFUSED = [
     ("Llama", {"rope_parameters": LLAMA3 | {"factor": float("nan")}}, "factor=nan", "number"),
     ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5", "1.0"),
     ("Llama", {"quantization_config": {"bits": 4}}, "quantization_config", "null"),
-    ("Llama", {"model_type": "gemma2"}, "model_type='gemma2'", "olmo, olmo2, olmo3, llama, qwen3"),
+    ("Llama", {"model_type": "gemma2"}, "model_type='gemma2'", "olmo, olmo2, olmo3, llama, qwen3, "),
     ("Olmo", {"clip_qkv": 8.0}, "clip_qkv=8.0", "null"),
     ("Qwen3", {"use_sliding_window": True}, "use_sliding_window=True", "false"),
+    ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True", "false"),
+    ("Mistral", {"rope_parameters": YARN, "sliding_window": 4}, "sliding_window=4", "scaled RoPE"),
+    ("Mistral", {"layer_types": ["full_attention"] * 5}, "layer_types", "null"),
     ("Qwen3", {"layer_types": ["sliding_attention"] * 5}, "layer_types", "full_attention"),
 ]  # fmt: skip
 

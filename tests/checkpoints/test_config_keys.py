@@ -14,11 +14,15 @@ from simlab.checkpoints.formats.hugging_face import read_config
 from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES
 from simlab.config import ConfigError
 
-CLASSES = {"olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3"}
+CLASSES = {
+    "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
+    "qwen2": "Qwen2", "mistral": "Mistral",
+}  # fmt: skip
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }  # fmt: skip
+WHOLE = {"mistral": {"sliding_window": None}}  # its window and scaled RoPE together are refused
 # Values that the config classes take, of a key without effect, and that aren't its default.
 OTHER_VALUES = {
     "problem_type": "regression", "id2label": {"0": "a"}, "label2id": {"a": 0}, "num_labels": 1,
@@ -57,9 +61,10 @@ def test_keys_without_effect_have_none(tmp_path, kind):
 def test_used_keys_are_used(tmp_path, kind):
     """A wrong value in any of them is an error, so that each is read."""
     config = {"model_type": kind, "vocab_size": 61, "rope_scaling": {"type": "yarn", "factor": 2.0}}
+    config |= TINY | {"max_position_embeddings": 64} | WHOLE.get(kind, {})
     path = tmp_path / "config.json"
     for key in MODEL_TYPES[kind].used.split():
-        path.write_text(json.dumps(config | TINY | {"max_position_embeddings": 64}))
+        path.write_text(json.dumps(config))
         read_config(path, 100)
         edit_json(path, **{key: "x"})
         with pytest.raises(ConfigError, match=key):
@@ -92,7 +97,7 @@ def test_fixed_keys_matter(tmp_path, kind, changes):
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_scaling_beside_rope_parameters(tmp_path, kind):
     """A user's ``rope_scaling`` in a config that transformers 5 wrote, as model cards advise."""
-    write_olmo(tmp_path / "m", CLASSES[kind], **TINY)
+    write_olmo(tmp_path / "m", CLASSES[kind], **TINY | WHOLE.get(kind, {}))
     path = tmp_path / "m" / "config.json"
     theta = 500_000.0 if kind == "olmo3" else 10_000.0  # else transformers mixes up the θs
     edit_json(path, rope_scaling=YARN | {"rope_theta": theta})
@@ -205,9 +210,9 @@ def test_no_model_type(tmp_path):
         read_config(tmp_path / "config.json", 100)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "mamba", "gemma", "olmoe", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mamba", "gemma", "olmoe", "mixtral"])
 def test_no_hint_leads_to_another_architecture(tmp_path, kind):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(ConfigError, match=r"allowed: olmo, olmo2, olmo3, llama, qwen3$"):
+    with pytest.raises(ConfigError, match=r"allowed: olmo, .*, qwen2, mistral$"):
         read_config(path, 100)

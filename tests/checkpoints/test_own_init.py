@@ -35,7 +35,7 @@ def departures(folder, *overrides):
     return found
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen2", "Mistral"])
 def test_as_transformers_draws(tmp_path, kind):
     """26 matrices a kind: 5 standard errors are passed by chance in 1 of 10^5 runs."""
     import transformers

@@ -62,6 +62,15 @@ def test_products_forward_and_back(tmp_path, small_shares, dtype, before):
     assert torch.equal(again.grad, x.grad)
 
 
+def test_bias(tmp_path):
+    weight, bias = random(67, 45), random(67, seed=3)
+    layer = StreamedLinear(45, 67, bias=True)
+    layer.bind(matrix(write(tmp_path / "w", weight), 0, 67))
+    layer.load_state_dict({"bias": bias})
+    x = random(2, 9, 45, seed=1)
+    torch.testing.assert_close(layer(x), x @ weight.T + bias, **PARITY)
+
+
 def test_some_rows_of_a_stacked_tensor(tmp_path, small_shares):
     weight = random(90, 31)
     stored = write(tmp_path / "w", weight)

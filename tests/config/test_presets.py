@@ -39,6 +39,19 @@ CONFIGS = {
         "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
         "max_position_embeddings": 40960, "max_window_layers": 64, "use_sliding_window": False,
     },
+    "qwen2_5_72b": {  # Qwen/Qwen2.5-72B-Instruct
+        "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+        "vocab_size": 152064, "num_key_value_heads": 8, "hidden_size": 8192,
+        "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "max_position_embeddings": 32768, "max_window_layers": 70, "use_sliding_window": False,
+        "sliding_window": 131072,
+    },
+    "mistral_7b": {  # mistralai/Mistral-7B-v0.1
+        "model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "vocab_size": 32000, "num_key_value_heads": 8, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 32768, "sliding_window": 4096,
+    },
 }  # fmt: skip
 
 

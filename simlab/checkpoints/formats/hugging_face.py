@@ -55,6 +55,10 @@ _NORMS_IN = {  # the second is "post attention" because it comes after: it is th
     "blocks.{}.attention.norm_in.weight": "model.layers.{}.input_layernorm.weight",
     "blocks.{}.mlp.norm_in.weight": "model.layers.{}.post_attention_layernorm.weight",
 }
+_QKV_BIAS = {
+    f"blocks.{{}}.attention.sublayer.{name}_proj.bias": f"model.layers.{{}}.self_attn.{name}_proj.bias"
+    for name in "qkv"
+}
 _BUFFER = ".rotary_emb.inv_freq"  # not learned: it follows from the config
 # Of models for classification and for questions, in place of lm_head.
 _OTHER_HEADS = ("score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
@@ -78,31 +82,43 @@ class Architecture:
     theta: float = 10_000.0
     head_dim: int | None = None
     kv_heads: int | None = None
+    qkv_bias: bool = False
+    window: int | None = None  # of a family that has the key sliding_window
 
 
 ARCHITECTURES = {
     # LayerNorm without parameters: norms that no key names have gain 1.
     "olmo": Architecture(_SHARED, "pre", "none", norm_type="layer", eps=1e-5, reads_eps=False),
     "olmo2": Architecture(KEYS, "reordered", "full", eps=1e-5),
-    "olmo3": Architecture(KEYS, "reordered", "full", eps=1e-5, theta=500_000.0),
+    "olmo3": Architecture(KEYS, "reordered", "full", eps=1e-5, theta=500_000.0, window=4096),
     # transformers rounds to bfloat16 before the gain in these two and in float32 after it in OLMo's;
     # simlab always after. In float32 there is no difference.
     "llama": Architecture(_SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none"),
     "qwen3": Architecture(
         _SHARED | _FINAL_NORM | _NORMS_IN | _QK_NORM, "pre", "per_head", head_dim=128, kv_heads=32
     ),
+    "qwen2": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN | _QKV_BIAS, "pre", "none", kv_heads=32, qkv_bias=True
+    ),
+    "mistral": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", kv_heads=8, window=4096
+    ),
 }  # fmt: skip
 
 
-def _full_layers(fields: Fields, depth: int, window: int | None) -> tuple[int, ...]:
-    """The layers that see every token, none named where all do. Raises ConfigError."""
+def _windows(fields: Fields, kind: str, depth: int) -> tuple[int | None, tuple[int, ...]]:
+    """The window, and of a model that has one the layers that see every token. Raises ConfigError."""
+    if kind == "mistral":
+        return fields.integer("sliding_window", default=None), ()
+    window = fields.integer("sliding_window") if kind == "olmo3" else None
     kinds = fields.take("layer_types")
     if kinds is None:  # transformers' rule for OLMo 3: every fourth layer sees everything
-        return tuple(range(3, depth, 4)) if window else ()
+        return window, tuple(range(3, depth, 4)) if window else ()
     allowed = LAYER_TYPES if window else LAYER_TYPES[:1]
     if not isinstance(kinds, list) or len(kinds) != depth or any(k not in allowed for k in kinds):
         raise ConfigError(f"{fields.prefix}layer_types: must be {depth} of {', '.join(allowed)}")
-    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention") if window else ()
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return window, full if window else ()
 
 
 def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], OwnInit]:
@@ -115,10 +131,8 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     values = read_json(path)
     kind = read_family(values, fields_of(values, path))
     its = ARCHITECTURES[kind]
-    defaults: dict[str, object] = {"head_dim": its.head_dim} if its.head_dim else {}
-    if kind == "olmo3":
-        defaults["sliding_window"] = 4096
-    fields = fields_of(defaults | values, path)
+    defaults = {"head_dim": its.head_dim, "sliding_window": its.window}
+    fields = fields_of({k: v for k, v in defaults.items() if v} | values, path)
     fields.choice("hidden_act", ("silu",), "silu")
     heads = read_heads(
         fields,
@@ -126,8 +140,10 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
         None if "num_key_value_heads" in values else its.kv_heads,
     )
     depth = layers(fields, "num_hidden_layers", tensors)
-    window = fields.integer("sliding_window") if kind == "olmo3" else None
+    window, full = _windows(fields, kind, depth)
     theta, yarn, llama3 = read_transformers_rope(fields, its.theta, by_layer=kind == "olmo3")
+    if window and kind == "mistral" and (yarn or llama3):  # simlab scales full attention alone
+        raise fields.fail("sliding_window", window, "not supported with scaled RoPE; allowed: null")
     eps = fields.number("rms_norm_eps", 0.0, default=its.eps) if its.reads_eps else its.eps
     model = ModelConfig(
         name=path.parent.name,
@@ -141,8 +157,9 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
         yarn=yarn,
         llama3=llama3,
         window=window,
-        full_attention=_full_layers(fields, depth, window),
+        full_attention=full,
         tied=fields.boolean("tie_word_embeddings", False),
+        qkv_bias=its.qkv_bias,
     )
     return model, its.keys, transformers_init(fields, kind)
 

@@ -60,18 +60,23 @@ _SHARED = Keys(
     },
 )
 _RMS = Keys("rms_norm_eps")
+# transformers drops the window, and the layers that would have it, unless use_sliding_window.
+_NO_WINDOW = Keys("", "sliding_window max_window_layers", {"use_sliding_window": False})
 MODEL_TYPES: Mapping[str, Keys] = {
     "olmo": _SHARED | Keys("", fixed={"clip_qkv": None}),
     "olmo2": _SHARED | _RMS,
     "olmo3": _SHARED | _RMS | Keys("sliding_window"),
     # Falcon 3 is a Llama that says what its activation is once more.
     "llama": _SHARED | _RMS | Keys("", fixed={"mlp_bias": False, "activation": "swiglu"}),
-    # transformers drops the window, and the layers that would have it, unless use_sliding_window.
-    "qwen3": _SHARED
-    | _RMS
-    | Keys("", "sliding_window max_window_layers", {"use_sliding_window": False}),
+    "qwen3": _SHARED | _RMS | _NO_WINDOW,
+    "qwen2": _SHARED | _RMS | _NO_WINDOW | Keys("", fixed={"use_mrope": False}),
+    # The window is every layer's, whatever layer_types says.
+    "mistral": _SHARED | _RMS | Keys("sliding_window", fixed={"layer_types": None}),
 }
-_CLASSES = {"olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3"}
+_CLASSES = {
+    "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
+    "qwen2": "Qwen2", "mistral": "Mistral",
+}  # fmt: skip
 _HEADS = (
     "ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification",
     "ForQuestionAnswering",

@@ -58,7 +58,7 @@ _CLASSES: Mapping[str, Mapping[str, bool]] = {
     "Qwen2Tokenizer": {"add_prefix_space": False},
     "GPTNeoXTokenizer": {"add_prefix_space": False, "add_bos_token": False, "add_eos_token": False},
 }
-_FAMILIES = {"olmo": "GPTNeoXTokenizer", "qwen3": "Qwen2Tokenizer"}
+_FAMILIES = {"olmo": "GPTNeoXTokenizer", "qwen3": "Qwen2Tokenizer", "qwen2": "Qwen2Tokenizer"}
 _DOES = {
     "add_bos_token": "a token before a text",
     "add_eos_token": "a token after a text",
