@@ -33,6 +33,7 @@ def write_report(folder: Path, done: Sequence[Checked]) -> Path:
             f"{checked.case.name}, {outcome.gate}: {outcome.why}."
             for checked in done for outcome in checked.outcomes if not outcome.passed
         ],
+        "notes": "Why cases fail",
         "lines": [],
         "tiles": [],
         "jobs": [_curves(checked) for checked in done],

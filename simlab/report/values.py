@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,19 @@ def shorten(text: str, most: int) -> str:
 def key_text(key: str) -> str:
     """A key as it is written on the command line."""
     return "norm" if key == "norm_placement" else key
+
+
+def spread(levels: pd.DataFrame, keys: Sequence[str]) -> dict[str, float]:
+    """How far apart each swept key's curves lie: the range of ln(level) along it, others fixed.
+
+    levels: a row per curve, its keys' values and its ``level``, above 0, at one depth. The mean
+    over the other keys' values; 0 where nothing is known.
+    """
+    logs = np.log(levels["level"].where(levels["level"] > 0)).astype(float)
+    wide = {}
+    for key in keys:
+        others = [levels[other].astype(str) for other in keys if other != key]
+        groups = logs.groupby(others) if others else logs.groupby(np.zeros(len(logs)))
+        mean = (groups.max() - groups.min()).mean()
+        wide[key] = float(mean) if math.isfinite(mean) else 0.0
+    return wide

@@ -303,15 +303,15 @@ def _label(each: Entry) -> str:
 
 
 def _title(jobs: Sequence[Entry], keys: Mapping[str, Sequence[Any]]) -> str:
-    """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm_placement pre, post``."""
-    from simlab.report.values import shorten, value_text
+    """What a sweep is over: ``48 jobs: depth 8, 16, 32, 64; norm pre, post``."""
+    from simlab.report.values import key_text, shorten, value_text
 
     axes = []
     for key, values in keys.items():
         shown = [shorten(printable(value_text(value)), MOST_SHOWN) for value in values]
         if len(shown) > 6:
             shown = [*shown[:2], "…", shown[-1]]
-        axes.append(f"{printable(key)} {', '.join(shown)}")
+        axes.append(f"{printable(key_text(key))} {', '.join(shown)}")
     return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (
         f": {'; '.join(axes)}" if axes else ""
     )

@@ -1,5 +1,6 @@
 """The pages in a real browser, without a network, and what they hold before one opens them."""
 
+import itertools
 import json
 import re
 import shutil
@@ -230,6 +231,46 @@ def test_sweep_answers(made):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def twelve(made):
+    """A page of 12 jobs: the init's std makes decades, the norm a factor of 2, depth only length."""
+    frame, summary = read(made / "run")
+    jobs = []
+    for depth, std, norm in itertools.product((2, 3), (0.01, 0.1, 1.0), ("pre", "reordered")):
+        rows = frame[frame["sublayer"] <= 2 * depth]
+        rows = rows.assign(mean_square=rows["mean_square"] * std**2 * (1 + (norm == "pre")))
+        values = {"depth": depth, "init.std": std, "norm_placement": norm}
+        jobs.append(build.PageJob(f"depth {depth}, {std}, {norm}", rows, summary, values))
+    table = pd.DataFrame([{"job": i, "curve": "random", "mean_square": 1.0, "shape": "none", **j.values}
+                          for i, j in enumerate(jobs)])  # fmt: skip
+    html = sweep.sweep_page(jobs, table, "t", [], "c", "w")
+    (made / "twelve").mkdir()
+    (made / "twelve" / "report.html").write_text(html, encoding="utf-8")
+    return data_of(html)
+
+
+def test_no_two_curves_look_alike_at_first(twelve):
+    assert [key["look"] for key in twelve["keys"]] == ["", "colour", "dash"]
+    assert twelve["hide"] == ["depth=2"]
+    shown = [look for look, job in zip(twelve["looks"], twelve["jobs"], strict=True)
+             if job["values"][0] == "3"]  # fmt: skip
+    assert len(shown) == len({tuple(look.items()) for look in shown}) == 6
+
+
+def test_values_switch_their_jobs(look, twelve):
+    page = look("twelve")
+    lines = "#plot g[clip-path] > path[style*='stroke-width']"
+    assert page.get_attribute("[data-scale=log]", "aria-pressed") == "true"  # std: four decades
+    assert page.locator(lines).count() == 6
+    page.click("[data-value='depth=2']")
+    assert page.locator(lines).count() == 12
+    page.click("[data-value='norm=pre']")
+    assert page.locator(lines).count() == 6
+    page.click("#each-title")
+    page.locator("#keys .key", has_text="depth 3, 1.0, pre").click()  # one more than its values say
+    assert page.locator(lines).count() == 7
+
+
 def test_numbers_are_those_of_the_files(made):
     """Mean, least and most over the seeds, at five digits; λ as analysis has it."""
     frame, summary = read(made / "run")
@@ -339,7 +380,7 @@ def test_warns_of_eps_where_a_norm_acts_on_the_branch(norm):
     result = run(tiny(f"norm={norm}", "init.std=0.001", "seeds=1"))
     assert (result.curve["eps_factor"][1:] < 0.5).any()
     texts = list(build.warnings(result.curve, plain_values(result.summary)))
-    assert any(text.startswith("Eps") for text in texts) == (norm == "reordered")
+    assert any("its eps shrinks the output" in text for text in texts) == (norm == "reordered")
 
 
 @pytest.mark.parametrize("overrides", HEADLINES)

@@ -25,7 +25,7 @@ from simlab.report.page.quantities import BY_BLOCK, DRAWABLE
 
 _HERE = Path(__file__).parent
 STATUS = {"holds": "good", "fails": "bad", "unknown": ""}
-EPS_TAKES = 0.9  # of m/(m + eps): below, eps takes a tenth of a branch
+EPS_TAKES = 0.9  # of m/(m + eps): below, eps takes a tenth of a norm's output
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,7 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
         factors = normed.groupby("sublayer")["eps_factor"].mean()
         held = {int(str(at)): float(m) for at, m in factors.items() if m < EPS_TAKES}
         if held:
-            least = min(held, key=lambda at: held[at])
-            yield (
-                f"Eps{who}: it takes more than a tenth of a norm's mean square at {len(held)} of "
-                f"{len(factors)} sublayers, the last of them {max(held)} (m/(m + eps) is "
-                f"{short(held[least])} at sublayer {least})."
-            )
+            yield _eps(held, f"{LABELS[name].capitalize()}: in" if who else "In")
     if "massive" in frame and (frame["massive"] == 1).any():
         rows = frame[frame["massive"] == 1]
         who = " and ".join(LABELS[name] for name in rows["curve"].unique())
@@ -149,6 +144,21 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
             f"sublayer {top['sublayer']}, where the median |x| is {short(float(top['median_abs']))}. A "
             "mean over tokens is mostly of these: see the median token."
         )
+
+
+def _eps(held: Mapping[int, float], start: str) -> str:
+    """Where eps shrinks a norm's output. held: m/(m + eps) by sublayer. start: of the sentence."""
+    last, least = max(held), min(held, key=lambda at: held[at])
+    if len(held) == 1:
+        where = f"sublayer {last}"
+    else:
+        some = f"{len(held)} of " if len(held) < last else ""
+        where = f"{some}the first {last} sublayers"
+    most = f"at sublayer {least} " if len(held) > 1 else ""
+    return (
+        f"{start} {where} the norm's input is so small that its eps shrinks the output: {most}to "
+        f"{short(held[least])} of the mean square that the output would have with eps = 0."
+    )
 
 
 def tiles(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[dict[str, str]]:

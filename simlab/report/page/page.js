@@ -4,7 +4,7 @@ const $ = id => document.getElementById(id);
 const NS = "http://www.w3.org/2000/svg";
 
 // What is shown; kept in the address, so that a link shows the same.
-const S = {q: "mean_square", scale: "", seeds: "band", relative: false, fit: false, share: false, rows: "block", off: null, zoom: null, job: D.start ?? null};
+const S = {q: "mean_square", scale: "", seeds: "band", relative: false, fit: false, share: false, rows: "block", off: null, hide: D.hide ?? [], extra: [], zoom: null, job: D.start ?? null};
 try { Object.assign(S, JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}")) } catch { /* another's link */ }
 let at = null, sorted = {}, chart = null;
 
@@ -50,7 +50,10 @@ const laws = D.jobs.flatMap((job, i) => job.laws.map((law, n) => ({
 S.off ??= several && kinds > 1 ? curves.filter(c => c.name === "random" && c.job > 0).map(c => c.key) : [];
 const quantities = Object.keys(D.quantities).filter(q => curves.some(c => c.mean[q]));
 const info = () => D.quantities[S.q], byBlock = q => D.quantities[q].by === "block";
-const on = c => !S.off.includes(c.key) && (S.job == null || c.job === S.job);
+// A sweep of many jobs has a switch per value of a swept key: S.hide has the values that are off, as "key=value";
+// S.extra has the curves that are on all the same.
+const hidden = c => S.job == null && D.keys && D.keys.some(({name}, k) => S.hide.includes(`${name}=${D.jobs[c.job].values[k]}`));
+const on = c => !S.off.includes(c.key) && (!hidden(c) || S.extra.includes(c.key)) && (S.job == null || c.job === S.job);
 const depths = new Set(D.jobs.map(job => job.depth));
 function xs(c, q) {
   const last = byBlock(q) ? D.jobs[c.job].depth : 2 * D.jobs[c.job].depth;
@@ -83,7 +86,12 @@ function lines(q, every) {
   }
   return out;
 }
-const isLog = () => S.scale ? S.scale === "log" : S.relative || info().log;
+// Jobs' curves two decades apart: a linear axis would show the largest alone.
+function spread(q) {
+  const of = D.looks ? curves.filter(c => c.mean[q]) : [], tops = of.map(c => Math.max(...c.mean[q])).filter(v => v > 0);
+  return !of.some(c => c.mean[q].some(v => v < 0)) && Math.max(...tops) > 100 * Math.min(...tops);
+}
+const isLog = () => S.scale ? S.scale === "log" : S.relative || info().log || spread(S.q);
 function extent(list, log, [x0, x1]) {
   let low = Infinity, high = -Infinity;
   const see = (x, y) => y?.forEach((v, i) => { if (v != null && x[i] >= x0 && x[i] <= x1 && (!log || v > 0)) { low = Math.min(low, v); high = Math.max(high, v) } });
@@ -218,17 +226,37 @@ function point(i, aloud) {
   if (aloud) $("said").textContent = `${where}: ${rows.slice(0, MOST).map(({l, i}) => `${l.c.short} ${text(l.y[i])}`).join(", ")}`;
 }
 
+function turn(c, to) {
+  for (const name of ["off", "extra"]) S[name] = S[name].filter(k => k !== c.key);
+  if (!to) S.off = [...S.off, c.key]; else if (hidden(c)) S.extra = [...S.extra, c.key];
+}
 function keys() {
-  const one = c => el("button", {class: "key", "aria-pressed": String(!S.off.includes(c.key)), onclick() { S.off = S.off.includes(c.key) ? S.off.filter(k => k !== c.key) : [...S.off, c.key]; show(c.key) }, "data-key": c.key},
+  const one = c => el("button", {class: "key", "aria-pressed": String(on(c)), onclick() { turn(c, !on(c)); show(c.key) }, "data-key": c.key},
     sv("svg", {viewBox: "0 0 28 10", "aria-hidden": "true"}, sv("line", {x1: 1, x2: 27, y1: 5, y2: 5, "stroke-dasharray": c.dash || "none", style: `stroke:${c.color};stroke-width:3`})), c.title);
   const lawJob = several ? S.job : 0;
   const list = [...curves.filter(c => c.mean[S.q] && (S.job == null || c.job === S.job)), ...laws.filter(law => law.job === lawJob && law.mean[S.q])];
   const buttons = list.map(one);
-  if (list.length > 8) for (const [words, off] of [["all on", []], ["all off", list.map(c => c.key)]]) buttons.unshift(el("button", {onclick() { S.off = off; show() }}, words));
+  if (list.length > 8) for (const [words, off] of [["all on", []], ["all off", list.map(c => c.key)]]) buttons.unshift(el("button", {onclick() { S.off = off; S.extra = []; if (!off.length) S.hide = []; show() }}, words));
   $("keys").replaceChildren(...buttons);
+  values();
+}
+// A switch per value of each swept key, in the look of its curves; the jobs' own switches fold away.
+function values() {
+  const many = Boolean(D.keys) && S.job == null;
+  $("values").hidden = $("each").hidden = !many;
+  many ? $("each").append($("keys")) : $("each").after($("keys"));
+  if (!many) return;
+  const shown = new Set(curves.filter(c => c.mean[S.q] && on(c)).map(c => c.job)).size;
+  $("each-title").textContent = `each job: ${shown} of ${D.jobs.length} are shown`;
+  const one = ({name, look}, v) => {
+    const id = `${name}=${v}`, of = curves.find(c => D.jobs[c.job].values[D.keys.findIndex(k => k.name === name)] === v);
+    const line = look && of && sv("svg", {viewBox: "0 0 28 10", "aria-hidden": "true"}, sv("line", {x1: 1, x2: 27, y1: 5, y2: 5, "stroke-dasharray": look === "dash" ? of.dash || "none" : "none", style: `stroke:${look === "colour" ? of.color : "var(--dim)"};stroke-width:3`}));
+    return el("button", {class: "key", "aria-pressed": String(!S.hide.includes(id)), "data-value": id, onclick() { S.hide = S.hide.includes(id) ? S.hide.filter(h => h !== id) : [...S.hide, id]; show(); document.querySelector(`[data-value="${CSS.escape(id)}"]`).focus() }}, ...(line ? [line] : []), v);
+  };
+  $("values").replaceChildren(...D.keys.map(key => el("div", {role: "group", "aria-label": `${key.name}, values to switch on and off`}, el("b", {}, key.name), ...key.values.map(v => one(key, v)))));
 }
 function mini(q) {
-  const W = 180, H = 46, log = D.quantities[q].log, shown = curves.filter(c => on(c) && c.mean[q]);
+  const W = 180, H = 46, log = D.quantities[q].log || spread(q), shown = curves.filter(c => on(c) && c.mean[q]);
   let low = Infinity, high = -Infinity, x0 = Infinity, x1 = -Infinity;
   for (const c of shown) { xs(c, q).forEach(x => { x0 = Math.min(x0, x); x1 = Math.max(x1, x) }); for (const y of [c.mean[q], c.low[q], c.high[q]]) y?.forEach(v => { if (v != null && (!log || v > 0)) { low = Math.min(low, v); high = Math.max(high, v) } }) }
   const f = log ? Math.log10 : v => v, fits = v => !log || v > 0;
@@ -285,7 +313,7 @@ function show(focus) {
   const press = (attribute, value) => document.querySelectorAll(`[data-${attribute}]`).forEach(b => b.setAttribute("aria-pressed", String(b.dataset[attribute] === value)));
   press("scale", isLog() ? "log" : "linear"); press("seeds", S.seeds); press("rows", S.rows); press("mode", S.job == null ? "all" : "one");
   for (const id of ["relative", "fit", "share"]) $(id).setAttribute("aria-pressed", String(S[id]));
-  $("slider").hidden = S.job == null;
+  $("slider").hidden = S.job == null; $("fit").hidden = !laws.some(law => law.job === (several ? S.job : 0));
   if (S.job != null) { $("job").value = S.job; $("jobname").value = S.job }
   draw(); keys(); everything(); table();
   if (D.table) fill($("jobtable"), "jobs", D.table.heads, D.table.rows.map(cells => ({cells: [...cells]})), c => D.table.rows.some(row => typeof row[c] === "string"));
@@ -294,7 +322,10 @@ function show(focus) {
 }
 
 $("title").textContent = D.title; $("headline").textContent = D.headline;
-$("warnings").append(...D.warnings.map(line => el("li", {}, line))); $("warnings").hidden = !D.warnings.length;
+$("warnings").append(...D.warnings.map(line => el("li", {}, line)));
+$("notes").hidden = !D.warnings.length; $("notes").open = D.warnings.length < 3 || Boolean(D.notes);
+$("notes-title").textContent = D.notes ?? (D.warnings.length > 1 ? `${D.warnings.length} things to know about these numbers` : "What to know about these numbers");
+$("tiles").style.setProperty("--across", Math.ceil(D.tiles.length / Math.ceil(D.tiles.length / 6)));
 $("lines").append(...D.lines.map(line => el("li", {}, line)));
 $("tiles").append(...D.tiles.map(t => el("div", {class: "tile"}, el("b", {class: t.status}, t.value), el("span", {}, t.label))));
 $("says").hidden = !D.lines.length && !D.tiles.length;
@@ -310,7 +341,7 @@ for (const id of ["relative", "fit", "share"]) $(id).onclick = () => { S[id] = !
 $("relative").hidden = !(kinds > 1 && curves.some(c => c.name === "random"));
 $("seeds").hidden = !curves.some(c => c.count > 1 || c.name === "theory");
 document.querySelector('[data-seeds="lines"]').hidden = !curves.some(c => c.seeds);
-$("share").hidden = depths.size < 2; $("fit").hidden = !laws.length;
+$("share").hidden = depths.size < 2;
 const noun = D.noun ?? "job";
 $("jobs-title").textContent = noun[0].toUpperCase() + noun.slice(1) + "s";
 document.querySelector("[data-mode=all]").textContent = `all ${noun}s`;

@@ -15,11 +15,14 @@ from simlab.analysis.numbers import short
 from simlab.report.page.build import PageJob, html_of, job_data, origin, warnings
 from simlab.report.page.payload import Drawn
 from simlab.report.page.quantities import DRAWABLE
-from simlab.report.values import SEEDS, is_number, key_text, value_text
+from simlab.report.values import SEEDS, is_number, key_text, shorten, spread, value_text
 
 MOST_NUMBERS = 300_000  # in a page: about 2 MB
 MAIN = ("mean_square", "rms", "norm", "variance", "gradient_rms", "lambda_from_first")
 PAGE_COLOURS = 8  # that a page has for values without an order
+DASHES = 4  # that a page has
+MOST_SHOWN = 40  # characters of a swept value
+FEW_JOBS = 8  # up to which each has a look of its own and a switch
 SHAPES = {
     "linear": "linear", "constant": "none (constant)", "exponential": "exponential", "power": "a power",
     "saturating": "saturating", "saw-tooth": "a saw-tooth", "jump": "one jump",
@@ -51,8 +54,15 @@ def sweep_page(
         "warnings": list(_warnings(jobs)),
         "lines": said,
         "tiles": [],
-        "jobs": [{"label": job.label, **job_data(job, drawn)} for job in shown],
-        "looks": _looks(shown, keys),
+        "jobs": [
+            {
+                "label": job.label,
+                "values": [_shown(job, key) for key in keys],
+                **job_data(job, drawn),
+            }
+            for job in shown
+        ],
+        **_looks(shown, keys),
         "table": jobs_data(table, list(jobs[0].values)),
         **origin(jobs[0].summary, command, written),
     }
@@ -122,31 +132,70 @@ def _fitting(jobs: Sequence[PageJob]) -> tuple[Drawn, Sequence[PageJob]]:
     return Drawn(seeds=False, columns=MAIN), jobs[::every]
 
 
-def _looks(jobs: Sequence[PageJob], keys: Sequence[str]) -> list[dict[str, float]]:
-    """Each job's look: a colour by the last swept key's value, a dash by the other keys' values.
+def _looks(jobs: Sequence[PageJob], keys: Sequence[str]) -> dict[str, Any]:
+    """Each job's colour and dash; of many jobs also the swept keys with what their values look like.
 
-    colour: an index below PAGE_COLOURS, or of numbers and of many values ``shade``, from 0 to 1.
+    looks: a job's dash, an index, and its colour: an index below PAGE_COLOURS, or of numbers and
+    of many values ``shade``, from 0 to 1. keys, hide: of many jobs, each key's values with their
+    look, and those values that are off at first, so that no two curves look alike.
     """
     if not keys:
-        return [{"colour": 0, "dash": 0} for _ in jobs]
-    of = [value_text(job.values[keys[-1]]) for job in jobs]
-    values = list(dict.fromkeys(of))
-    others = [tuple(value_text(job.values[key]) for key in keys[:-1]) for job in jobs]
-    dashes = list(dict.fromkeys(others))
-    shaded = len(values) > 2 and (len(values) > PAGE_COLOURS or all(map(is_number, values)))
-    if shaded and all(map(is_number, values)):
-        values.sort(key=float)
-    return [
-        {
-            "dash": dashes.index(other),
-            **(
-                {"shade": values.index(value) / (len(values) - 1)}
-                if shaded
-                else {"colour": values.index(value)}
-            ),
-        }
-        for value, other in zip(of, others, strict=True)
-    ]
+        return {"looks": [{"colour": 0, "dash": 0} for _ in jobs]}
+    others = list(dict.fromkeys(tuple(_shown(job, k) for k in keys[:-1]) for job in jobs))
+    if len(keys) == 1 or (len(jobs) <= FEW_JOBS and len(others) <= DASHES):
+        dashes = [others.index(tuple(_shown(job, key) for key in keys[:-1])) for job in jobs]
+        return {"looks": _coloured(jobs, keys[-1], dashes)}
+    wide = spread(_levels(jobs, keys), keys)
+    values = {key: _values(jobs, key) for key in keys}
+    order = sorted(keys, key=lambda k: (not all(map(is_number, values[k])), -wide[k]))
+    kinds = max(job.frame["curve"].nunique() for job in jobs)  # two: dashed or not by the kind
+    colour, few = order[0], [k for k in order[1:] if len(values[k]) <= DASHES and kinds == 1]
+    dash = max(few, key=lambda key: wide[key]) if few else None
+    looks = {colour: "colour", dash: "dash"}
+    of_dash = [values[dash].index(_shown(job, dash)) if dash else 0 for job in jobs]
+    hide = {
+        key: values[key][:-1] if all(map(is_number, values[key])) else values[key][1:]
+        for key in keys if key not in looks
+    }  # fmt: skip
+    return {
+        "looks": _coloured(jobs, colour, of_dash),
+        "keys": [
+            {"name": key_text(key), "values": values[key], "look": looks.get(key, "")}
+            for key in keys
+        ],
+        "hide": [f"{key_text(key)}={value}" for key, off in hide.items() for value in off],
+    }
+
+
+def _shown(job: PageJob, key: str) -> str:
+    return shorten(value_text(job.values[key]), MOST_SHOWN)
+
+
+def _values(jobs: Sequence[PageJob], key: str) -> list[str]:
+    """A key's values as texts: numbers ascend, others are in the jobs' order."""
+    values = list(dict.fromkeys(_shown(job, key) for job in jobs))
+    return sorted(values, key=float) if all(map(is_number, values)) else values
+
+
+def _levels(jobs: Sequence[PageJob], keys: Sequence[str]) -> pd.DataFrame:
+    """A row per job, for ``spread``: its keys' values, and its level where the shallowest ends."""
+    last = min(job.frame["sublayer"].max() for job in jobs)
+    levels = [job.frame[job.frame["sublayer"] == last]["mean_square"].mean() for job in jobs]
+    table = pd.DataFrame([{key: _shown(job, key) for key in keys} for job in jobs])
+    return table.assign(level=levels)
+
+
+def _coloured(jobs: Sequence[PageJob], key: str, dashes: Sequence[int]) -> list[dict[str, float]]:
+    """The jobs' looks, coloured by a key's value."""
+    values = _values(jobs, key)
+    numbers = all(map(is_number, values))
+    shaded = len(values) > 2 and (len(values) > PAGE_COLOURS or numbers)
+    looks: list[dict[str, float]] = []
+    for job, dash in zip(jobs, dashes, strict=True):
+        at = values.index(_shown(job, key))
+        colour = {"shade": at / (len(values) - 1)} if shaded else {"colour": at}
+        looks.append({"dash": dash, **colour})
+    return looks
 
 
 def jobs_data(table: pd.DataFrame, swept: Sequence[str]) -> dict[str, Any]:
