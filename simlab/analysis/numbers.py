@@ -33,7 +33,7 @@ def raised(power: int) -> str:
 
 
 def off_by(log_error: float) -> str:
-    """A log error as a person says it: ``0.8 %``, ``a factor of 5.2``, ``10³⁵``."""
+    """A log error as a person says it: ``0.8 %``, ``a factor of 5.2``, ``a factor of 10³⁵``."""
     if math.isinf(log_error):
         return "any factor"
     factor, percent = math.exp(min(log_error, 700)), 100 * math.expm1(min(log_error, 700))
@@ -41,7 +41,7 @@ def off_by(log_error: float) -> str:
         return f"{percent:.2g} %" if percent >= 0.01 else "less than 0.01 %"
     if factor < 1e4:
         return f"a factor of {factor:.2g}" if factor < 99.5 else f"a factor of {factor:.0f}"
-    return f"10{raised(round(log_error / math.log(10)))}"
+    return f"a factor of 10{raised(round(log_error / math.log(10)))}"
 
 
 def percent(share: float) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from simlab.analysis.compare import Departure, departure
@@ -184,6 +185,7 @@ def _peak(ax: Axes, steps: Steps, y: SeedArray) -> None:
     if not rows:
         return
     at = max(rows, key=lambda i: y[i])
+    ax.plot(steps.x[at], y[at], "o", color=INK, ms=5, zorder=6)
     ax.annotate(
         f"peak {short(float(y[at]))}", (steps.x[at], y[at]), (0, 8), textcoords="offset points",
         fontsize=9, ha="center", color=INK, bbox=HALO, zorder=6,
@@ -199,11 +201,12 @@ def _leaves(ax: Axes, left: Departure, last: float) -> None:
     since = f"sublayer {at}" if at else "the embedding"
     where = f"outside the random inits' band\nfor good from {since} on"
     end = at > 0.55 * last
-    ax.annotate(
+    label = ax.annotate(
         where, (at, 0.86), (-6 if end else 6, 0), xycoords=("data", "axes fraction"), va="top",
-        textcoords="offset points", ha="right" if end else "left", fontsize=9, color=red, bbox=HALO,
-        zorder=6,
+        textcoords="offset points", ha="right" if end else "left", fontsize=9, color=red, zorder=6,
     )  # fmt: skip
+    # A line passes behind the letters alone: a box would cut it.
+    label.set_path_effects([Stroke(linewidth=3, foreground="white"), Normal()])
 
 
 # The panels on the right: two columns and two rows, in inches.

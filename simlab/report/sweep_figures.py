@@ -176,6 +176,7 @@ def _peak(ax: Axes, groups: Sequence[pd.DataFrame]) -> bool:
     at = peaks.iloc[-1]
     text = f"peak {short(float(at['mean']))}"
     right = at["x"] > 0.8 * max(rows["x"].max() for rows in groups)
+    ax.plot(at["x"], at["mean"], "o", color=INK, ms=5, zorder=6)
     ax.annotate(
         text, (at["x"], at["mean"]), (0, 6), textcoords="offset points", fontsize=9, zorder=6,
         ha="right" if right else "center", color=INK, bbox=HALO,

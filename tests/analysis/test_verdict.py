@@ -279,7 +279,7 @@ def test_massive_activations_are_set_aside():
 
 def test_off_by():
     factors = {1.008: "0.8 %", 1.5: "50 %", 5.2: "a factor of 5.2", 150: "a factor of 150"}
-    factors |= {1 + 1e-6: "less than 0.01 %", 1e35: "10³⁵", np.inf: "any factor"}
+    factors |= {1 + 1e-6: "less than 0.01 %", 1e35: "a factor of 10³⁵", np.inf: "any factor"}
     for factor, text in factors.items():
         assert off_by(np.log(factor)) == text
     assert [percent(x) for x in (1e-5, 0.008, 0.12, 11.5)] == [

@@ -21,7 +21,7 @@ MOST_NUMBERS = 300_000  # in a page: about 2 MB
 MAIN = ("mean_square", "rms", "norm", "variance", "gradient_rms", "lambda_from_first")
 PAGE_COLOURS = 8  # that a page has for values without an order
 DASHES = 4  # that a page has
-MOST_SHOWN = 40  # characters of a swept value
+LONGEST_VALUE = 40  # characters of a swept value
 FEW_JOBS = 8  # up to which each has a look of its own and a switch
 SHAPES = {
     "linear": "linear", "constant": "none (constant)", "exponential": "exponential", "power": "a power",
@@ -168,7 +168,7 @@ def _looks(jobs: Sequence[PageJob], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _shown(job: PageJob, key: str) -> str:
-    return shorten(value_text(job.values[key]), MOST_SHOWN)
+    return shorten(value_text(job.values[key]), LONGEST_VALUE)
 
 
 def _values(jobs: Sequence[PageJob], key: str) -> list[str]:
