@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from simlab.budget.families import family_seconds
 from simlab.budget.machine import Rates, calibrate
 from simlab.budget.trace import trace
-from simlab.config import ModelConfig, RunConfig
+from simlab.config import FamilyConfig, ModelConfig, RunConfig
 from simlab.model.describe import describe
 from simlab.weights.base import Weights
 from simlab.weights.dense import rows_per_piece
@@ -194,6 +195,8 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     """
     model, n = curve.model, curve.tokens
     rates = rates or calibrate(curve.dtype, curve.device)
+    if isinstance(model, FamilyConfig):
+        return family_seconds(curve, model, rates)
     counted = costs(model, n, curve.gradients)["weightless" if curve.weightless else "dense"]
     d, traced = model.width, trace(model, curve.dtype, curve.gradients)
     there, back = 1, 2 * curve.gradients  # the backward runs every block again

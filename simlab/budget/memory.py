@@ -13,10 +13,11 @@ from dataclasses import replace
 
 from simlab.analysis.numbers import gigabytes
 from simlab.budget.cost import Curve, curves_to_measure
+from simlab.budget.families import family_peak
 from simlab.budget.machine import MIB, available
 from simlab.budget.trace import trace
 from simlab.checkpoints import streamed
-from simlab.config import ConfigError, RunConfig
+from simlab.config import ConfigError, FamilyConfig, RunConfig
 from simlab.model.attention import HEADS_AT_ONCE
 from simlab.model.describe import Matrix, describe
 from simlab.weights.base import COLUMNS_AT_ONCE
@@ -41,6 +42,8 @@ def peak(curve: Curve) -> int:
     ones: 0.77 to 1.85 of it, where libraries and heap fragmentation are most. Measured again on 21
     of these runs since activations are read off the block: 0.98 to 1.24 above 1 GB, 0.80 to 1.55 below.
     """
+    if isinstance(curve.model, FamilyConfig):
+        return family_peak(curve, curve.model)
     phases = [_embedding(curve), _forward(curve)]
     if curve.gradients:
         phases += [_loss(curve), _backward(curve)]
@@ -191,7 +194,7 @@ def fitting(config: RunConfig, threads: int, free: int) -> list[tuple[str, RunCo
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Overrides that lower memory and differ from the run: other engine, bfloat16, no gradients."""
-    if config.seeds:
+    if config.seeds and not isinstance(config.shape, FamilyConfig):
         engine = "weightless" if config.engine == "dense" else "dense"
         yield f"engine={engine}", replace(config, engine=engine)
     if config.dtype == "float32":

@@ -87,6 +87,11 @@ class Checkpoint(Weights):
         self.removal()
 
     @property
+    def unread(self) -> str:
+        """What lies in or beside the files and isn't measured, or nothing."""
+        return self.opened.unread
+
+    @property
     def init(self) -> OwnInit:
         """How its weights were drawn before training."""
         return self.opened.init

@@ -18,6 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from simlab import store
+from simlab.checkpoints.families.config import is_family
 from simlab.checkpoints.formats.hugging_face import read_index
 from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.layouts import BESIDE, INDEX, refuse_beside
@@ -148,6 +149,8 @@ def _snapshot(repo: Repository) -> Found:
 
 def _refuse_unread(config: Path) -> None:
     """Refuse a family that simlab doesn't read. Raises ConfigError."""
+    if is_family(config.parent):
+        return
     if config.name == "config.json" and "model_type" in (values := read_json(config)):
         read_family(values, fields_of(values, config))
 

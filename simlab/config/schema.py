@@ -96,6 +96,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class FamilyConfig(ModelConfig):
+    """The sizes of a model that transformers computes. What isn't a size, as ``norm``, is its family's.
+
+    family: transformers' model type. parameters: of the whole model; block_parameters: of its largest
+    block. A size that its config doesn't have is 0. transformers: the version that computes it.
+    """
+
+    family: str = ""
+    parameters: int = 0
+    block_parameters: int = 0
+    transformers: str = ""
+
+
+@dataclass(frozen=True)
 class InitConfig:
     """The rule that draws random weights; ``std`` only for the rules that have one.
 

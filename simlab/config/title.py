@@ -6,7 +6,7 @@ from dataclasses import asdict, is_dataclass
 
 from simlab.config.fields import as_typed
 from simlab.config.preset import changed
-from simlab.config.schema import RunConfig
+from simlab.config.schema import FamilyConfig, RunConfig
 
 # The fields of NormConfig that every placement has; the others are a placement's own.
 COMMON_NORM_KEYS = ("placement", "type", "eps", "gain")
@@ -25,6 +25,8 @@ def title(config: RunConfig) -> str:
     if other:
         differences = [k if is_dataclass(v) else f"{k} {as_typed(v)}" for k, v in other.items()]
         shape = f"{model.name} with {', '.join(differences)}"
+    if isinstance(model, FamilyConfig):
+        return f"{shape}, {model.family}" + (", random init as transformers'" * bool(config.seeds))
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from simlab.budget.cost import curves_to_measure as costs_of
+from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
+from simlab.experiment.families import family_curves
 from simlab.experiment.prepare import Prepared
 from simlab.measurement.engine import Measured, measure_curves
 from simlab.weights.base import Weights
@@ -23,6 +25,8 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
 
     Weightless seeds are measured several at a time, as one batch (``weights.weightless.together``).
     """
+    if isinstance(ready.checkpoint, FamilyCheckpoint):
+        return family_curves(ready, ready.checkpoint, on_block)
     config, dtype = ready.config, getattr(torch, ready.config.dtype)
     ids, device = torch.from_numpy(ready.tokens), torch.device(config.device)
 

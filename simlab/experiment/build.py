@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.families.checkpoint import FamilyCheckpoint, describe_family
+from simlab.checkpoints.families.config import is_family
 from simlab.checkpoints.formats import read_shape
 from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
@@ -18,8 +20,14 @@ from simlab.weights.base import Weights, materialise_model
 from simlab.weights.dense import RandomWeights
 
 
-def open_checkpoint(source: SourceConfig) -> Checkpoint:
+def open_checkpoint(source: SourceConfig) -> Checkpoint | FamilyCheckpoint:
     """The checkpoint of a source that has one. Raises ConfigError."""
+    from simlab.checkpoints.hub import find  # late: most runs need no hub
+
+    if is_family(find(source.location, source.revision).folder):
+        return FamilyCheckpoint(
+            source.location, source.revision, statistics=source.weights, keep=source.keep
+        )
     checkpoint = Checkpoint(
         source.location, source.revision, statistics=source.weights, keep=source.keep
     )
@@ -48,7 +56,8 @@ def read_description(source: SourceConfig) -> Described | None:
     found = find(source.location, source.revision)
     if not found.missing:
         return None
-    return Described(*read_shape(found.folder), find_tokenizer(found.folder))
+    shape = describe_family if is_family(found.folder) else read_shape
+    return Described(*shape(found.folder), find_tokenizer(found.folder))
 
 
 def build_model(
@@ -67,8 +76,13 @@ def build_model(
     if config.source.stored:
         if seed is not None:
             raise ConfigError("seed: a checkpoint's weights have no seed")
-        weights = open_checkpoint(config.source)
-        model = weights.model
+        opened = open_checkpoint(config.source)
+        if isinstance(opened, FamilyCheckpoint):
+            raise ConfigError(
+                f"{opened.path}: model_type={opened.model.family} isn't a model of simlab's: load it "
+                "with transformers"
+            )
+        weights, model = opened, opened.model
     else:
         model = config.shape
         weights = RandomWeights(model, config.init, config.seeds[0] if seed is None else seed)

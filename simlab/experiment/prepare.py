@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from simlab.analysis.numbers import gigabytes
 from simlab.budget.machine import TORCH, available, refuse_imports
 from simlab.budget.predicted import WITHOUT_TORCH, prediction_cost, refuse_prediction
-from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
+from simlab.config import FROM_CHECKPOINT, ConfigError, FamilyConfig, RunConfig
 from simlab.inputs import Ids, Tokens, token_batch
 from simlab.theory.mean_field import unpredictable
 from simlab.theory.size import parameters_on_paper
 
 if TYPE_CHECKING:
     from simlab.checkpoints.checkpoint import Checkpoint
+    from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
     from simlab.checkpoints.formats.own_init import OwnInit
 
 
@@ -36,7 +37,7 @@ class Prepared:
 
     config: RunConfig
     tokens: Ids
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | FamilyCheckpoint | None
     reason: str
     init_origin: str | None = None
     special: str = ""
@@ -47,6 +48,8 @@ class Prepared:
         """Parameters of the whole model."""
         if not self.config.measures:
             return parameters_on_paper(self.config.shape)
+        if isinstance(self.config.shape, FamilyConfig):
+            return self.config.shape.parameters
         from simlab.model.transformer import parameter_count
 
         return parameter_count(self.config.shape)
@@ -54,7 +57,7 @@ class Prepared:
     @property
     def unread(self) -> str:
         """What lies beside the checkpoint's files and isn't read, or nothing."""
-        return self.checkpoint.opened.unread if self.checkpoint else ""
+        return self.checkpoint.unread if self.checkpoint else ""
 
     @property
     def entries(self) -> int:
@@ -150,6 +153,10 @@ def prepare(
         about = described or checkpoint
         assert about is not None
         config, tokenizer = replace(config, model=about.model), about.tokenizer
+        if isinstance(config.model, FamilyConfig):
+            from simlab.experiment.families import family_config
+
+            config = family_config(config)
         if config.init.rule == FROM_CHECKPOINT:
             config, origin = _own_init(config, about.init)
     made = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
@@ -160,7 +167,8 @@ def prepare(
             "gradients=true: predicts next tokens, so inputs.length must be at least 2"
         )
     config = replace(config, inputs=inputs, device=where)
-    reason = "as asked"
+    family = isinstance(config.model, FamilyConfig)
+    reason = "transformers computes and draws this model" if family else "as asked"
     if not config.seeds:
         config, reason = replace(config, engine="dense"), "a checkpoint has its weights"
     elif config.engine == "auto":
@@ -181,12 +189,13 @@ def prepare(
     return Prepared(config, tokens, checkpoint, reason, origin, made.special, made.unit)
 
 
-def _opened(config: RunConfig) -> Checkpoint:
+def _opened(config: RunConfig) -> Checkpoint | FamilyCheckpoint:
     """The run's checkpoint, with the head that gradients need. Raises ConfigError."""
+    from simlab.checkpoints.checkpoint import Checkpoint
     from simlab.experiment.build import open_checkpoint
 
     checkpoint = open_checkpoint(config.source)
-    if config.gradients:
+    if config.gradients and isinstance(checkpoint, Checkpoint):
         _ = checkpoint.head_name  # an error, if any, before anything is measured
     return checkpoint
 

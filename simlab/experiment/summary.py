@@ -15,6 +15,7 @@ from simlab.analysis.compare import departure, sentences
 from simlab.analysis.exponents import exponents
 from simlab.analysis.resampling import Estimate, jackknife
 from simlab.analysis.verdict import Verdict
+from simlab.config import FamilyConfig
 from simlab.config.title import title
 from simlab.experiment.prepare import Prepared
 from simlab.schemes.init import Gaussian, distribution
@@ -118,6 +119,8 @@ def weight_table(ready: Prepared) -> pd.DataFrame | None:
     if ready.checkpoint is None or not ready.config.source.weights:
         return None
     frame = pd.DataFrame(ready.checkpoint.table())
+    if isinstance(ready.config.shape, FamilyConfig):  # its init is code
+        return frame.assign(init_std=float("nan"))
     laws = [distribution(ready.config.shape, ready.config.init, name) for name in frame["tensor"]]
     frame["init_std"] = [law.std if isinstance(law, Gaussian) else 0.0 for law in laws]
     return frame

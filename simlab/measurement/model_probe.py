@@ -132,6 +132,19 @@ class ModelProbe:
         the rows' ``attrs["not_finite_from"]`` is then that sublayer.
         Raises ConfigError where no forward call was seen, or one that didn't pass every step.
         """
+        measured = self.measured()
+        assert self.size is not None  # measured
+        frame, _, cuts = to_frame(
+            [(self.curve, self.seed, measured)], self.embedding.tokens * self.size[1]
+        )
+        for row in cuts.overflow:
+            place = f"sublayer {row['sublayer']} ({row['kind']})"
+            warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
+            frame.attrs[NOT_FINITE_FROM] = int(row["sublayer"])
+        return frame
+
+    def measured(self) -> Measured:
+        """The curve, as ``measure_curves`` gives it. Raises ConfigError as ``rows`` does."""
         if self.size is None:
             raise ConfigError(
                 f"probe: no forward call of {type(self.model).__name__} was seen: call the model"
@@ -149,13 +162,7 @@ class ModelProbe:
             [step._replace(values=step.values[0].cpu()) for step in probe.results()]
             for probe in self.probes
         ]
-        measured = Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
-        frame, _, cuts = to_frame([(self.curve, self.seed, measured)], tokens * self.size[1])
-        for row in cuts.overflow:
-            place = f"sublayer {row['sublayer']} ({row['kind']})"
-            warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
-            frame.attrs[NOT_FINITE_FROM] = int(row["sublayer"])
-        return frame
+        return Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
 
 
 def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:

@@ -18,7 +18,7 @@ from simlab.analysis.headline import headline
 from simlab.analysis.numbers import plus_minus
 from simlab.analysis.resampling import Estimate
 from simlab.analysis.verdict import Verdict
-from simlab.config import RunConfig
+from simlab.config import FamilyConfig, RunConfig
 from simlab.config.title import title
 from simlab.report.colours import LABELS
 from simlab.report.sweep_table import failed_table, jobs_table
@@ -55,9 +55,10 @@ def announce(
     console.print(Text(title(config), style="bold"))
     mlp = "" if model.mlp == "swiglu" else f", {model.mlp}"
     mlp += ", biases" if model.bias else ", q, k, v biases" if model.qkv_bias else ""
-    console.print(
-        f"{parameters:,} parameters, {heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
-    )
+    sizes = f"{heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
+    if isinstance(model, FamilyConfig):
+        sizes = f"computed by transformers' {model.family}, one block in memory at a time"
+    console.print(f"{parameters:,} parameters, {sizes}")
     what = "forward and backward" if config.gradients else "forward"
     where = f", {config.dtype} on {config.device}" if config.measures else ""
     around = f" with {special}" if special else ""

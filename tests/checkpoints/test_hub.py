@@ -276,7 +276,7 @@ def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
         "says that the weights are quantised": {
             "quantize_config.json": b"{}", "config.json": config, WEIGHTS: data,
         },
-        "model_type='qwen2'": {"config.json": b'{"model_type": "qwen2"}', WEIGHTS: data},
+        "model_type='qwen9'": {"config.json": b'{"model_type": "qwen9"}', WEIGHTS: data},
         "not JSON": {"config.json": LOGIN_PAGE, WEIGHTS: data},
         "'pytorch_model.bin' is a pickle": {"config.json": config, "pytorch_model.bin": data},
         "; 'adapter_model.safetensors' is an adapter alone": {

@@ -276,11 +276,16 @@ def read_index(index: Path, there: Container[str] | None = None) -> dict[str, se
     return files
 
 
-def tensors(files: Mapping[Path, set[str] | None]) -> dict[str, StoredTensor]:
-    """Where every tensor of some ``weight_files`` lies. Raises ConfigError."""
+def tensors(
+    files: Mapping[Path, set[str] | None], more: Mapping[str, torch.dtype] | None = None
+) -> dict[str, StoredTensor]:
+    """Where every tensor of some ``weight_files`` lies. Raises ConfigError.
+
+    more: dtypes that are allowed besides those of weights, as ``read_header`` takes them.
+    """
     places: dict[str, StoredTensor] = {}
     for path, claimed in files.items():
-        held = read_header(path)
+        held = read_header(path, more)
         for name in sorted((claimed or set()) - held.keys()):
             raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
         for name in sorted(held.keys() - (held.keys() if claimed is None else claimed)):

@@ -59,6 +59,8 @@ _SHARED = Keys(
         "rope_interleaved": False,
     },
 )
+# The keys that no model type's computation depends on.
+IGNORED = frozenset(f"{_GENERATION} {_OUTPUTS} {_TOKENS} {_OTHER}".split())
 _RMS = Keys("rms_norm_eps")
 # transformers drops the window, and the layers that would have it, unless use_sliding_window.
 _NO_WINDOW = Keys("", "sliding_window max_window_layers", {"use_sliding_window": False})
@@ -85,7 +87,7 @@ _HF_OLMO = (
     "the first OLMo repositories' own layout, which needs their code: use the repository whose name "
     "ends in -hf"
 )
-_ELSEWHERE = {
+ELSEWHERE = {
     "hf_olmo": _HF_OLMO,
     "olmo_1124": "OLMo 2's name before transformers had it: use the repository as it is today (olmo2)",
 }
@@ -100,8 +102,8 @@ def read_family(values: dict[str, object], fields: Fields) -> str:
     kind = values.get("model_type")
     if kind is None:
         raise ConfigError(f"{fields.prefix}has no model_type; allowed: {', '.join(MODEL_TYPES)}")
-    if isinstance(kind, str) and kind in _ELSEWHERE:
-        raise fields.fail("model_type", kind, _ELSEWHERE[kind])
+    if isinstance(kind, str) and kind in ELSEWHERE:
+        raise fields.fail("model_type", kind, ELSEWHERE[kind])
     if kind not in list(MODEL_TYPES):
         plain = "".join(filter(str.isalnum, kind[:60])).lower() if isinstance(kind, str) else ""
         hint = f"; did you mean {plain}?" if plain in MODEL_TYPES else ""

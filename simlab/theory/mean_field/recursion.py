@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from simlab.config import InitConfig, ModelConfig
+from simlab.config import FamilyConfig, InitConfig, ModelConfig
 from simlab.schemes.init import Gaussian, table
 from simlab.schemes.placement import at, renorm_after
 from simlab.theory.laws import Array
@@ -113,6 +113,8 @@ class Prediction:
 
 def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
     """Why there is no prediction for these tokens (B, T), or None where there is."""
+    if isinstance(model, FamilyConfig):
+        return f"theory has no formula of transformers' {model.family}"
     if model.mlp not in UNITS:
         return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
     if ids.size > MOST_TOKENS:

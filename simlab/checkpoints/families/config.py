@@ -1,0 +1,135 @@
+"""The config.json of a model type that transformers knows and simlab doesn't read itself.
+
+The file is a stranger's: transformers' config class gets what is left of it after these checks, and no
+code of a repository is ever run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simlab.checkpoints.families.skeleton import transformers_of
+from simlab.checkpoints.formats import olmo_core
+from simlab.checkpoints.formats.hugging_face_keys import ELSEWHERE, IGNORED, MODEL_TYPES
+from simlab.checkpoints.untrusted.files import fields_of, read_json
+from simlab.config import ConfigError
+from simlab.config.fields import brief
+
+# Of what a config may have counts of: each becomes a list of so many modules or names.
+_COUNTED, _MOST_COUNTED = ("layer", "block", "expert", "_depth"), 100_000
+# Keys that would have transformers fetch, run or compute something else than the model type says.
+_DROPPED = ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights")
+_REFUSED = {
+    "quantization_config": "the weights are quantised: use the repository that isn't",
+    "pruned_heads": "heads were pruned, which simlab doesn't compute",
+    "fusion_config": "simlab computes the model without fused modules",
+    "kernel_config": "simlab computes the model without kernels of the hub",
+    "distributed_config": "simlab computes the model in one process",
+}
+# What a config class or the model that is built from it may raise on a stranger's values.
+CONFIG_ERRORS = (
+    ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError,
+    ImportError, OSError,
+)  # fmt: skip
+
+
+def is_family(folder: Path) -> bool:
+    """True for a folder in Hugging Face's layout of a model type that transformers reads for simlab.
+
+    False for simlab's own formats and model types, and for what nobody reads, which they refuse.
+    Raises ConfigError where transformers would be needed and isn't there, and for a model type of a
+    repository's own code.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or (folder / "config.yaml").is_file() or olmo_core.matches(folder):
+        return False
+    values = read_json(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind in MODEL_TYPES or kind in ELSEWHERE:
+        return False
+    transformers = transformers_of(path)
+    if kind in transformers.CONFIG_MAPPING:
+        return True
+    if values.get("auto_map"):
+        raise fields_of(values, path).fail(
+            "auto_map",
+            values["auto_map"],
+            f"transformers {transformers.__version__} doesn't know model_type={brief(kind)}, which the "
+            "repository computes with its own code; simlab doesn't run that",
+        )
+    return False
+
+
+def read_family_config(path: Path, tensors: int) -> tuple[Any, list[str]]:
+    """transformers' config of a config.json, and the keys in it that its class doesn't have.
+
+    tensors: how many the checkpoint holds. Raises ConfigError.
+    """
+    transformers = transformers_of(path)
+    values = read_json(path)
+    fields = fields_of(values, path)
+    for key, why in _REFUSED.items():
+        if values.get(key):
+            raise fields.fail(key, values[key], why)
+    for key, value in _numbers(values):
+        most = tensors if key == "num_hidden_layers" else _MOST_COUNTED
+        if any(part in key for part in _COUNTED) and value > most:
+            raise ConfigError(f"{path}: {brief(key)}={value}: at most {most} here")
+    kind = values["model_type"]
+    if kind == "mistral" and "layer_types" in values:
+        kind = "ministral"  # as transformers' AutoConfig does
+    plain = {k: v for k, v in values.items() if not k.startswith("_") and k not in _DROPPED}
+    errors = (*CONFIG_ERRORS, _strict_error())
+    try:
+        config = transformers.CONFIG_MAPPING[kind].from_dict(_with_floats(plain))
+    except errors as error:
+        raise ConfigError(f"{path}: transformers refuses it: {one_line(error)}") from error
+    return config, sorted(_unknown(config, plain))
+
+
+def _unknown(config: Any, values: dict[str, Any]) -> Iterator[str]:
+    """The keys that the config's class doesn't have: it keeps them as attributes all the same."""
+    known = {field.name for field in dataclasses.fields(type(config))} | {*config.attribute_map}
+    try:
+        known |= {*vars(type(config)())}
+    except CONFIG_ERRORS:  # a class that needs arguments
+        return
+    for key in values.keys() - known - IGNORED - {"model_type", "architectures"}:
+        if values[key] is not None and not hasattr(type(config), key):
+            yield key
+
+
+def one_line(error: Exception) -> str:
+    """The last line of an error that says something, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]
+
+
+def _with_floats(value: Any) -> Any:
+    """A config's value, with the floats that JSON can't write as transformers writes them."""
+    if isinstance(value, dict):
+        special = value.get("__float__") if len(value) == 1 else None
+        if special in ("Infinity", "-Infinity", "NaN"):
+            return float(special)
+        return {key: _with_floats(one) for key, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
+
+
+def _strict_error() -> type[Exception]:
+    """What transformers' config classes raise on a field of a wrong type."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    error: type[Exception] = StrictDataclassError
+    return error
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every whole number in the sections of a config, with its key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield key, value

@@ -1,0 +1,79 @@
+"""The curves of a model type that transformers computes: its decoder's, streamed and probed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
+from simlab.checkpoints.families.config import CONFIG_ERRORS, one_line
+from simlab.checkpoints.families.skeleton import Skeleton, Source
+from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
+from simlab.measurement.engine import Measured
+from simlab.measurement.model_probe import probe
+
+if TYPE_CHECKING:
+    from simlab.experiment.batches import MeasuredCurves
+    from simlab.experiment.prepare import Prepared
+
+
+def family_curves(
+    ready: Prepared, checkpoint: FamilyCheckpoint, on_block: Callable[[], None]
+) -> MeasuredCurves:
+    """Every curve of a run, the checkpoint's first. ``on_block`` is called before each block."""
+    config = ready.config
+    skeleton = checkpoint.skeleton_for(getattr(torch, config.dtype), torch.device(config.device))
+    ids = torch.from_numpy(ready.tokens).to(skeleton.device)
+
+    def on_unit(path: str) -> None:
+        checkpoint.prefetch(path)
+        on_block()
+
+    stored = checkpoint.stored(skeleton)
+    curves = [("checkpoint", config.seed, streamed(skeleton, stored, ids, on_unit))]
+    for seed in config.seeds:
+        drawn = checkpoint.drawn(skeleton, seed)
+        curves.append(("random", seed, streamed(skeleton, drawn, ids, lambda _: on_block())))
+    return curves
+
+
+def family_config(config: RunConfig) -> RunConfig:
+    """The run's config with the one engine that it may have. Raises ConfigError for other wishes."""
+    family = config.shape.norm.placement
+    why = f"model_type={family} is computed by transformers' code"
+    if config.gradients:
+        raise ConfigError(f"gradients=true: {why}, and simlab streams that forward only")
+    if config.engine not in ("auto", "dense"):
+        raise ConfigError(f"engine={config.engine}: {why}; allowed: dense")
+    given = {key: value for key, value in asdict(config.init).items() if value is not None}
+    if given != {"rule": FROM_CHECKPOINT}:
+        key, value = next((k, v) for k, v in given.items() if (k, v) != ("rule", FROM_CHECKPOINT))
+        name = "init" if key == "rule" else f"init.{key}"
+        raise ConfigError(f"{name}={value}: {why}, and its random inits are the family's own")
+    return replace(config, engine="dense")
+
+
+def streamed(
+    skeleton: Skeleton,
+    source: Source,
+    ids: torch.Tensor,
+    on_unit: Callable[[str], None] = lambda path: None,
+) -> Measured:
+    """One curve: the decoder's forward call on ids (B, T), its weights from a source.
+
+    Raises ConfigError where no layout describes its blocks, or where its code can't run without all
+    of its weights.
+    """
+    with skeleton.filled(source, on_unit) as decoder:
+        try:
+            return probe(decoder, {"input_ids": ids, "use_cache": False}).measured()
+        except ConfigError:
+            raise
+        except CONFIG_ERRORS as error:
+            kind = type(skeleton.model).__name__
+            raise ConfigError(
+                f"{skeleton.where}: transformers' {kind} can't be streamed: {one_line(error)}"
+            ) from error

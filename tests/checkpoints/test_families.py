@@ -1,0 +1,294 @@
+"""Model types that transformers computes: streamed block by block as whole, drawn as it draws them."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import PARITY, STANDARD_ERRORS, assert_parity, edit_json, in_process, write_olmo
+from family_table import FAMILIES, write_family
+from safetensors.torch import load_file, save_file
+
+from simlab import ConfigError
+from simlab.checkpoints.checkpoint import Checkpoint
+from simlab.checkpoints.families import sources
+from simlab.checkpoints.families.checkpoint import FamilyCheckpoint, build
+from simlab.checkpoints.families.config import is_family, read_family_config
+from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES
+from simlab.experiment.families import streamed
+from simlab.measurement.engine import measure_curves
+from simlab.measurement.statistics import STATISTICS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, FLOAT = torch.device("cpu"), torch.float32
+IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
+# What transformers calls hidden states isn't its blocks' outputs.
+OTHER_STATES = {"mamba"}
+# Its _init_weights leaves parameters to constructors.
+UNDRAWN = {"apertus"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def outputs(blocks, call):
+    """What each of some modules gave first in a call, and what the call gave."""
+    states, hooks = [], []
+
+    def keep(_, arguments, out):
+        states.append((out[0] if isinstance(out, tuple) else out).clone())
+
+    for block in blocks:
+        hooks.append(block.register_forward_hook(keep))
+    with torch.no_grad():
+        result = call()
+    for hook in hooks:
+        hook.remove()
+    return states, result
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_streamed_is_whole(tmp_path, kind):
+    whole = write_family(tmp_path, kind)
+    assert is_family(tmp_path) == (kind not in MODEL_TYPES)
+    checkpoint = FamilyCheckpoint(str(tmp_path))
+    assert not checkpoint.unread
+    skeleton = checkpoint.skeleton
+    most, empty = checkpoint.model.block_parameters, skeleton.empty
+
+    def one_unit(path):
+        held = [name for name in empty if not skeleton.model.get_parameter(name).is_meta]
+        inside = [name for name in held if any(name.startswith(f"{p}.") for p in skeleton.units)]
+        assert sum(empty[name].numel() for name in inside if empty[name].is_meta) <= most
+
+    def forward():
+        with skeleton.filled(checkpoint.stored(skeleton), one_unit) as decoder:
+            return decoder(input_ids=IDS, use_cache=False)[0]
+
+    states, last = outputs(skeleton.units.values(), forward)
+    blocks = [whole.get_submodule(path) for path in skeleton.units]
+    theirs, out = outputs(blocks, lambda: whole(IDS, output_hidden_states=True, use_cache=False))
+    assert len(states) == len(theirs) == 3
+    for block, (ours, other) in enumerate(zip(states, theirs, strict=True)):
+        assert_parity(ours, other, f"{kind}, block {block}")
+    if kind not in OTHER_STATES:  # the last one is after the final norm
+        for ours, other in zip([*states[:-1], last], out.hidden_states[1:], strict=True):
+            assert_parity(ours, other, kind)
+    assert all(skeleton.model.get_parameter(n) is one for n, one in empty.items())  # dropped again
+
+
+def family_skeleton(folder, kind, **changes):
+    config = transformers.CONFIG_MAPPING[kind](**FAMILIES[kind] | changes)
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    return build(read_family_config(path, 1000)[0], path, FLOAT, CPU), config
+
+
+def drawn_weights(skeleton, seed=3):
+    """Every weight of the decoder, as a random init draws it, by name."""
+    source, drawn = sources.DrawnWeights(skeleton, seed), {}
+    for path in ("", *skeleton.units):
+        source.fill(path)
+        drawn |= {n: skeleton.model.get_parameter(n).data.clone() for n in skeleton.names(path)}
+        skeleton.empty_again(skeleton.names(path))
+    for name, module in skeleton.tables.items():
+        drawn[name] = source.rows(name, torch.arange(module.num_embeddings))
+    return drawn
+
+
+def unlike(drawn, whole):
+    """The names whose mean or spread differs: of standard errors of two Gaussian samples."""
+    names = []
+    for name, ours in drawn.items():
+        a, b = ours.double().flatten(), whole.get_parameter(name).double().flatten()
+        spread = max(a.std(correction=0), b.std(correction=0))
+        error = STANDARD_ERRORS * spread * (2 / len(a)) ** 0.5
+        off = max((a.mean() - b.mean()).abs(), (a.std(correction=0) - b.std(correction=0)).abs())
+        if off > error + 1e-6:  # constants are equal, to rounding
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in UNDRAWN])
+def test_random_init_is_the_familys(tmp_path, kind):
+    skeleton, config = family_skeleton(tmp_path, kind)
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForCausalLM.from_config(config)
+    drawn = drawn_weights(skeleton)
+    start = f"{skeleton.path}." if skeleton.path else ""
+    assert drawn.keys() == {n for n, _ in whole.named_parameters() if n.startswith(start)}
+    assert not unlike(drawn, whole)
+
+
+def test_random_init_of_another_range_is_seen(tmp_path):
+    skeleton, _ = family_skeleton(tmp_path, "gpt2", initializer_range=0.03)
+    _, config = family_skeleton(tmp_path, "gpt2")
+    whole = transformers.AutoModelForCausalLM.from_config(config)
+    assert "transformer.h.1.mlp.c_proj.weight" in unlike(drawn_weights(skeleton), whole)
+
+
+def test_random_init_that_is_left_out(tmp_path):
+    with pytest.raises(ConfigError, match=r"apertus has no random init of .*alpha_p.*seeds=0"):
+        drawn_weights(family_skeleton(tmp_path, "apertus")[0])
+
+
+def test_draws_are_by_seed_and_block(tmp_path, monkeypatch):
+    short, _ = family_skeleton(tmp_path, "gemma2")
+    deep, _ = family_skeleton(tmp_path, "gemma2", num_hidden_layers=5)
+    one, again, other = drawn_weights(short), drawn_weights(deep), drawn_weights(short, seed=4)
+    assert all(torch.equal(weight, again[name]) for name, weight in one.items())
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    assert not torch.equal(one[name.format(0)], other[name.format(0)])
+    assert not torch.equal(one[name.format(0)], one[name.format(1)])
+    monkeypatch.setattr(sources, "TABLE_BYTES", 32 * 4 * 10)  # ten rows share a seed
+    source, table = sources.DrawnWeights(short, 3), "model.embed_tokens.weight"
+    ids = torch.tensor([[5, 96, 5], [33, 0, 12]])
+    rows = source.rows(table, ids)
+    assert torch.equal(rows, source.rows(table, torch.arange(97))[ids])
+    assert len(rows.flatten(0, 1).unique(dim=0)) == 5
+
+
+def test_streamed_is_simlabs_own(tmp_path):
+    """Of a Llama, which simlab reads itself: every statistic of every row."""
+    write_olmo(tmp_path, "Llama")
+    ids = IDS % 61
+    (ours,) = measure_curves(Checkpoint(str(tmp_path)), ids, CPU, FLOAT)
+    checkpoint = FamilyCheckpoint(str(tmp_path), statistics=True)
+    theirs = streamed(checkpoint.skeleton, checkpoint.stored(checkpoint.skeleton), ids)
+    assert [row.kind for row in ours.rows] == [row.kind for row in theirs.rows]
+    values = [torch.stack([row.values for row in curve.rows]) for curve in (ours, theirs)]
+    for name, a, b in zip(STATISTICS, *(v.double().T for v in values), strict=True):
+        if name != "attention_max_logit":  # which attention's output doesn't show
+            torch.testing.assert_close(
+                a, b, **PARITY, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gemma2")
+    write_family(folder, "gemma2")
+    return folder
+
+
+def test_run(gemma, tmp_path, no_figures):
+    given = ["source=checkpoint", f"source.path={gemma}", "seeds=2", "hydra.run.dir=out"]
+    done = in_process(*given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "computed by transformers' gemma2" in done.stdout
+    assert "Theory predicts no curve here: theory has no formula of transformers' gemma2" in (
+        " ".join(done.stdout.split())
+    )
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["engines"] == {"checkpoint": "dense", "random": "dense"}
+    assert summary["config"]["model"]["transformers"] == transformers.__version__
+    model = transformers.AutoModelForCausalLM.from_pretrained(gemma)
+    assert summary["parameters"] == model.num_parameters()
+    curve = (tmp_path / "out/curve.csv").read_text().splitlines()
+    assert len(curve) == 1 + 3 * 7
+    weights = (tmp_path / "out/weights.csv").read_text().splitlines()
+    assert len(weights) == 1 + len(load_file(gemma / "model.safetensors"))
+
+
+WRONG = [
+    ("gradients=true", "gradients=true: model_type=gemma2 is computed by transformers' code"),
+    ("engine=weightless", "engine=weightless: model_type=gemma2 is computed"),
+    ("engine=theory", "engine=theory: model_type=gemma2 is computed"),
+    ("init=mitchell", "init=mitchell: model_type=gemma2 is computed"),
+    ("init.std=0.1", "init.std=0.1: model_type=gemma2 is computed"),
+]
+
+
+@pytest.mark.parametrize(("override", "line"), WRONG)
+def test_what_a_run_cant_do(gemma, tmp_path, override, line):
+    given = ["source=checkpoint", f"source.path={gemma}", override]
+    done = in_process(*given, cwd=tmp_path)
+    assert done.returncode == 2
+    (printed,) = done.stderr.splitlines()
+    assert line in printed
+
+
+def changed(folder, tensors=(), drop=(), **config):
+    """A Gemma 2's folder with other tensors or keys."""
+    write_family(folder, "gemma2")
+    held = load_file(folder / "model.safetensors") | dict(tensors)
+    save_file({k: v for k, v in held.items() if k not in drop}, folder / "model.safetensors")
+    edit_json(folder / "config.json", **config)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BAD = {
+    "missing": ({"drop": [NORM]}, [f"tensor {NORM} is missing"]),
+    "extra": (
+        {"tensors": {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)}},
+        ["model.layers.1.self_attn.q_proj.bias is not part of transformers' gemma2"],
+    ),
+    "shape": ({"tensors": {NORM: torch.ones(31)}}, [NORM, "(31,)", "implies (32,)"]),
+    "layers": ({"num_hidden_layers": 10**9}, ["'num_hidden_layers'=1000000000"]),
+    "layer types": ({"num_hidden_layers": 2}, ["transformers refuses it", "layer_types"]),
+    "fewer layers": (
+        {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+        ["model.layers.2.", "is not part of transformers' gemma2"],
+    ),
+    "heads": ({"num_attention_heads": "four"}, ["transformers refuses it"]),
+    "width": ({"hidden_size": 2**61}, ["config.json"]),
+    "quantised": (
+        {"quantization_config": {"quant_method": "fp8"}},
+        ["quantization_config=", "are quantised"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(tmp_path, case):
+    changes, parts = BAD[case]
+    changed(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        FamilyCheckpoint(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_what_isnt_used_is_said(tmp_path):
+    more = {"vision.weight": torch.ones(2), "model.rotary_emb.inv_freq": torch.ones(4)}
+    changed(tmp_path, tensors=more, frobnicate=3)
+    unread = FamilyCheckpoint(str(tmp_path)).unread
+    assert "not used: vision.weight, for which transformers' gemma2 has no place" in unread
+    assert "not used: frobnicate in config.json" in unread
+    assert "inv_freq" not in unread
+
+
+def test_weight_hash(gemma, tmp_path):
+    """Of what was read as of what wasn't, in any dtype; another weight has another."""
+    read = FamilyCheckpoint(str(gemma))
+    streamed(read.skeleton, read.stored(read.skeleton), IDS)
+    half = FamilyCheckpoint(str(gemma), statistics=True)
+    skeleton = half.skeleton_for(torch.bfloat16, CPU)
+    streamed(skeleton, half.stored(skeleton), IDS)
+    unread = FamilyCheckpoint(str(gemma), statistics=True)
+    assert read.identity() == half.identity() == unread.identity()
+    assert half.table() == unread.table()
+    weight = load_file(gemma / "model.safetensors")[NORM]
+    changed(tmp_path, tensors={NORM: weight + 1})
+    assert FamilyCheckpoint(str(tmp_path)).identity() != read.identity()
+
+
+def test_code_of_a_repository(tmp_path):
+    code = {"auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "theirs", **code}))
+    with pytest.raises(ConfigError, match=r"auto_map=.* doesn't know model_type='theirs'"):
+        is_family(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "theirs"}))
+    assert not is_family(tmp_path)
+
+
+def test_without_transformers(gemma, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    done = in_process("source=checkpoint", f"source.path={gemma}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("pip install 'simlab[transformers]'")
