@@ -36,7 +36,7 @@ from typing import Any
 from unittest import mock
 
 TESTS = Path(__file__).parents[1] / "tests"
-LAYOUTS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors")
+LAYOUTS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors", "gguf")
 CLASSES = (*LAYOUTS, "pickle", "tokenizer", "text", "changing", "largest")
 PATIENCE = 20.0  # seconds of work
 MOST = {"largest": (2.0, 300), ".metadata": (10.0, 350)}  # seconds, MiB
@@ -217,11 +217,13 @@ def attempt(folder: Path, overrides: list[str], during: Callable[[], Any], momen
 
     during: called before the read of that number, which no run may see as anything but a line.
     """
+    from strangers import path_of
+
     from simlab import compose, experiment
     from simlab.checkpoints.storage import StoredFile
     from simlab.config.cli_errors import in_one_line
 
-    given = ["source=checkpoint", f"source.path={folder}", "seeds=0", "device=cpu"]
+    given = ["source=checkpoint", f"source.path={path_of(folder)}", "seeds=0", "device=cpu"]
     given += overrides or ["inputs.batch=1", "inputs.length=4"]
     out, reads, original = io.StringIO(), 0, StoredFile.read_into
 

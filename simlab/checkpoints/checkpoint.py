@@ -88,8 +88,8 @@ class Checkpoint(Weights):
 
     @property
     def unread(self) -> str:
-        """What lies in or beside the files and isn't measured, or nothing."""
-        return self.opened.unread
+        """How the weights are quantised, and what is in or beside the files and isn't measured."""
+        return "; ".join(filter(None, (self.opened.stored_as, self.opened.unread)))
 
     @property
     def init(self) -> OwnInit:
@@ -270,7 +270,7 @@ class Checkpoint(Weights):
                 "tensor": name,
                 "in_file": stored.name,
                 "shape": "×".join(map(str, shape)),
-                "dtype": str(stored.dtype).removeprefix("torch."),
+                "dtype": stored.kind,
                 "entries": math.prod(shape),
             }
             rows.append(about | self.fingerprints.statistics(name))

@@ -38,7 +38,7 @@ _SAID_FROM = 100 << 20  # bytes; a download of more is said
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint's folder, in which the weights of a hub's repository may be missing.
+    """A checkpoint's folder or GGUF file; of a hub's repository weights may be missing.
 
     repo: None of a user's folder; else ``folder.name`` is the commit. missing: the weights' files that
     aren't here.
@@ -107,10 +107,11 @@ def find(path: str, revision: str | None) -> Found:
     Raises ConfigError for a folder that isn't there or a hub id that can't be downloaded.
     """
     folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
+    if folder.is_dir() or (folder.exists() and folder.suffix == ".gguf"):
         if revision is not None:
+            what = "folder" if folder.is_dir() else "file"
             raise ConfigError(
-                f"source.revision={revision}: revisions are for hub ids, and {path} is a folder"
+                f"source.revision={revision}: revisions are for hub ids, and {path} is a {what}"
             )
         return Found(folder.resolve())
     if folder.exists():

@@ -164,6 +164,15 @@ class StoredTensor:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
+    @property
+    def kind(self) -> str:
+        """What its entries are in the file: the dtype's name."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def size_of(self, shape: tuple[int, ...]) -> int:
+        """Bytes that some of its entries take in a file."""
+        return math.prod(shape) * self.dtype.itemsize
+
     def rows(
         self,
         start: int,
@@ -193,7 +202,7 @@ class StoredTensor:
             where = [slice(s, s + n) for s, n in zip(p.start[1:], p.shape[1:], strict=True)]
             whole[(slice(first - start, last - start), *where)] = part
         if seen is not None:
-            seen(_bytes(whole.view(-1)))
+            seen(bytes_of(whole.view(-1)))
         return out if whole is out else out.copy_(whole)
 
     def _read(
@@ -208,7 +217,7 @@ class StoredTensor:
         for at in range(0, len(flat), step):
             count = min(step, len(flat) - at)
             few = buffer[at : at + count] if same else buffer[:count]
-            view = _bytes(few)
+            view = bytes_of(few)
             piece.file.read_into(view, offset + at * size)
             if not same:
                 flat[at : at + count] = few
@@ -218,11 +227,10 @@ class StoredTensor:
     def prefetch(self) -> None:
         """Ask the system to read the tensor into its file cache, in the background."""
         for piece in self.pieces:
-            size = math.prod(piece.shape) * self.dtype.itemsize
-            piece.file.prefetch(piece.offset, piece.offset + size)
+            piece.file.prefetch(piece.offset, piece.offset + self.size_of(piece.shape))
 
 
-def _bytes(flat: Tensor) -> memoryview:
+def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a contiguous tensor of one dimension."""
     return flat.view(torch.uint8).numpy().data
 
@@ -244,7 +252,7 @@ def check_pieces(tensors: Iterable[StoredTensor]) -> None:
     for tensor in tensors:
         _check_grid(tensor)
         for piece in tensor.pieces:
-            size = math.prod(piece.shape) * tensor.dtype.itemsize
+            size = tensor.size_of(piece.shape)
             runs.setdefault(piece.file, []).append((piece.offset, piece.offset + size, tensor.name))
     for file, in_file in runs.items():
         end, before = 0, ""

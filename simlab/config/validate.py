@@ -166,7 +166,7 @@ def _source(reader: Fields) -> SourceConfig:
         )
         if not source.path:
             raise ConfigError(
-                "source.path is missing: give a checkpoint folder or a hub id, "
+                "source.path is missing: give a checkpoint folder, a GGUF file or a hub id, "
                 "for example source.path=allenai/OLMo-2-0425-1B"
             )
     reader.done()

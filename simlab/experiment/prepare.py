@@ -56,7 +56,7 @@ class Prepared:
 
     @property
     def unread(self) -> str:
-        """What lies beside the checkpoint's files and isn't read, or nothing."""
+        """How the checkpoint's weights are quantised, and what isn't read of its files, or nothing."""
         return self.checkpoint.unread if self.checkpoint else ""
 
     @property

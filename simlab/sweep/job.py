@@ -255,6 +255,7 @@ def key_of(ready: Prepared) -> str:
         top = ready.checkpoint.folder
         inner = [top, top / "model_and_optim"]
         files = sorted(p for folder in inner if folder.is_dir() for p in folder.iterdir())
+        files = files or [top]  # a file that is the checkpoint
         stats = [(str(p.relative_to(top)), p.stat()) for p in files if p.is_file()]
         inputs += repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()
     return result_key(ready.config, inputs)

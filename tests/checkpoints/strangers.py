@@ -269,9 +269,14 @@ def mutate(folder, rng, marker):
     return mutate_bytes(path, rng)
 
 
+def path_of(folder):
+    """What source.path is: the folder, or the GGUF file in it."""
+    return str(next(folder.glob("*.gguf"), folder))
+
+
 def read_all(folder):
     """Opens a checkpoint and reads every tensor in it, as stored and by our names."""
-    opened = Checkpoint(str(folder))
+    opened = Checkpoint(path_of(folder))
     for stored in opened.opened.tensors.values():
         stored.rows(0, stored.shape[0])
     for name in opened.parts:

@@ -282,7 +282,7 @@ def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
         "; 'adapter_model.safetensors' is an adapter alone": {
             "config.json": config, "adapter_model.safetensors": data,
         },
-        "; 'm.Q4_K_M.gguf' is for llama.cpp: use the repository that": {"m.Q4_K_M.gguf": data},
+        "; 'm.Q4_K_M.gguf' is for llama.cpp: give that file itself": {"m.Q4_K_M.gguf": data},
         "; 'm.gguf' is for llama.cpp": {"config.json": config, "m.gguf": data},
         "; 'consolidated.00.pth' is Meta's layout": {"consolidated.00.pth": data},
         "a shard, and model.safetensors.index.json isn't": {"config.json": config, shard: data},

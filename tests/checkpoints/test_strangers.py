@@ -17,6 +17,7 @@ from conftest import refused, write_olmo
 from evil_pickles import evil
 from strangers import rezip
 from test_legacy_olmo import OLMO2, fused, write_legacy
+from write_gguf import write_gguf
 
 from simlab.checkpoints.storage import StoredFile
 from simlab.checkpoints.untrusted.dcp import CHUNK_LIMITS
@@ -33,7 +34,7 @@ CONFIG = OLMO2 | {
     "d_model": 12, "n_heads": 2, "n_kv_heads": 1, "mlp_hidden_size": 32, "n_layers": 2,
     "embedding_size": 19, "vocab_size": 17,
 }  # fmt: skip
-FORMATS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors")
+FORMATS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors", "gguf")
 COUNT = 100
 
 
@@ -41,6 +42,10 @@ def write(kind, folder, scratch, written):
     if kind == "olmo_core":
         shutil.copytree(written / "olmo3", folder)
         (folder / "states.safetensors").unlink()
+    elif kind == "gguf":
+        folder.mkdir()
+        model = write_olmo(scratch, "Llama", **TINY | {"hidden_size": 32, "intermediate_size": 32})
+        write_gguf(folder / "model.gguf", model, "Q4_1")
     elif kind.startswith("legacy"):
         write_legacy(
             folder, fused(write_olmo(scratch, **TINY)), CONFIG, kind.removeprefix("legacy_")

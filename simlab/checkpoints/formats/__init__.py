@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from simlab.checkpoints.formats import hugging_face, legacy_olmo, olmo_core
+from simlab.checkpoints.formats import gguf, hugging_face, legacy_olmo, olmo_core
 from simlab.checkpoints.formats.layouts import INDEX, instead, unwrapped
 from simlab.checkpoints.formats.opened import Opened
 from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.untrusted.safetensors import read_header
 from simlab.config import ConfigError, ModelConfig
 
-# A format's test of a folder, and its reader; the first format whose test passes reads the folder.
+# A format's test of a folder or file, and its reader; the first format whose test passes reads it.
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Opened]]] = {
+    "gguf": (gguf.matches, gguf.open_file),
     "olmo_core": (olmo_core.matches, olmo_core.open_folder),
     "legacy_olmo": (legacy_olmo.matches, legacy_olmo.open_folder),
     "hugging_face": (hugging_face.matches, hugging_face.open_folder),
@@ -64,7 +65,7 @@ def _is_hugging_faces(folder: Path) -> bool:
 
 
 def open_folder(folder: Path) -> Opened:
-    """Open a checkpoint folder of any format. Raises ConfigError, one line, for what is wrong."""
+    """Open a checkpoint of any format, a folder or one file. Raises ConfigError for what is wrong."""
     for name, (matches, opener) in FORMATS.items():
         if matches(folder) and (name != "legacy_olmo" or not _is_hugging_faces(folder)):
             opened = opener(folder)

@@ -219,11 +219,11 @@ def _check_frequencies(stored: StoredTensor, model: ModelConfig, path: Path) -> 
     theirs = stored.rows(0, *stored.shape) if len(stored.shape) == 1 else None
     pairs = torch.arange(model.head_dim / 2)
     ours, _ = inverse_frequencies(pairs, model.head_dim, model.rope_theta, model.yarn, model.llama3)
-    if theirs is None or theirs.shape != ours.shape or not _rounded(theirs, ours):
+    if theirs is None or theirs.shape != ours.shape or not same_but_rounded(theirs, ours):
         raise ConfigError(f"{path}: its RoPE isn't that of the tensor {stored.name} in the files")
 
 
-def _rounded(theirs: Tensor, ours: Tensor) -> bool:
+def same_but_rounded(theirs: Tensor, ours: Tensor) -> bool:
     """True if stored frequencies are ours but for rounding to their dtype.
 
     A number rounds by half of the dtype's eps, near 0 by half of its smallest number. Frequencies that

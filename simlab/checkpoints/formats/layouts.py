@@ -36,7 +36,7 @@ _INSTEAD = (
         "consolidated*.pth",
         "Meta's layout: use the repository whose name ends in -hf, or transformers'",
     ),
-    ("*.gguf", "for llama.cpp: use the repository that it was made from"),
+    ("*.gguf", "for llama.cpp: give that file itself, as source.path=FOLDER/NAME.gguf"),
     ("*.safetensors", "under another name: simlab reads model.safetensors"),
     ("tf_model.h5", "TensorFlow's: load it with transformers and save it from there"),
     ("flax_model.msgpack", "Flax's: load it with transformers and save it from there"),

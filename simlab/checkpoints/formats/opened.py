@@ -23,7 +23,7 @@ class Opened:
     config: the file that says the shape. init: how its weights were drawn before training. head: the
     one that the files hold although it is tied. other_head: tensors of another task's head. unread: a
     line on what is in or beside these files and could be taken for what is measured, but isn't; empty
-    where there is nothing.
+    where there is nothing. stored_as: a line on how the weights are quantised, of a format that may.
     """
 
     format: str
@@ -35,6 +35,7 @@ class Opened:
     head: StoredTensor | None = None
     other_head: str = ""
     unread: str = ""
+    stored_as: str = ""
 
 
 def layers(fields: Fields, key: str, tensors: int) -> int:

@@ -40,6 +40,14 @@ def transformers_init(fields: Fields, kind: str) -> OwnInit:
     return OwnInit(init, f"initializer_range={std:g} in config.json")
 
 
+def gguf_init(kind: str) -> OwnInit:
+    """Of a GGUF file, which says nothing of it: a guess by its architecture."""
+    why = "a GGUF file doesn't say how its weights were drawn"
+    if kind == "olmo":
+        return OwnInit(InitConfig("mitchell", None, 3.0), why, guess=True)
+    return OwnInit(InitConfig("normal", _STD, _TRUNCATE.get(kind)), why, guess=True)
+
+
 def olmo_core_init(model: Fields) -> OwnInit:
     """From the model's section of OLMo-core's config.json. Raises ConfigError for malformed numbers."""
     std = model.number("init_std", 1e-12, above=True, default=_STD)

@@ -72,9 +72,10 @@ def encode(path: Path, text: str, most: int, special: bool | None = None) -> Enc
     None: the tokenizer.json's, which the files beside it must then agree with.
     """
     if path.name != TOKENIZER:
+        given = f", gguf_file={path.name!r}" if path.suffix == ".gguf" else ""
         raise ConfigError(
             f"{path}: a text needs the tokenizer, and simlab reads it from a {TOKENIZER} only; "
-            "transformers makes one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            f"transformers makes one: AutoTokenizer.from_pretrained(DIR{given}).save_pretrained(DIR)"
         )
     beside = read_beside(path)
     _, encoded, does = _ask(path, text, most, beside)

@@ -68,7 +68,13 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """A folder's tokenizer.json, else the file of another tokenizer, which simlab doesn't read."""
+    """A folder's tokenizer.json, else the file of another tokenizer, which simlab doesn't read.
+
+    Of a GGUF file the tokenizer.json beside it, else the file itself, which holds a tokenizer.
+    """
+    if folder.is_file():
+        beside = folder.with_name(TOKENIZER)
+        return beside if beside.is_file() else folder
     files = tokenizer_files(entry.name for entry in folder.iterdir() if entry.is_file())
     return folder / files[0] if files else None
 
