@@ -94,8 +94,8 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloa
 
 
 def matches(path: Path) -> bool:
-    """True of a file; every other format is a folder."""
-    return path.is_file()
+    """True of what isn't a folder, as every other format is."""
+    return not path.is_dir()
 
 
 def open_file(path: Path) -> Opened:

@@ -72,7 +72,7 @@ def find_tokenizer(folder: Path) -> Path | None:
 
     Of a GGUF file the tokenizer.json beside it, else the file itself, which holds a tokenizer.
     """
-    if folder.is_file():
+    if not folder.is_dir():
         beside = folder.with_name(TOKENIZER)
         return beside if beside.is_file() else folder
     files = tokenizer_files(entry.name for entry in folder.iterdir() if entry.is_file())
