@@ -48,6 +48,13 @@ CASES = {  # family, changes, type of the matrices, what write_gguf is told
     "llama-head-dim": ("Llama", SMALL | {"head_dim": 32, "num_key_value_heads": 3}, "Q4_1", {}),
     "olmo": ("Olmo", SMALL, "Q8_0", {}),
     "olmo2": ("Olmo2", SMALL, "Q8_0", {}),
+    "mistral": (
+        "Mistral",
+        SMALL | {"sliding_window": None, "head_dim": 16},
+        "Q8_0",
+        {"names": "llama"},
+    ),
+    "qwen2": ("Qwen2", SMALL, "Q8_0", {}),
     "qwen3": ("Qwen3", SMALL | {"head_dim": 32}, "Q8_0", {}),
 }
 
@@ -229,7 +236,8 @@ def test_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     refused(
-        tmp_path / "m.gguf", "general.architecture='gemma3': allowed: llama, olmo, olmo2, qwen3"
+        tmp_path / "m.gguf",
+        "general.architecture='gemma3': allowed: llama, olmo, olmo2, qwen2, qwen3",
     )
 
 

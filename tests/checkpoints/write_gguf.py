@@ -68,7 +68,7 @@ def write_gguf(path: Path, model, kind: str = "F32", keys=None, rope=None, names
     if rope is not None:
         writer.add_tensor("rope_freqs.weight", np.array(rope, np.float32))
     for seed, (name, parameter) in enumerate(model.named_parameters()):
-        theirs = mapped.get_name(name, try_suffixes=(".weight",))
+        theirs = mapped.get_name(name, try_suffixes=(".weight", ".bias"))
         heads = None
         if arch in ("llama", "olmo") and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_" in name else config.num_key_value_heads

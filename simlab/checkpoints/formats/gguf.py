@@ -54,10 +54,15 @@ _QK_NORM = {
     "blocks.{}.attention.sublayer.q_norm.weight": "blk.{}.attn_q_norm.weight",
     "blocks.{}.attention.sublayer.k_norm.weight": "blk.{}.attn_k_norm.weight",
 }
-_NAMES = {  # OLMo 3 is olmo2 with a window
+_QKV_BIAS = {
+    f"blocks.{{}}.attention.sublayer.{name}_proj.bias": f"blk.{{}}.attn_{name}.bias"
+    for name in "qkv"
+}
+_NAMES = {  # OLMo 3 is olmo2 with a window; Mistral is a llama
     "llama": _SHARED | _NORMS_IN,
     "olmo": _SHARED,
     "olmo2": _SHARED | _NORMS_OUT | _QK_NORM,
+    "qwen2": _SHARED | _NORMS_IN | _QKV_BIAS,
     "qwen3": _SHARED | _NORMS_IN | _QK_NORM,
 }
 _INTERLEAVED = ("llama", "olmo")  # LLAMA_ROPE_TYPE_NORM in llama.cpp; the others are NEOX
@@ -84,6 +89,7 @@ _KEYS_OF = {
     "llama": _KEYS | _RMS,
     "olmo": _KEYS | Keys("attention.layer_norm_epsilon", fixed={"attention.clamp_kqv": None}),
     "olmo2": _KEYS | _RMS | Keys("attention.sliding_window attention.sliding_window_pattern"),
+    "qwen2": _KEYS | _RMS,
     "qwen3": _KEYS | _RMS,
 }
 _FREQUENCIES = "rope_freqs.weight"  # Llama 3.1's scaling: what each pair's frequency is divided by
@@ -164,6 +170,7 @@ def _model(kind: str, fields: Fields, tensors: dict[str, StoredTensor]) -> Model
         window=window,
         full_attention=_full_layers(fields, depth) if window else (),
         tied=_SHARED["head.weight"] not in tensors,
+        qkv_bias=its.qkv_bias,
     )
 
 
