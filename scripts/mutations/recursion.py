@@ -193,7 +193,7 @@ STREAM = (
     Mutation(
         "fourth_moment_per_token",
         "the embedding's fourth moment per token, not per id",
-        edit(band, "for token in np.unique(ids)", "for token in ids"),
+        edit(band, "for token in np.unique(each)", "for token in each"),
         "band_of_the_embedding",
     ),
     Mutation(

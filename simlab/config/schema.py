@@ -16,7 +16,7 @@ DEMO_STEPS = ("0", "100", "1000", "final")
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless", "theory")
-NORM_TYPES = ("rms", "layer")
+NORM_TYPES = ("rms", "layer", "layer_bias")  # the keys of simlab.model.norms.NORMS
 QK_NORMS = ("none", "full", "per_head")
 LOGGERS = (
     "tensorboard",
@@ -30,7 +30,7 @@ MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Where the norms sit (``placement``), RMS or LayerNorm (``type``), and a placement's constants.
+    """Where the norms sit (``placement``), one of NORM_TYPES (``type``), and a placement's constants.
 
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
     are post-norm. Each is None for a placement whose file in conf/norm doesn't have it.
@@ -43,6 +43,16 @@ class NormConfig:
     every: int | None = None
     alpha: float | None = None
     fraction: float | None = None
+
+    @property
+    def centred(self) -> bool:
+        """True for a LayerNorm, which takes the mean away."""
+        return self.type != "rms"
+
+    @property
+    def biased(self) -> bool:
+        """True if norms have biases."""
+        return self.type == "layer_bias"
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,13 @@ class ModelConfig:
     mlp: str = "swiglu"
     bias: bool = False  # on the linear layers of attention and MLP, not on the head
     qkv_bias: bool = False  # on those of queries, keys and values
+    rotary: float = 1.0  # the share of a head's channels that RoPE turns; 0: there is no RoPE
+    positions: int | None = None  # of the learned embedding of positions; None: there is none
+
+    @property
+    def turned(self) -> int:
+        """Channels of a head that RoPE turns, the first ones."""
+        return int(self.head_dim * self.rotary)
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

@@ -109,6 +109,8 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         norm=norm,
         qk_norm=node.choice("qk_norm", QK_NORMS),
         rope_theta=node.number("rope_theta", 1.0, above=True),
+        rotary=node.number("rotary", 0.0, 1.0) if "rotary" in node.values else 1.0,
+        positions=node.integer("positions", default=None),
         # Configs written before this key, mlp and the biases existed have none of them.
         llama3=read_llama3(node) if "llama3" in node.values else None,
         yarn=read_yarn(node),
@@ -120,6 +122,10 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         qkv_bias=node.boolean("qkv_bias") if "qkv_bias" in node.values else False,
     )
     node.done()
+    if model.turned % 2:
+        raise node.fail(
+            "rotary", model.rotary, f"{model.turned} of {head_dim} channels: must be even"
+        )
     return model
 
 

@@ -162,6 +162,11 @@ def prepare(
     made = tokens_of(config.inputs, config.shape.vocab_size, config.seed, tokenizer)
     tokens = made.ids
     inputs = replace(config.inputs, batch=tokens.shape[0], length=tokens.shape[1])
+    positions, length = config.shape.positions, tokens.shape[1]
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"inputs.length={length}: the model has {positions} learned positions (model.positions)"
+        )
     if config.gradients and inputs.length == 1:
         raise ConfigError(
             "gradients=true: predicts next tokens, so inputs.length must be at least 2"

@@ -19,10 +19,16 @@ Linear = Callable[[int, int, bool], nn.Module]  # arguments: d_in, d_out, bias
 
 
 def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864) on halves: pair i is (x_i, x_{i+C/2}); float32, cast back."""
+    """RoPE (arXiv 2104.09864) on halves: pair i is (x_i, x_{i+R/2}); float32, cast back.
+
+    R channels of cos and sin: the first of C. The others stay.
+    """
+    rest = x_BHTC[..., cos_TC.shape[-1] :]
+    x_BHTC = x_BHTC[..., : cos_TC.shape[-1]]
     first, second = x_BHTC.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return (x_BHTC.float() * cos_TC + turned * sin_TC).to(x_BHTC.dtype)
+    out = (x_BHTC.float() * cos_TC + turned * sin_TC).to(x_BHTC.dtype)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
 class Attend(nn.Module):
@@ -45,7 +51,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, linear: Linear) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qk_norm, self.theta = config.qk_norm, config.rope_theta
+        self.qk_norm, self.theta, self.turned = config.qk_norm, config.rope_theta, config.turned
         self.window = config.window_of(layer)
         # Scaling stretches what must reach far: a layer with a window keeps plain RoPE (OLMo 3).
         self.yarn = config.yarn if self.window is None else None
@@ -84,10 +90,8 @@ class Attention(nn.Module):
         return out
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        pairs = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
-        angles, factor = inverse_frequencies(
-            pairs, self.head_dim, self.theta, self.yarn, self.llama3
-        )
+        pairs = torch.arange(self.turned // 2, dtype=torch.float32, device=device)
+        angles, factor = inverse_frequencies(pairs, self.turned, self.theta, self.yarn, self.llama3)
         positions = torch.arange(length, dtype=torch.float32, device=device)
         angles_TC = torch.outer(positions, angles).repeat(1, 2)
         return angles_TC.cos() * factor, angles_TC.sin() * factor

@@ -95,7 +95,9 @@ def shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 def first_block(model: ModelConfig) -> ModelConfig:
     """A model's first block, without keys that don't change its shapes: a description's cache key."""
-    return replace(model, name="", depth=1, vocab_size=1, window=None, full_attention=())
+    return replace(
+        model, name="", depth=1, vocab_size=1, positions=None, window=None, full_attention=()
+    )
 
 
 def paper_block(model: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor]:

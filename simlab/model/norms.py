@@ -1,4 +1,4 @@
-"""The two norms. Arithmetic is in float32 whatever the dtype; gains multiply before casting back."""
+"""The norms. Arithmetic is in float32 whatever the dtype; gains multiply before casting back."""
 
 from __future__ import annotations
 
@@ -54,8 +54,13 @@ class LayerNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape (…, dim) to the same shape and dtype."""
         weight = self.weight.float()
-        y = nn.functional.layer_norm(squarable(x.float()), weight.shape, weight, None, self.eps)
+        y = nn.functional.layer_norm(
+            squarable(x.float()), weight.shape, weight, self._shift(), self.eps
+        )
         return y.to(x.dtype)
+
+    def _shift(self) -> Tensor | None:
+        return None
 
     @staticmethod
     def moment(x: Tensor) -> Tensor:
@@ -63,4 +68,19 @@ class LayerNorm(RMSNorm):
         return x.var(-1, correction=0)
 
 
-NORMS: dict[str, Callable[[int, float], RMSNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+class BiasedLayerNorm(LayerNorm):
+    """LayerNorm + b, the bias b a parameter: GPT-2, GPT-NeoX."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def _shift(self) -> Tensor:
+        return self.bias.float()
+
+
+NORMS: dict[str, Callable[[int, float], RMSNorm]] = {
+    "rms": RMSNorm,
+    "layer": LayerNorm,
+    "layer_bias": BiasedLayerNorm,
+}

@@ -51,6 +51,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, linear: Linear = dense_linear) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, i, linear) for i in range(config.depth))
         self.norm = NORMS[config.norm.type](config.width, config.norm.eps)
         self.head = linear(config.width, config.vocab_size, False)
@@ -60,6 +61,8 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to logits (B, T, vocabulary)."""
         x = self.embedding(ids)
+        if self.position is not None:
+            x = x + self.position.weight[: ids.shape[-1]]
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
@@ -77,4 +80,5 @@ def parameter_count(config: ModelConfig) -> int:
         with torch.device("meta"):
             block = Block(config, kinds.index(kind))
         blocks += count * sum(p.numel() for p in block.parameters())
-    return blocks + config.width * (1 + (2 - config.tied) * config.vocab_size)
+    ends = 1 + config.norm.biased + (config.positions or 0)
+    return blocks + config.width * (ends + (2 - config.tied) * config.vocab_size)

@@ -17,7 +17,8 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 | megatron     | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | 1/√d |
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
-``init.embedding_std``, where given, stands in place of the embedding's σ.
+``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
+as the embedding is.
 
 An MLP without a gate has the columns up and down. Biases are 0 and norms' gains 1 (``norm.gain`` where
 a sublayer's norm has it), as in all of these trainers.
@@ -141,7 +142,7 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
     Raises KeyError for a parameter that the table has no column for.
     """
     parts = name.split(".")
-    role = parts[-2]
+    role = "embedding" if parts[-2] == "position" else parts[-2]
     if parts[-1] == "bias":
         return Constant(0.0)
     if role in GAINS:

@@ -16,11 +16,13 @@ def parameters_on_paper(model: ModelConfig) -> int:
     inputs = q + 2 * kv + (1 + UNITS[model.mlp].gated) * model.d_ff  # rows of the input matrices
     block = d * (inputs + q + model.d_ff) + model.bias * (inputs + 2 * d)
     block += (model.qkv_bias and not model.bias) * (q + 2 * kv)
-    block += {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
+    each = 1 + model.norm.biased  # vectors of a norm
+    block += each * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
     norms = sum(renorm_after(model, layer) for layer in range(model.depth))
     norms += sum(
         len(at(model, layer, kind).norms)
         for layer in range(model.depth)
         for kind in ("attention", "mlp")
     )
-    return model.depth * block + d * (norms + 1 + (2 - model.tied) * model.vocab_size)
+    ends = (2 - model.tied) * model.vocab_size + (model.positions or 0)
+    return model.depth * block + d * (each * (norms + 1) + ends)

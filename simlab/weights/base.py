@@ -47,7 +47,18 @@ class Weights(ABC):
         """Rows ``ids`` (any shape) of the matrix ``name``: (*ids.shape, columns)."""
 
     def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The embeddings of ids (B, T) in every curve: (S·B, T, D), a curve's sequences together."""
+        """The stream before the first block for ids (B, T) in every curve, where learned positions are
+        added: (S·B, T, D), a curve's sequences together.
+        """
+        x, positions = self.vectors(ids, device, dtype), self.model.positions
+        if positions is None:
+            return x
+        places = torch.arange(ids.shape[-1])
+        shape = (positions, self.model.width)
+        return x + self.rows("position.weight", shape, places, device, dtype)
+
+    def vectors(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The embedding's rows of ids, in one curve: (*ids.shape, D)."""
         shape = (self.model.vocab_size, self.model.width)
         return self.rows("embedding.weight", shape, ids, device, dtype)
 

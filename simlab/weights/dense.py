@@ -28,7 +28,11 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.init import Constant, Gaussian, distribution
 from simlab.weights.base import Shape, Weights
 
-BY_ROWS = ("embedding.weight", "head.weight")  # matrices of which ``rows`` draws some rows
+BY_ROWS = (
+    "embedding.weight",
+    "position.weight",
+    "head.weight",
+)  # ``rows`` draws some of theirs
 DENSE_PIECE = 1 << 16  # numbers per piece: 256 KiB of float32, which a core's cache holds
 # Numbers per piece of a large embedding: a batch needs a few rows from many places, and every piece
 # with one of them is drawn whole. Measured at width 1024, 64 tokens: 14 ms, with pieces of 2^16 44 ms.
@@ -123,7 +127,7 @@ class RandomWeights(Weights):
     def rows(
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """Rows of the embedding or the head, from the pieces in which they lie."""
+        """Rows of an embedding or the head, from the pieces in which they lie."""
         if name == "head.weight" and self.model.tied:
             name = "embedding.weight"
         law = distribution(self.model, self.init, name)

@@ -54,7 +54,7 @@ def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
 @functools.lru_cache(16)  # a sweep has the same two models with other inits
 def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
     """Names of the parameters in ``shallow``'s layers; none unless ``deep`` begins with these."""
-    if shallow.depth > deep.depth:
+    if shallow.depth > deep.depth or shallow.positions != deep.positions:
         return ()
     names = []
     for layer in range(shallow.depth):

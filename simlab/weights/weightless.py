@@ -305,7 +305,9 @@ class GaussianWeights(RandomWeights):
         targets = ids[:, 1:].flatten()
         if self.model.tied:
             distinct, where = ids.unique(return_inverse=True)
-            rows = self.embedded(distinct[None], x.device, x.dtype)
+            cpu = torch.device("cpu")
+            parts_of = [dense.vectors(distinct[None], cpu, x.dtype) for dense in self.dense]
+            rows = torch.cat(parts_of).to(x.device)
             parts.append(Columns(x, lambda: iter([rows.mT])))
             targets, count = where[:, 1:].flatten(), count - len(distinct)
         coordinates, tap = Inputs(self.normals).coordinates(x, "head.weight")

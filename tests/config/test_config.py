@@ -30,6 +30,7 @@ RELEASED = {
     "qwen3_32b": 32_762_123_264,
     "mistral_7b": 7_241_732_096,
     "qwen2_5_72b": 72_706_203_648,
+    "gpt2_xl": 1_557_611_200,
 }
 
 
@@ -112,6 +113,7 @@ MISTAKES = {
     "model.tied=maybe": ["model.tied=maybe", "true, false"],
     "model.mlp=swigl": ["model.mlp=swigl", "did you mean swiglu?"],
     "model.mlp=relu": ["model.mlp=relu", "swiglu, geglu, gelu"],
+    "model.rotary=0.4": ["rotary=0.4", "3 of 8 channels: must be even"],
     "model.bias=1": ["model.bias=1", "true, false"],
     "dtype=float23": ["dtype=float23", "did you mean float32?"],
     "engine=sparse": ["engine=sparse", "auto, dense, weightless"],

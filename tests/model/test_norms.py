@@ -26,6 +26,16 @@ def test_formula(kind, formula, scale):
     )
 
 
+def test_a_norms_bias():
+    torch.manual_seed(0)
+    norm, theirs = NORMS["layer_bias"](24, 1e-3), torch.nn.LayerNorm(24, 1e-3)
+    torch.nn.init.uniform_(theirs.weight, 0.5, 2)
+    torch.nn.init.normal_(theirs.bias)
+    norm.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 5, 24) + 0.3
+    torch.testing.assert_close(norm(x), theirs(x), **PARITY)
+
+
 @pytest.mark.parametrize(("kind", "formula"), [("rms", rms), ("layer", layer)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_once(kind, formula, dtype):

@@ -162,7 +162,9 @@ SETTINGS = [
     ("norm=peri", "model.mlp=geglu", "norm.type=layer", "norm.gain=0.7"),
     ("norm=pre", "init=mitchell", "model.window=4", "model.qk_norm=per_head"),
     ("norm=lns", "init=fan_in", "model.qk_norm=none"),
-]
+    ("norm=pre", "init=gpt2", "model.qk_norm=none", "model.rotary=0", "model.positions=64",
+     "norm.type=layer_bias", "model.mlp=gelu", "model.bias=true"),
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ SUBLAYERS = {
          "model.full_every=1", YARN),
     ),
     "window": ("attention", ("kv_heads=4", "model.rope_theta=30", "model.window=2")),
+    "partial": ("attention", ("kv_heads=4", "model.rope_theta=2", "model.rotary=0.5")),
     "swiglu": ("mlp", ()),
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
     "gelu": ("mlp", ("model.mlp=gelu",)),
@@ -101,11 +102,12 @@ def dense(name):
         return x / (x.square().mean(-1, keepdim=True) + shape.norm.eps).sqrt()
 
     d, c, heads, kv = shape.width, shape.head_dim, shape.heads, shape.kv_heads
-    angles, factor = shape.rope_theta ** (-np.arange(0, c, 2) / c), 1.0
+    turned = int(c * shape.rotary)
+    angles, factor = shape.rope_theta ** (-np.arange(0, turned, 2) / turned), 1.0
     if shape.yarn:
         angles, factor = inverse_frequencies(np.arange(c // 2), c, shape.rope_theta, shape.yarn)
     turns = torch.polar(
-        torch.full((LENGTH, c // 2), factor, dtype=torch.float64),
+        torch.full((LENGTH, turned // 2), factor, dtype=torch.float64),
         torch.outer(torch.arange(LENGTH, dtype=torch.float64), torch.from_numpy(angles)),
     )
 
@@ -113,8 +115,8 @@ def dense(name):
         return x.reshape(DRAWS, BATCH, LENGTH, count, c).transpose(2, 3)
 
     def turn(x):
-        turned = torch.complex(*x.chunk(2, -1)) * turns
-        return torch.cat((turned.real, turned.imag), -1)
+        y = torch.complex(*x[..., :turned].chunk(2, -1)) * turns
+        return torch.cat((y.real, y.imag, x[..., turned:]), -1)
 
     def sublayer(x):
         if kind == "mlp":
@@ -258,6 +260,13 @@ def test_band_of_the_embedding():
     expected = std**2 * math.sqrt(1.829 / config.shape.width * 6 / 16)
     rows = predict(config.shape, config.init, ids).rows
     assert rows[0].band == pytest.approx(expected, rel=1e-3)
+    # With learned positions K is σ²·(same token + same position): Cov is 2K²/d + (κ − 3)σ⁴/d of each.
+    config = tiny("depth=1", "init.std=0.3", "norm=post", "model.positions=9")
+    squares, pairs = 4 * 2**2 + 2, 6 + 4
+    variance = (2 * squares + (2.829 - 3) * pairs) / config.shape.width / 16
+    (first, *_) = predict(config.shape, config.init, ids).rows
+    assert first.band == pytest.approx(std**2 * math.sqrt(variance), rel=1e-3)
+    assert first.mean_square == pytest.approx(2 * std**2)
 
 
 def test_gradient_of_the_loss():

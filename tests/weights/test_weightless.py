@@ -222,10 +222,20 @@ def test_more_tokens_than_dimensions():
     [
         (["model.tied=true", "norm.type=layer", "model.qk_norm=per_head", "model.mlp=geglu"], {}),
         (["model.tied=true", "model.qk_norm=none"], {"init": InitConfig("fan_in", None, None)}),
-        (["model.mlp=gelu", "model.bias=true"], {}),
+        (
+            [
+                "model.mlp=gelu",
+                "model.bias=true",
+                "norm.type=layer_bias",
+                "model.rotary=0.5",
+                "model.positions=14",
+                "model.tied=true",
+            ],
+            {},
+        ),
     ],
-    ids=["other norms", "other init", "plain MLP"],
+    ids=["other norms", "other init", "GPT"],
 )
 def test_variants(overrides, init):
-    """A tied head, whose shown rows are known; other norms and MLPs; an init without one σ."""
+    """A tied head, whose shown rows are known; other norms, MLPs, positions; an init without one σ."""
     assert engines_agree(dataclasses.replace(shape("reordered", 32, *overrides), **init))

@@ -104,7 +104,7 @@ class AttentionKernel:
             for role in range(2):
                 z = self.context.draws(count, size, c).swapaxes(-1, -2)
                 np.matmul(z, lower.T, out=x[role, group])
-        if model.norm.type == "layer" and model.qk_norm == "per_head":
+        if model.norm.centred and model.qk_norm == "per_head":
             x -= x.mean(-2, keepdims=True)
         own = np.einsum("rgmcn,rgmcn->rgmn", x, x)
         factors = np.empty_like(own)
@@ -117,7 +117,7 @@ class AttentionKernel:
                 # The other heads' part of the mean square, at its average.
                 rest = (heads - 1) * c * np.maximum(sizes, TINY)
                 moment = variance * (own[role] + rest) / (heads * c)
-                if model.norm.type == "layer":
+                if model.norm.centred:
                     moment *= 1 - 1 / (heads * c)
                 moment += model.norm.eps
             elif model.qk_norm == "per_head":

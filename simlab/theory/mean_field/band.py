@@ -14,7 +14,7 @@ A step's variance is a quadratic form, so it takes a matrix (J, J) over the basi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,11 +147,13 @@ def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
 def band(
     steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float,
     width: int, on_step: Callable[[], None] = lambda: None,
+    others: Sequence[NDArray[np.int64]] = (),
 ) -> Array:  # fmt: skip
     """Std between seeds of every row's mean square, (rows,), the embedding's first.
 
     start: the embedding's kernel (N, N). ids (N,). fourth: (κ − 3)·σ⁴ of an embedding's entries, κ
-    their kurtosis. on_step: called after each step, from the last to the first.
+    their kurtosis. on_step: called after each step, from the last to the first. others: ids (N,) of
+    further embeddings with such entries that are added, as of positions.
     """
     tokens, rows = len(start), len(steps) + 1
     mean_square = np.eye(tokens)[None] / tokens
@@ -167,8 +169,9 @@ def band(
     functionals = np.tensordot(coefficients, basis, 1)
     product = products(functionals, start)
     variance += 2 * np.einsum("rij,rji->r", product, product) / width
-    for token in np.unique(ids):  # a truncated embedding's kurtosis is below 3
-        same = np.flatnonzero(ids == token)
-        sums = functionals[:, same][:, :, same].sum((1, 2))
-        variance += fourth / width * sums**2
+    for each in (ids, *others):
+        for token in np.unique(each):  # a truncated embedding's kurtosis is below 3
+            same = np.flatnonzero(each == token)
+            sums = functionals[:, same][:, :, same].sum((1, 2))
+            variance += fourth / width * sums**2
     return np.sqrt(np.maximum(variance, 0))[::-1]

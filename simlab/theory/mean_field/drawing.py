@@ -61,7 +61,7 @@ def cholesky(kernel: Array) -> Array:
 class Context:
     """The parts that every layer's attention uses: the model, the fixed draws and RoPE's tables.
 
-    batch, length: B sequences of T tokens. tables: cos and sin (C/2, N) by ``scaled``, made on demand.
+    batch, length: B sequences of T tokens. tables: cos and sin (R/2, N) by ``scaled``, made on demand.
     """
 
     model: ModelConfig
@@ -72,11 +72,11 @@ class Context:
     tables: dict[bool, tuple[Array32, Array32]] = field(default_factory=dict)
 
     def rope(self, scaled: bool) -> tuple[Array32, Array32]:
-        """cos and sin (C/2, N), with the model's long-context scaling or without."""
+        """cos and sin (R/2, N) of the R channels that turn, with long-context scaling or without."""
         if scaled not in self.tables:
             model = self.model
             angles, factor = inverse_frequencies(
-                np.arange(model.head_dim // 2, dtype=np.float64), model.head_dim, model.rope_theta,
+                np.arange(model.turned // 2, dtype=np.float64), model.turned, model.rope_theta,
                 model.yarn if scaled else None, model.llama3 if scaled else None,
             )  # fmt: skip
             turns = np.outer(angles, np.tile(np.arange(self.length), self.batch))
@@ -106,14 +106,15 @@ class Context:
 
 
 def turn(x: Array32, table: tuple[Array32, Array32], out: Array32 | None = None) -> Array32:
-    """RoPE on halves (…, C, N), with tables of cos and sin (C/2, N)."""
+    """RoPE on halves (…, C, N), with tables of cos and sin (R/2, N) for the first R channels."""
     cos, sin = table
     half = len(cos)
     out = np.empty_like(x) if out is None else out
-    first, second = x[..., :half, :], x[..., half:, :]
-    left, right = out[..., :half, :], out[..., half:, :]
+    first, second = x[..., :half, :], x[..., half : 2 * half, :]
+    left, right = out[..., :half, :], out[..., half : 2 * half, :]
     np.multiply(first, cos, out=left)
     left -= second * sin
     np.multiply(second, cos, out=right)
     right += first * sin
+    out[..., 2 * half :, :] = x[..., 2 * half :, :]
     return out

@@ -153,15 +153,9 @@ def predict(
     context = Context(model, *ids.shape)
     flat = ids.reshape(-1)
     laws = table(model, init)
-    embedding = laws["embedding"]
-    same = (flat[:, None] == flat[None, :]).astype(float)
-    kernel = embedding.std**2 * same
-    fourth = (kurtosis(embedding) - 3) * embedding.std**4
-    start = State(
-        kernel,
-        (kurtosis(embedding) - 1) * embedding.std**4 * same / model.width,
-        (np.outer(kernel.diagonal(), kernel.diagonal()) + kernel**2) / model.width,
-    )
+    places = np.tile(np.arange(ids.shape[1]), len(ids)) if model.positions else None
+    start, fourth = _start(laws["embedding"], flat, places, model.width)
+    kernel = start.kernel
     passed, ends = [], None
     rows = [_row(0, None, "embedding", start, ids, model.width, None)]
     for one in _steps(context, init, start):
@@ -185,7 +179,8 @@ def predict(
             if next(done).kind == "attention":
                 on_block()
 
-        stds = band(steps, kernel, flat, fourth, model.width, on_step)
+        others = () if places is None else (places,)
+        stds = band(steps, kernel, flat, fourth, model.width, on_step, others)
         for value, std in zip(values, stds, strict=True):
             value["band"] = float(std)
         # The adjoint knows what the forward estimate leaves out: the band that attention hands on.
@@ -211,6 +206,25 @@ def predict(
     return Prediction(rows, ends, no_gradient, accuracy(model.width))
 
 
+def _start(
+    law: Gaussian, ids: NDArray[np.int64], places: NDArray[np.int64] | None, width: int
+) -> tuple[State, float]:
+    """The state of the embeddings of tokens (N,) at places (N,), and (κ − 3)·σ⁴ of their entries.
+
+    Of equal tokens K̂_ij is the mean of z⁴: Cov(K̂_ii, K̂_jj) = (κ − 1)σ⁴/d. A learned position is
+    another embedding by the same law, added: K sums, and Cov is 2K²/d + (κ − 3)σ⁴/d of each.
+    """
+    same = (ids[:, None] == ids[None, :]).astype(float)
+    kernel, square = law.std**2 * same, (kurtosis(law) - 1) * law.std**4 * same / width
+    fourth = (kurtosis(law) - 3) * law.std**4
+    if places is not None:
+        alike = (places[:, None] == places[None, :]).astype(float)
+        kernel = kernel + law.std**2 * alike
+        square = (2 * kernel**2 + fourth * (same + alike)) / width
+    ends = np.outer(kernel.diagonal(), kernel.diagonal())
+    return State(kernel, square, (ends + kernel**2) / width), fourth
+
+
 def _rare_seeds(sublayer: int) -> str:
     return (
         f"from sublayer {sublayer} on seeds differ by more than {100 * SPREAD:.0f} % of their mean, "
@@ -231,7 +245,7 @@ def relative_std(state: State) -> float:
 
 def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]:
     model, norm = context.model, context.model.norm
-    moment = 1 - 1 / model.width if norm.type == "layer" else 1.0
+    moment = 1 - 1 / model.width if norm.centred else 1.0
     for layer in range(model.depth):
         stds = {role: law.std for role, law in table(model, init, layer).items()}
         for kind in ("attention", "mlp"):

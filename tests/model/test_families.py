@@ -1,0 +1,73 @@
+"""Other families' whole models, made of simlab's parts, against those of transformers."""
+
+import pytest
+import torch
+import transformers
+from conftest import assert_parity, tiny
+from torch import nn
+
+from simlab import build_model
+from simlab.config import ConfigError
+from simlab.experiment import prepare
+from simlab.model.transformer import parameter_count
+
+IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def randomised(model):
+    """All parameters away from their init, so large that attention and activation matter."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        is_gain = name.endswith("weight") and parameter.dim() == 1
+        nn.init.uniform_(parameter, 0.5, 1.5) if is_gain else nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def assert_same(run, theirs, state):
+    """Every block's state, the logits and the number of parameters."""
+    ours = build_model(run)
+    ours.load_state_dict(state, strict=True)
+    hidden = theirs(IDS, output_hidden_states=True).hidden_states
+    x = ours.embedding(IDS)
+    x = x if ours.position is None else x + ours.position.weight[: IDS.shape[1]]
+    for i, block in enumerate(ours.blocks):
+        assert_parity(x, hidden[i], f"before block {i}")
+        x = block(x)
+    assert_parity(ours(IDS), theirs(IDS).logits, "logits")
+    assert parameter_count(run.shape) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=16, n_embd=48, n_layer=3, n_head=6, n_inner=80,
+        attn_implementation="eager", bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    theirs = randomised(transformers.GPT2LMHeadModel(config))
+    names = {
+        "transformer.wte": "embedding", "transformer.wpe": "position", "transformer.ln_f": "norm",
+        "lm_head": "head", "transformer.h": "blocks", "ln_1": "attention.norm_in",
+        "ln_2": "mlp.norm_in", "attn.c_proj": "attention.sublayer.o_proj",
+        "mlp.c_fc": "mlp.sublayer.up_proj", "mlp.c_proj": "mlp.sublayer.down_proj",
+    }  # fmt: skip
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if ".c_" in key and value.dim() == 2:  # their Conv1D's weight is (d_in, d_out)
+            value = value.T
+        for old, new in names.items():
+            key = key.replace(old, new)
+        if "c_attn" in key:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[key.replace("attn.c_attn", f"attention.sublayer.{part}_proj")] = rows
+        else:
+            state[key] = value
+    run = tiny(
+        "norm=pre", "norm.type=layer_bias", "norm.eps=1e-5", "kv_heads=6", "model.qk_norm=none",
+        "model.rotary=0", "model.positions=16", "model.mlp=gelu", "model.bias=true",
+        "model.tied=true",
+    )  # fmt: skip
+    assert_same(run, theirs, state)
+
+
+def test_more_tokens_than_positions():
+    with pytest.raises(ConfigError, match=r"inputs.length=9: the model has 8 learned positions"):
+        prepare(tiny("model.positions=8", "inputs.length=9"))
