@@ -99,12 +99,14 @@ def line_error(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.abs(np.polyval(np.polyfit(x, y, 1), x) - y).max() / np.ptp(y))
 
 
-@check(r"off by(?: at most)? # %(?: and| \()")
+@check(r"off by(?: at most)? (a factor of )?(?:less than )?#(?: %)?(?: and| \()")
 def theory_error(curve: Curve, found: re.Match[str], start: int) -> bool:
-    """The largest departure from ``law_mean_field``."""
+    """The largest factor between the curve and ``law_mean_field``."""
     law = curve.columns["law_mean_field"].to_numpy()
-    ratio = np.abs(curve.v / law - 1)
-    return near(found[1], 100 * np.nanmax(ratio), 0.06)
+    factor = np.nanmax(np.maximum(curve.v / law, law / curve.v))
+    if found[1]:
+        return near(found[2], factor, 0.06)
+    return abs(number(found[2]) - 100 * (factor - 1)) < 6 * (factor - 1) + 0.011
 
 
 @check(
@@ -228,7 +230,7 @@ def eps(curve: Curve, found: re.Match[str], start: int) -> bool:
     return c[start - 1] < 0.9 and bool((c[start:] >= 0.9).all())
 
 
-@check(r"the additive law (?:holds to|is off by|fails, off by) (?:less than )?# %")
+@check(r"the additive law (?:holds to|is not decided, off by|fails, off by) (?:less than )?# %")
 def additive(curve: Curve, found: re.Match[str], start: int) -> bool:
     """The largest departure from ``law_additive``."""
     law = curve.columns["law_additive"].to_numpy()[1:]
@@ -238,18 +240,22 @@ def additive(curve: Curve, found: re.Match[str], start: int) -> bool:
     return abs(number(found[1]) - 100 * np.expm1(error)) < 6 * np.expm1(error) + 0.011
 
 
-@check(r"√2 per sublayer would have meant # after (\d+) blocks?, and “2·√2 per layer” #; it is #")
+@check(
+    r"From the (embedding|last re-norm)'s #, √2 per sublayer would have meant # after (\d+) blocks?, "
+    r"and “2·√2 per layer” #; it is #"
+)
 def sqrt2(curve: Curve, found: re.Match[str], start: int) -> bool:
-    """v·4^blocks and v·8^blocks from the start or the last re-norm."""
+    """v·4^blocks and v·8^blocks from the value that is said: the start's or the last re-norm's."""
     block_ends = np.flatnonzero(curve.kinds == "mlp")
-    row = int(block_ends[int(found[2]) - 1])
+    row = int(block_ends[int(found[4]) - 1])
     renorms = [i for i in range(row) if curve.kinds[i] == "renorm"]
     since = renorms[-1] if renorms else 0
     blocks = int((curve.kinds[since : row + 1] == "mlp").sum())
     said = [np.log10(curve.v[since]) + blocks * np.log10(base) for base in (4, 8)]
-    pairs = zip((1, 3), said, strict=True)
+    pairs = zip((3, 5), said, strict=True)
     right = [abs(np.log10(number(found[i])) - log) < 0.18 for i, log in pairs]  # one digit
-    return all(right) and near(found[4], curve.v[row])
+    start = (found[1] == "embedding") == (since == 0) and near(found[2], curve.v[since])
+    return all(right) and start and near(found[6], curve.v[row])
 
 
 @check(

@@ -1,7 +1,7 @@
 """A measured mean curve against theory's: how far apart, where first, and which component.
 
-At row r the seeds' mean of S curves departs from the prediction v by δ = mean/v − 1, in joint standard
-errors
+At row r the seeds' mean of S curves departs from the prediction v by δ = mean/v − 1. Its size is the
+factor between them, |ln(1 + δ)|, as of a law (``decision``). In joint standard errors it is
 
     z = (mean − v)/√(s²/S + (a·v)²),
 
@@ -33,7 +33,7 @@ BLAMED = 0.05
 class Agreement:
     """How a curve's R rows agree with theory's.
 
-    largest: the relative departure δ that is largest in size; errors: the largest |z|; limit: of |z|;
+    largest: the δ that is largest by ``log_error``; errors: the largest |z|; limit: of |z|;
     row: of the largest δ. first: the first row with |z| beyond the limit, or None; component: what is
     off there. known: how many rows are predicted. reach: what a seed more or less may do: the largest
     relative standard error.
@@ -49,15 +49,26 @@ class Agreement:
     reach: float
 
     @property
+    def log_error(self) -> float:
+        """|ln(1 + δ)| of the largest δ."""
+        return float(_log_size(np.array(self.largest)))
+
+    @property
     def status(self) -> str:
         """``agrees``, ``near`` (off beyond chance by less than MATTERS), ``chance`` or ``fails``.
 
         ``chance``: off by more than MATTERS, which so few seeds don't tell from chance.
         """
-        small = abs(self.largest) <= MATTERS
+        small = self.log_error <= math.log1p(MATTERS)
         if self.first is None:
             return "agrees" if small else "chance"
         return "near" if small else "fails"
+
+
+def _log_size(apart: Array) -> Array:
+    """|ln(1 + δ)| of departures δ; inf of −1, where all is zero."""
+    with np.errstate(divide="ignore"):
+        return np.abs(np.log1p(apart))
 
 
 def enough_seeds(scatter: float) -> int:
@@ -90,7 +101,7 @@ def agreement(curves: Curves) -> Agreement | None:
         z = np.where(apart == 0, 0.0, apart / np.hypot(noise, theory.accuracy))
     limit = NormalDist().inv_cdf(1 - ALPHA / (2 * known))
     beyond = np.flatnonzero(np.abs(z) > limit)
-    row, first = int(np.abs(apart).argmax()), int(beyond[0]) if len(beyond) else None
+    row, first = int(_log_size(apart).argmax()), int(beyond[0]) if len(beyond) else None
     return Agreement(
         float(apart[row]), float(np.abs(z).max()), limit, row, first,
         None if first is None else component(curves, first), known, float(np.nanmax(noise)),

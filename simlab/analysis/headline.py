@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from simlab.analysis.agreement import MATTERS
 from simlab.analysis.curve import INITS
+from simlab.analysis.decision import HOLDS, OFF, decision
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate
 
@@ -109,10 +108,10 @@ def _grows(verdict: Mapping[str, Any], starts: float, ends: float, depth: int) -
 def _sqrt2(verdict: Mapping[str, Any], laws: Mapping[str, Mapping[str, Any]], name: str) -> str:
     """A clause that says whether a growing curve obeys √2 per sublayer; empty where it can't tell."""
     law = laws.get("sqrt2")
-    if law is None or verdict["fit"]["word"] not in GROWING or law["log_error"] is None:
+    if name not in INITS or law is None or verdict["fit"]["word"] not in GROWING:
         return ""
-    error = float(law["log_error"])
-    certain = law["status"] == "fails" or (name == "theory" and error > math.log1p(MATTERS))
-    if certain:
-        return f"; √2 per sublayer is off by {off_by(error)}"
-    return "; √2 per sublayer holds" if law["status"] == "holds" else ""
+    error = law["log_error"]
+    word = decision(name, law["status"], error)
+    if word == OFF and error is not None:
+        return f"; √2 per sublayer is off by {off_by(float(error))}"
+    return "; √2 per sublayer holds" if word == HOLDS else ""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simlab.analysis.agreement import MATTERS, Agreement, enough_seeds
+from simlab.analysis.agreement import ALPHA, MATTERS, Agreement, enough_seeds
 from simlab.analysis.curve import Curves
+from simlab.analysis.decision import HOLDS, UNDECIDED, UNTOLD, decision
 from simlab.analysis.growth_clause import growth_clause, row_place, sublayer_of
 from simlab.analysis.numbers import off_by, percent, power_of_ten, short
-from simlab.analysis.resampling import MIN_SEEDS
+from simlab.analysis.resampling import MIN_SEEDS, t_quantile
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
 
@@ -37,7 +38,7 @@ def main_sentences(
     if len(curves.kinds) < curves.whole:
         subject = f"until a curve ends after sublayer {sublayer_of(curves, -1)}, {subject}"
     text = f"{subject} {growth_clause(curves, v, verdict)}"
-    claims = [_claim(law, fit, certain=name == "theory") for law, fit in verdict.laws.items()]
+    claims = [_claim(law, fit, name) for law, fit in verdict.laws.items()]
     claims = [claim for claim in claims if claim]
     if claims and not massive:
         text += f": {', '.join(claims)}"
@@ -45,7 +46,7 @@ def main_sentences(
         text += " (one curve: no intervals)"
     elif name == "random" and curves.count < MIN_SEEDS:
         seeds = "1 seed is" if curves.count == 1 else f"{curves.count} seeds are"
-        text += f" ({seeds} too few for intervals and tests: {MIN_SEEDS} needed)"
+        text += f" ({seeds} too few for intervals and tests of laws: {MIN_SEEDS} needed)"
     yield f"{text[0].upper()}{text[1:]}."
 
 
@@ -81,15 +82,15 @@ def _theory(curves: Curves, found: Agreement | None) -> Iterator[str]:
     curve = "The curve"
     if found.known < curves.whole:
         curve = f"Up to sublayer {sublayer_of(curves, found.known - 1)} the curve"
-    size, errors = percent(abs(found.largest)), f"{found.errors:.1f} joint standard errors"
+    size, errors = off_by(found.log_error), f"{found.errors:.1f} joint standard errors"
     if found.status == "agrees":
         yield f"{curve} is what theory predicts: off by at most {size} and {errors}."
     elif found.status == "chance":
         seeds = enough_seeds(found.reach * math.sqrt(curves.count))
         tell = f"; {seeds} seeds would tell to {percent(MATTERS)}" if seeds > curves.count else ""
         yield (
-            f"{curve} may be what theory predicts: it is off by at most {size} and {errors}, which "
-            f"chance and theory's own error explain{tell}."
+            f"{curve} may be what theory predicts ({UNDECIDED}): it is off by at most {size} and "
+            f"{errors}, which chance and theory's own error explain{tell}."
         )
     else:
         assert found.first is not None
@@ -113,26 +114,25 @@ def _blame(component: str) -> str:
     }.get(component, f"the {component} is")  # fmt: skip
 
 
-def _claim(name: str, fit: Fit, certain: bool) -> str:
-    """A claim on an exact law; of √2 and theory there are sentences of their own.
+def _claim(name: str, fit: Fit, curve: str) -> str:
+    """The decision on an exact law; of √2 and theory there are sentences of their own.
 
-    certain: of a curve without chance, of which a law's error is all there is to say.
+    curve: the kind of curve; of one without chance a law's error is all there is to say.
     """
-    law = LAWS[name]
-    if not (law.expected and law.exact) or math.isnan(fit.log_error):
+    law, word = LAWS[name], decision(curve, fit.status, fit.log_error)
+    if not (law.expected and law.exact) or word is None:
         return ""
     size = off_by(fit.log_error)
-    if certain and fit.log_error <= math.log1p(MATTERS):
-        return f"{law.phrase} gives the same to {size}"
-    if fit.status == "holds":
-        return f"{law.phrase} holds to {size}"
-    if fit.status == "unknown":
-        if fit.p_value is None:
-            return f"{law.phrase} is off by {size}"
-        seeds = f", which may be chance ({fit.enough} seeds would tell)" if fit.enough else ""
-        return f"{law.phrase} is off by {size}{seeds}"
+    if word == HOLDS:
+        return f"{law.phrase} {'holds' if curve == 'random' else 'gives the same'} to {size}"
+    if curve != "random":
+        return f"{law.phrase} is off by {size}"
+    if word == UNDECIDED:
+        seeds = f" ({fit.enough} seeds would tell)" if fit.enough else ""
+        chance = f", which may be chance{seeds}" if fit.p_value is not None else ""
+        return f"{law.phrase} is {UNDECIDED}, off by {size}{chance}"
     if fit.log_error < math.log1p(MATTERS):
-        return f"{law.phrase} is within {size}, but fails beyond chance"
+        return f"{law.phrase} is within {size}, but off beyond chance"
     return f"{law.phrase} fails, off by {size}"
 
 
@@ -153,9 +153,10 @@ def _sqrt2(curves: Curves, verdict: Verdict) -> Iterator[str]:
     layer = power_of_ten(math.log10(mean[since]) + steps * math.log10(8))
     blocks = sum(kind == "mlp" for kind in curves.kinds[: row + 1])
     where = f"after {blocks} block{'s' if blocks > 1 else ''}"
+    start = f"the {'last re-norm' if since else 'embedding'}'s {short(mean[since])}"
     yield (
-        f"√2 per sublayer would have meant {power_of_ten(said)} {where}, and “2·√2 per layer” {layer}; "
-        f"it is {short(mean[row])}."
+        f"From {start}, √2 per sublayer would have meant {power_of_ten(said)} {where}, and “2·√2 per "
+        f"layer” {layer}; it is {short(mean[row])}."
     )
 
 
@@ -188,10 +189,29 @@ def _gradients(curves: Curves) -> Iterator[str]:
     if theory is not None:
         predicted = theory.column("gradient_rms", len(curves.kinds))[first : last + 1]
         if np.isfinite(predicted).any():
-            with np.errstate(divide="ignore"):  # a prediction of 0 is off by any factor
-                error = float(np.nanmax(np.abs(logs - np.log(predicted))))
-            right = error < math.log1p(2 * MATTERS)
-            text += f"; theory {'predicts it to' if right else 'is off by'} {off_by(error)}"
+            text += f"; theory {_held(every[:, first : last + 1], predicted)}"
         elif theory.no_gradient:
             text += f"; theory predicts none: {theory.no_gradient}"
     yield f"{text}."
+
+
+def _held(gradients: Array, predicted: Array) -> str:
+    """What theory (R,) is to gradients' rms (S, R): how far off, and if chance may explain that.
+
+    Student's t of the seeds' mean in the row that is furthest off, at ALPHA over all rows. Theory has
+    no band for gradients, so fewer than MIN_SEEDS seeds decide nothing.
+    """
+    seeds, mean = len(gradients), gradients.mean(0)
+    with np.errstate(divide="ignore"):  # a prediction of 0 is off by any factor
+        errors = np.abs(np.log(mean / predicted))
+    row = int(np.nanargmax(errors))
+    size = off_by(float(errors[row]))
+    if errors[row] < math.log1p(2 * MATTERS):
+        return f"predicts it to {size}"
+    if seeds < MIN_SEEDS:
+        return f"is {UNDECIDED}, off by {size}, which {UNTOLD}"
+    noise = float(gradients[:, row].std(ddof=1)) / math.sqrt(seeds)
+    limit = t_quantile(1 - ALPHA / (2 * int(np.isfinite(predicted).sum())), seeds - 1)
+    if abs(mean[row] - predicted[row]) > limit * noise:
+        return f"is off by {size}"
+    return f"is {UNDECIDED}, off by {size}, which may be chance"

@@ -2,8 +2,8 @@
 
 Each sentence says what the numbers bear out and no more (``shape``: the word for the growth;
 ``agreement``: theory's prediction; ``hold``: a law). ``holds`` needs both that a test doesn't reject
-the law and that it is off by less than MATTERS; off by more without a rejection is "can't tell", with
-the number of seeds that would.
+the law and that it is off by less than MATTERS; off by more without a rejection is not decided
+(``decision``), with the number of seeds that would tell.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ def of_theory(found: Agreement | None) -> Fit:
     if found is None:
         return Fit(math.nan, None, "unknown")
     status = {"agrees": "holds", "chance": "unknown"}.get(found.status, "fails")
-    error = math.inf if found.largest == -1 else abs(math.log1p(found.largest))  # -1: all is zero
-    return Fit(error, None, status)
+    return Fit(found.log_error, None, status)
 
 
 def linear(p: Estimate) -> bool:

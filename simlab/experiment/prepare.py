@@ -229,4 +229,5 @@ def _cheaper(config: RunConfig, tokens: int) -> tuple[RunConfig, str]:
     engine, times = choose(config.shape, tokens, config.gradients, device)
     size = f"{times:.1f}" if times < 10 else f"{times:.0f}"
     other = "weightless" if engine == "dense" else "dense"
-    return replace(config, engine=engine), f"auto: by estimate {size}× cheaper than {other}"
+    said = "as cheap as" if size == "1.0" else f"{size}× cheaper than"
+    return replace(config, engine=engine), f"auto: by estimate {said} {other}"

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from simlab.analysis.agreement import ALPHA, MATTERS
+from simlab.analysis.agreement import ALPHA
 from simlab.analysis.curve import INITS
-from simlab.analysis.numbers import off_by, percent, plus_minus, short
-from simlab.analysis.resampling import MIN_SEEDS, Estimate, t_quantile
+from simlab.analysis.decision import HOLDS, UNDECIDED, UNTOLD, decision
+from simlab.analysis.numbers import off_by, plus_minus, short
+from simlab.analysis.resampling import Estimate, t_quantile
 from simlab.config import printable
 from simlab.report.swept import SweptCurve, SweptJob, ends_of, span, swept_curves
 
@@ -129,7 +130,8 @@ def _additive(curves: Sequence[SweptCurve]) -> str:
             continue
         status = law["status"]
         if c.name == "theory":  # without chance: its error is all there is to say
-            status = "same" if law["log_error"] <= math.log1p(MATTERS) else "other"
+            word = decision(c.name, status, law["log_error"])
+            status = "same" if word == HOLDS else "other"
         elif status == "unknown" and law["p_value"] is None:
             status = "untested"
         held.setdefault(status, []).append(c)
@@ -157,8 +159,8 @@ ADDITIVE = {
     "same": "gives the predicted curve to {}",
     "other": "is off by {}",
     "fails": "fails beyond chance, off by {}",
-    "untested": f"is off by {{}}, and fewer than {MIN_SEEDS} seeds can't tell that from chance",
-    "unknown": "is off by {}, which may be chance",
+    "untested": f"is {UNDECIDED}, off by {{}}, which {UNTOLD}",
+    "unknown": f"is {UNDECIDED}, off by {{}}, which may be chance",
 }
 
 
@@ -289,7 +291,7 @@ def _predicted(curves: Sequence[SweptCurve], key: str) -> str:
 STATUSES = {
     "agrees": "is what is measured, to chance; largest departure of the mean square: {}",
     "near": "is near, but beyond chance off by {}",
-    "chance": "is off by {}, which may be chance",
+    "chance": f"is {UNDECIDED}, off by {{}}, which may be chance",
     "fails": "fails, off by {}",
 }
 
@@ -301,7 +303,7 @@ def _theory(curves: Sequence[SweptCurve]) -> Iterator[str]:
     for c in curves:
         who, found = f"{c.label} {c.norms}", c.agreement
         if found:
-            size = percent(abs(found.largest))
+            size = off_by(found.log_error)
             held.setdefault(STATUSES[found.status], []).append(f"{size} ({who})")
         if c.ends:
             known = "ends before the model" if found or c.name == "theory" else "has no curve"

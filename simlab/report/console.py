@@ -30,6 +30,8 @@ from simlab.report.table import (
     lambda_table,
 )
 
+ENGINES_BESIDE = " for random inits; always dense for a checkpoint"  # where there are both
+
 
 def announce(
     config: RunConfig, parameters: int, unit: str, engines: Mapping[str, str], reason: str,
@@ -72,8 +74,8 @@ def announce(
     engine = f"{config.engine} engine ({reason})" if config.seeds else "dense engine"
     if "theory" in engines:
         engine = "theory engine (nothing is drawn: seeds, device and dtype aren't used)"
-    if len(set(engines.values())) > 1:
-        engine += " for random inits, dense for the checkpoint"
+    if len(engines) > 1:
+        engine += ENGINES_BESIDE
     console.print(engine)
     if init_origin and config.seeds:
         console.print(init_origin)

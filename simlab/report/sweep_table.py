@@ -12,9 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from simlab.analysis import LAWS
-from simlab.analysis.numbers import off_by, short
+from simlab.analysis.decision import NOT_DECIDED, UNDECIDED
+from simlab.analysis.numbers import short
 from simlab.config import printable
-from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
+from simlab.report.values import (
+    SEEDS,
+    is_number,
+    key_text,
+    law_text,
+    shape_text,
+    shorten,
+    value_text,
+)
 
 WIDTH = 80
 _MOST_ROWS = 40  # rows; beyond, some of them
@@ -53,6 +62,9 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
         notes.append("×: curves overflow; their last finite value.")
     if "peak" in rows and rows["peak"].notna().any():
         notes.append("≤: a saw-tooth, its largest peak.")
+    laws = (columns.get(law.head, []) for law in LAWS.values())
+    if any(cell.startswith("?") for cells in laws for cell in cells):
+        notes.append(f"?: {UNDECIDED}, {NOT_DECIDED}")
     table = Table(
         box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold",
         caption=Text(" ".join(notes)) if notes else None, caption_justify="left",
@@ -97,7 +109,7 @@ def _measured(rows: pd.DataFrame) -> dict[str, list[str]]:
             "λ token": [short(row.get("lambda_token")) for row in records],
         }
         | {
-            law.head: [_law(row, law.name) for row in records]
+            law.head: [law_text(row, law.name, "?") for row in records]
             for law in LAWS.values()
             if law.expected
         }
@@ -118,16 +130,7 @@ def _growth(row: Mapping[str, Any]) -> str:
         return f"p = {exponent:.2f}"
     if shape == "exponential" and pd.notna(rate):
         return f"rate {rate:.3g}"
-    return {"none": "no shape", "unknown": ""}.get(str(shape), str(shape))
-
-
-def _law(row: Mapping[str, Any], name: str) -> str:
-    status, error = row.get(name), row.get(f"{name}_error")
-    if error is None or pd.isna(error):
-        return "" if status is None or pd.isna(status) or status == "unknown" else str(status)
-    off = off_by(float(error)).replace("a factor of ", "×").replace("less than ", "<")
-    off = off.replace("any factor", "×∞")
-    return f"{off} off" if status == "unknown" else f"{status}, {off}"
+    return shape_text(shape)
 
 
 def _wide(head: str, cells: Sequence[str]) -> int:

@@ -1,13 +1,16 @@
-"""Swept keys and their values as texts, for tables and figures."""
+"""Swept keys, their values and jobs.csv's words as texts, for tables, pages and figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from simlab.analysis.decision import UNDECIDED, decision
+from simlab.analysis.numbers import off_by
 
 SEEDS = ("first_seed", "seeds")  # curves that differ in these alone make a band
 
@@ -61,3 +64,19 @@ def spread(levels: pd.DataFrame, keys: Sequence[str]) -> dict[str, float]:
         mean = (groups.max() - groups.min()).mean()
         wide[key] = float(mean) if math.isfinite(mean) else 0.0
     return wide
+
+
+def shape_text(word: Any) -> str:
+    """The verdict's word for a shape, as tables have it."""
+    return {"none": "no shape", "unknown": ""}.get(str(word), str(word))
+
+
+def law_text(row: Mapping[str, Any], name: str, undecided: str = UNDECIDED) -> str:
+    """The decision on a law in a row of jobs.csv, and how far it is off: ``holds, 1.2 %``; or empty."""
+    status, error = row.get(name), row.get(f"{name}_error")
+    size = None if error is None or pd.isna(error) else float(error)
+    word = None if pd.isna(status) else decision(str(row["curve"]), str(status), size)
+    if word is None or size is None:  # a size that is infinite isn't in the file
+        return word or ""
+    off = off_by(size).replace("a factor of ", "×").replace("less than ", "<")
+    return f"{undecided if word == UNDECIDED else word}, {off.replace('any factor', '×∞')}"

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from simlab.report.page.sweep import jobs_data
 from simlab.report.sweep_table import failed_table, jobs_table
 
 
@@ -88,6 +89,31 @@ def test_swept_keys_come_before_lambda_and_growth():
     assert lines[1].split()[:6] == ["0", "olmo2_7b", "reordered", "1.5", "1.02", "linear"]
     assert lines[2].split()[:5] == ["1", "olmo2_7b", "swin_renorm", "≤", "13.1"]
     assert lines[-1] == "≤: a saw-tooth, its largest peak."
+
+
+WORDS = {  # of jobs.csv, and how the terminal and the page say it
+    ("random", "holds", 0.0123): ("holds, 1.2 %", "holds, 1.2 %"),
+    ("random", "fails", 0.4): ("off, 49 %", "off, 49 %"),
+    ("random", "unknown", 0.07): ("?, 7.3 %", "not decided, 7.3 %"),
+    ("random", "unknown", np.nan): ("", None),  # pre: no additive law
+    ("theory", "unknown", 0.01): ("holds, 1 %", "holds, 1 %"),  # no chance in it
+    ("checkpoint", "unknown", 3.0): ("off, ×20", "off, ×20"),
+}
+
+
+def test_laws_have_one_decision_in_every_table():
+    jobs, swept = made_up(depth=range(len(WORDS)))
+    jobs[["curve", "additive", "additive_error"]] = list(WORDS)
+    jobs["shape"], jobs["exponent"] = "none", np.nan
+    lines, page = lines_of(jobs_table(jobs, swept)), jobs_data(jobs, list(swept))
+    law, growth = page["heads"].index("additive law"), page["heads"].index("growth")
+    start = lines[0].index("additive")
+    for line, row, said in zip(lines[1:], page["rows"], WORDS.values(), strict=False):
+        assert (line[start:], row[law]) == said
+        assert "no shape" in line
+        assert row[growth] == "no shape"
+    told = "chance may explain it; fewer than 8 seeds don't test the additive law."
+    assert " ".join(lines[-2:]) == f"?: not decided, {told}"
 
 
 def test_failed_jobs_and_their_errors():

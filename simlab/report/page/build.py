@@ -14,17 +14,18 @@ from typing import Any
 import pandas as pd
 
 from simlab.analysis import LAWS
+from simlab.analysis.decision import HOLDS, OFF, UNDECIDED, UNTOLD, decision
 from simlab.analysis.headline import headline
 from simlab.analysis.massive import place
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate
 from simlab.report.colours import LABELS
-from simlab.report.console import lost_lines, overflow_lines
+from simlab.report.console import ENGINES_BESIDE, lost_lines, overflow_lines
 from simlab.report.page.payload import Drawn, job_values
 from simlab.report.page.quantities import BY_BLOCK, DRAWABLE
 
 _HERE = Path(__file__).parent
-STATUS = {"holds": "good", "fails": "bad", "unknown": ""}
+TILE_CLASS = {HOLDS: "good", OFF: "bad"}  # of a decision on a law
 EPS_TAKES = 0.9  # of m/(m + eps): below, eps takes a tenth of a norm's output
 
 
@@ -85,7 +86,10 @@ def origin(summary: Mapping[str, Any], command: str, written: str) -> dict[str, 
     facts = [
         ("measured", written),
         ("config hash", s["config_hash"]),
-        ("engine", f"{s['engine']} ({s['engine_reason']})"),
+        (
+            "engine",
+            f"{s['engine']} ({s['engine_reason']}){ENGINES_BESIDE if len(s['engines']) > 1 else ''}",
+        ),
         ("device", f"{s['device']}, {s['dtype']}"),
         ("parameters", f"{s['parameters']:,}"),
         (
@@ -181,16 +185,18 @@ def tiles(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[dict[str,
             yield _tile(plus_minus(Estimate(**token)), f"λ of the tokens' norm{who}")
     name = "random" if "random" in summary["verdict"] else next(iter(summary["verdict"]), None)
     for law, fit in (summary["theories"].get(name) or {}).items():
-        if fit["log_error"] is not None and (law in LAWS):
-            off = off_by(fit["log_error"])
-            said = f"{LAWS[law].label}: off by at most this{_said(fit)}"
-            yield _tile(off, said, STATUS[fit["status"]])
+        word = decision(str(name), fit["status"], fit["log_error"])
+        if fit["log_error"] is not None and word is not None and law in LAWS:
+            said = f"{LAWS[law].label}: off by at most this; {_said(word, law, fit)}"
+            yield _tile(off_by(fit["log_error"]), said, TILE_CLASS.get(word, ""))
 
 
-def _said(fit: Mapping[str, Any]) -> str:
-    if fit["status"] == "unknown":
-        return ", which may be chance" if fit["p_value"] is not None else ""
-    return f"; it {fit['status']}"
+def _said(word: str, law: str, fit: Mapping[str, Any]) -> str:
+    """A decision on a law as a clause."""
+    if word == UNDECIDED:
+        untested = LAWS[law].exact and fit["p_value"] is None
+        return f"{UNDECIDED}, which {UNTOLD}" if untested else f"{UNDECIDED}, chance may explain it"
+    return "it holds" if word == HOLDS else "it is off"
 
 
 def _tile(value: str, label: str, status: str = "") -> dict[str, str]:

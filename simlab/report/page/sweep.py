@@ -11,11 +11,21 @@ import numpy as np
 import pandas as pd
 
 from simlab.analysis import LAWS
+from simlab.analysis.decision import NOT_DECIDED, UNDECIDED
 from simlab.analysis.numbers import short
 from simlab.report.page.build import PageJob, html_of, job_data, origin, warnings
 from simlab.report.page.payload import Drawn
 from simlab.report.page.quantities import DRAWABLE
-from simlab.report.values import SEEDS, is_number, key_text, shorten, spread, value_text
+from simlab.report.values import (
+    SEEDS,
+    is_number,
+    key_text,
+    law_text,
+    shape_text,
+    shorten,
+    spread,
+    value_text,
+)
 
 MOST_NUMBERS = 300_000  # in a page: about 2 MB
 MAIN = ("mean_square", "rms", "norm", "variance", "gradient_rms", "lambda_from_first")
@@ -48,6 +58,9 @@ def sweep_page(
     elif drawn.columns == MAIN:
         said.append("The figure has the main quantities; sweep.parquet has them all.")
     keys = [key for key in jobs[0].values if key not in SEEDS and _differs(jobs, key)]
+    of_jobs = jobs_data(table, list(jobs[0].values))
+    if any(str(cell).startswith(UNDECIDED) for row in of_jobs["rows"] for cell in row):
+        said.append(f"{UNDECIDED.capitalize()}: {NOT_DECIDED}")
     data = {
         "title": title,
         "headline": sweep_headline(jobs, table, keys),
@@ -63,7 +76,7 @@ def sweep_page(
             for job in shown
         ],
         **_looks(shown, keys),
-        "table": jobs_data(table, list(jobs[0].values)),
+        "table": of_jobs,
         **origin(jobs[0].summary, command, written),
     }
     return html_of(data)
@@ -210,18 +223,26 @@ def jobs_data(table: pd.DataFrame, swept: Sequence[str]) -> dict[str, Any]:
         "exponent": "exponent p", "rate": "factor per sublayer", "shape": "growth",
         "lambda_token": "λ of the tokens' norm", "lambda_paper": "λ of the mean vector", "loss": "loss",
     }  # fmt: skip
-    columns |= {
-        law.name: law.label
-        for law in LAWS.values()
-        if law.name in table and (table[law.name] != "unknown").any()
-    }
+    columns |= {law.name: law.label for law in LAWS.values() if law.name in table}
+    records = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    said = {law: [law_text(row, law) or None for row in records] for law in LAWS if law in table}
+    said["shape"] = [shape_text(word) or None for word in table["shape"]]
+    table = table.assign(**{name: pd.Series(cells, table.index) for name, cells in said.items()})
     there = [c for c in columns if c in table and table[c].notna().any()]
+    for law in LAWS.values():  # a law that nobody expects to hold, and that isn't tested
+        if law.name in there and not law.expected and all(map(_undecided, said[law.name])):
+            there.remove(law.name)
     if table["curve"].nunique() == 1:
         there.remove("curve")
     return {
         "heads": [columns[c] for c in there],
         "rows": [[_cell(value) for value in row] for row in table[there].itertuples(index=False)],
     }
+
+
+def _undecided(text: str | None) -> bool:
+    """True for a law's cell that decides nothing."""
+    return not text or text.startswith(UNDECIDED)
 
 
 def _cell(value: Any) -> Any:
