@@ -12,6 +12,7 @@ from simlab.analysis import Law
 from simlab.analysis.curve import laws_in
 from simlab.analysis.exponents import per_block
 from simlab.report.colours import COLOURS, LABELS
+from simlab.report.panels import first_teeth
 from simlab.report.style import draw_curves, finish, subplots
 
 
@@ -23,6 +24,8 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
     blocks = per_block(frame, depth)
     if blocks["lambda_pairwise"].isna().all():
         return None
+    drawn, note = first_teeth(frame)
+    blocks = blocks[blocks["block"] <= drawn["block"].max() + 1]
     laws = laws_in(frame, expected=True)  # √2 per sublayer would squeeze what was measured
     by_law = [law.column for law in laws]
     kinds = list(blocks["of"].unique())
@@ -48,6 +51,7 @@ def lambda_figure(frame: pd.DataFrame, depth: int, title: str) -> Figure | None:
             _lambda_limits(ax, pd.concat([measured[n] for n in shown]), says)
     what = f"‖x‖: the tokens' mean norm after block i, n = {depth} blocks"
     what += "; g: the loss's gradient with respect to x." if "gradient" in kinds else "."
+    what += f" {note}" if note else ""
     return finish(figure, axes[0], [f"Growth exponents λ of {title}", what])
 
 

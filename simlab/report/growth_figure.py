@@ -24,6 +24,7 @@ from simlab.report.panels import (
     Steps,
     draw_laws,
     draw_seeds,
+    first_teeth,
     log_ticks,
     name_ends,
     panel,
@@ -46,8 +47,10 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
 
     frame: the rows of curve.csv. title: of the run. lines: the answer, then what else is to be said.
     """
+    drawn, note = first_teeth(frame)
     heads = textwrap.wrap(lines[0], 100) if lines else []
-    more = [part for line in lines[1:] for part in textwrap.wrap(line, 165)]
+    further = [*lines[1:], *([note] if note else [])]
+    more = [part for line in further for part in textwrap.wrap(line, 165)]
     top = 0.72 + 0.28 * len(heads) + 0.2 * len(more)
     figure = Figure(figsize=(WIDTH, PANELS_HEIGHT + top), facecolor="white")
     height = PANELS_HEIGHT + top
@@ -60,7 +63,7 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
     write_at(figure, WIDTH - 0.25, 0.1, title, size=8, colour=DIM, ha="right")
     if frame.empty:
         return figure
-    steps = Steps(frame)
+    steps = Steps(drawn)
     left = departure(frame) if len(steps.names) > 1 else None
     _main(figure, steps, left)
     if "checkpoint" in steps.names and len(steps.names) > 1:
@@ -124,6 +127,7 @@ def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
         text = LABELS[name] + (f"\n{seeds} seeds, band: least to most" if seeds > 1 else "")
         if name == "theory":
             text += "\nband: ± 2 std of a seed"
+        text += _ending(steps, y)
         names.append((_last(y), text, COLOURS[name], "bold"))
     for name, y in laws.items():
         law = of_law[name]
@@ -131,6 +135,7 @@ def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
             _leaving(ax, steps, y, top, law.label, law.colour, left)
         elif law.expected:
             text = law.label + ("\nband: ± 2 std of a seed" if name == "mean_field" else "")
+            text += _ending(steps, y)
             names.append((_last(y), text, law.colour, "normal"))
         else:
             text = law.label + ("\nuntil the first re-norm" if "renorm" in steps.kinds else "")
@@ -147,6 +152,13 @@ def _skewed(steps: Steps) -> bool:
         return False
     rows = steps.rows["checkpoint"]
     return bool((rows["mean_square"] > SKEWED * rows["mean_square_median"]).any())
+
+
+def _ending(steps: Steps, y: SeedArray) -> str:
+    """Where a curve ends before the others, as a prediction may."""
+    known = np.flatnonzero(np.isfinite(y))
+    early = len(known) and known[-1] < len(y) - 1
+    return f"\nends at sublayer {round(steps.x[known[-1]])}" if early else ""
 
 
 def _last(y: SeedArray) -> float:

@@ -26,6 +26,22 @@ INK, DIM, GRID = "#1a1d21", "#59616b", "#ecebe6"
 HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
 
 
+TEETH = 8  # teeth of a saw-tooth that can be told apart
+
+
+def first_teeth(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows up to the eighth re-norm, and a note that says so; all rows where there are no more."""
+    if frame.empty:
+        return frame, ""
+    at = sorted(set(frame.loc[frame["kind"] == "renorm", "sublayer"]))
+    if len(at) <= TEETH or "checkpoint" in set(frame["curve"]):
+        return frame, ""
+    note = (
+        f"Drawn up to the {TEETH}th of {len(at)} re-norms; curve.csv and report.html have them all."
+    )
+    return frame[frame["sublayer"] <= at[TEETH - 1]], note
+
+
 class Steps:
     """A run's curves as arrays (seeds, steps), by curve and column; NaN where a curve has ended."""
 

@@ -247,6 +247,21 @@ def test_figure_elements():
         assert low <= of.min() <= of.max() <= high
 
 
+def test_many_teeth_and_a_prediction_that_ends():
+    """Nine re-norms: eight teeth are drawn, and a note says so. Where theory ends is said."""
+    frame = run(tiny("depth=10", "seeds=2", "norm=swin_renorm", "norm.every=1")).curve
+    last = frame[frame["kind"] == "renorm"]["sublayer"].unique()[7]
+    frame.loc[frame["sublayer"] > 4, "law_mean_field"] = np.nan
+    figure = growth_figure(frame, "t", [])
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(last, abs=0.5)
+    (note,) = (t.get_text() for t in figure.texts if "re-norms" in t.get_text())
+    assert note.startswith("Drawn up to the 8th of ")
+    assert "ends at sublayer 4" in named(figure.axes[0])
+    assert max(lambda_figure(frame, 10, "t").axes[0].lines[0].get_xdata()) == last // 2
+    whole = growth_figure(run(tiny("depth=5", "norm=swin_renorm", "norm.every=1")).curve, "t", [])
+    assert not any("re-norms" in t.get_text() for t in whole.texts)
+
+
 def test_a_checkpoint_of_few_large_tokens():
     """The linear panel has its median token then, and the names say so."""
     frame = run(tiny("seeds=8")).curve
