@@ -28,15 +28,21 @@ def family_curves(
     skeleton = checkpoint.skeleton_for(getattr(torch, config.dtype), torch.device(config.device))
     ids = torch.from_numpy(ready.tokens).to(skeleton.device)
 
-    def on_unit(path: str) -> None:
+    blocks = skeleton.blocks()
+
+    def passed(path: str) -> None:
+        if path in blocks:
+            on_block()
+
+    def read(path: str) -> None:
         checkpoint.prefetch(path)
-        on_block()
+        passed(path)
 
     stored = checkpoint.stored(skeleton)
-    curves = [("checkpoint", config.seed, streamed(skeleton, stored, ids, on_unit))]
+    curves = [("checkpoint", config.seed, streamed(skeleton, stored, ids, read))]
     for seed in config.seeds:
         drawn = checkpoint.drawn(skeleton, seed)
-        curves.append(("random", seed, streamed(skeleton, drawn, ids, lambda _: on_block())))
+        curves.append(("random", seed, streamed(skeleton, drawn, ids, passed)))
     return curves
 
 

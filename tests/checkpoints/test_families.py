@@ -81,6 +81,19 @@ def test_streamed_is_whole(tmp_path, kind):
     assert all(skeleton.model.get_parameter(n) is one for n, one in empty.items())  # dropped again
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "hunyuan_v1_moe"])  # the latter's routers stay in float32
+def test_half_precision(tmp_path, kind):
+    write_family(tmp_path, kind)
+    half = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **half).eval()
+    checkpoint = FamilyCheckpoint(str(tmp_path))
+    skeleton = checkpoint.skeleton_for(torch.bfloat16, CPU)
+    with torch.no_grad(), skeleton.filled(checkpoint.stored(skeleton)) as decoder:
+        ours = decoder(input_ids=IDS, use_cache=False)[0]
+        theirs = whole.get_submodule(skeleton.path)(input_ids=IDS, use_cache=False)[0]
+    assert torch.equal(ours, theirs)
+
+
 def family_skeleton(folder, kind, **changes):
     config = transformers.CONFIG_MAPPING[kind](**FAMILIES[kind] | changes)
     config.save_pretrained(folder)
@@ -234,6 +247,7 @@ BAD = {
         {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
         ["model.layers.2.", "is not part of transformers' gemma2"],
     ),
+    "listed": ({"eos_token_id": [10**12]}, ["'eos_token_id'=1000000000000"]),
     "heads": ({"num_attention_heads": "four"}, ["transformers refuses it"]),
     "width": ({"hidden_size": 2**61}, ["config.json"]),
     "quantised": (

@@ -20,8 +20,12 @@ from simlab.config.fields import brief
 
 # Of what a config may have counts of: each becomes a list of so many modules or names.
 _COUNTED, _MOST_COUNTED = ("layer", "block", "expert", "_depth"), 100_000
+_MOST_LISTED = 10**7  # of a number in a list: a token id, or a count (GPT-Neo's attention_types)
 # Keys that would have transformers fetch, run or compute something else than the model type says.
-_DROPPED = ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights")
+_DROPPED = (
+    "auto_map", "attn_implementation", "experts_implementation", "transformers_weights",
+    "num_labels", "id2label", "label2id",  # a table of as many labels, of another task's head
+)  # fmt: skip
 _REFUSED = {
     "quantization_config": "the weights are quantised: use the repository that isn't",
     "pruned_heads": "heads were pruned, which simlab doesn't compute",
@@ -74,10 +78,11 @@ def read_family_config(path: Path, tensors: int) -> tuple[Any, list[str]]:
     for key, why in _REFUSED.items():
         if values.get(key):
             raise fields.fail(key, values[key], why)
-    for key, value in _numbers(values):
-        most = tensors if key == "num_hidden_layers" else _MOST_COUNTED
-        if any(part in key for part in _COUNTED) and value > most:
-            raise ConfigError(f"{path}: {brief(key)}={value}: at most {most} here")
+    for key, value, listed in _numbers(values):
+        counts = any(part in key for part in _COUNTED)
+        most = _MOST_COUNTED if counts else _MOST_LISTED if listed else value
+        if value > (tensors if key == "num_hidden_layers" else most):
+            raise ConfigError(f"{path}: {brief(key)}={value}: more than is plausible")
     kind = values["model_type"]
     if kind == "mistral" and "layer_types" in values:
         kind = "ministral"  # as transformers' AutoConfig does
@@ -126,10 +131,13 @@ def _strict_error() -> type[Exception]:
     return error
 
 
-def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every whole number in the sections of a config, with its key."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield key, value
+def _numbers(value: Any, key: str = "", listed: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """Every whole number in a config, with its key, and if it is in a list."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _numbers(one, name, listed)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one, key, True)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield key, value, listed

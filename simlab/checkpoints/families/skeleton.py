@@ -80,6 +80,7 @@ class Skeleton:
         self.units = dict(_units(self.decoder, self.path))
         if not self.units:
             raise ConfigError(f"{where}: {type(self.model).__name__} has no list of blocks")
+        self.dtypes = {name: one.dtype for name, one in self.model.state_dict().items()}
         self.parameters = sum(one.numel() for one in self.model.parameters())  # tied ones once
         self.tables = self._tables()
         self.empty = dict(self.model.named_parameters(remove_duplicate=False))
@@ -96,13 +97,20 @@ class Skeleton:
         """The parameters of a unit; of "" the decoder's outside of units and embeddings."""
         return self._owned[path]
 
+    def blocks(self) -> list[str]:
+        """The units of the longest list: the model's blocks."""
+        lists: dict[str, list[str]] = {}
+        for path in self.units:
+            lists.setdefault(path.rpartition(".")[0], []).append(path)
+        return max(lists.values(), key=len)
+
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a run has a parameter: some models keep a few in float32."""
+        """The dtype in which a run has a tensor: models keep a few, as routers, in float32."""
         kept = list(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         if self.dtype == torch.float16:
             kept += list(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         keeps = any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept)
-        return torch.float32 if keeps else self.dtype
+        return torch.float32 if keeps else self.dtypes[name]
 
     def _tables(self) -> dict[str, nn.Embedding]:
         """The embeddings outside of blocks, whose rows are read by id, by their weight's name.
