@@ -93,10 +93,15 @@ class BlockProbe(ABC):
         gain: float,
         curves: int = 1,
     ) -> None:
-        self.block, self.kinds, self.normalises = block, kinds, normalises
-        self.gains = [1.0 if kind == "renorm" else gain for kind in kinds]
-        self.reducers = [Reducer(STATISTICS, curves) for _ in kinds]
+        self.block, self.gain, self.curves = block, gain, curves
+        self.set_steps(kinds, normalises)
         self.handles: list[RemovableHandle] = []
+
+    def set_steps(self, kinds: Sequence[str], normalises: Sequence[str | None]) -> None:
+        """Say which steps the block has."""
+        self.kinds, self.normalises = kinds, normalises
+        self.gains = [1.0 if kind == "renorm" else self.gain for kind in kinds]
+        self.reducers = [Reducer(STATISTICS, self.curves) for _ in kinds]
 
     def __enter__(self) -> Self:
         self.listen()

@@ -6,6 +6,7 @@ A table of Hugging Face transformers' decoder layers, and two records to describ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +27,7 @@ class Sublayer:
         norm: The norm that acts last, for ``eps_factor`` and the gains. It is the same as ``branch``
             if the branch is normed, and as ``sum`` if the stream is (post-norm); the stream is then
             that norm's output.
+        multiplier: A number by which the branch is multiplied before it is added (Granite).
     """
 
     kind: str
@@ -33,6 +35,7 @@ class Sublayer:
     branch: str | tuple[str, ...] | None = None
     sum: str | None = None
     norm: str | None = None
+    multiplier: float = 1.0
 
     @property
     def raws(self) -> tuple[str, ...]:
@@ -45,6 +48,23 @@ class Sublayer:
         if self.branch is None:
             return self.raws
         return (self.branch,) if isinstance(self.branch, str) else self.branch
+
+    @property
+    def added(self) -> str:
+        """What is added to the stream, in words: ``0.22 · (attn + mlp)``."""
+        branch = " + ".join(self.branches)
+        if self.multiplier == 1:
+            return branch
+        return f"{self.multiplier:.6g} · {f'({branch})' if len(self.branches) > 1 else branch}"
+
+    def __str__(self) -> str:
+        """The step in words: ``attention: x + post_norm(self_attn)``."""
+        norm, raw = self.norm, " + ".join(self.raws)
+        if self.normalises == "stream":
+            return f"{self.kind}: {norm}(x + {self.added})"
+        if self.branches != self.raws:
+            return f"{self.kind}: x + {self.added}({raw})"
+        return f"{self.kind}: x + {self.added}" + (f" (norm {norm})" if norm else "")
 
     @property
     def normalises(self) -> str | None:
@@ -75,71 +95,15 @@ class Layout:
                 )
 
 
-# x + N(F(x))
-REORDERED = (
-    Sublayer(
-        "attention",
-        raw="self_attn",
-        branch="post_attention_layernorm",
-        sum="mlp",
-        norm="post_attention_layernorm",
-    ),
-    Sublayer(
-        "mlp", raw="mlp", branch="post_feedforward_layernorm", norm="post_feedforward_layernorm"
-    ),
-)
-# x + F(N(x))
-PRE = (
-    Sublayer("attention", raw="self_attn", sum="post_attention_layernorm", norm="input_layernorm"),
-    Sublayer("mlp", raw="mlp", norm="post_attention_layernorm"),
-)
-# x + N(F(N(x)))
-PERI = (
-    Sublayer(
-        "attention",
-        raw="self_attn",
-        branch="post_attention_layernorm",
-        sum="pre_feedforward_layernorm",
-        norm="post_attention_layernorm",
-    ),
-    REORDERED[1],
-)
-
-KNOWN: dict[str, tuple[Sublayer, ...]] = {  # by the class of transformers' decoder layer
-    "Olmo2DecoderLayer": REORDERED,
-    "Olmo3DecoderLayer": REORDERED,
-    "OlmoDecoderLayer": PRE,
-    "LlamaDecoderLayer": PRE,
-    "MistralDecoderLayer": PRE,
-    "Qwen2DecoderLayer": PRE,
-    "Qwen3DecoderLayer": PRE,
-    "GemmaDecoderLayer": PRE,
-    "Gemma2DecoderLayer": PERI,
-    "Gemma3DecoderLayer": PERI,
-}
-
-
 # Where torch.compile, activation checkpointing, FSDP and data parallelism keep the module they wrap.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
 def inside(block: nn.Module) -> nn.Module:
-    """The decoder layer of a known class that a wrapper holds; a block that isn't one is itself."""
-    layer = block
-    while known_sublayers(layer) is None:
-        inner = next(
-            (m for name in _WRAPPED if (m := getattr(layer, name, None)) is not None), None
-        )
-        if not isinstance(inner, nn.Module):
-            return block
-        layer = inner
-    return layer
-
-
-def known_sublayers(block: nn.Module) -> tuple[Sublayer, ...] | None:
-    """The residual steps of a decoder layer of a known class, or of one derived from it."""
-    names = [kind.__name__ for kind in type(block).__mro__]
-    return next((KNOWN[name] for name in names if name in KNOWN), None)
+    """The block that wrappers hold; a block that no wrapper holds is itself."""
+    while len(names := list(block._modules)) == 1 and names[0] in _WRAPPED:
+        block = block.get_submodule(names[0])
+    return block
 
 
 def submodule(parent: nn.Module, path: str, where: str) -> nn.Module:
@@ -164,21 +128,30 @@ def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
     return list(blocks)
 
 
-def unknown_layout(model: nn.Module) -> ConfigError:
-    """The error for a model whose decoder layers are of no known class."""
-    lists = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    path = max(lists, key=lambda name: len(lists[name]), default=None)
-    of, example = "", "…"
-    if path is not None:
-        block = lists[path][0]
-        inside = ", ".join(name for name, _ in block.named_children())
-        of, example = f": {path} holds {type(block).__name__} ({inside})", path
+def stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The lists of blocks that may be a decoder's, by path: outermost, and made of submodules.
+
+    Of a model of several parts, as transformers' multimodal ones, its text decoder's.
+    """
+    lists: dict[str, list[nn.Module]] = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in lists):
+            continue
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
+            blocks = [inside(block) for block in module]
+            if all(block._modules and type(block) is not nn.ModuleList for block in blocks):
+                lists[path] = blocks
+    text: Any = getattr(model, "get_decoder", lambda: None)() if len(lists) > 1 else None
+    inner = set(text.modules()) if isinstance(text, nn.Module) else set()
+    of_decoder = {path: blocks for path, blocks in lists.items() if inner.issuperset(blocks)}
+    return of_decoder or lists
+
+
+def no_blocks(model: nn.Module) -> ConfigError:
+    """The error for a model in which no list of blocks is found."""
+    names = ", ".join(name for name, _ in model.named_children()) or "no submodules"
     return ConfigError(
-        f"probe: no decoder layers of a known class in {type(model).__name__}{of}; known are"
-        f" {', '.join(KNOWN)}; name its residual stream with layout=simlab.Layout({example!r},"
+        f"probe: {type(model).__name__} ({names}) has no ModuleList of blocks, which have submodules;"
+        ' name its residual stream with layout=simlab.Layout("…",'
         ' (simlab.Sublayer("attention", raw=…, sum=…), simlab.Sublayer("mlp", raw=…)))'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +13,18 @@ from torch import Tensor, nn
 from simlab.config import ConfigError
 from simlab.measurement.block_probe import BlockProbe
 from simlab.measurement.layout import Sublayer, submodule
+from simlab.measurement.layout_search import (
+    DEEPEST,
+    Record,
+    add_up,
+    as_stream,
+    find_steps,
+    first_argument,
+    first_output,
+    is_light,
+    off_by,
+    passes_on,
+)
 from simlab.measurement.statistics import Step, wide
 from simlab.model.norms import LayerNorm, RMSNorm
 
@@ -24,18 +36,6 @@ def wide_copy(x: Tensor) -> Tensor:
     return wide(x.detach().clone())
 
 
-def first_output(out: Any) -> Tensor:
-    """A module's output, or the first of several."""
-    tensor: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-    return tensor
-
-
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A module's first argument, by position or by name."""
-    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return tensor
-
-
 @dataclass(frozen=True)
 class Norm:
     """A norm: its eps, its gain (D,), and the function (…, D) → (…) of the moment it divides by."""
@@ -45,18 +45,36 @@ class Norm:
     moment: Callable[[Tensor], Tensor]
 
 
-def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Norm | None:
+@dataclass(frozen=True)
+class Held:
+    """What a norm holds during its forward call: eps, and weight and bias (D,), wide."""
+
+    eps: float | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def held_by(norm: nn.Module) -> Held:
+    """Read a norm in its own hook, when sharded parameters (FSDP) are whole. Raises ConfigError."""
+    eps = next((value for name in EPS if (value := getattr(norm, name, None)) is not None), None)
+    weight, bias = whole(norm, "weight"), whole(norm, "bias")
+    return Held(
+        eps if isinstance(eps, float) else None,
+        None if weight is None else wide(weight).clone(),
+        None if bias is None else wide(bias).clone(),
+    )
+
+
+def identify_norm(held: Held, x: Tensor, y: Tensor, rounding: float) -> Norm | None:
     """Find out which norm maps x to y (B, T, D; wide); None if no candidate does, to some roundings.
 
     The candidates are RMSNorm and LayerNorm, each with gain weight or 1 + weight (Gemma).
     """
-    eps = next((value for name in EPS if (value := getattr(norm, name, None)) is not None), None)
-    if not isinstance(eps, float):
+    if held.eps is None:
         return None
-    x, y = x[:1], y[:1]
-    weight, bias = whole(norm, "weight"), whole(norm, "bias")
-    gains = [x.new_ones(x.shape[-1])] if weight is None else [wide(weight), 1 + wide(weight)]
-    shift = 0.0 if bias is None else wide(bias)
+    x, y, eps = x[:1], y[:1], held.eps
+    gains = [x.new_ones(x.shape[-1])] if held.weight is None else [held.weight, 1 + held.weight]
+    shift = 0.0 if held.bias is None else held.bias
     matches = []
     for moment, mean in ((RMSNorm.moment, 0.0), (LayerNorm.moment, x.mean(-1, keepdim=True))):
         unit = (x - mean) / (moment(x) + eps).sqrt()[..., None]
@@ -68,11 +86,13 @@ def identify_norm(norm: nn.Module, x: Tensor, y: Tensor, rounding: float) -> Nor
 
 
 def whole(module: nn.Module, name: str) -> Tensor | None:
-    """A module's parameter, gathered where it is sharded (FSDP 2). Raises ConfigError if it is away."""
-    value: Tensor | None = getattr(module, name, None)
+    """A module's tensor, gathered where it is sharded (FSDP 2). Raises ConfigError if it is away."""
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return None
     if (gather := getattr(value, "full_tensor", None)) is not None:  # a DTensor's, slow to import
         value = gather()
-    if value is not None and value.is_meta:
+    if value.is_meta:
         raise ConfigError(
             f"probe: {type(module).__name__}'s {name} is offloaded (accelerate's hooks, device_map): "
             "load the model whole"
@@ -99,38 +119,69 @@ def attention_weights(out: Any) -> dict[str, Tensor] | None:
 class LayoutProbe(BlockProbe):
     """``with LayoutProbe(block, name, sublayers): block(x)``, then ``results()``.
 
-    The first batch checks every step: stream + branch must equal the stream after it, to rounding.
+    On every batch every step is checked: stream + branch must equal the stream after it, to rounding.
+    Without ``sublayers`` the first batch finds them. If none are found, only the block's output is
+    measured, a step of kind ``block``.
+
+    Args:
+        block: The block that is probed.
+        name: Its path in the model.
+        sublayers: Its residual steps; None to find them.
+        found: The steps of blocks that were searched, for a block whose first batch isn't finite.
+
     Raises ConfigError for a missing submodule, and during the forward call for a step that fails the
     check.
     """
 
-    def __init__(self, block: nn.Module, name: str, sublayers: tuple[Sublayer, ...]) -> None:
-        kinds = [sublayer.kind for sublayer in sublayers]
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        sublayers: tuple[Sublayer, ...] | None = None,
+        found: dict[Any, tuple[Sublayer, ...]] | None = None,
+    ) -> None:
         # A gain of 1, as at init: the laws take a trained model's gains as that too.
-        super().__init__(block, kinds, [sublayer.normalises for sublayer in sublayers], gain=1.0)
-        self.name, self.sublayers = name, sublayers
-        where = f"{name} ({type(block).__name__})"
-        paths = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
-        self.modules = {path: submodule(block, path, where) for path in sorted(paths)}
+        super().__init__(block, [], [], gain=1.0)
+        self.name, self.found = name, {} if found is None else found
+        self.sublayers: tuple[Sublayer, ...] | None = None
+        self.modules: dict[str, nn.Module] = {}
         self.norms: dict[int, Norm | None] = {}
+        self.record: Record | None = None  # of the first batch, where the steps aren't known yet
+        self.shape = torch.Size()  # of the stream, (B, T, D)
         self.stream: Tensor | None = None  # before the next step, wide
         self.outputs: dict[str, Tensor] = {}  # wide
         self.rounding: dict[str, float] = {}  # of each output, in the dtype that the model gave it
         self.attention: dict[str, dict[str, Tensor] | None] = {}
+        self.held: dict[str, Held] = {}  # by norms, on the first batch
+        if sublayers is not None:
+            self._adopt(sublayers)
+
+    def _adopt(self, sublayers: tuple[Sublayer, ...]) -> None:
+        self.sublayers = sublayers
+        where = f"{self.name} ({type(self.block).__name__})"
+        paths = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
+        self.modules = {path: submodule(self.block, path, where) for path in sorted(paths)}
+        self.set_steps(
+            [s.kind for s in sublayers] or ["block"], [s.normalises for s in sublayers] or [None]
+        )
 
     def listen(self) -> None:
         """Hooks on the block and on the submodules that the layout names."""
         self._before(self.block, self._start)
+        self._after(self.block, self._close)
+        if self.sublayers is None:
+            self._listen_to_all()
+            return
         for path in sorted({path for s in self.sublayers for path in outputs(s)}):
             self._after(self.modules[path], partial(self._keep, path))
         for i, sublayer in enumerate(self.sublayers):
-            at = self.block if sublayer.sum is None else self.modules[sublayer.sum]
+            if sublayer.sum is None:
+                continue  # the block's output
+            at = self.modules[sublayer.sum]
             if sublayer.normalises == "stream":
                 self._after(at, partial(self._on_norm, i))
-            elif sublayer.sum is not None:
-                self._before(at, partial(self._on_sum, i))
             else:
-                self._after(at, partial(self._on_end, i))
+                self._before(at, partial(self._on_sum, i))
 
     def _before(self, module: nn.Module, call: Callable[[Tensor], None]) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,28 +195,132 @@ class LayoutProbe(BlockProbe):
 
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _start(self, x: Tensor) -> None:
+    def _start(self, x: Any) -> None:
+        if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(
+                f"probe: {self.name} ({type(self.block).__name__}) gets {shape}: must be one stream"
+                " (batch, length, width)"
+            )
+        self.shape = x.shape
+        self.outputs.clear()
+        self.attention.clear()
         self.stream = wide_copy(x)
+        self.record = Record(x.detach().clone()) if self.sublayers is None else None
+
+    def _listen_to_all(self) -> None:
+        for path, module in self.block.named_modules():
+            if path and path.count(".") <= DEEPEST and not passes_on(module):
+                self._before(module, partial(self._begin_call, path))
+                self._after(module, partial(self._end_call, path, module))
+
+    def _begin_call(self, path: str, x: Any) -> None:
+        if self.record is not None:  # else the block has not started
+            self.record.begin(path, as_stream(x, self.shape))
+
+    def _end_call(self, path: str, module: nn.Module, _: Any, out: Any) -> None:
+        if self.record is None:
+            return
+        light, y = is_light(module), as_stream(first_output(out), self.shape)
+        self.record.end(path, type(module).__name__, y, light)
+        if y is None:
+            return
+        self.attention[path] = attention_weights(out)
+        if light:
+            self.held[path] = held_by(module)
+
+    def _keep(self, path: str, _: Any, out: Any) -> None:
+        y = first_output(out)
+        stream = as_stream(y, self.shape)
+        self.outputs[path] = wide_copy(y if stream is None else stream)
+        self.rounding[path] = torch.finfo(y.dtype).eps
+        self.attention[path] = attention_weights(out)
+        self._hold(path)
+
+    def _hold(self, path: str) -> None:
+        assert self.sublayers is not None
+        of = [i for i, sublayer in enumerate(self.sublayers) if sublayer.norm == path]
+        if any(i not in self.norms for i in of):
+            self.held[path] = held_by(self.modules[path])
+
+    def _on_norm(self, i: int, x: Any, out: Any) -> None:
+        assert self.sublayers is not None
+        self._hold(str(self.sublayers[i].norm))
+        self._finish(i, self._seen(x), self._seen(first_output(out)))
+
+    def _on_sum(self, i: int, x: Any) -> None:
+        self._finish(i, self._seen(x), self._seen(x))
+
+    def _seen(self, x: Any) -> Tensor:
+        stream = as_stream(x, self.shape)
+        seen: Tensor = x if stream is None else stream
+        return seen
+
+    def _close(self, _: Any, out: Any) -> None:
+        """The block's end: its last step's, if the layout is known; else the layout is looked for."""
+        y = first_output(out)
+        if not isinstance(y, Tensor) or y.shape != self.shape:
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ConfigError(
+                f"probe: {self.name} ({type(self.block).__name__}) gets {tuple(self.shape)} and gives"
+                f" {shape}: must be the stream again"
+            )
+        if self.record is not None:
+            self._settle(self.record, y)
+        elif not self.sublayers:
+            self.reducers[0].add(Step(after=wide(y)))
+        elif self.sublayers[-1].sum is None:
+            self._finish(len(self.sublayers) - 1, y, y)
+        elif self.stream is not None:
+            self._check_end(y)
+        self.stream = None
+        self.held.clear()
+
+    def _settle(self, record: Record, y: Tensor) -> None:
+        """Find the steps in the record of the first batch, then measure them."""
+        self.record = None
+        alike = tuple((name, type(module)) for name, module in self.block.named_modules())
+        if record.x.isfinite().all() and y.isfinite().all():
+            constants = [value for value in vars(self.block).values() if isinstance(value, float)]
+            steps = find_steps(record.once(), record.x, y, constants)
+            if steps is None and self.found.get(alike) and self._hooked():
+                raise self._wrong(self.found[alike][0], "no sums as in the blocks before it")
+            self.found.setdefault(alike, steps or ())
+        else:
+            steps = self.found.get(alike)
+        self._adopt(steps or ())
+        calls = {call.path: call for call in record.calls}
+        for sublayer in steps or ():
+            for path in outputs(sublayer):
+                self.outputs[path] = wide(calls[path].out)
+                self.rounding[path] = torch.finfo(calls[path].out.dtype).eps
+        for i, sublayer in enumerate(steps or ()):
+            total = y if sublayer.sum is None else calls[sublayer.sum].x
+            assert total is not None
+            after = (
+                calls[sublayer.sum].out
+                if sublayer.sum and sublayer.normalises == "stream"
+                else total
+            )
+            self._finish(i, total, after)
+        if not steps:
+            self.reducers[0].add(Step(after=wide(y)))
         self.outputs.clear()
         self.attention.clear()
 
-    def _keep(self, path: str, _: Tensor, out: Any) -> None:
-        self.outputs[path] = wide_copy(first_output(out))
-        self.rounding[path] = torch.finfo(first_output(out).dtype).eps
-        self.attention[path] = attention_weights(out)
-
-    def _on_norm(self, i: int, x: Tensor, out: Any) -> None:
-        self._finish(i, x, first_output(out))
-
-    def _on_sum(self, i: int, x: Tensor) -> None:
-        self._finish(i, x, x)
-
-    def _on_end(self, i: int, _: Tensor, out: Any) -> None:
-        self._finish(i, first_output(out), first_output(out))
+    def _check_end(self, y: Tensor) -> None:
+        """Check that the block gives the stream after its last step."""
+        assert self.sublayers is not None
+        assert self.stream is not None
+        last, total = self.sublayers[-1], wide(y)
+        off, allowed = off_by(self.stream, [], 1.0, total, torch.finfo(y.dtype).eps)
+        if (off > allowed).any():
+            raise self._wrong(last, "the stream after it isn't what the block gives")
 
     @torch.no_grad()
     def _finish(self, i: int, total: Tensor, after: Tensor) -> None:
         """Add step i to its reducer. total: stream + branch (B, T, D); after: the stream after it."""
+        assert self.sublayers is not None
         sublayer, skip = self.sublayers[i], self.stream
         if missing := [path for path in outputs(sublayer) if path not in self.outputs]:
             raise self._wrong(
@@ -176,8 +331,8 @@ class LayoutProbe(BlockProbe):
         branches = [self.outputs[path] for path in sublayer.branches]
         rounding = torch.finfo(total.dtype).eps
         total, after = wide(total), wide_copy(after)
+        self._check(sublayer, skip, branches, total, rounding)
         if i not in self.norms:
-            self._check(sublayer, [skip, *branches], total, rounding)
             self.norms[i] = self._norm(sublayer, skip, raw, total, after, rounding)
         norm, moment = self.norms[i], None
         if norm is not None:
@@ -188,7 +343,9 @@ class LayoutProbe(BlockProbe):
         step = Step(
             after=after,
             skip=skip,
-            branch=add_up(branches),
+            branch=add_up(branches)
+            if sublayer.multiplier == 1
+            else sublayer.multiplier * add_up(branches),
             raw=raw,
             moment=moment,
             eps=norm.eps if norm else 0.0,
@@ -196,12 +353,17 @@ class LayoutProbe(BlockProbe):
             attention=next((weight for weight in weights if weight), None),
         )
         self.reducers[i].add(step)
-        self.stream = None if sublayer is self.sublayers[-1] else after  # a block's is not kept
+        self.stream = after
         for path in outputs(sublayer):
             del self.outputs[path]
 
     def _check(
-        self, sublayer: Sublayer, terms: list[Tensor], total: Tensor, rounding: float
+        self,
+        sublayer: Sublayer,
+        skip: Tensor,
+        branches: list[Tensor],
+        total: Tensor,
+        rounding: float,
     ) -> None:
         """Check that stream and branches add up to the named sum, and that outputs have its shape."""
         for path in outputs(sublayer):
@@ -210,29 +372,30 @@ class LayoutProbe(BlockProbe):
                 raise self._wrong(
                     sublayer, f"{path} gives {shape}, the stream is {tuple(total.shape)}"
                 )
-        off = (add_up(terms) - total).abs()
-        allowed = 4 * rounding * add_up([term.abs() for term in terms])
+        if sublayer.multiplier != 1:  # the product is rounded in the branch's dtype
+            rounding = max(rounding, *(self.rounding[path] for path in sublayer.branches))
+        off, allowed = off_by(skip, branches, sublayer.multiplier, total, rounding)
         if (off > allowed).any():  # not where a NaN or an infinity is: that is for the rows to say
             place = f"what {sublayer.sum} gets" if sublayer.sum else "what the block gives"
             most, rms = off.amax().item(), total.square().mean().sqrt().item()
             raise self._wrong(
                 sublayer,
-                f"stream + {' + '.join(sublayer.branches)} isn't {place}: off by {most:.2g} where"
+                f"stream + {sublayer.added} isn't {place}: off by {most:.2g} where"
                 f" the rms is {rms:.2g}",
             )
 
-    def _wrong(self, sublayer: Sublayer, what: str) -> ConfigError:
+    def _hooked(self) -> list[str]:
+        """The classes of the modules in the block that have somebody else's forward hooks."""
         ours = {handle.id for handle in self.handles}
-        hooked = [
-            type(module).__name__
-            for module in self.block.modules()
-            if module._forward_hooks.keys() - ours
-        ]
+        modules = self.block.modules()
+        return [type(module).__name__ for module in modules if module._forward_hooks.keys() - ours]
+
+    def _wrong(self, sublayer: Sublayer, what: str) -> ConfigError:
         advice = (
             "pass a layout of this model, whose branches are the submodules that give what is added,"
-            " as it is added (a model that scales stream or branch between modules can't be probed)"
+            " as it is added (a multiplier of the branch is allowed, one of the stream isn't)"
         )
-        if hooked:
+        if hooked := self._hooked():
             advice = (
                 f"a forward hook on {hooked[0]}, which isn't simlab's, may change it: remove it"
             )
@@ -250,20 +413,15 @@ class LayoutProbe(BlockProbe):
         """The sublayer's norm, identified from its input and output."""
         if sublayer.norm is None:
             return None
-        module = self.modules[sublayer.norm]
+        held = self.held[sublayer.norm]
         if sublayer.normalises == "stream":
-            return identify_norm(module, total, after, rounding)
+            return identify_norm(held, total, after, rounding)
         x, within = skip, [sublayer.norm]
         if sublayer.normalises == "branch":
             x, within = raw, [sublayer.norm, *sublayer.raws]
         # Under autocast a branch is bfloat16 where the stream is float32: its norm rounds to that.
         rounding = max(rounding, *(self.rounding[path] for path in within))
-        return identify_norm(module, x, self.outputs[sublayer.norm], rounding)
-
-
-def add_up(terms: list[Tensor]) -> Tensor:
-    """The sum of the terms."""
-    return reduce(torch.add, terms)
+        return identify_norm(held, x, self.outputs[sublayer.norm], rounding)
 
 
 def outputs(sublayer: Sublayer) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,19 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from simlab.config import ConfigError
+from simlab.measurement.batch_checks import (
+    Batch,
+    Stream,
+    arguments,
+    evaluated,
+    named,
+    refuse_padding,
+)
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
 from simlab.measurement.frame import to_frame
-from simlab.measurement.layout import Layout, blocks_at, inside, known_sublayers, unknown_layout
-from simlab.measurement.layout_probe import LayoutProbe, first_argument
+from simlab.measurement.layout import Layout, Sublayer, blocks_at, no_blocks, stacks
+from simlab.measurement.layout_probe import LayoutProbe
+from simlab.measurement.layout_search import first_argument, first_output
 from simlab.measurement.statistics import STATISTICS, Step, wide
 from simlab.model.transformer import Block
 
 # In the rows' ``attrs``, where a curve was cut: its first sublayer that isn't finite. pandas keeps it
 # in the rows of several seeds that end at the same sublayer.
 NOT_FINITE_FROM = "not_finite_from"
-NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's lowest is −65504
-Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
+LAYOUT = "layout"  # likewise: where the residual stream is, in words
 
 
 def probe(
@@ -56,11 +63,12 @@ def probe(
         batch: Token ids (batch, length), or a mapping (``model(**batch)``), or a tuple
             (``model(*batch)``). It is passed through the model at once, without gradients and in eval
             mode; every submodule's mode is put back.
-        layout: Describes the residual stream of a model that ``layout.KNOWN`` lacks.
+        layout: Describes the residual stream; by default it is looked for, and
+            ``rows().attrs["layout"]`` says what was found.
         curve: The name in the rows' column ``curve``.
         seed: The number in the rows' column ``seed``.
 
-    Raises ConfigError for a model without known decoder layers, or a batch that is none of these.
+    Raises ConfigError for a model without a list of blocks, or a batch that is none of these.
     """
     result = ModelProbe(model, layout, curve, seed)
     if batch is not None:
@@ -81,9 +89,13 @@ class ModelProbe:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"probe: model is a {type(model).__name__}: must be an nn.Module")
         self.model, self.curve, self.seed = model, curve, seed
-        self.probes = block_probes(model, layout)
+        self.stacks = block_probes(model, layout)
+        # The decoder's: the only one, or else the one that the first call passes through.
+        self.path = next(iter(self.stacks)) if len(self.stacks) == 1 else None
+        self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
         self.embedding = Reducer(STATISTICS)
         self.size: tuple[int, int] | None = None  # T, D
+        self.stream = Stream({})
         self.outer, self.inner = ExitStack(), ExitStack()  # hooks of the with block, of a call
 
     def __enter__(self) -> ModelProbe:
@@ -98,24 +110,62 @@ class ModelProbe:
         self.outer.close()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_padding(model, args, kwargs)
+        inputs = named(model, args, kwargs)
+        refuse_padding(inputs)
+        self.stream = Stream(inputs)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
             self.inner.enter_context(torch.compiler.set_stance("force_eager"))
-        embedded = self.probes[0].block.register_forward_pre_hook(self._embedded, with_kwargs=True)
-        self.inner.callback(embedded.remove)
-        for probe in self.probes:
-            self.inner.enter_context(probe)
+        self.left = None
+        self.inner.enter_context(self.stream.watch(model))
+        for path in [self.path] if self.path else self.stacks:
+            for i, probe in enumerate(self.stacks[path]):
+                begins, ends = partial(self._begins, path, i), partial(self._ends, i)
+                begun = probe.block.register_forward_pre_hook(begins, with_kwargs=True)
+                self.inner.callback(begun.remove)
+                self.inner.enter_context(probe)
+                self.inner.callback(probe.block.register_forward_hook(ends).remove)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.left = None
         self.inner.close()
 
-    def _embedded(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _ends(self, i: int, block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if i + 1 < len(self.probes):
+            self.left = i, first_output(out).detach().clone()
+
+    def _begins(
+        self, path: str, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         x = first_argument(args, kwargs)
-        if x.ndim != 3:
+        if self.path not in (None, path):
             raise ConfigError(
-                f"probe: the first block gets a tensor of shape {tuple(x.shape)}: must be"
-                " (batch, length, width)"
+                f"probe: {type(self.model).__name__} has blocks at {self.path}, {path}: probe one of"
+                " the models it is made of, or pass a layout"
             )
+        self.path = path
+        refuse_padding(kwargs)
+        if i == 0:
+            self._embedded(x)
+            return
+        before, out = self.left or (None, x)
+        if before != i - 1:
+            raise ConfigError(
+                f"probe: {path}.{i} isn't called right after block {i - 1}: a stream passes each block"
+                " once, in their order"
+            )
+        if not passed_on(out, x):
+            raise ConfigError(
+                f"probe: {path}.{i} doesn't get what block {i - 1} gives: the model changes the stream"
+                " between its blocks"
+            )
+
+    def _embedded(self, x: Any) -> None:
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(
+                f"probe: the first block gets a tensor of shape {shape}: must be (batch, length, width)"
+            )
+        self.stream.begin(x)
         length, width = x.shape[1:]
         if self.size not in (None, (length, width)):
             raise ConfigError(
@@ -124,6 +174,21 @@ class ModelProbe:
             )
         self.size = length, width
         self.embedding.add(Step(after=wide(x)))
+
+    @property
+    def probes(self) -> list[BlockProbe]:
+        """The blocks' probes; of a model with several lists of blocks, empty before the first call."""
+        return self.stacks[self.path] if self.path else []
+
+    @property
+    def layout(self) -> str:
+        """Where the residual stream is, in one line: the blocks' steps, by the names of submodules."""
+        blocks: dict[str, list[int]] = {}
+        for i, probe in enumerate(self.probes):
+            steps = probe.sublayers if isinstance(probe, LayoutProbe) else ()
+            how = ", ".join(map(str, steps or ())) or ", ".join(probe.kinds)
+            blocks.setdefault(how, []).append(i)
+        return "; ".join(f"{self.path} {spans(of)}: {how}" for how, of in blocks.items())
 
     def rows(self) -> pd.DataFrame:
         """One row per step, with curve.csv's columns; NaN in those that the model doesn't show.
@@ -141,6 +206,7 @@ class ModelProbe:
             place = f"sublayer {row['sublayer']} ({row['kind']})"
             warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
             frame.attrs[NOT_FINITE_FROM] = int(row["sublayer"])
+        frame.attrs[LAYOUT] = self.layout
         return frame
 
     def measured(self) -> Measured:
@@ -152,7 +218,8 @@ class ModelProbe:
             )
         tokens = self.embedding.tokens
         for i, probe in enumerate(self.probes):
-            for kind, reducer in zip(probe.kinds, probe.reducers, strict=True):
+            steps = zip(probe.kinds, probe.reducers, strict=True)
+            for kind, reducer in steps if probe.kinds else [("the output", Reducer({}))]:
                 if reducer.tokens != tokens:
                     raise ConfigError(
                         f"probe: {kind} of block {i} saw {reducer.tokens} of {tokens} tokens: a"
@@ -165,84 +232,42 @@ class ModelProbe:
         return Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
 
 
-def block_probes(model: nn.Module, layout: Layout | None) -> list[BlockProbe]:
-    """A probe for each of the model's blocks, in their order. Raises ConfigError."""
+def block_probes(model: nn.Module, layout: Layout | None) -> dict[str, list[BlockProbe]]:
+    """A probe for each block in order, by the path of every list that may be the decoder's."""
     if layout is not None:
-        path, blocks = layout.blocks, blocks_at(model, layout.blocks)
-    else:
-        lists = {
-            path: [inside(block) for block in module]
-            for path, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) and all(map(is_known, module))
-        }
-        if not lists:
-            raise unknown_layout(model)
-        if len(lists) > 1:
+        lists = {layout.blocks: blocks_at(model, layout.blocks)}
+    elif not (lists := stacks(model)):
+        raise no_blocks(model)
+    for path, blocks in lists.items():
+        if len(set(blocks)) < len(blocks):
             raise ConfigError(
-                f"probe: {type(model).__name__} has decoder layers at {', '.join(lists)}: probe one"
-                " of the models it is made of, or pass a layout"
+                f"probe: {path} holds a block more than once: can't tell its calls apart"
             )
-        path, blocks = lists.popitem()
-    if len(set(blocks)) < len(blocks):
-        raise ConfigError(f"probe: {path} holds a block more than once: can't tell its calls apart")
-    probes: list[BlockProbe] = []
-    for i, block in enumerate(blocks):
-        if layout is None and isinstance(block, Block):
-            probes.append(Probe(block))
-        else:
-            sublayers = layout.sublayers if layout else known_sublayers(block)
-            assert sublayers is not None  # is_known
-            probes.append(LayoutProbe(block, f"{path}.{i}", sublayers))
-    return probes
+    steps = layout.sublayers if layout else None
+    found: dict[Any, tuple[Sublayer, ...]] = {}
+    return {
+        path: [
+            Probe(block)
+            if layout is None and isinstance(block, Block)
+            else LayoutProbe(block, f"{path}.{i}", steps, found)
+            for i, block in enumerate(blocks)
+        ]
+        for path, blocks in lists.items()
+    }
 
 
-def is_known(block: nn.Module) -> bool:
-    """True for simlab's own block and for a decoder layer of a known class, in a wrapper too."""
-    return isinstance(block, Block) or known_sublayers(inside(block)) is not None
+def passed_on(given: Tensor, got: Any) -> bool:
+    """Whether a block got what the one before gave, to rounding where the dtype changes in between."""
+    if not isinstance(got, Tensor) or got.shape != given.shape:
+        return False
+    if got.dtype == given.dtype:
+        return bool(((got == given) | (got.isnan() & given.isnan())).all())
+    rounding = max(torch.finfo(x.dtype).eps for x in (given, got))
+    return not ((wide(got) - wide(given)).abs() > rounding * wide(given).abs()).any()
 
 
-def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments of the model's forward call. Raises ConfigError."""
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, tuple):
-        return batch, {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    raise ConfigError(
-        f"probe: batch is a {type(batch).__name__}: must be a tensor of token ids, a mapping of"
-        " keyword arguments or a tuple of positional ones"
-    )
-
-
-def refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ConfigError if an attention_mask hides tokens, which the statistics would count.
-
-    A mask may be (B, T), or by query and key (B, heads, T, T), true or 0 where a query looks, or a
-    mapping of such masks by layer type. A token that no query looks at is hidden, its own included.
-    """
-    inputs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    given = inputs.get("attention_mask")
-    for mask in given.values() if isinstance(given, Mapping) else [given]:
-        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-            continue
-        seen = mask != 0
-        if mask.ndim == 4:
-            seen = (mask if mask.dtype == torch.bool else mask > NEVER).any(2).any(1)
-        if not seen.all():
-            raise ConfigError(
-                f"probe: attention_mask hides {int((~seen).sum())} of {seen.numel()} tokens, which"
-                " the statistics would count: pass sequences of one length, without padding"
-            )
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every submodule's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def spans(numbers: list[int]) -> str:
+    """Rising numbers in words: ``0-2, 4``."""
+    ends = [i for i in numbers if i + 1 not in numbers]
+    starts = [i for i in numbers if i - 1 not in numbers]
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))

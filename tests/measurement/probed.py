@@ -10,7 +10,7 @@ from simlab import ConfigError, Sublayer, probe
 
 IDS = torch.randint(1, 61, (3, 11), generator=torch.Generator().manual_seed(0))
 KINDS = ["Olmo2", "Olmo3", "Llama", "Qwen3", "Gemma2", "Gemma3"]
-SAME = ["Olmo", "Mistral", "Qwen2", "Gemma"]  # which share their entries in the table
+SAME = ["Olmo", "Mistral", "Qwen2", "Gemma"]  # which are laid out as some of these
 SHAPE = CHECKPOINT | {"num_hidden_layers": 3, "head_dim": 8}
 
 
@@ -145,3 +145,20 @@ POST = (
 )
 PARALLEL = (Sublayer("parallel", raw=("attn", "mlp"), norm="ln_1"),)
 OWN = {"pre": GPT2, "in place": GPT2, "post": POST, "parallel": PARALLEL}
+
+ATTENTION, FEED_FORWARD = "post_attention_layernorm", "post_feedforward_layernorm"
+REORDERED = (
+    Sublayer("attention", "self_attn", branch=ATTENTION, sum="mlp", norm=ATTENTION),
+    Sublayer("mlp", "mlp", branch=FEED_FORWARD, norm=FEED_FORWARD),
+)
+PRE = (
+    Sublayer("attention", "self_attn", sum=ATTENTION, norm="input_layernorm"),
+    Sublayer("mlp", "mlp", norm=ATTENTION),
+)
+PERI = (
+    Sublayer("attention", "self_attn", ATTENTION, "pre_feedforward_layernorm", ATTENTION),
+    REORDERED[1],
+)
+LAYOUTS = {"Olmo2": REORDERED, "Olmo3": REORDERED, "Llama": PRE, "Qwen3": PRE} | {
+    "Gemma2": PERI, "Gemma3": PERI,
+}  # fmt: skip

@@ -9,8 +9,12 @@ from probed import (
     GPT2,
     IDS,
     KINDS,
+    LAYOUTS,
     OWN,
+    PERI,
     POST,
+    PRE,
+    REORDERED,
     SHAPE,
     Own,
     assert_same,
@@ -22,8 +26,7 @@ from probed import (
 from torch import nn
 
 from simlab import ConfigError, Layout, Sublayer, build_model, probe
-from simlab.measurement.layout import KNOWN, PERI, PRE, REORDERED
-from simlab.measurement.layout_probe import identify_norm
+from simlab.measurement.layout_probe import held_by, identify_norm
 
 
 def own_by_hand(model, how, ids):
@@ -83,7 +86,7 @@ def test_own_model_through_a_layout():
 def test_wrong_layouts_are_refused(kind):
     """Each family's layout is wrong for the other two."""
     model = theirs(kind)
-    right = KNOWN[f"{kind}DecoderLayer"]
+    right = LAYOUTS[kind]
     for wrong in (REORDERED, PRE, PERI):
         if wrong is not right:
             message = refused(model, layout=Layout("model.layers", wrong))
@@ -112,30 +115,47 @@ def test_other_wrong_layouts():
         Layout("h", (Sublayer("attention", raw="attn"), mlp))
 
 
-def test_scaled_residuals_are_refused():
+def test_a_residual_multiplier():
+    """It is found, and named; a layout without it is refused."""
     config = transformers.GraniteConfig(**SHAPE, residual_multiplier=0.22)
     model = perturbed(transformers.GraniteForCausalLM(config))
     message = refused(model, layout=Layout("model.layers", PRE))
     assert message.startswith(
         "probe: model.layers.0, attention: stream + self_attn isn't what post_"
     )
-    assert "scales stream or branch" in message
-    config.residual_multiplier = 1.0
-    plain = transformers.GraniteForCausalLM(config)
-    assert len(probe(plain, IDS, layout=Layout("model.layers", PRE)).rows()) == 7
+    found = probe(model, IDS)
+    assert "mlp: x + 0.22 · mlp (norm post_attention_layernorm)" in found.layout
+    layer = model.model.layers[0]
+    gave = {}
+    layer.mlp.register_forward_hook(lambda m, args, out: gave.update(raw=out.double()))
+    with torch.no_grad():
+        x = model(IDS, output_hidden_states=True).hidden_states[1]
+    row = found.rows().iloc[2]
+    raw = gave["raw"].square().mean().item()
+    assert row["branch_raw_mean_square"] == pytest.approx(raw)
+    assert row["branch_mean_square"] == pytest.approx(0.22**2 * raw)
+    assert row["mean_square"] == pytest.approx(x.double().square().mean().item())
 
 
-def test_an_unknown_model():
-    message = refused(perturbed(Own()))
-    assert "Own: h holds OwnBlock (ln_1, ln_2, attn, mlp)" in message
-    assert "Olmo2DecoderLayer" in message
-    assert "Layout('h', " in message
-    assert "no decoder layers of a known class in Linear; known" in refused(nn.Linear(2, 2))
+def test_models_without_blocks():
+    message = refused(nn.Linear(2, 2))
+    assert "Linear (no submodules) has no ModuleList of blocks" in message
+    assert 'layout=simlab.Layout("…",' in message
+
+
+class Two(nn.Module):
+    """Two stacks of blocks, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Own(), Own()
+
+    def forward(self, ids):
+        return self.b(ids) + self.a(ids)
 
 
 def test_ambiguous_models():
-    two = nn.ModuleDict({"a": theirs("Llama"), "b": theirs("Llama")})
-    assert "decoder layers at a.model.layers, b.model.layers" in refused(two)
+    assert "Two has blocks at b.h, a.h" in refused(perturbed(Two()))
     model = perturbed(Own())
     model.h[1] = model.h[0]
     assert "h holds a block more than once" in refused(model, layout=Layout("h", GPT2))
@@ -148,7 +168,9 @@ def test_norms_are_recognised_by_their_output():
         norm.weight.data.uniform_(0.5, 1.5)
     layer.bias.data.normal_()
     for norm, moment in ((layer, x.var(-1, correction=0)), (rms, x.pow(2).mean(-1))):
-        identified = identify_norm(norm, x, norm(x).detach(), 1e-7)
+        identified = identify_norm(held_by(norm), x, norm(x).detach(), 1e-7)
         torch.testing.assert_close(identified.moment(x), moment)
         assert torch.equal(identified.gain, norm.weight)
-        assert identify_norm(norm, x, norm(x).detach() * 1.01, 1e-7) is None  # something else
+        assert (
+            identify_norm(held_by(norm), x, norm(x).detach() * 1.01, 1e-7) is None
+        )  # something else

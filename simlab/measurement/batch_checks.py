@@ -1,0 +1,143 @@
+"""What a batch must be for ``simlab.probe``: no padding, and a stream of (batch, length, width)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simlab.config import ConfigError
+from simlab.measurement.statistics import wide
+
+NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's lowest is −65504
+ALIKE = (
+    0.1  # cosine of a stream with the embedding from which it began: tiny, where they're unrelated
+)
+Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
+
+
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of the model's forward call. Raises ConfigError."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, tuple):
+        return batch, {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    raise ConfigError(
+        f"probe: batch is a {type(batch).__name__}: must be a tensor of token ids, a mapping of"
+        " keyword arguments or a tuple of positional ones"
+    )
+
+
+def named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward call by name."""
+    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+
+
+def refuse_padding(inputs: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a mask hides tokens, which the statistics would count.
+
+    inputs: what a model or a block gets, by name. A mask may be (B, T), or by query and key
+    (B, heads, T, T), true or 0 where a query looks, or a mapping of such masks by layer type. A token
+    that no query looks at is hidden, its own included. A key padding mask is true or not 0 where it
+    hides, as in torch.nn.
+    """
+    for name, given in inputs.items():
+        if "mask" not in name or any(
+            other in name for other in ("loss", "head", "encoder", "cross")
+        ):
+            continue
+        for mask in given.values() if isinstance(given, Mapping) else [given]:
+            if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+                continue
+            hidden = mask != 0 if "padding" in name else mask == 0
+            if mask.ndim == 4:
+                seen = mask if mask.dtype == torch.bool else mask > NEVER
+                if mask.dtype == torch.bool and not seen.diagonal(dim1=2, dim2=3).any():
+                    seen = ~seen  # true where a query doesn't look
+                hidden = ~seen.any(2).any(1)
+            elif any(
+                torch.equal(causal, torch.ones_like(hidden).triu(1)) for causal in (hidden, ~hidden)
+            ):
+                continue  # (T, T), for all sequences
+            if hidden.any():
+                raise ConfigError(
+                    f"probe: {name} hides {int(hidden.sum())} of {hidden.numel()} tokens, which"
+                    " the statistics would count: pass sequences of one length, without padding"
+                )
+
+
+class Stream:
+    """The stream of one forward call against its token ids (B, T): the order of dimensions, and once.
+
+    inputs: what the model gets, by name; ids are looked for there.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.ndim == 2]
+        self.ids = next((x for x in tensors if not x.is_floating_point()), None)
+        self.embedded: Tensor | None = None  # of the ids (B, T, D)
+        self.began = False
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Keep what the model's embedding gives, where the shape can't tell: if B = T."""
+        ids, handles = self.ids, []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            if not args or not isinstance(args[0], Tensor) or ids is None:
+                return
+            for given, embedded in ((args[0], out), (args[0].mT, out.transpose(0, 1))):
+                if given.shape == ids.shape and torch.equal(given, ids):
+                    self.embedded = embedded.detach().clone()
+                    return
+
+        if ids is not None and ids.shape[0] == ids.shape[1] > 1:
+            of = (module for module in model.modules() if isinstance(module, nn.Embedding))
+            handles = [module.register_forward_hook(keep) for module in of]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, x: Tensor) -> None:
+        """The first block gets x. Raises ConfigError if that isn't (B, T, D), or its second call."""
+        if self.began:
+            raise ConfigError(
+                "probe: the first block is called again within one forward call: its rows would be of"
+                " both calls"
+            )
+        self.began = True
+        if self.ids is None:
+            return
+        transposed = x.shape[0] != self.ids.shape[0]
+        if self.embedded is not None and self.embedded.shape == x.shape:
+            e = self.embedded
+            as_is, other = (
+                torch.cosine_similarity(wide(x).flatten(), wide(y).flatten(), dim=0).item()
+                for y in (e, e.transpose(0, 1))
+            )
+            transposed = other > max(as_is, ALIKE)
+        if transposed:
+            raise ConfigError(
+                f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(self.ids.shape)}:"
+                " must be (batch, length, width)"
+            )
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then every submodule's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
