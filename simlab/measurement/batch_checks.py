@@ -75,10 +75,12 @@ def refuse_padding(inputs: Mapping[str, Any]) -> None:
 class Stream:
     """The stream of one forward call against its token ids (B, T): the order of dimensions, and once.
 
-    inputs: what the model gets, by name; ids are looked for there.
+    inputs: what the model gets, by name; ids are looked for there. longer: whether a sequence may have
+    more tokens in the stream than it has ids.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], longer: bool) -> None:
+        self.longer = longer
         tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.ndim == 2]
         self.ids = next((x for x in tensors if not x.is_floating_point()), None)
         self.embedded: Tensor | None = None  # of the ids (B, T, D)
@@ -116,18 +118,20 @@ class Stream:
         self.began = True
         if self.ids is None:
             return
-        transposed = x.shape[0] != self.ids.shape[0]
+        other = x.shape[0] != self.ids.shape[0] or (
+            x.shape[1] != self.ids.shape[1] and not self.longer
+        )
         if self.embedded is not None and self.embedded.shape == x.shape:
             e = self.embedded
-            as_is, other = (
+            as_is, turned = (
                 torch.cosine_similarity(wide(x).flatten(), wide(y).flatten(), dim=0).item()
                 for y in (e, e.transpose(0, 1))
             )
-            transposed = other > max(as_is, ALIKE)
-        if transposed:
+            other = turned > max(as_is, ALIKE)
+        if other:
             raise ConfigError(
                 f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(self.ids.shape)}:"
-                " must be (batch, length, width)"
+                " must be (batch, length, width), a token for each id"
             )
 
 

@@ -24,9 +24,12 @@ ROUNDINGS = 4  # of the terms' magnitudes: casts, a product, and sums of up to f
 TOGETHER = 4  # outputs that are added at once, at most
 DEEPEST = 3  # dots in the path of a submodule that is tried
 VISIBLE = 64  # roundings of the stream that a branch with a fitted multiplier must exceed somewhere
-KINDS = {
-    "attention": re.compile(r"attn|attention", re.IGNORECASE),
-    "mlp": re.compile(r"mlp|ffn|feed_?forward|moe|expert|^(ff|fc)\d?\b|^output\b", re.IGNORECASE),
+KINDS = {  # by the path of a submodule, then by its class
+    "attention": (re.compile(r"attn|attention", re.IGNORECASE), re.compile("Attention")),
+    "mlp": (
+        re.compile(r"mlp|ffn|feed_?forward|moe|expert|^(ff|fc)\d?\b|^output\b", re.IGNORECASE),
+        re.compile("(MLP|MoE)$"),
+    ),
 }
 
 
@@ -300,9 +303,9 @@ def _kind(raws: tuple[Call, ...]) -> str:
         next(
             (
                 kind
-                for of in (raw.path, raw.name)
-                for kind, names in KINDS.items()
-                if names.search(of)
+                for i, of in enumerate((raw.path, raw.name))
+                for kind, patterns in KINDS.items()
+                if patterns[i].search(of)
             ),
             raw.path.split(".")[0],
         )

@@ -95,7 +95,7 @@ class ModelProbe:
         self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
         self.embedding = Reducer(STATISTICS)
         self.size: tuple[int, int] | None = None  # T, D
-        self.stream = Stream({})
+        self.given, self.stream = layout is not None, Stream({}, False)
         self.outer, self.inner = ExitStack(), ExitStack()  # hooks of the with block, of a call
 
     def __enter__(self) -> ModelProbe:
@@ -112,7 +112,7 @@ class ModelProbe:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = named(model, args, kwargs)
         refuse_padding(inputs)
-        self.stream = Stream(inputs)
+        self.stream = Stream(inputs, self.given)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
             self.inner.enter_context(torch.compiler.set_stance("force_eager"))
         self.left = None
