@@ -14,7 +14,7 @@ from simlab.config import ConfigError
 from simlab.measurement.statistics import wide
 
 NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's lowest is −65504
-ALIKE = (
+RELATED = (
     0.1  # cosine of a stream with the embedding from which it began: tiny, where they're unrelated
 )
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
@@ -34,7 +34,9 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of a forward call by name."""
     return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
 
@@ -127,7 +129,7 @@ class Stream:
                 torch.cosine_similarity(wide(x).flatten(), wide(y).flatten(), dim=0).item()
                 for y in (e, e.transpose(0, 1))
             )
-            other = turned > max(as_is, ALIKE)
+            other = turned > max(as_is, RELATED)
         if other:
             raise ConfigError(
                 f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(self.ids.shape)}:"

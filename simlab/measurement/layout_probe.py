@@ -15,14 +15,14 @@ from simlab.measurement.block_probe import BlockProbe
 from simlab.measurement.layout import Sublayer, submodule
 from simlab.measurement.layout_search import (
     DEEPEST,
-    Record,
+    CallRecord,
     add_up,
     as_stream,
     find_steps,
     first_argument,
     first_output,
+    imbalance,
     is_light,
-    off_by,
     passes_on,
 )
 from simlab.measurement.statistics import Step, wide
@@ -146,7 +146,9 @@ class LayoutProbe(BlockProbe):
         self.sublayers: tuple[Sublayer, ...] | None = None
         self.modules: dict[str, nn.Module] = {}
         self.norms: dict[int, Norm | None] = {}
-        self.record: Record | None = None  # of the first batch, where the steps aren't known yet
+        self.record: CallRecord | None = (
+            None  # of the first batch, where the steps aren't known yet
+        )
         self.shape = torch.Size()  # of the stream, (B, T, D)
         self.stream: Tensor | None = None  # before the next step, wide
         self.outputs: dict[str, Tensor] = {}  # wide
@@ -206,7 +208,7 @@ class LayoutProbe(BlockProbe):
         self.outputs.clear()
         self.attention.clear()
         self.stream = wide_copy(x)
-        self.record = Record(x.detach().clone()) if self.sublayers is None else None
+        self.record = CallRecord(x.detach().clone()) if self.sublayers is None else None
 
     def _listen_to_all(self) -> None:
         for path, module in self.block.named_modules():
@@ -276,7 +278,7 @@ class LayoutProbe(BlockProbe):
         self.stream = None
         self.held.clear()
 
-    def _settle(self, record: Record, y: Tensor) -> None:
+    def _settle(self, record: CallRecord, y: Tensor) -> None:
         """Find the steps in the record of the first batch, then measure them."""
         self.record = None
         alike = tuple((name, type(module)) for name, module in self.block.named_modules())
@@ -313,7 +315,7 @@ class LayoutProbe(BlockProbe):
         assert self.sublayers is not None
         assert self.stream is not None
         last, total = self.sublayers[-1], wide(y)
-        off, allowed = off_by(self.stream, [], 1.0, total, torch.finfo(y.dtype).eps)
+        off, allowed = imbalance(self.stream, [], 1.0, total, torch.finfo(y.dtype).eps)
         if (off > allowed).any():
             raise self._wrong(last, "the stream after it isn't what the block gives")
 
@@ -374,7 +376,7 @@ class LayoutProbe(BlockProbe):
                 )
         if sublayer.multiplier != 1:  # the product is rounded in the branch's dtype
             rounding = max(rounding, *(self.rounding[path] for path in sublayer.branches))
-        off, allowed = off_by(skip, branches, sublayer.multiplier, total, rounding)
+        off, allowed = imbalance(skip, branches, sublayer.multiplier, total, rounding)
         if (off > allowed).any():  # not where a NaN or an infinity is: that is for the rows to say
             place = f"what {sublayer.sum} gets" if sublayer.sum else "what the block gives"
             most, rms = off.amax().item(), total.square().mean().sqrt().item()

@@ -21,10 +21,10 @@ from simlab.measurement.layout import Sublayer
 from simlab.measurement.statistics import wide
 
 ROUNDINGS = 4  # of the terms' magnitudes: casts, a product, and sums of up to four terms
-TOGETHER = 4  # outputs that are added at once, at most
+ADDED_AT_ONCE = 4  # outputs that are added at once, at most
 DEEPEST = 3  # dots in the path of a submodule that is tried
 VISIBLE = 64  # roundings of the stream that a branch with a fitted multiplier must exceed somewhere
-KINDS = {  # by the path of a submodule, then by its class
+KIND_NAMES = {  # by the path of a submodule, then by its class
     "attention": (re.compile(r"attn|attention", re.IGNORECASE), re.compile("Attention")),
     "mlp": (
         re.compile(r"mlp|ffn|feed_?forward|moe|expert|^(ff|fc)\d?\b|^output\b", re.IGNORECASE),
@@ -61,7 +61,7 @@ class Call:
         return self.light and self.x is not None and self.y is not None and not same(self.x, self.y)
 
 
-class Record:
+class CallRecord:
     """The calls of a block's submodules during one forward call; x is what the block got (B, T, D)."""
 
     def __init__(self, x: Tensor) -> None:
@@ -88,7 +88,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Add:
+class FoundStep:
     """A step: ``branches``, times ``multiplier``, are added to the stream.
 
     total: the submodule that gets the sum, None if the block gives it. normed: the stream after the
@@ -141,7 +141,7 @@ def passes_on(module: nn.Module) -> bool:
     return off or isinstance(module, nn.Identity)
 
 
-def off_by(
+def imbalance(
     skip: Tensor, branches: list[Tensor], multiplier: float, total: Tensor, rounding: float
 ) -> tuple[Tensor, Tensor]:
     """|skip + multiplier · branches − total|, and what rounding allows, entry by entry; all wide."""
@@ -183,7 +183,7 @@ class _Search:
         )
         self.end = max((call.ended for call in calls), default=0) + 1
 
-    def chain(self, stream: Tensor, since: int) -> list[Add] | None:
+    def chain(self, stream: Tensor, since: int) -> list[FoundStep] | None:
         """The steps from the stream at a time to the block's output; None if there are none."""
         sums = [(c.began, c.x, c) for c in self.calls if c.began > since and c.x is not None]
         for at, total, call in [*sums, (self.end, self.y, None)]:
@@ -200,7 +200,7 @@ class _Search:
 
     def _adds(
         self, stream: Tensor, since: int, at: int, total: Tensor, call: Call | None
-    ) -> Iterator[Add]:
+    ) -> Iterator[FoundStep]:
         """The ways in which outputs since a time add up to a total."""
         before = [c for c in self.calls if c.began >= since and c.ended < at]
         free = [c for c in before if c.y is not None and not self._used(c, before, call)]
@@ -210,7 +210,7 @@ class _Search:
         for branches, multiplier in self._sums(free, stream, total):
             raws = tuple(_raw(branch, before) for branch in branches)
             if not any(raw.light for raw in raws):  # else what the sublayer gave isn't known
-                yield Add(raws, branches, multiplier, call, False, norm_in)
+                yield FoundStep(raws, branches, multiplier, call, False, norm_in)
 
     def _used(self, call: Call, before: list[Call], total: Call | None) -> bool:
         """True for an output that a later submodule got, or that is its parent's output too."""
@@ -226,7 +226,7 @@ class _Search:
 
         All first: where one of them is 0, as with a matrix that starts at 0, fewer add up too.
         """
-        groups = [tuple(free)] if len(free) <= TOGETHER else []
+        groups = [tuple(free)] if len(free) <= ADDED_AT_ONCE else []
         groups += [g for n in (2, 1) if n < len(free) for g in combinations(free, n)]
         moved = not torch.equal(stream, total)
         skip, whole = wide(stream), wide(total)
@@ -258,7 +258,7 @@ class _Search:
         """Whether the sum is right, on the first token and then on all."""
         for part in (slice(0, 1), slice(None)):
             branches = [wide(y[part, part]) for y in outputs]
-            off, allowed = off_by(
+            off, allowed = imbalance(
                 skip[part, part], branches, multiplier, total[part, part], rounding
             )
             if not (off <= allowed).all():
@@ -276,7 +276,7 @@ def _raw(branch: Call, before: list[Call]) -> Call:
     return branch
 
 
-def _sublayer(add: Add) -> Sublayer:
+def _sublayer(add: FoundStep) -> Sublayer:
     """A step's submodules by name."""
     branches = tuple(branch.path for branch in add.branches)
     raws = tuple(raw.path for raw in add.raws)
@@ -304,7 +304,7 @@ def _kind(raws: tuple[Call, ...]) -> str:
             (
                 kind
                 for i, of in enumerate((raw.path, raw.name))
-                for kind, patterns in KINDS.items()
+                for kind, patterns in KIND_NAMES.items()
                 if patterns[i].search(of)
             ),
             raw.path.split(".")[0],

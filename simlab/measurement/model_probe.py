@@ -18,7 +18,7 @@ from simlab.measurement.batch_checks import (
     Stream,
     arguments,
     evaluated,
-    named,
+    named_arguments,
     refuse_padding,
 )
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
@@ -110,7 +110,7 @@ class ModelProbe:
         self.outer.close()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = named(model, args, kwargs)
+        inputs = named_arguments(model, args, kwargs)
         refuse_padding(inputs)
         self.stream = Stream(inputs, self.given)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
