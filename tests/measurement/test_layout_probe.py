@@ -26,7 +26,7 @@ from probed import (
 from torch import nn
 
 from simlab import ConfigError, Layout, Sublayer, build_model, probe
-from simlab.measurement.layout_probe import held_by, identify_norm
+from simlab.measurement.norm_probe import held_by, identify_norm
 
 
 def own_by_hand(model, how, ids):
