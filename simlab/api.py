@@ -19,11 +19,14 @@ import numpy as np
 import pandas as pd
 
 from simlab.config import ConfigError
+from simlab.config.command_line import quoted
 from simlab.results import Comparison, Result, SweepResult, read_result
 from simlab.store import plain_values
 
 # What Hydra's grammar reads as the same text without quotes.
-_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_./][A-Za-z0-9_./@%-]*", re.IGNORECASE)
+_PLAIN = re.compile(
+    r"(?!(?:true|false|null|nan|inf)$)[a-z_./](?:[a-z0-9_./@% -]*[a-z0-9_./@%-])?", re.IGNORECASE
+)
 
 
 def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **keys: Any) -> Result:
@@ -259,11 +262,7 @@ def _text(key: str, value: Any) -> str:
         return repr(value)
     if isinstance(value, str | Path):
         text = str(value)
-        if _PLAIN.fullmatch(text):
-            return text
-        quoted = re.sub(r"(\\*)'", r"\1\1\\'", text)
-        quoted = re.sub(r"(\\+)$", r"\1\1", quoted)
-        return f"'{quoted}'"
+        return text if _PLAIN.fullmatch(text) else quoted(text)
     if isinstance(value, Sequence | range | np.ndarray):
         return "[" + ",".join(_text(key, each) for each in value) + "]"
     raise ConfigError(

@@ -39,15 +39,26 @@ def refuse_options(args: Sequence[str]) -> None:
             value = "true" if name in SWITCHES else "VALUE"
         elif not equals:
             value = following
-        raise ConfigError(f"{arg}: write {shlex.quote(f'{keys[name]}={value}')}, without dashes")
+        raise ConfigError(f"{arg}: write {shell_word(f'{keys[name]}={value}')}, without dashes")
+
+
+def shell_word(text: str) -> str:
+    """A text as one word of a shell: as shlex.quote has it, but apostrophes in double quotes."""
+    if "'" not in text or re.search(r"[$`\\!]", text):
+        return shlex.quote(text)
+    return '"' + text.replace('"', r"\"") + '"'
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, as Hydra's grammar has it."""
+    return QuotedString(text, Quote.single if '"' in text else Quote.double).with_quotes()
 
 
 def as_text(key: str, *values: str) -> str:
     """``key=value`` as a shell must be given it, so that Hydra reads the values as texts."""
-    quoted = (QuotedString(v, Quote.single if '"' in v else Quote.double) for v in values)
-    whole = f"{key}={','.join(each.with_quotes() for each in quoted)}"
+    whole = f"{key}={','.join(map(quoted, values))}"
     if whole.isprintable():
-        return shlex.quote(whole)
+        return shell_word(whole)
     # Line breaks and the like, as bash and zsh take them: $'one\u000atwo'.
     whole = whole.replace("\\", r"\\").replace("'", r"\'")
     shown = (c if c.isprintable() else rf"\u{ord(c):04x}" for c in whole)
@@ -74,7 +85,7 @@ def how_to_write(override: str, sweep: bool) -> str:
 def needs_multirun(override: str) -> str:
     """The line about an override with several values, without -m."""
     key, _, value = override.partition("=")
-    line = f"{override}: several values need -m: simlab.run -m {shlex.quote(override)}"
+    line = f"{override}: several values need -m: python -m simlab.run -m {shell_word(override)}"
     if key == "seeds" and re.fullmatch(r"[\d, ]+", value):
         line += f"; a list is seeds=[{value}]"
     if re.fullmatch(r"0,\d+", value):

@@ -42,11 +42,19 @@ _CALLED = {
     "rms": "rmsnorm",
     "layer": "ln layernorm",
     "cuda": "gpu nvidia",
+    "checkpoint": "hf ckpt huggingface pretrained safetensors",
+    "tensorboard": "tb",
+    "wandb": "wb weights_and_biases",
+    "branch_mean_square": "branch",
     "mps": "metal",
     "float32": "float fp32 f32 single full",
     "float16": "fp16 f16 half",
     "bfloat16": "bf16",
 }
+
+
+_MOST_ASKED = 4  # names in a question
+_MOST_LISTED = 8  # names in a list
 
 
 def _plain(name: str) -> str:
@@ -74,15 +82,39 @@ def _likeness(said: str, name: str) -> float:
 
 
 def _asked(names: Sequence[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ""
+    *others, last = names or [""]
+    whole = " or ".join([", ".join(others), last] if others else [last])
+    return f"; did you mean {whole}?" if whole else ""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """``"; did you mean …?"`` where an allowed name means the same or is near, else an empty string."""
     names = list(allowed)
-    meant = [n for n in names if n in _MEANT.get(_plain(name), ())]
+    if _plain(name) in _MEANT:  # and no slip: ln is LayerNorm, not lns
+        return _asked([n for n in names if n in _MEANT[_plain(name)]][:1])
     best = max(names, key=lambda n: _likeness(name, n), default="")
-    return _asked(meant[:1] or [best] * (_likeness(name, best) > 0))
+    if _likeness(name, best) < 1 and (parts := _with_part(name, names)):
+        return _asked(parts)
+    return _asked([best] * (_likeness(name, best) > 0))
+
+
+def _with_part(part: str, names: Sequence[str]) -> list[str]:
+    """The names that begin or end with ``part`` as a whole word: of 7b olmo2_7b. Not too many."""
+    found = [n for n in names if part and re.search(rf"^{re.escape(part)}_|_{re.escape(part)}$", n)]
+    return found if len(found) <= _MOST_ASKED else []
+
+
+def some(names: Sequence[str], wanted: str = "") -> str:
+    """Names for a line of text: of many the _MOST_LISTED that are spelled most like ``wanted``."""
+    listed = list(names)
+    if len(listed) <= _MOST_LISTED:
+        return ", ".join(listed)
+
+    def unlike(name: str) -> float:
+        return -difflib.SequenceMatcher(None, _plain(wanted), _plain(name)).ratio()
+
+    kept = sorted(listed, key=unlike)[:_MOST_LISTED]
+    return f"{', '.join(n for n in listed if n in kept)} and {len(listed) - _MOST_LISTED} others"
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str:

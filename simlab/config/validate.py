@@ -226,7 +226,7 @@ def _device(reader: Fields) -> str:
     value = str(reader.take("device"))
     kind, _, index = value.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
-        hint = nearest(kind, ("auto", "cpu", "cuda", "mps"))
+        hint = nearest(kind.rstrip("0123456789"), ("auto", "cpu", "cuda", "mps"))
         raise reader.fail("device", value, f"allowed: auto, cpu, cuda, cuda:N, mps{hint}")
     return value
 

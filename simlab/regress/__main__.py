@@ -274,9 +274,9 @@ def choose_cases(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
         names = fnmatch.filter(known, pattern)
         if not names:
             what = "no case matches" if _is_pattern(pattern) else "no such case"
-            raise ConfigError(
-                f"{pattern}: {what}; allowed: {', '.join(known)}{nearest(pattern, known)}"
-            )
+            begun = fnmatch.filter(known, f"{pattern}*")
+            hint = f"; did you mean '{pattern}*'?" if len(begun) > 1 else nearest(pattern, known)
+            raise ConfigError(f"{pattern}: {what}; allowed: {', '.join(known)}{hint}")
         chosen |= {name: known[name] for name in names}
     return list(chosen.values()) or list(cases)
 

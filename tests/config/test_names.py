@@ -6,8 +6,9 @@ from simlab import config
 from simlab.config import names, nearest
 from simlab.config.command_line import OTHER_KEYS
 from simlab.config.keys import known_keys
-from simlab.config.names import nearest_key
+from simlab.config.names import nearest_key, some
 from simlab.config.validate import options
+from simlab.report.page.quantities import BY_SUBLAYER
 
 KEYS = {
     # by meaning
@@ -43,7 +44,13 @@ NORMS, DTYPES, DEVICES = options("norm"), config.DTYPES, ("auto", "cpu", "cuda",
 VALUES = [
     ("prenorm", NORMS, "pre"), ("pre_norm", NORMS, "pre"), ("pre-LN", NORMS, "pre"),
     ("postnorm", NORMS, "post"), ("swinrenorm", NORMS, "swin_renorm"), ("rmsnorm", NORMS, None),
-    ("gpu", DEVICES, "cuda"), ("tpu", DEVICES, None),
+    ("gpu", DEVICES, "cuda"), ("tpu", DEVICES, None), ("ln", NORMS, None),
+    ("tb", config.LOGGERS, "tensorboard"), ("wb", config.LOGGERS, "wandb"),
+    ("hf", options("source"), "checkpoint"), ("ckpt", options("source"), "checkpoint"),
+    ("7b", ["olmo2_7b", "olmo2_13b", "olmo3_7b", "small"], "olmo2_7b or olmo3_7b"),
+    ("a", ["a_1", "a_2", "a_3"], "a_1, a_2 or a_3"), ("a", [f"a_{i}" for i in range(5)], None),
+    ("branch", ["cosine", "branch_mean_square", "branch_raw_mean_square"], "branch_mean_square"),
+   
     ("fp16", DTYPES, "float16"), ("half", DTYPES, "float16"), ("bf16", DTYPES, "bfloat16"),
     ("fp32", DTYPES, "float32"), ("float23", DTYPES, "float32"), ("float64", DTYPES, None),
     ("half", config.QK_NORMS, None), ("OLMo-2-7B", options("model"), "olmo2_7b"),
@@ -57,11 +64,19 @@ def test_values(value, allowed, meant):
     assert nearest(value, allowed) == (f"; did you mean {meant}?" if meant else "")
 
 
+def test_of_many_names_the_nearest_are_listed():
+    many = [*(f"law_{i}" for i in range(20)), "rms"]
+    assert some(many[:8]) == ", ".join(many[:8])
+    assert some(many, "rmsnorm").count(",") == 7
+    assert some(many, "rmsnorm").endswith("rms and 13 others")
+
+
 def test_the_table_names_what_there_is():
     """And no name that is ours, for another thing."""
     keys = {*known_keys(), *OTHER_KEYS}
-    values = {*NORMS, *DTYPES, *DEVICES, *config.NORM_TYPES}
-    assert set(names._CALLED) <= keys | values
+    values = {*NORMS, *DTYPES, *DEVICES, *config.NORM_TYPES, *config.LOGGERS}
+    others = {*options("source"), *BY_SUBLAYER}
+    assert set(names._CALLED) <= keys | values | others
     assert not {word for words in names._CALLED.values() for word in words.split()} & (
         keys | values
     )

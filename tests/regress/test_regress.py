@@ -231,6 +231,12 @@ def test_mistakes_in_the_command(recorded, command, args, said):
     assert len(err.splitlines()) == 1
 
 
+def test_the_beginning_of_several_names_is_asked_for_as_a_pattern(recorded):
+    (recorded / "small2.yaml").write_text(CASE)
+    with pytest.raises(ConfigError, match=r"^sm: no such case; .*; did you mean 'sm\*'\?$"):
+        regress.choose_cases(read_cases(recorded), ["sm"])
+
+
 @pytest.mark.parametrize(
     "args", [["--update", "small"], ["--reason", "why"], ["--update", "small", "--reason", " "],
              ["--update", "small", "--reason", "why", "small"]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from simlab.analysis.headline import headline
 from simlab.analysis.massive import place
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate
+from simlab.config.command_line import shell_word
 from simlab.report.colours import LABELS
 from simlab.report.console import ENGINES_BESIDE, lost_lines, overflow_lines
 from simlab.report.page.payload import Drawn, job_values
@@ -44,7 +44,8 @@ class PageJob:
 
 def command_of(overrides: Sequence[str], sweep: bool = False) -> str:
     """The command line that makes a run or a sweep with these overrides, as a shell takes it."""
-    return shlex.join(["python", "-m", "simlab.run", *(["-m"] if sweep else []), *overrides])
+    words = map(shell_word, overrides)
+    return " ".join(["python", "-m", "simlab.run", *(["-m"] if sweep else []), *words])
 
 
 def run_page(
