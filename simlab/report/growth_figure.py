@@ -348,8 +348,8 @@ def _relative(
     """Mean squares over the random inits' mean: their band lies around 1."""
     under = "pale: 90 % of tokens"
     if box[2] > PANEL:  # there is room for more
-        also = "dashed: the median token, " if _skewed(steps) else ""
-        under = f"÷ their mean; pale: 90 % of tokens, {also}dotted: position 0"
+        start, also = ("", "dashed: median, ") if _skewed(steps) else ("÷ their mean; ", "")
+        under = f"{start}pale: 90 % of tokens, {also}dotted: position 0"
     ax = panel(figure, box, "Relative to random inits", under, log=True)
     mean = steps.mean(steps.base, "mean_square")
     with np.errstate(divide="ignore", invalid="ignore"):
