@@ -27,15 +27,16 @@ BENT = 0.1  # a curve whose first and last p are no further apart is straight to
 class PowerLaw:
     """v ∝ width^p. ``exponent``: p over all widths, with its 95 % interval from MIN_SEEDS seeds on.
 
-    first, last: p between the two smallest widths and between the two largest. bent: they differ by
-    more than BENT, every seed's own in the same direction; of S seeds of a straight line chance gives
-    that to 2/2^S at most.
+    first, last: p between the two smallest widths and between the two largest. end: ``last`` with its
+    interval. bent: they differ by more than BENT, every seed's own in the same direction; of S seeds
+    of a straight line chance gives that to 2/2^S at most.
     """
 
     exponent: Estimate
     first: float
     last: float
     bent: bool
+    end: Estimate
 
 
 def power_law(widths: Array, values: Array) -> PowerLaw | None:
@@ -59,4 +60,5 @@ def power_law(widths: Array, values: Array) -> PowerLaw | None:
     return PowerLaw(
         jackknife(y, lambda logs: logs @ fit), float(mean @ first), float(mean @ last),
         abs(bends.mean()) > BENT and bool((bends > 0).all() or (bends < 0).all()),
+        jackknife(y, lambda logs: logs @ last),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def announce(
     elif count:
         curves.append(f"{count} random init{'s' if count > 1 else ''}")
     console = Console(highlight=False)
-    console.print(Text(title(config), style="bold"))
+    console.print(Text(_whole_brackets(title(config), console.width), style="bold"))
     mlp = "" if model.mlp == "swiglu" else f", {model.mlp}"
     mlp += ", biases" if model.bias else ", q, k, v biases" if model.qkv_bias else ""
     sizes = f"{heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
@@ -173,6 +174,12 @@ def show_tables(
 def _print(console: Console, table: Table) -> None:
     """A table, beyond the terminal's width rather than with numbers cut."""
     console.print(table, soft_wrap=True, crop=False)
+
+
+def _whole_brackets(text: str, width: int) -> str:
+    """A text in lines of a terminal, none of which ends within a bracket."""
+    held = re.sub(r"\([^()]*\)", lambda bracket: bracket[0].replace(" ", "\xa0"), text)
+    return textwrap.fill(held, width, break_on_hyphens=False).replace("\xa0", " ")
 
 
 def _indented(sentence: str, width: int) -> str:

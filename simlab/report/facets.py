@@ -17,9 +17,12 @@ from matplotlib.figure import Figure, SubFigure
 from simlab.analysis.curve import basis
 from simlab.report.colours import COLOURS, LABELS, PALETTE
 from simlab.report.style import subplots
-from simlab.report.values import SEEDS, is_number, key_text, shorten, value_text
+from simlab.report.values import SEEDS, is_number, key_text, shorten, spread, value_text
 
 SHADES, TOLD_APART = 10, 6  # colours, of numbers and of categories
+COINCIDE = (
+    0.1  # of the largest spread (``values.spread``), below which a key's curves lie on another
+)
 # Theory's green and the √2 law's orange are in neither the categories' colours nor plasma's.
 CHOICES = (PALETTE[0], PALETTE[1], PALETTE[3], PALETTE[5], PALETTE[7], "#7A4F2A")
 COLUMNS, ROWS, PANELS = 4, 6, 24  # of panels; those of a single key wrap
@@ -84,12 +87,15 @@ def plan(frame: pd.DataFrame, keys: Sequence[str], coloured: bool = True, panels
     """Lay out swept keys as colour, columns and rows; further keys keep their first value.
 
     Colour is a checkpoint's steps, else the numeric key with most values, else the category with
-    fewest. Categories come before numbers as panels. Of too many values evenly spaced ones are shown.
+    fewest; a key whose curves coincide beside another's comes last. Categories come before numbers as
+    panels. Of too many values evenly spaced ones are shown.
     """
     count = {key: frame[key].nunique() for key in keys if frame[key].nunique() > 1}
     number = [key for key in count if numbers(frame[key])]
+    wide = spread(_levels(frame, list(count)), list(count)) if "x" in frame else {}
+    coincide = {key for key in wide if wide[key] < COINCIDE * max(wide.values())}
     choice = [key for key in count if key in SOURCE]
-    choice += sorted(number, key=lambda key: (-count[key], key != "depth"))
+    choice += sorted(number, key=lambda key: (key in coincide, -count[key], key != "depth"))
     choice += sorted((k for k in count if count[k] <= TOLD_APART), key=lambda key: count[key])
     colour = choice[0] if choice and coloured else None
     rest = sorted((key for key in count if key != colour), key=lambda k: (k in number, count[k]))
@@ -120,6 +126,15 @@ def plan(frame: pd.DataFrame, keys: Sequence[str], coloured: bool = True, panels
     summary = [f"Shown: {'; '.join(notes)}."] if notes else []
     column, row = [*shown, None, None][:2]
     return Plan(frame.assign(ink=ink), colour, column, row, palette, summary)
+
+
+def _levels(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """A row per job, for ``spread``: its keys' values and its mean square where the shallowest ends."""
+    own = frame[frame["curve"] == basis(frame)]
+    own = own[own["x"] <= own.groupby("job")["x"].max().min()]
+    ends = own[own["x"] == own.groupby("job")["x"].transform("max")]
+    means = ends.groupby(["job", *keys], observed=True)["mean_square"].mean()
+    return means.rename("level").reset_index()
 
 
 def name_colours(ax: Axes, layout: Plan, marker: str | None = None) -> None:

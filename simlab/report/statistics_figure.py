@@ -25,6 +25,7 @@ from simlab.report.seeds import SeedArray, over_seeds
 
 BLOCKS = 5  # that the statistics are shown after, beside the embedding
 ROWS = 8  # of panels
+ACROSS = 3  # statistics side by side, up to which a page's width leaves them legible
 SHOWN_STATISTICS = {  # the columns' titles, and what is reduced how
     "mean_abs": ("Mean |x|", "over width and tokens"),
     "norm": ("Norm ‖x‖", "mean over tokens"),
@@ -35,7 +36,8 @@ SHOWN_STATISTICS = {  # the columns' titles, and what is reduced how
 }
 OF_ONE_SIZE = {"norm": 0.5}  # p where entries of x have one size at every width; of the others 0
 # A panel and the room beside it for ticks and for labels, in inches.
-WIDE, TALL, TICKS, ENDS, UNDER = 1.65, 1.6, 0.45, 1.15, 0.3
+WIDE, TALL, TICKS, ENDS, UNDER = 1.7, 1.55, 0.45, 1.3, 0.25
+HEADS, FOOT = 0.65, 0.4  # above and below the rows of a statistic
 _AT = "at"  # a column: -1 of the embedding, else the block
 
 
@@ -72,7 +74,7 @@ def statistics_figure(frame: pd.DataFrame, keys: Sequence[str], title: str) -> F
         for _, part in frame.groupby("row") for name in names
     }  # fmt: skip
     seeds = max(len(line.values) for lines in panels.values() for line in lines)
-    notes = [_fitted(seeds), *notes, f"{title}."]
+    notes = [*_fitted(seeds), *notes, f"{title}."]
     head = _headline(panels, rows, names[0], places[-1])
     return _draw(panels, rows, names, widths, inks, head, notes, seeds)
 
@@ -136,10 +138,15 @@ def _half(e: Estimate) -> str:
 
 
 def _grows(law: PowerLaw, name: str) -> bool:
-    """True if p is off OF_ONE_SIZE by more than BENT, beyond chance."""
-    e, flat = law.exponent, OF_ONE_SIZE.get(name, 0.0)
-    half = 0.0 if e.high is None else e.high - e.value
-    return abs((law.last if law.bent else e.value) - flat) > BENT + (0.0 if law.bent else half)
+    """True if p is off OF_ONE_SIZE by more than BENT and by more than its interval.
+
+    Of a bent line: p between the two largest widths. Without an interval that can't be told.
+    """
+    e = law.end if law.bent else law.exponent
+    if e.value is None or e.low is None or e.high is None:
+        return False
+    flat = OF_ONE_SIZE.get(name, 0.0)
+    return abs(e.value - flat) > BENT and not e.low <= flat <= e.high
 
 
 def _headline(
@@ -164,13 +171,18 @@ def _headline(
     return f"{what} goes as widthᵖ, p {least_to_most}"
 
 
-def _fitted(seeds: int) -> str:
-    chance = " ± a 95 % interval of the seeds" if seeds >= MIN_SEEDS else ""
-    return (
-        f"At each line's end: p of widthᵖ by least squares{chance}; of a bent line p between the two"
-        " smallest widths → between the two largest. Where entries of x have one size at every"
-        f" width, p is 0, of their norm ‖x‖ ½; bold: p is off that by more than {BENT:g}."
-    )
+def _fitted(seeds: int) -> list[str]:
+    """What the numbers at the lines' ends are, and which of them are bold."""
+    known = seeds >= MIN_SEEDS
+    chance = " ± its 95 % interval over the seeds" if known else ""
+    bold = f"bold: p is off by more than {BENT:g}, and by more than its interval"
+    return [
+        f"At each line's end: p of widthᵖ{chance}; of a bent line p at the smallest widths → at the"
+        " largest. Each panel has its own vertical axis.",
+        "Where entries of x have one size at every width, p is 0, and ½ for the norm; "
+        + (bold if known else f"fewer than {MIN_SEEDS} seeds can't tell what is off by chance")
+        + ".",
+    ]
 
 
 def _draw(
@@ -178,15 +190,21 @@ def _draw(
     names: Sequence[str], widths: SeedArray, inks: Mapping[int, str], head: str,
     notes: Sequence[str], seeds: int,
 ) -> Figure:  # fmt: skip
-    """Panels in rows and columns with their headers, below the headline, notes and colours."""
+    """Panels in rows and columns with their headers, below the headline, notes and colours.
+
+    Of more than ACROSS statistics the others stand below, with rows of their own.
+    """
     longest = max((len(text) for head in rows.values() for text in head), default=0)
     left = 0.25 + (0.085 * longest + 0.1 if longest else 0)
     pitch = TICKS + WIDE + ENDS
-    width = max(left + pitch * len(names), 9.0)
+    bands = math.ceil(len(names) / ACROSS)
+    across = math.ceil(len(names) / bands)
+    width = max(left + pitch * across, 9.0)
     heads = textwrap.wrap(head, round(7.5 * width))
-    more = [part for line in notes for part in textwrap.wrap(line, round(14.5 * width))]
-    top = 0.3 + 0.28 * len(heads) + 0.19 * len(more) + 0.95
-    height = top + len(rows) * (TALL + UNDER) + 0.4
+    more = [part for line in notes for part in textwrap.wrap(line, round(14 * width))]
+    top = 0.3 + 0.28 * len(heads) + 0.19 * len(more) + 0.4
+    of_band = HEADS + len(rows) * (TALL + UNDER) + FOOT
+    height = top + bands * of_band
     figure = Figure(figsize=(width, height), facecolor="white")
     for i, line in enumerate(heads):
         write_at(figure, 0.25, height - 0.38 - 0.28 * i, line, size=14, weight="bold")
@@ -194,29 +212,31 @@ def _draw(
     for i, line in enumerate(more):
         write_at(figure, 0.25, under - 0.19 * i, line, size=9.5, colour=DIM)
     _legend(figure, left + TICKS, under - 0.19 * len(more) - 0.08, inks, seeds)
-    for r, row in enumerate(rows):
-        bottom = height - top - (r + 1) * (TALL + UNDER) + UNDER
-        for i, text in enumerate(rows[row]):
-            y = bottom + TALL / 2 + 0.2 * ((len(rows[row]) - 1) / 2 - i) - 0.05
-            write_at(figure, 0.25, y, text, size=10, weight="bold")
-        for c, name in enumerate(names):
-            of_all = [
-                line.values for key, lines in panels.items() if key[1] == name for line in lines
-            ]
-            values = np.concatenate([v.ravel() for v in of_all])
-            box = (left + c * pitch + TICKS, bottom, WIDE, TALL)
-            _panel(
-                figure, box, panels[row, name], name, widths, inks, _limits(values), r, len(rows)
-            )
+    for i, name in enumerate(names):
+        band, column = divmod(i, across)
+        log = _limits([line for row in rows for line in panels[row, name]])[2]
+        for r, row in enumerate(rows):
+            bottom = height - top - band * of_band - HEADS - (r + 1) * (TALL + UNDER) + UNDER
+            for n, text in enumerate(rows[row] if column == 0 else ()):
+                y = bottom + TALL / 2 + 0.2 * ((len(rows[row]) - 1) / 2 - n) - 0.05
+                write_at(figure, 0.25, y, text, size=10, weight="bold")
+            box = (left + column * pitch + TICKS, bottom, WIDE, TALL)
+            limits = _limits(panels[row, name], log)
+            _panel(figure, box, panels[row, name], name, widths, inks, limits, r, len(rows))
     return figure
 
 
-def _limits(values: SeedArray) -> tuple[float, float, bool]:
-    """A y axis's ends for these values, and True for a log axis: positive ones, a factor of 4 apart."""
+def _limits(lines: Sequence[Line], log: bool | None = None) -> tuple[float, float, bool]:
+    """A y axis's ends for these lines, and True for a log axis: positive values, a factor of 4 apart.
+
+    log: whether it is one; None to decide it. It spans a factor of 4 at least, so that it has ticks.
+    """
+    values = np.concatenate([line.values.ravel() for line in lines] or [np.array([])])
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    if 0 < 4 * low < high:
-        room = (high / low) ** 0.06
+    if low > 0 and (4 * low < high if log is None else log):
+        more = max(1.0, 2 * math.sqrt(low / high))
+        room = (high / low) ** 0.06 * more
         return low / room, high * room, True
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room, False
@@ -260,12 +280,12 @@ def _ends(ax: Axes, lines: Sequence[Line], name: str, inks: Mapping[int, str]) -
             end = ax.transAxes.inverted().transform(ax.transData.transform((1, last)))
             ends.append((float(end[1]), line.at, line.law))
     ends.sort(key=lambda end: end[0])
-    places = apart([y for y, *_ in ends], [0.15 / TALL] * len(ends), 1.0)
+    places = apart([y for y, *_ in ends], [0.17 / TALL] * len(ends), 1.0)
     for y, (_, at, law) in zip(places, ends, strict=True):
         put = functools.partial(ax.text, transform=ax.transAxes, va="center_baseline")
         put(1.03, y, "●", color=inks[at], fontsize=7)
         colour, weight = (INK, "bold") if _grows(law, name) else (DIM, "normal")
-        put(1.1, y, _exponent(law), fontsize=8, color=colour, weight=weight)
+        put(1.1, y, _exponent(law), fontsize=9, color=colour, weight=weight)
 
 
 def _legend(figure: Figure, x: float, y: float, inks: Mapping[int, str], seeds: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from simlab.report.panels import HALO, INK
 from simlab.report.seeds import x_of
 from simlab.report.statistics_figure import statistics_figure
 from simlab.report.style import BANDED, blank, finish, law_band, predicted_band
+from simlab.report.values import key_text
 
 FEW = 24  # steps, up to which each has its dot
 DECADES = 2  # beyond, a log axis
@@ -28,6 +30,11 @@ WORDS = {
     "gradient_rms": "rms of the loss's gradient with respect to the residual stream",
 }
 NAMES = {"mean_square": "mean square", "gradient_rms": "rms of the gradient"}  # of axes
+GROWTHS = {
+    "linear": "Linear growth", "constant": "No growth", "exponential": "Exponential growth",
+    "power": "Growth as a power of depth", "saturating": "Saturating growth",
+    "saw-tooth": "A saw-tooth", "jump": "Growth in one jump",
+}  # fmt: skip
 _PAIRED = 4  # panels, up to which activations and gradients are in one figure
 _BANDS = 4  # of theory in a panel, up to which they can be told apart
 
@@ -45,16 +52,45 @@ def figures(
     drawn: dict[str, Figure | None] = {}
     if not curves.empty:
         frame, keys = prepared(curves, jobs, swept)
+        runs = _runs(frame["job"].nunique(), keys, title)
+        over = f" ({' × '.join(map(key_text, keys))})" if keys else ""
         if frame["mean_square"].notna().any():
-            drawn["growth"] = curves_figure(frame, keys, "mean_square", title)
+            growth = f"{_growth(jobs)}{over}." if _growth(jobs) else runs
+            drawn["growth"] = curves_figure(frame, keys, "mean_square", growth)
         if "gradient_rms" in frame and frame["gradient_rms"].notna().any():
-            drawn["gradients"] = gradients_figure(frame, keys, title)
+            drawn["gradients"] = gradients_figure(frame, keys, runs)
         drawn["statistics"] = statistics_figure(frame, keys, title)
     if not jobs.empty:
         table, keys = labelled(jobs, swept)
-        drawn["heatmap"] = sweep_scans.heatmap(table, keys, title)
-        drawn["lambda"] = sweep_scans.exponents_figure(table, keys, title)
+        runs = _runs(jobs["job"].nunique(), keys, title)
+        drawn["heatmap"] = sweep_scans.heatmap(table, keys, runs)
+        drawn["lambda"] = sweep_scans.exponents_figure(table, keys, runs)
     return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _runs(count: int, keys: Sequence[str], title: str) -> str:
+    """``18 runs: depth × init.std × norm``; the title where nothing has several values."""
+    return f"{count} runs: {' × '.join(map(key_text, keys))}" if keys else title
+
+
+def _growth(jobs: pd.DataFrame) -> str:
+    """How half of the jobs or more grow, with the least and the largest step; empty where none does."""
+    if jobs.empty:
+        return ""
+    rows = jobs[jobs["curve"] == basis(jobs)]
+    shape, count = Counter(rows["shape"]).most_common(1)[0]
+    if shape not in GROWTHS or 2 * count < len(rows):
+        return ""
+    of_shape = rows[rows["shape"] == shape]
+    step = ""
+    if shape == "linear":
+        least, most = (
+            short(float(v))
+            for v in (of_shape["per_sublayer"].min(), of_shape["per_sublayer"].max())
+        )
+        step = f" by {least}" + (f" to {most}" if most != least else "") + " per sublayer"
+    where = f"all {count} runs" if count == len(rows) else f"{count} of {len(rows)} runs"
+    return f"{GROWTHS[shape]}{step} in {where if len(rows) > 1 else 'this run'}"
 
 
 def prepared(

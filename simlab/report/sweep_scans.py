@@ -67,6 +67,12 @@ def _scan(ax: Axes, column: pd.Series) -> dict[str, float]:
     return dict(zip(values, x.tolist(), strict=True))
 
 
+def _between(values: pd.Series) -> str:
+    """``between 0.02 and 145``, or one value where both are written alike."""
+    ends = [short(float(value)) for value in (values.min(), values.max())]
+    return ends[0] if ends[0] == ends[1] else f"between {ends[0]} and {ends[1]}"
+
+
 def exponents_figure(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | None:
     """Growth exponents against each numeric key, and against a checkpoint's steps; None without any.
 
@@ -81,7 +87,8 @@ def exponents_figure(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Fig
     across = len(scans) > 1 and len(scans) * high > 1.5 * wide  # else one above the other
     shape = (1, len(scans)) if across else (len(scans), 1)
     figure = blank((wide * shape[1], high * shape[0]))
-    lines = [title, _FORMULA]
+    known = jobs[measures[0]].dropna()
+    lines = [f"{MEASURES[measures[0]]} is {_between(known)}. {title}.", _FORMULA]
     for scan, part in zip(scans, figure.subfigures(*shape, squeeze=False).ravel(), strict=True):
         _draw_scan(scan, part, jobs)
         lines += [] if scan.notes in lines else [scan.notes]
@@ -218,6 +225,5 @@ def heatmap(jobs: pd.DataFrame, keys: Sequence[str], title: str) -> Figure | Non
     bar.minorticks_off()
     name = LABELS[frame["curve"].iloc[0]]
     cut = ["×: curves overflow; their last finite value."] if (jobs["overflow"] > 0).any() else []
-    return finish(
-        figure, [], [title, f"Mean square at the last sublayer, {name}.", *layout.notes, *cut]
-    )
+    head = f"The mean square at the last sublayer is {_between(positive)}."
+    return finish(figure, [], [head, f"{name.capitalize()}; {title}.", *layout.notes, *cut])

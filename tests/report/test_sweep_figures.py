@@ -102,15 +102,53 @@ def test_growth_has_each_jobs_mean_over_seeds(three_keys):
     figure = of_sweep["growth"]
     panels = titled(figure)
     assert len(panels) == 4
-    assert legend(figure)[:2] == ["depth=2", "depth=4"]
+    assert legend(figure)[:2] == ["init.std=0.01", "init.std=0.02"]  # depth's curves coincide
     assert "3 seeds: mean, min to max" in legend(figure)
     for _, rows in curves.groupby("job"):
-        norm, std = rows.iloc[0][["norm_placement", "init.std"]]
-        ax = panels[frozenset([f"norm={norm}", f"init.std={std}"])]
+        norm, depth = rows.iloc[0][["norm_placement", "depth"]]
+        ax = panels[frozenset([f"norm={norm}", f"depth={depth}"])]
         seeds = rows.groupby(rows.groupby("seed").cumcount())["mean_square"]
         assert has(ax, seeds.mean())
         bands = [band.get_paths()[0].vertices[:, 1] for band in ax.collections if band.get_paths()]
         assert any(math.isclose(band.max(), seeds.max().max()) for band in bands)
+
+
+def test_titles_answer(three_keys):
+    (curves, jobs, swept), of_sweep = three_keys
+    said = of_sweep["heatmap"].get_suptitle().split("\n")
+    ends = [short(jobs["mean_square"].min()), short(jobs["mean_square"].max())]
+    assert said[0] == f"The mean square at the last sublayer is between {ends[0]} and {ends[1]}."
+    assert said[1] == "Random init; 8 runs: depth × init.std × norm."
+    shapes = {
+        "linear": ["linear"] * 5 + ["power"] * 3, "none": ["none"] * 8,
+        "mixed": ["linear"] * 3 + ["power"] * 3 + ["none"] * 2,
+    }  # fmt: skip
+    steps = [1.0, 1.25, 1.5, 1.0, 1.0, 9.0, 9.0, 9.0]
+    titles = {
+        name: figures(curves, jobs.assign(shape=of, per_sublayer=steps), swept, "t")["growth"]
+        .get_suptitle().split("\n")[0]
+        for name, of in shapes.items()
+    }  # fmt: skip
+    keys = "depth × init.std × norm"
+    assert titles == {
+        "linear": f"Linear growth by 1 to 1.5 per sublayer in 5 of 8 runs ({keys}).",
+        "mixed": f"8 runs: {keys}", "none": f"8 runs: {keys}",
+    }  # fmt: skip
+
+
+def test_statistics_are_bold_beyond_chance_alone(widths):
+    """Three seeds have no interval; of nine with the same draws p is known, and of some off."""
+    (curves, jobs, swept), of_sweep = widths
+
+    def bold(figure):
+        return [text.get_text() for ax in figure.axes for text in ax.texts
+                if text.get_weight() == "bold"]  # fmt: skip
+
+    assert bold(of_sweep["statistics"]) == []
+    nine = pd.concat([curves.assign(seed=curves["seed"] + 3 * i) for i in range(3)])
+    found = bold(figures(nine, jobs, swept, "t")["statistics"])
+    assert found
+    assert "0.00" not in " ".join(text.split("±")[0] for text in found)
 
 
 def test_renorm_position_and_law_gap():
