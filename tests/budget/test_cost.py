@@ -9,6 +9,7 @@ from conftest import tiny
 from simlab.budget.cost import choose, costs, drawing_threads
 from simlab.config.validate import compose
 from simlab.experiment import prepare, run
+from simlab.report.console import announce
 from simlab.weights.rng import Normals
 
 
@@ -71,7 +72,8 @@ def test_engine_and_reason_are_reported():
     assert summary["config"]["engine"] == "weightless"
 
 
-def test_a_checkpoint_is_always_dense(checkpoint):
+def test_a_checkpoint_is_always_dense(checkpoint, capsys):
+    """In its curves and in the header, also beside random inits whose engine was chosen."""
     config = compose(
         ["source=checkpoint", f"source.path={checkpoint}", "engine=weightless", "seeds=2",
          "inputs.batch=2", "inputs.length=9", "device=cpu", "gradients=true"]
@@ -79,6 +81,10 @@ def test_a_checkpoint_is_always_dense(checkpoint):
     summary = run(config).summary
     assert summary["engines"] == {"checkpoint": "dense", "random": "weightless"}
     assert summary["loss"].keys() == {"checkpoint", "random"}
+    ready = prepare(dataclasses.replace(config, engine="auto"))
+    announce(ready.config, 0, ready.unit, ready.engines, ready.reason)
+    header = " ".join(capsys.readouterr().out.split())
+    assert header.endswith(") for random inits; always dense for a checkpoint")
     alone = prepare(dataclasses.replace(config, seeds=()))
     assert (alone.config.engine, alone.engines) == ("dense", {"checkpoint": "dense"})
     assert alone.reason == "a checkpoint has its weights"
