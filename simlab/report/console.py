@@ -22,7 +22,7 @@ from simlab.analysis.verdict import Verdict
 from simlab.config import FamilyConfig, RunConfig
 from simlab.config.title import title
 from simlab.report.colours import LABELS
-from simlab.report.sweep_table import failed_table, jobs_table
+from simlab.report.sweep_table import WIDTH, failed_table, jobs_table
 from simlab.report.table import (
     beside_table,
     block_table,
@@ -101,7 +101,7 @@ def show_sweep(
     console = Console(highlight=False)
     console.print(Text(heading, style="bold"))
     if len(table):
-        console.print(jobs_table(table, swept))
+        console.print(jobs_table(table, swept, min(console.width, WIDTH)))
         console.print()
     departures = departures_table(summaries)
     if departures.row_count > 1:

@@ -29,17 +29,21 @@ WIDTH = 80
 _MOST_ROWS = 40  # rows; beyond, some of them
 _LEAST_COLUMNS = 5  # columns of a swept key, below which it is left out
 LEAST_TOLD = ("λ token", "per subl.")  # columns that give way to swept keys, in this order
+# Columns that give way to a narrow terminal after those, in this order.
+LESS_TOLD = (*(law.head for law in LAWS.values() if law.expected), "growth")
 ROOMY = 11  # columns of a swept key: as many as a placement's name
 LEFT = ("curve", "growth")
 LONGEST = 400  # characters of an error
 
 
-def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
+def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]], width: int = WIDTH) -> Table:
     """A row per job and curve: what was swept, how it grew, and the expected laws' status.
 
+    width: of the terminal; where not all columns fit, those of LEAST_TOLD, then of LESS_TOLD,
+    are left out, and the caption says so.
     Of more than _MOST_ROWS rows every n-th is shown; the caption says so.
     """
-    notes, rows = [], jobs
+    notes, rows, without = [], jobs, []
     if len(jobs) > _MOST_ROWS:
         fastest = [len(values) for values in swept.values()][-1:]  # but for the curves of a job
         inner = [*fastest, jobs["curve"].nunique()]
@@ -49,12 +53,17 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]]) -> Table:
     columns = _measured(rows)
     keys = [key for key in (*swept, *SEEDS) if key in rows and rows[key].nunique(dropna=False) > 1]
     given = {key: [value_text(value) for value in rows[key]] for key in dict.fromkeys(keys)}
-    for least in ("", *LEAST_TOLD):  # swept keys come first: without them rows can't be told apart
-        columns.pop(least, None)
-        room = WIDTH - sum(_wide(head, cells) + 1 for head, cells in columns.items())
+    for least in ("", *LEAST_TOLD, *LESS_TOLD):  # without swept keys rows can't be told apart
+        if columns.pop(least, None) and least in LESS_TOLD:
+            without.append(least)
+        room = width - sum(_wide(head, cells) + 1 for head, cells in columns.items())
         widths = _widths(given, room)
-        if all(widths.get(k, 0) >= min(_wide(_head(k, given), given[k]), ROOMY) for k in given):
+        roomy = all(widths.get(k, 0) >= min(_wide(_head(k, given), given[k]), ROOMY) for k in given)
+        narrow = least in (*LEAST_TOLD[-1:], *LESS_TOLD) and len(widths) == len(given)
+        if room >= 0 and (roomy or narrow):
             break
+    if without:
+        notes.append(f"No room for {', '.join(without)}; jobs.csv has all.")
     if len(widths) < len(given):
         names = ", ".join(key_text(key) for key in given if key not in widths)
         notes.append(f"No room for {names}.")

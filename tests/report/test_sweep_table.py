@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pandas as pd
+import pytest
 from rich.console import Console
 
 from simlab.report.page.sweep import jobs_data
@@ -66,6 +67,17 @@ def test_tables_fit_80_columns():
     assert "No room for" in " ".join(lines)
     nothing = many.assign(**dict.fromkeys(many.select_dtypes("float"), np.nan))
     assert max(map(len, lines_of(jobs_table(nothing, keys)))) <= 80
+
+
+@pytest.mark.parametrize("width", [45, 50, 60, 70])
+def test_narrow_terminals_lose_columns_not_digits(width):
+    jobs, swept = made_up(depth=(2, 4), norm_placement=("reordered", "pre"))
+    jobs = jobs.assign(additive="holds", additive_error=0.0123, mean_field="holds")
+    lines = lines_of(jobs_table(jobs, swept, width))
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines[:5])
+    assert lines[1].split()[:3] == ["0", "2", "reordered"]
+    assert ("additive" in lines[0]) == ("No room for" not in " ".join(lines))
 
 
 def test_swept_keys_come_before_lambda_and_growth():
