@@ -145,7 +145,9 @@ def _scan_of(jobs: pd.DataFrame, x: str, others: Sequence[str], measures: Sequen
 def _draw_scan(scan: _Scan, into: SubFigure, jobs: pd.DataFrame) -> None:
     """Fill a part of the figure with one scan's panels and their legend."""
     layout, frame, x, measures = scan.layout, scan.rows, scan.key, scan.measures
-    labels = (key_text(x) + (", log axis" if _far_apart(frame[x]) else ""), "λ")
+    of = "·" if any("gradient" in name for name in measures) else "x"
+    formula = f"λ = ln(‖{of}ₙ‖/‖{of}₁‖)/n"
+    labels = (key_text(x) + (", log axis" if _far_apart(frame[x]) else ""), formula)
     _, panels = grid(frame, scan.column, scan.row, labels, alike=scan.alike, into=into)
     first = panels[0][0]
     name_colours(first, layout, "o")
