@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # typing takes 20 ms, in which Ctrl-C is Python's, before
 if TYPE_CHECKING:
     from typing import Any
 
-    from simlab.api import compare, load, measure, multirun
+    from simlab.api import compare, load, load_run, load_sweep, measure, multirun
     from simlab.config import ConfigError, RunConfig
     from simlab.config.validate import compose
     from simlab.experiment import RunResult, build_model
@@ -41,6 +41,8 @@ __all__ = [
     "compare",
     "compose",
     "load",
+    "load_run",
+    "load_sweep",
     "measure",
     "multirun",
     "plot",
@@ -52,6 +54,8 @@ _HOMES = {
     "compare": "simlab.api",
     "multirun": "simlab.api",
     "load": "simlab.api",
+    "load_run": "simlab.api",
+    "load_sweep": "simlab.api",
     "plot": "simlab.report.plot",
     "Result": "simlab.results",
     "SweepResult": "simlab.results",

@@ -200,9 +200,7 @@ def multirun(
         )
     if said:
         print(said[-1], file=sys.stderr)
-    loaded = load(place)
-    assert isinstance(loaded, SweepResult)
-    return loaded
+    return load_sweep(place)
 
 
 def load(folder: str | Path) -> Result | SweepResult:
@@ -213,29 +211,78 @@ def load(folder: str | Path) -> Result | SweepResult:
 
     Raises ConfigError for a folder without one, or whose files aren't what simlab writes.
     """
-    from simlab.store import SUMMARY
     from simlab.sweep.job import PLAN
-    from simlab.sweep.report import curves, overrides_in, read_entries, rows
+
+    return (
+        load_sweep(folder) if (Path(folder) / PLAN).is_file() else _run_in(folder, "run or sweep")
+    )
+
+
+def load_run(folder: str | Path) -> Result:
+    """A finished run again, as ``load``, for a type checker that must know that it is one.
+
+    Example:
+
+        simlab.load_run("outputs/my_run").curves  # a row per curve, seed and step
+
+    Args:
+        folder: One that ``python -m simlab.run`` or ``.save()`` wrote, with summary.json.
+
+    Returns the run. Raises ConfigError for a folder without one, such as a sweep's.
+    """
+    from simlab.sweep.job import PLAN
+
+    if (Path(folder) / PLAN).is_file():
+        raise ConfigError(f"{folder}: holds a sweep; simlab.load_sweep reads it")
+    return _run_in(folder, "run")
+
+
+def _run_in(folder: str | Path, what: str) -> Result:
+    """The run in a folder. what: is missed where there is none. Raises ConfigError."""
+    from simlab.store import SUMMARY
+    from simlab.sweep.report import overrides_in
 
     place = Path(folder)
-    if (place / PLAN).is_file():
-        entries, swept = read_entries(place)
-        done = [each for each in entries if each.status == "done"]
-        frame = curves(done) if done else pd.DataFrame()
-        return SweepResult(
-            place, frame, rows(done, frame) if done else pd.DataFrame(), swept,
-            {each.number: each.error for each in entries if each.status == "failed"},
-            [each.number for each in entries if each.status == "unfinished"],
-            {each.number: each.folder for each in done},
-        )  # fmt: skip
+    if not place.is_dir():
+        missing = "is a file; give its folder" if place.exists() else "no such folder"
+        raise ConfigError(f"{place}: {missing}")
     if not (place / SUMMARY).is_file():
-        what = (
-            ("is a file; give its folder" if place.exists() else "no such folder")
-            if not place.is_dir()
-            else f"holds no finished run or sweep: no {SUMMARY}"
-        )
-        raise ConfigError(f"{place}: {what}")
+        raise ConfigError(f"{place}: holds no finished {what}: no {SUMMARY}")
     return read_result(place, overrides_in(place))
+
+
+def load_sweep(folder: str | Path) -> SweepResult:
+    """A sweep again, as ``load``, for a type checker that must know that it is one.
+
+    Example:
+
+        simlab.load_sweep("outputs/my_sweep").table  # a row per job and curve
+
+    Args:
+        folder: One that ``python -m simlab.run -m`` or ``multirun`` wrote, with sweep.json; of an
+            interrupted sweep too.
+
+    Returns the sweep. Raises ConfigError for a folder without one, such as a run's.
+    """
+    from simlab.sweep.job import PLAN
+    from simlab.sweep.report import curves, read_entries, rows
+
+    place = Path(folder)
+    if not (place / PLAN).is_file():
+        if place.is_dir():
+            raise ConfigError(f"{place}: holds no sweep: no {PLAN}; simlab.load_run reads a run")
+        raise ConfigError(
+            f"{place}: {'is a file; give its folder' if place.exists() else 'no such folder'}"
+        )
+    entries, swept = read_entries(place)
+    done = [each for each in entries if each.status == "done"]
+    frame = curves(done) if done else pd.DataFrame()
+    return SweepResult(
+        place, frame, rows(done, frame) if done else pd.DataFrame(), swept,
+        {each.number: each.error for each in entries if each.status == "failed"},
+        [each.number for each in entries if each.status == "unfinished"],
+        {each.number: each.folder for each in done},
+    )  # fmt: skip
 
 
 def as_overrides(keys: Mapping[str, Any], above: str = "") -> list[str]:

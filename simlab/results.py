@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from simlab.analysis.curve import basis, laws_in
@@ -22,6 +23,7 @@ from simlab.config import ConfigError
 from simlab.report.console import figure_lines, title_of
 from simlab.report.page.build import command_of, lines, run_page
 from simlab.report.plot import plot
+from simlab.report.table import fallen, shown_rows
 from simlab.report.values import key_text, value_text
 
 if TYPE_CHECKING:
@@ -90,16 +92,32 @@ class Result:
         return steps.agg(how).rename(columns=names)
 
     def table(self) -> pd.DataFrame:
-        """The mean square after each block: each curve's mean over seeds, and the seeds' std."""
-        ends = self.curves[self.curves["block"].notna()].groupby(["curve", "seed", "block"]).tail(1)
-        means = ends.pivot_table(index="block", columns="curve", values="mean_square", sort=False)
-        spread = ends.pivot_table(
-            index="block", columns="curve", values="mean_square", aggfunc="std"
-        )
-        means.index = pd.Index([int(block) + 1 for block in means.index], name="block")
-        spread.index = means.index
-        several = [name for name in spread if spread[name].notna().any()]
-        return means.join(spread[several].add_suffix(" ± seeds"))
+        """The mean square, which has no unit, after each block, and on both sides of each fall.
+
+        Example:
+
+            r.table().loc[3, "random"]  # after block 3
+
+        Returns a row per block, and more where a re-norm or a sublayer sets the curve back within it:
+        the peak's row is then the one before. The index is the block, from 1. Columns: after
+        (attention, mlp, renorm), each curve's mean over seeds, and, of several seeds, their std.
+        """
+        steps = self.curves[self.curves["block"].notna()]
+        keys = ["sublayer", "kind", "block"]  # mlp sorts before the renorm of the same number
+        groups = steps.groupby([*keys, "curve"])["mean_square"]
+        names = list(dict.fromkeys(steps["curve"]))
+        means, spread = groups.mean().unstack()[names], groups.std().unstack()[names]
+        kinds, blocks = (means.index.get_level_values(key) for key in ("kind", "block"))
+        falls = {i for i, kind in enumerate(kinds) if kind == "renorm"}
+        falls = falls.union(*(fallen(means[name].to_numpy()) for name in names))
+        ends = np.flatnonzero(~blocks.duplicated(keep="last"))
+        rows = sorted({*ends.tolist(), *falls, *(i - 1 for i in falls)})
+        several = [name for name in names if spread[name].notna().any()]
+        table = means.join(spread[several].add_suffix(" ± seeds")).iloc[rows]
+        table.index = pd.Index(blocks[rows].astype(int) + 1, name="block")
+        table.columns.name = None
+        table.insert(0, "after", kinds[rows])
+        return table
 
     def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
         """Draw a quantity by sublayer: ``simlab.plot`` of these curves, with its arguments."""
@@ -126,8 +144,12 @@ class Result:
         from simlab.sweep.job import write
 
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        write(self.curves, dict(self.summary), self.weights, path, self.overrides, svg=svg)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write(self.curves, dict(self.summary), self.weights, path, self.overrides, svg=svg)
+        except OSError as error:  # no such place, no right to write there, a full disk
+            where = error.filename or path
+            raise ConfigError(f"save: {where}: {error.strerror or error}") from error
         return path
 
     def __repr__(self) -> str:
@@ -136,12 +158,9 @@ class Result:
 
     def _repr_html_(self) -> str:
         figure = _figure_html(lambda ax: self.plot(ax=ax))
-        table = self.table()
-        every = -(-len(table) // SHOWN_ROWS)
-        shown = table.iloc[every - 1 :: every]
         return (
             f"<p><b>{html.escape(self.headline)}</b><br><small>{html.escape(self.title)}</small></p>"
-            f"{figure}{_table_html(shown)}"
+            f"{figure}{_table_html(small(self.table(), basis(self.curves)))}"
         )
 
 
@@ -280,6 +299,12 @@ def _figure_html(draw: Any) -> str:
     data = io.BytesIO()
     FigureCanvasAgg(figure).print_png(data)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def small(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """SHOWN_ROWS of ``Result.table``, with the peaks of the curve ``name``, as a terminal's table."""
+    v = table[name].to_numpy()
+    return table.iloc[shown_rows(v, range(len(v)), fallen(v), SHOWN_ROWS)]
 
 
 def _table_html(table: pd.DataFrame) -> str:

@@ -1,6 +1,7 @@
 """simlab from Python: the same runs, names and files as the command's."""
 
 import json
+import re
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,8 +14,10 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import simlab
+from simlab.analysis.numbers import short
 from simlab.api import as_overrides
 from simlab.experiment import build_model
+from simlab.results import small
 
 matplotlib.use("agg")
 KEYS = {
@@ -34,6 +37,13 @@ def result():
     return simlab.measure("small", {"inputs.length": 11}, **KEYS, seeds=4, norm="swin_renorm")
 
 
+@pytest.fixture(scope="module")
+def renormed():
+    """One re-norm, after the second of three blocks."""
+    more = {"inputs.length": 11, "norm.every": 2}
+    return simlab.measure("small", more, **KEYS, seeds=4, norm="swin_renorm")
+
+
 def test_measures_as_the_command_does(result, tmp_path):
     """Same curve, same summary, same bytes in every file but the page's day."""
     done = in_process("model=small", "inputs.length=11", *SMALL, "seeds=4", "norm=swin_renorm",
@@ -45,7 +55,12 @@ def test_measures_as_the_command_does(result, tmp_path):
     for name in names:
         assert (saved / name).read_bytes() == (tmp_path / "command" / name).read_bytes(), name
     assert result.command in (saved / "report.html").read_text(encoding="utf-8")
-    again = simlab.load(tmp_path / "command")
+    again = simlab.load_run(tmp_path / "command")
+    assert isinstance(simlab.load(tmp_path / "command"), simlab.Result)
+    with pytest.raises(
+        simlab.ConfigError, match=r"holds no sweep: .*; simlab.load_run reads a run"
+    ):
+        simlab.load_sweep(tmp_path / "command")
     pd.testing.assert_frame_equal(again.curves, result.curves, check_dtype=False)
     assert again.command == result.command
     assert again.verdict == result.verdict
@@ -91,8 +106,59 @@ def test_laws_in_a_plot(result):
     line = result.plot("rms", laws=["additive"]).get_lines()[1]
     np.testing.assert_allclose(line.get_ydata() ** 2, result.theory["additive"], rtol=1e-6)
     plt.close("all")
-    with pytest.raises(simlab.ConfigError, match=r"no column nrom; did you mean norm\?"):
-        result.plot("nrom")
+    for column, said in (
+        ("nrom", "; did you mean norm?"),
+        ("branch", "; did you mean branch_mean_square?"),
+        ("lambda_token", "; a run's λ's are in .summary['lambda'], by curve"),
+        ("gradient_rms", "; measure with gradients=True"),
+        ("foo", "; there are mean_square, norm, variance, mean, mean_abs, median_abs, max_abs,"),
+    ):
+        with pytest.raises(simlab.ConfigError, match=f"no column {column}{re.escape(said)}") as e:
+            result.plot(column)
+        assert len(str(e.value)) < 160
+
+
+def test_a_re_norm(renormed):
+    """√2 per sublayer is drawn once, the table has the peak, and one fall is no "each"."""
+    rows = renormed.curves.groupby(["sublayer", "kind"])["mean_square"].mean()
+    peak = rows[4, "mlp"]
+    until = renormed.theory["sqrt2"].where(renormed.theory.index < 5)
+    (law,) = (each for each in renormed.plot(ax=Figure().subplots()).get_lines()
+              if each.get_label() == "√2 per sublayer, until the first re-norm")  # fmt: skip
+    np.testing.assert_allclose(law.get_ydata(), until)
+    assert until.notna().sum() == 5
+    data = re.search(r'id="data"[^>]*>(.*?)</script>', renormed.page(), flags=re.S)[1]
+    (law,) = (each for each in json.loads(data)["jobs"][0]["laws"] if each["key"] == "sqrt2")
+    np.testing.assert_allclose(np.array(law["mean"]["mean_square"], float), until, rtol=1e-4)
+    assert law["label"].endswith(", until the first re-norm")
+    table = renormed.table()
+    assert table["after"].tolist() == ["mlp", "mlp", "renorm", "mlp"]
+    np.testing.assert_allclose(table.loc[2, "random"], [peak, rows[4, "renorm"]])
+    assert f"<td>{short(peak)}</td>" in renormed._repr_html_()
+    assert f"a re-norm sets it back to 1 once, from a peak of {short(peak)}." in renormed.headline
+    assert f"a re-norm sets it back to 1 once, from a peak of {short(peak)}" in renormed.verdict
+
+
+def test_a_deep_ones_small_table_shows_peaks():
+    frame = pd.DataFrame({"curve": "random", "seed": 0, "sublayer": range(81)})
+    frame["block"], frame["kind"] = (frame["sublayer"] + 1) // 2 - 1, "mlp"
+    frame.loc[0, "block"] = np.nan
+    frame["mean_square"] = [
+        1.0 + (i - 1) % 20 for i in range(81)
+    ]  # set back within blocks 11, 21 …
+    run = simlab.Result(frame, {})
+    assert run.table().loc[11, "random"].tolist() == [1.0, 2.0]
+    assert run.table().loc[10, "random"] == 20
+    assert small(run.table(), "random")["random"].tolist().count(20) == 4
+    assert len(small(run.table(), "random")) <= 12
+
+
+def test_a_folder_that_cant_be_made(result, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(simlab.ConfigError, match=f"^save: {folder}: [A-Z][a-z ]+$"):
+            result.save(folder)
 
 
 def test_a_probes_rows_are_plotted():
@@ -148,7 +214,12 @@ def test_multirun(tmp_path, monkeypatch, capfd):
     (tmp_path / "here" / "3" / "job.json").write_text(
         json.dumps({"status": "failed", "error": "no luck"})
     )
-    again = simlab.load("here")
+    again = simlab.load_sweep("here")
+    assert simlab.load("here").failed == again.failed
+    with pytest.raises(
+        simlab.ConfigError, match=r"^here: holds a sweep; simlab.load_sweep reads it"
+    ):
+        simlab.load_run("here")
     assert again.failed == {3: "no luck"}
     assert len(kept) == 4
     capfd.readouterr()
@@ -199,6 +270,8 @@ def test_mistakes(tmp_path):
     ):
         with pytest.raises(simlab.ConfigError, match=said):
             simlab.load(folder)
+    with pytest.raises(simlab.ConfigError, match="no such folder"):
+        simlab.load_sweep(tmp_path / "no")
 
 
 VALUES = [

@@ -97,8 +97,11 @@ def _grows(verdict: Mapping[str, Any], starts: float, ends: float, depth: int) -
     if word == "saturating":
         return f"saturates; {after}"
     if word == "saw-tooth" and teeth:
-        norm = "each re-norm" if teeth["renorm"] else "a norm of the stream"
         peak, reset = short(teeth["high"]), short(teeth["reset"])
+        norm = "each re-norm" if teeth["renorm"] else "a norm of the stream"
+        if teeth.get("count") == 1:
+            norm = norm.replace("each", "a")
+            return f"is a saw-tooth: {norm} sets it back to {reset} once, from a peak of {peak}"
         return f"is a saw-tooth: {norm} sets it back to {reset}, from peaks of up to {peak}"
     if word == "jump":
         return f"moves in one jump; {after}"

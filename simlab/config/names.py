@@ -104,17 +104,10 @@ def _with_part(part: str, names: Sequence[str]) -> list[str]:
     return found if len(found) <= _MOST_ASKED else []
 
 
-def some(names: Sequence[str], wanted: str = "") -> str:
-    """Names for a line of text: of many the _MOST_LISTED that are spelled most like ``wanted``."""
-    listed = list(names)
-    if len(listed) <= _MOST_LISTED:
-        return ", ".join(listed)
-
-    def unlike(name: str) -> float:
-        return -difflib.SequenceMatcher(None, _plain(wanted), _plain(name)).ratio()
-
-    kept = sorted(listed, key=unlike)[:_MOST_LISTED]
-    return f"{', '.join(n for n in listed if n in kept)} and {len(listed) - _MOST_LISTED} others"
+def some(names: Sequence[str]) -> str:
+    """Names for a line of text: all, or the first _MOST_LISTED of many."""
+    more = len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} others" if more > 0 else "")
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str:

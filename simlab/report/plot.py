@@ -10,6 +10,7 @@ import pandas as pd
 
 from simlab.analysis.curve import INITS, laws_in
 from simlab.config import ConfigError, nearest
+from simlab.config.names import some
 from simlab.report.colours import COLOURS, LABELS, PALETTE
 from simlab.report.page.payload import FROM_LAW
 from simlab.report.page.quantities import BY_SUBLAYER
@@ -60,9 +61,7 @@ def plot(
         rows["rms"] = np.sqrt(rows["mean_square"])
     for column in ("sublayer", by, quantity):
         if column not in rows:
-            columns = [str(name) for name in rows.columns]
-            near = nearest(str(column), columns) or f"; there are {', '.join(columns)}"
-            raise ConfigError(f"plot: there is no column {column}{near}")
+            raise ConfigError(f"plot: there is no column {column}{_instead(str(column), rows)}")
     if not pd.api.types.is_numeric_dtype(rows[quantity]):
         raise ConfigError(f"plot: {quantity} is a column of texts: give one of numbers")
     rows = rows[rows[quantity].notna()]
@@ -98,6 +97,21 @@ def plot(
     return ax
 
 
+def _instead(column: str, rows: pd.DataFrame) -> str:
+    """What to ask for instead of a column that isn't there."""
+    if column.startswith("lambda"):
+        return (
+            "; a run's λ's are in .summary['lambda'], by curve, and report.html draws them by block"
+        )
+    if column in BY_SUBLAYER and column.startswith("gradient"):
+        return "; measure with gradients=True"
+    names = [str(name) for name in rows.columns]
+    main = [name for name in BY_SUBLAYER if name in names]  # in the page's order
+    return (
+        nearest(column, names) or f"; there are {some(main + [n for n in names if n not in main])}"
+    )
+
+
 def _two_a_block(curves: pd.DataFrame) -> bool:
     """Whether each block has two sublayers, as a transformer's and not every probed model's."""
     return "block" in curves and set(curves.groupby("block")["sublayer"].nunique()) == {2}
@@ -128,6 +142,7 @@ def _laws(ax: Axes, rows: pd.DataFrame, quantity: str, wanted: bool | Sequence[s
     if basis is None:
         return
     own = rows[rows["curve"] == basis]
+    renorms = own.loc[own["kind"] == "renorm", "x"] if "kind" in own else own["x"][:0]
     width = float((own["norm"] ** 2 / own["mean_square"]).median()) if "norm" in own else 1.0
     for law in laws_in(own):
         if wanted is not True and law.name not in list(wanted or ()):
@@ -139,9 +154,13 @@ def _laws(ax: Axes, rows: pd.DataFrame, quantity: str, wanted: bool | Sequence[s
             says = FROM_LAW[quantity](mean.to_numpy(np.float64), round(width))
         top = 50 * float(rows[quantity].max() or 1.0)  # √2 per sublayer leaves the axis
         says = np.where(says > top, np.nan, says)
+        label = law.label
+        if len(renorms) and not law.expected:  # √2 per sublayer would start anew at each
+            says = np.where(mean.index < renorms.min(), says, np.nan)
+            label += ", until the first re-norm"
         if law.name == "mean_field" and quantity == "mean_square":
             band = 2 * own.groupby("x")["band_mean_field"].mean()
             ax.fill_between(
                 mean.index, mean - band, mean + band, color=law.colour, alpha=0.12, lw=0
             )
-        ax.plot(mean.index, says, color=law.colour, ls=law.line, lw=1.4, label=law.label)
+        ax.plot(mean.index, says, color=law.colour, ls=law.line, lw=1.4, label=label)

@@ -64,11 +64,9 @@ def test_values(value, allowed, meant):
     assert nearest(value, allowed) == (f"; did you mean {meant}?" if meant else "")
 
 
-def test_of_many_names_the_nearest_are_listed():
-    many = [*(f"law_{i}" for i in range(20)), "rms"]
-    assert some(many[:8]) == ", ".join(many[:8])
-    assert some(many, "rmsnorm").count(",") == 7
-    assert some(many, "rmsnorm").endswith("rms and 13 others")
+def test_of_many_names_the_first_are_listed():
+    assert some([*"abcdefgh"]) == "a, b, c, d, e, f, g, h"
+    assert some([*"abcdefghij"]) == "a, b, c, d, e, f, g, h and 2 others"
 
 
 def test_the_table_names_what_there_is():

@@ -106,13 +106,19 @@ def law_values(frame: pd.DataFrame, blocks: pd.DataFrame, width: int) -> list[di
     found = []
     name = basis(frame)
     rows = SeedTable(frame[frame["curve"] == name])
+    kinds = longest(rows.rows)["kind"]
+    renorms = [i for i, kind in enumerate(kinds) if kind == "renorm"]
     for law in laws_in(frame):
         if name == "theory" and law is LAWS["mean_field"]:
             continue
         v = over_seeds(np.nanmean, rows[law.column])
+        label = law.label
+        if renorms and not law.expected:  # √2 per sublayer would start anew at each
+            v = np.where(np.arange(len(v)) < renorms[0], v, np.nan)
+            label += ", until the first re-norm"
         law_is: dict[str, Any] = {
             "key": law.name,
-            "label": law.label,
+            "label": label,
             "mean": {},
             "low": {},
             "high": {},
