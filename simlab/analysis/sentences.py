@@ -139,10 +139,10 @@ def _claim(name: str, fit: Fit, curve: str) -> str:
 def _sqrt2(curves: Curves, verdict: Verdict) -> Iterator[str]:
     """The mean squares that both rates of the discussion would give, at the end or the highest peak."""
     law = LAWS["sqrt2"]
-    if not law.applies(curves.rows) or len(curves.kinds) < 3:
+    ends = [i for i, kind in enumerate(curves.kinds) if kind == "mlp"]
+    if not law.applies(curves.rows) or len(curves.kinds) < 3 or not ends:
         return
     mean = curves.mean_square.mean(0)
-    ends = [i for i, kind in enumerate(curves.kinds) if kind == "mlp"] or [len(mean) - 1]
     row = max(ends, key=lambda i: mean[i]) if verdict.shape.word == "saw-tooth" else ends[-1]
     said = float(law.predict(curves.rows)[:, row].mean()) / math.log(10)
     # 2·√2 per layer: the mean square times 8 per block, from the last re-norm on.

@@ -22,8 +22,8 @@ Array = NDArray[np.float64]
 class Rows:
     """The input of a law, for S curves with R rows: their start and their norms, no growth.
 
-    kinds (R): embedding, attention, mlp or renorm. first (S,): the embedding's mean square.
-    eps_factor (S, R): m/(m + eps), m the mean square that the step's last norm divides by.
+    kinds (R): embedding, attention, mlp, renorm, or a probe's own word. first (S,): the embedding's
+    mean square. eps_factor (S, R): m/(m + eps), m the mean square that the step's last norm divides by.
     gain (R): that norm's. normalises (R): what it acts on, ``branch``, ``stream``, or None where the
     branch is added as it comes; placements may differ from row to row. mean_field (R): ln v of the
     mean-field recursion, NaN beyond its end; None where there is no prediction.
@@ -73,9 +73,14 @@ def normed(rows: Rows) -> bool:
 
 
 def added(rows: Rows) -> bool:
-    """True if every sublayer adds to the stream, and no sublayer's own norm sets it anew."""
+    """True if every row adds one sublayer to the stream, and no sublayer's own norm sets it anew.
+
+    Rows of a whole block, and of attention and MLP in parallel, are several sublayers at once.
+    """
     steps = zip(rows.kinds, rows.normalises, strict=True)
-    return all(target != "stream" or kind == "renorm" for kind, target in steps)
+    return not {"block", "parallel"} & {*rows.kinds} and all(
+        target != "stream" or kind == "renorm" for kind, target in steps
+    )
 
 
 def mean_field(rows: Rows) -> Array:

@@ -385,3 +385,12 @@ def test_zero_embedding_and_plateau():
 def test_what_a_reader_would_miss(overrides, said):
     (verdict,) = run(compose(["model=small", "engine=theory", *overrides])).verdicts.values()
     assert said in verdict.sentence
+
+
+@pytest.mark.parametrize("kind", ["block", "parallel", "mixer"])
+def test_sqrt2_per_sublayer_is_of_sublayers(kind):
+    """Of rows that are several sublayers the law says nothing, and no number of blocks is made up."""
+    v = np.outer(np.ones(8), np.arange(1.0, 10))
+    verdict = judge(made(v, ["embedding", *[kind] * 8], target=None), "float32")
+    assert not any("√2 per sublayer would have meant" in line for line in verdict.sentences)
+    assert (verdict.laws["sqrt2"].status == "unknown") == (kind != "mixer")
