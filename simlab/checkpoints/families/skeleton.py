@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from simlab.config import ConfigError
 
-INSTALL = "pip install 'simlab[transformers]'"
+INSTALL = "pip install transformers"
 # Bytes of all of a model's buffers together, which follow from its config alone: GPT-2 has 1 MiB of
 # causal masks a block, GPT-J 0.5 of positions.
 BUFFER_BYTES = 512 << 20

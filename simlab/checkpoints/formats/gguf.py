@@ -252,7 +252,7 @@ def _packing(kind: int, what: str) -> Packing:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
     except ImportError:
-        raise ConfigError(f"{what} is quantised: pip install 'simlab[gguf]' reads it") from None
+        raise ConfigError(f"{what} is quantised: pip install gguf reads it") from None
     try:
         quantised = GGMLQuantizationType(kind)
         entries, size = GGML_QUANT_SIZES[quantised]
