@@ -14,18 +14,21 @@ import numpy as np
 import pandas as pd
 
 from simlab.analysis.numbers import short
+from simlab.analysis.tokens import largest, token_place
 
 MASSIVE, TIMES_MEDIAN = 100.0, 1000.0  # Sun et al. 2024 (arXiv 2402.17762), §2
 # How much more than the median token's a token's mean square must grow at a step to be told as a jump.
 # One entry of 1000 medians makes the mean square of d Gaussian ones 4.5e5/d times as large, at width
 # 4096 110 times. Random inits with norms (12 placements, all inits, 48 tokens) have steps of up to 18.
 JUMP = 30.0
+# The token itself must change by as much at least: where the median alone grows, nothing falls.
+OWN = 10.0
 TOLD = 4  # tokens in a sentence each
 
 
 @dataclass(frozen=True)
 class Change:
-    """A step at which the largest token's mean square grows or falls by far more than the median's.
+    """A step at which the largest token's mean square jumps or falls, by far more than the median's.
 
     sublayer, block (from 0), kind: the step. sequence, position: the token, from 0. every: position 0
     of every sequence does it, if there are several. factor: after/before, of that token. bound: another
@@ -67,6 +70,12 @@ def massive(frame: pd.DataFrame) -> pd.Series:
     return (high & (frame["max_abs"] >= TIMES_MEDIAN * frame["median_abs"])).astype(int)
 
 
+def most_massive(rows: pd.DataFrame) -> pd.Series:
+    """The step with the largest |x| of those with massive activations; of all, where none has them."""
+    among = rows[rows["massive"] == 1] if (rows["massive"] == 1).any() else rows
+    return among.sort_values("max_abs", kind="stable").iloc[-1]
+
+
 @np.errstate(divide="ignore", invalid="ignore")
 def token_changes(rows: pd.DataFrame, sequences: int, length: int) -> list[Change]:
     """The jumps and falls of a curve with massive activations, in the order of its steps.
@@ -76,7 +85,7 @@ def token_changes(rows: pd.DataFrame, sequences: int, length: int) -> list[Chang
     if not rows["massive"].any():
         return []
     by_name = {n: rows[f"mean_square_{n}"].to_numpy(np.float64) for n in ("max", "median", "first")}
-    token, every = _largest(rows, sequences, length)
+    token, every = largest(rows, sequences, length)
     ratio = {name: value[1:] / value[:-1] for name, value in by_name.items()}
     found = []
     for k, (_, step) in enumerate(rows.iloc[1:].iterrows()):
@@ -85,7 +94,10 @@ def token_changes(rows: pd.DataFrame, sequences: int, length: int) -> list[Chang
             same = token[of] == token[other]
             factor = ratio["first" if every[of] and not same else "max"][k]
             beyond = factor / median if of > other else median / factor
-            if beyond >= JUMP and (factor > 1 if of > other else 0 < factor < 1):
+            own = (
+                factor if of > other else 1 / factor
+            )  # by how much the token itself jumps or falls
+            if beyond >= JUMP and OWN <= own < math.inf:
                 sequence, position = divmod(int(token[of]), length)
                 found.append(
                     Change(
@@ -97,17 +109,6 @@ def token_changes(rows: pd.DataFrame, sequences: int, length: int) -> list[Chang
                 )  # fmt: skip
                 break
     return found
-
-
-def _largest(rows: pd.DataFrame, sequences: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each step's largest token, and whether position 0 of every sequence is about as large.
-
-    Of B mean squares of which none is above m, with a mean of (1 - 1/2B)m, each is at least m/2.
-    """
-    token, most, first = (
-        rows[name].to_numpy() for name in ("max_token", "mean_square_max", "mean_square_first")
-    )
-    return token, (token % length == 0) & (first >= (1 - 0.5 / sequences) * most)
 
 
 def place(sublayer: int, block: int | None, kind: str) -> str:
@@ -124,14 +125,13 @@ def massive_sentences(rows: pd.DataFrame, sequences: int, length: int, whole: bo
 
     rows, sequences, length: as in ``token_changes``. whole: False if the curve ends early.
     """
-    top = rows.sort_values("max_abs", kind="stable").iloc[-1]
+    top = most_massive(rows)
     times = top["max_abs"] / top["median_abs"] if top["median_abs"] else math.inf
-    size = f"max |x| = {short(top['max_abs'])}, {short(times)}× the median |x|"
-    size += f", at sublayer {top['sublayer']}"
+    size = f"{short(top['max_abs'])}, {short(times)}× the median |x|, at sublayer {top['sublayer']}"
     count = int(rows["massive"].sum())
     if not count:
-        return [f"No massive activations ({size})."]
-    lines = [f"Massive activations at {count} of {len(rows)} steps ({size})."]
+        return [f"No massive activations (max |x| = {size})."]
+    lines = [f"Massive activations at {count} of {len(rows)} steps (the largest: |x| = {size})."]
     stories: list[list[Change]] = []  # a token's jumps, then its falls
     for change in token_changes(rows, sequences, length):
         story = stories[-1] if stories else []
@@ -139,8 +139,10 @@ def massive_sentences(rows: pd.DataFrame, sequences: int, length: int, whole: bo
             story.append(change)
         else:
             stories.append([change])
+    if not stories or rows.iloc[0]["massive"]:
+        lines.append(_at_first(rows, sequences, length, whole))
     for i, story in enumerate(stories[:TOLD]):
-        lines.append(_story(story, sequences))
+        lines.append(_story(story, sequences, length))
         if i + 1 == len(stories) and not story[-1].falls:
             lines[-1] += _end(rows, sequences, length, story[-1], whole)
         lines[-1] += "."
@@ -151,14 +153,11 @@ def massive_sentences(rows: pd.DataFrame, sequences: int, length: int, whole: bo
     return lines
 
 
-def _story(story: Sequence[Change], sequences: int) -> str:
+def _story(story: Sequence[Change], sequences: int, length: int) -> str:
     """A token's jumps and falls, in one sentence without its full stop."""
     first = story[0]
-    who = f"The token at position {first.position}"
-    if first.every:
-        who = "Position 0 of every sequence"
-    elif sequences > 1:
-        who += f" of sequence {first.sequence + 1} (of {sequences})"
+    at = token_place(first.sequence * length + first.position, first.every, sequences, length)
+    who = f"P{at[1:]}" if first.every else f"The token at {at}"
     jumps = [change for change in story if not change.falls]
     said = []
     for change in story:
@@ -179,11 +178,36 @@ def _end(rows: pd.DataFrame, sequences: int, length: int, jump: Change, whole: b
     if not last["massive"]:
         after = rows.loc[rows["massive"] == 1, "sublayer"].iloc[-1]
         return f"; after sublayer {after} no activation is massive any more"
-    token, every = (values[-1] for values in _largest(rows, sequences, length))
+    token, every = (values[-1] for values in largest(rows, sequences, length))
     if not (every if jump.every else divmod(token, length) == (jump.sequence, jump.position)):
         return ""
+    return f", and stays the largest {_until(rows, whole)}"
+
+
+def _until(rows: pd.DataFrame, whole: bool) -> str:
     end = "to the end, sublayer" if whole else "until the curve ends at sublayer"
-    return f", and stays the largest {end} {last['sublayer']}"
+    return f"{end} {rows.iloc[-1]['sublayer']}"
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def _at_first(rows: pd.DataFrame, sequences: int, length: int, whole: bool) -> str:
+    """The sentence that names the largest token of the first step with massive activations."""
+    k = int((rows["massive"] == 1).to_numpy().argmax())
+    first = rows.iloc[k]
+    block = None if pd.isna(first["block"]) else int(first["block"])
+    where = place(int(first["sublayer"]), block, str(first["kind"]))
+    token, every = largest(rows, sequences, length)
+    whole_column = bool(every[k] and sequences > 1)
+    at = token_place(int(token[k]), whole_column, sequences, length)
+    text = f"At {where}, the first step with them, {at if whole_column else f'the token at {at}'}"
+    text += " is the largest"
+    times = float(np.float64(first["mean_square_max"]) / first["mean_square_median"])
+    if math.isfinite(times):
+        text += f", its mean square {short(times)} times the median token's"
+    stays = every[k:].all() if whole_column else (token[k:] == token[k]).all()
+    if stays and k + 1 < len(rows):
+        text += f"; it stays the largest {_until(rows, whole)}"
+    return text + "."
 
 
 @np.errstate(divide="ignore", invalid="ignore")

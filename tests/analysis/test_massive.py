@@ -13,7 +13,9 @@ from simlab.analysis.massive import JUMP, massive, massive_sentences, token_chan
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.frame import to_frame
+from simlab.report.page.build import warnings
 
+NOTHING_LOST = {"overflow": [], "gradient_overflow": []}
 SPECIAL = 7  # the token that is made massive
 
 
@@ -160,18 +162,26 @@ def test_other_stories():
         "The token at position 3 of sequence 2 (of 2) jumps at least 100-fold"
     )
     assert other[1].endswith(", and stays the largest to the end, sublayer 4.")
-    (from_start,) = story([1e5, 1e5, 10.0], [9, 9, 2], [1, 1, 0])
-    assert from_start == (
+    assert story([1e5, 1e5, 10.0], [9, 9, 2], [1, 1, 0]) == [
+        "At the embedding, the first step with them, the token at position 4 of sequence 2 (of 2) is"
+        " the largest, its mean square 1.0e5 times the median token's.",
         "The token at position 4 of sequence 2 (of 2) is erased at sublayer 2 (the MLP of block 1),"
-        " where it falls at least 1.0e4-fold."
-    )
-    assert story([1, 20, 300, 3000], [3, 3, 3, 3], [0, 0, 1, 1]) == [
-        "No token jumps at one step: the largest grows at most 20 times as much as the median token, at"
-        " sublayer 1 (the attention of block 1)."
+        " where it falls at least 1.0e4-fold.",
     ]
-    assert story([1, 1, 1], [0, 0, 0], [1, 1, 1]) == ["No token jumps at one step."]
+    assert story([1, 20, 300, 3000], [3, 3, 3, 3], [0, 0, 1, 1]) == [
+        "At sublayer 2 (the MLP of block 1), the first step with them, the token at position 3 of"
+        " sequence 1 (of 2) is the largest, its mean square 300 times the median token's; it stays the"
+        " largest to the end, sublayer 3.",
+        "No token jumps at one step: the largest grows at most 20 times as much as the median token, at"
+        " sublayer 1 (the attention of block 1).",
+    ]
+    assert story([1, 1, 1], [0, 0, 0], [1, 1, 1], None, [1, 1, 1]) == [
+        "At the embedding, the first step with them, position 0 of every sequence is the largest, its"
+        " mean square 1 times the median token's; it stays the largest to the end, sublayer 2.",
+        "No token jumps at one step.",
+    ]
     many = [10.0**i for i in (0, 4, 0, 4, 0, 4, 0, 4, 0, 4)]
-    assert story(many, [3] * 10, [1] * 10)[4:] == ["1 more such changes follow."]
+    assert story(many, [3] * 10, [1] * 10)[5:] == ["1 more such changes follow."]
 
 
 def test_a_jump_is_beside_the_median_token():
@@ -182,6 +192,33 @@ def test_a_jump_is_beside_the_median_token():
     assert (jump.factor, jump.median, jump.every) == (1e4, 1.0, False)
     alone = massive_sentences(by_hand([1, 1e4], [3, 3], [0, 1]), 1, 5, whole=True)[1]
     assert alone.startswith("The token at position 3 jumps 1.0e4-fold")
+
+
+def test_a_token_that_keeps_its_size_does_not_fall():
+    """The median token grows 1000-fold beside it, or falls; a token that falls itself is told."""
+    steady = by_hand([1e4, 0.99e4, 1e4], [3, 3, 3], [1, 1, 1], median=[1e-3, 1.0, 1e-3])
+    assert token_changes(steady, 2, 5) == []
+    text = massive_sentences(steady, 2, 5, whole=True)
+    assert not any("fold" in line for line in text)
+    (fall,) = token_changes(by_hand([1e4, 100], [3, 3], [1, 1], median=[1e-3, 1.0]), 2, 5)
+    assert (fall.falls, fall.factor) == (True, 0.01)
+
+
+def test_largest_of_massive_steps():
+    """A later |x| is larger, but not 1000 medians: it isn't called massive; without any it is told."""
+    rows = by_hand([1, 1, 1], [3, 3, 3], [1, 0, 0])
+    rows["max_abs"], rows["median_abs"] = [240.0, 241.0, 200.0], [0.01, 0.7, 1.0]
+    first = massive_sentences(rows, 1, 15, whole=True)[0]
+    assert first == (
+        "Massive activations at 1 of 3 steps (the largest: |x| = 240, 2.4e4× the median |x|, at"
+        " sublayer 0)."
+    )
+    (warning,) = warnings(
+        rows.assign(curve="checkpoint", law_additive=np.nan, eps_factor=np.nan), NOTHING_LOST
+    )
+    assert "the largest |x| is 240 at sublayer 0, where the median |x| is 0.01." in warning
+    none = massive_sentences(rows.assign(massive=0), 1, 15, whole=True)
+    assert none == ["No massive activations (max |x| = 241, 344× the median |x|, at sublayer 1)."]
 
 
 def test_massive_needs_both_conditions():

@@ -15,7 +15,7 @@ import pandas as pd
 from simlab.analysis import LAWS
 from simlab.analysis.decision import HOLDS, OFF, UNDECIDED, UNTOLD, decision
 from simlab.analysis.headline import headline
-from simlab.analysis.massive import place
+from simlab.analysis.massive import most_massive, place
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate
 from simlab.config.command_line import shell_word
@@ -143,7 +143,7 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
     if "massive" in frame and (frame["massive"] == 1).any():
         rows = frame[frame["massive"] == 1]
         who = " and ".join(LABELS[name] for name in rows["curve"].unique())
-        top = rows.sort_values("max_abs").iloc[-1]
+        top = most_massive(rows)
         yield (
             f"Massive activations ({who}): the largest |x| is {short(float(top['max_abs']))} at "
             f"sublayer {top['sublayer']}, where the median |x| is {short(float(top['median_abs']))}. A "

@@ -1,0 +1,90 @@
+"""Where a few tokens make the mean over tokens: which one, and how much of it is its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+SKEWED = (
+    5.0  # from this ratio of mean to median token on, the median token is what is told and drawn
+)
+
+
+def skewed(frame: pd.DataFrame) -> bool:
+    """True for a checkpoint of whose tokens a few are far larger than the median, at some step.
+
+    frame: the rows of curve.csv.
+    """
+    if "mean_square_median" not in frame or "curve" not in frame:
+        return False
+    rows = frame[frame["curve"] == "checkpoint"]
+    return bool((rows["mean_square"] > SKEWED * rows["mean_square_median"]).any())
+
+
+def largest(rows: pd.DataFrame, sequences: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each step's largest token, and whether position 0 of every sequence is about as large.
+
+    Of B mean squares of which none is above m, with a mean of (1 - 1/2B)m, each is at least m/2.
+    rows: all steps of one curve. sequences, length: the batch's shape.
+    """
+    token, most, first = (
+        rows[name].to_numpy() for name in ("max_token", "mean_square_max", "mean_square_first")
+    )
+    return token, (token % length == 0) & (first >= (1 - 0.5 / sequences) * most)
+
+
+def token_place(token: int, every: bool, sequences: int, length: int) -> str:
+    """``position 13``, ``position 13 of sequence 2 (of 3)``, ``position 0 of every sequence``."""
+    sequence, position = divmod(token, length)
+    if sequences == 1:
+        return f"position {position}"
+    return f"position {position} of " + (
+        "every sequence" if every else f"sequence {sequence + 1} (of {sequences})"
+    )
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A checkpoint's largest token where the mean over tokens is farthest above the median token.
+
+    place: as in ``token_place``. every: position 0 of every sequence is about as large. share: of the
+    mean over tokens there, of all these tokens together.
+    """
+
+    place: str
+    every: bool
+    share: float
+
+    @property
+    def subject(self) -> str:
+        """``one token, at position 13,`` or ``position 0 of every sequence``."""
+        if self.every:
+            return self.place
+        return f"{'one' if self.share > 0.5 else 'the largest'} token, at {self.place},"
+
+    @property
+    def sentence(self) -> str:
+        """``one token, at position 13, makes up to 94 % of the mean over tokens``, no full stop."""
+        part = math.floor(1000 * self.share) / 10  # never more than it is
+        size = "over 99.9 %" if self.share > 0.999 else f"up to {part:g} %"
+        return f"{self.subject} makes {size} of the mean over tokens"
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def token_apart(frame: pd.DataFrame, tokens: tuple[int, int]) -> Apart:
+    """The token that stands apart of a checkpoint that is ``skewed``.
+
+    frame: the rows of curve.csv. tokens: the batch's sequences and their length.
+    """
+    rows = frame[frame["curve"] == "checkpoint"]
+    sequences, length = tokens
+    ratio = (rows["mean_square"] / rows["mean_square_median"]).to_numpy(np.float64)
+    at = int(np.nan_to_num(ratio, nan=0.0, posinf=math.inf).argmax())
+    token, every = (values[at] for values in largest(rows, sequences, length))
+    row, all_of_them = rows.iloc[at], bool(every and sequences > 1)
+    own = row["mean_square_first"] * sequences if all_of_them else row["mean_square_max"]
+    share = float(own / (row["mean_square"] * sequences * length))
+    return Apart(token_place(int(token), all_of_them, *tokens), all_of_them, share)
