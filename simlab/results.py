@@ -127,7 +127,8 @@ class Result:
         """The run's main figure, growth.png, as a matplotlib Figure."""
         from simlab.report.growth_figure import growth_figure
 
-        return growth_figure(self.curves, self.title, figure_lines(self.curves, self.summary))
+        lines = figure_lines(self.curves, self.summary)
+        return growth_figure(self.curves, self.title, lines, self.summary["tokens"])
 
     def page(self) -> str:
         """The text of report.html."""

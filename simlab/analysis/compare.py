@@ -104,6 +104,15 @@ def with_outside(frame: pd.DataFrame, theory: Prediction | None = None) -> pd.Da
     return frame
 
 
+def of_median_token(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with the median token's mean square in place of the mean over tokens, and ``outside``.
+
+    A predicted curve has the mean alone: it keeps it, and nothing is outside of it.
+    """
+    median = frame["mean_square_median"].fillna(frame["mean_square"])
+    return with_outside(frame.assign(mean_square=median))
+
+
 def departure(frame: pd.DataFrame) -> Departure | None:
     """Compare a run's checkpoint with its random inits, once ``with_outside`` has marked it."""
     rows = frame[(frame["curve"] == "checkpoint") & frame["outside"].notna()]
@@ -127,6 +136,20 @@ def departure(frame: pd.DataFrame) -> Departure | None:
         checkpoint=split(rows),
         random=split(drawn[drawn.groupby("seed").cumcount() < len(rows)]),
     )
+
+
+def end_ratio(frame: pd.DataFrame) -> tuple[float, int]:
+    """A checkpoint's mean square over the random inits' mean at the last sublayer that all reach.
+
+    Also that sublayer. NaN where there is none of both.
+    """
+    ends = frame.groupby(["curve", "seed"])["sublayer"].max()
+    rows = frame[frame["sublayer"] == int(ends.min())]
+    rows = rows[rows["kind"] == rows["kind"].iloc[-1]]  # a re-norm comes after its sublayer
+    mean = rows.groupby("curve")["mean_square"].mean()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.float64(mean["checkpoint"]) / mean[basis(frame)]
+    return float(ratio), int(ends.min())
 
 
 def split(rows: pd.DataFrame) -> Split | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from simlab.analysis.curve import INITS
+from simlab.analysis.compare import Departure, departure, end_ratio, of_median_token
+from simlab.analysis.curve import INITS, basis
 from simlab.analysis.decision import HOLDS, OFF, decision
 from simlab.analysis.numbers import off_by, plus_minus, short
-from simlab.analysis.resampling import Estimate
+from simlab.analysis.resampling import MIN_SEEDS, Estimate
+from simlab.analysis.tokens import skewed, token_apart
 
 GROWING = (
     "linear",
@@ -22,11 +25,26 @@ GROWING = (
 def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     """One sentence on a run: a checkpoint beside random inits, else how its curve grows.
 
+    Where few tokens make a checkpoint's mean square, it is on the median token, and names the largest.
+
     frame: the rows of curve.csv. summary: the content of summary.json.
     """
     left = summary.get("departure")
+    few = skewed(frame)
+    apart = f"; {token_apart(frame, summary['tokens']).sentence}" if few else ""
+    depth = summary["config"]["model"]["depth"]
+    if "curve" in frame and frame["curve"].nunique() > 1 and (few or left is None):
+        ratio, last = end_ratio(frame)
+        end = "ends" if last == 2 * depth else f"is at sublayer {last}"
+        if few:
+            return f"{_median_token(frame, end)}{apart}, which {end} {_times(ratio)} theirs."
+        more = ""
+        if frame.loc[frame["curve"] == "random", "seed"].nunique() in range(1, MIN_SEEDS):
+            more = f"; {MIN_SEEDS} would tell whether that is chance"
+        whose = "The mean square of this checkpoint's residual stream"
+        return f"{whose} {end} {_times(ratio)} {_drawn(frame)}{more}."
     if left is not None:
-        return _departed(left, 2 * summary["config"]["model"]["depth"])
+        return _departed(left, 2 * depth)
     verdicts = summary["verdict"]
     if not verdicts:
         return "Every curve left the number format's range at the embedding."
@@ -37,11 +55,46 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
         "theory": "At init, theory predicts that the residual stream's mean square",
         "checkpoint": "The mean square of this checkpoint's residual stream",
     }[name]
-    ends = rows.groupby("seed").tail(1)["mean_square"].mean()
-    starts = rows.groupby("seed").head(1)["mean_square"].mean()
+    column = "mean_square"
+    if name == "checkpoint" and (rows["massive"] == 1).any():  # the verdict is on the median token
+        whose, column = "The mean square of this checkpoint's median token", "mean_square_median"
+    ends = rows.groupby("seed").tail(1)[column].mean()
+    starts = rows.groupby("seed").head(1)[column].mean()
     depth = int(rows["block"].max()) + 1 if rows["block"].notna().any() else 0
     says = _grows(verdicts[name], float(starts), float(ends), depth)
-    return f"{whose} {says}{_sqrt2(verdicts[name], summary['theories'][name], name)}."
+    return f"{whose} {says}{_sqrt2(verdicts[name], summary['theories'][name], name)}{apart}."
+
+
+def _drawn(frame: pd.DataFrame) -> str:
+    """What a checkpoint is held against: ``the mean of 3 random inits``, ``one random init``."""
+    name = basis(frame)
+    seeds = frame.loc[frame["curve"] == name, "seed"].nunique()
+    if name == "theory":
+        return "what theory predicts of random inits"
+    return "one random init" if seeds == 1 else f"the mean of {seeds} random inits"
+
+
+def _times(ratio: float) -> str:
+    """``4× above``, ``1.06× below``, ``far above``."""
+    if math.isnan(ratio):  # both are 0
+        return "no larger than"
+    if ratio in (0, math.inf):
+        return f"far {'above' if ratio else 'below'}"
+    return f"{short(ratio)}× above" if ratio > 1 else f"{short(1 / ratio)}× below"
+
+
+def _median_token(frame: pd.DataFrame, end: str) -> str:
+    """A checkpoint's median token beside those of random inits, or beside a predicted mean square."""
+    median = of_median_token(frame)
+    whose, size = "The mean square of this checkpoint's median token", _times(end_ratio(median)[0])
+    left: Departure | None = departure(median)
+    if left is None:
+        return f"{whose} {end} {size} {_drawn(frame)}"
+    if left.first is None:
+        return f"{whose} stays within the random inits' band"
+    if left.sublayer is None:
+        return f"{whose} leaves the random inits' band at {_at(left.first)} and {end} within it"
+    return f"{whose} {end} {size} a random init's, outside their band from {_at(left.sublayer)} on"
 
 
 def _departed(left: Mapping[str, Any], last: int) -> str:

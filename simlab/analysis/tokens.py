@@ -48,15 +48,16 @@ def token_place(token: int, every: bool, sequences: int, length: int) -> str:
 
 @dataclass(frozen=True)
 class Apart:
-    """A checkpoint's largest token where the mean over tokens is farthest above the median token.
+    """A checkpoint's largest token at its end, or where mean and median differ most if not there.
 
     place: as in ``token_place``. every: position 0 of every sequence is about as large. share: of the
-    mean over tokens there, of all these tokens together.
+    mean over tokens, of all these tokens together. ends: at the curve's end.
     """
 
     place: str
     every: bool
     share: float
+    ends: bool
 
     @property
     def subject(self) -> str:
@@ -67,9 +68,9 @@ class Apart:
 
     @property
     def sentence(self) -> str:
-        """``one token, at position 13, makes up to 94 % of the mean over tokens``, no full stop."""
+        """``one token, at position 13, makes 94 % of the mean over tokens``, no full stop."""
         part = math.floor(1000 * self.share) / 10  # never more than it is
-        size = "over 99.9 %" if self.share > 0.999 else f"up to {part:g} %"
+        size = f"{'' if self.ends else 'up to '}{part:g} %"
         return f"{self.subject} makes {size} of the mean over tokens"
 
 
@@ -82,9 +83,10 @@ def token_apart(frame: pd.DataFrame, tokens: tuple[int, int]) -> Apart:
     rows = frame[frame["curve"] == "checkpoint"]
     sequences, length = tokens
     ratio = (rows["mean_square"] / rows["mean_square_median"]).to_numpy(np.float64)
-    at = int(np.nan_to_num(ratio, nan=0.0, posinf=math.inf).argmax())
+    ends = bool(ratio[-1] > SKEWED)
+    at = -1 if ends else int(np.nan_to_num(ratio, nan=0.0, posinf=math.inf).argmax())
     token, every = (values[at] for values in largest(rows, sequences, length))
     row, all_of_them = rows.iloc[at], bool(every and sequences > 1)
     own = row["mean_square_first"] * sequences if all_of_them else row["mean_square_max"]
     share = float(own / (row["mean_square"] * sequences * length))
-    return Apart(token_place(int(token), all_of_them, *tokens), all_of_them, share)
+    return Apart(token_place(int(token), all_of_them, *tokens), all_of_them, share, ends)

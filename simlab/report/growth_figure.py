@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from simlab.analysis.compare import Departure, departure
+from simlab.analysis.compare import Departure, departure, of_median_token
 from simlab.analysis.curve import laws_in
 from simlab.analysis.numbers import short
+from simlab.analysis.tokens import skewed, token_apart
 from simlab.report.colours import COLOURS, LABELS
 from simlab.report.panels import (
     DIM,
@@ -33,19 +34,23 @@ from simlab.report.panels import (
 )
 from simlab.report.seeds import SeedArray, over_seeds
 
+WIDE = 4.0  # the tokens' 95th percentile is within the axis up to this many times the curves' most
 WIDTH, PANELS_HEIGHT = 12.8, 4.9  # inches, of the figure and of its panels without titles
-SKEWED = 5.0  # from this ratio of mean to median token on, a linear axis shows the median
 SUBLAYERS = "sublayer (0: the embedding; a block has two)"
 
 
-def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figure:
+def growth_figure(
+    frame: pd.DataFrame, title: str, lines: Sequence[str], tokens: tuple[int, int] | None = None
+) -> Figure:
     """The run's main figure.
 
     The large panel has the mean square with the seeds' band, the laws, and theory with its band. Beside
     it: the same on a log axis, the norm, the variance, and the gradient (or what a sublayer adds). With
     a checkpoint beside random inits: its ratio to them, what its sublayers add, and how that adds up.
+    Where few tokens make a checkpoint's mean, the large panel has the median token, and names these.
 
     frame: the rows of curve.csv. title: of the run. lines: the answer, then what else is to be said.
+    tokens: the batch's sequences and their length, to say where the largest token is.
     """
     drawn, note = first_teeth(frame)
     heads = textwrap.wrap(lines[0], 100) if lines else []
@@ -65,9 +70,15 @@ def growth_figure(frame: pd.DataFrame, title: str, lines: Sequence[str]) -> Figu
         return figure
     steps = Steps(drawn)
     left = departure(frame) if len(steps.names) > 1 else None
-    _main(figure, steps, left)
+    few = skewed(frame)
+    if few:
+        place = token_apart(frame, tokens).place if tokens else ""
+        own = departure(of_median_token(frame)) if len(steps.names) > 1 else None
+        _main(figure, steps, own, few, place)
+    else:
+        _main(figure, steps, left)
     if "checkpoint" in steps.names and len(steps.names) > 1:
-        _beside(figure, steps, left)
+        _beside(figure, steps, left, few)
     else:
         _alone(figure, steps)
     return figure
@@ -87,30 +98,36 @@ def _band(ax: Axes, steps: Steps) -> None:
     )
 
 
-def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
-    """The mean square on a linear axis, with a name at the end of every line."""
-    skewed = _skewed(steps)
+def _main(
+    figure: Figure, steps: Steps, left: Departure | None, few: bool = False, place: str = ""
+) -> None:
+    """The mean square on a linear axis, with a name at the end of every line.
+
+    few: a few tokens make the checkpoint's mean, so the median token is drawn. place: the largest's.
+    """
     under = "mean of x² over width and tokens, after each sublayer; linear axis"
-    if skewed:
-        under = "mean of x² over width; checkpoint: the median token, pale: 90 % of tokens"
+    if few:
+        under = "mean of x² over width, of the median token; pale: 90 % of the checkpoint's tokens"
     ax = panel(figure, (0.65, 0.6, 5.2, 4.1), "Mean square of the residual stream", under)
     shown: dict[str, SeedArray] = {}
+    most: list[float] = []  # of what is drawn, without laws
     for name in steps.names:
-        column = "mean_square_median" if skewed and name == "checkpoint" else "mean_square"
-        shown[name] = steps.mean(name, column)
-        values = steps(name, column)
-        if skewed and name == "checkpoint":
+        known = few and bool(steps.rows[name]["mean_square_median"].notna().any())
+        values = steps(name, "mean_square_median" if known else "mean_square")
+        shown[name] = over_seeds(np.nanmean, values)
+        low, high = over_seeds(np.nanmin, values), over_seeds(np.nanmax, values)
+        most.append(float(np.nanmax(high)))
+        if few and name == "checkpoint":
             low, high = steps.mean(name, "mean_square_p05"), steps.mean(name, "mean_square_p95")
-            ax.fill_between(steps.x, low, high, color=COLOURS[name], alpha=0.15, lw=0)
-        elif len(values) > 1:
-            low, high = over_seeds(np.nanmin, values), over_seeds(np.nanmax, values)
-            ax.fill_between(steps.x, low, high, color=COLOURS[name], alpha=0.2, lw=0)
+        if len(values) > 1 or (few and name == "checkpoint"):
+            alpha = 0.2 if len(values) > 1 else 0.15
+            ax.fill_between(steps.x, low, high, color=COLOURS[name], alpha=alpha, lw=0)
         ax.plot(steps.x, shown[name], color=COLOURS[name], lw=2.8, zorder=2)
     laws = draw_laws(ax, steps)
     _band(ax, steps)
-    tops = [float(np.nanmax(y)) for y in shown.values() if np.isfinite(y).any()]
-    drawn = [name for name in steps.names if not (skewed and name == "checkpoint")]
-    tops += [float(np.nanmax(steps(name, "mean_square"))) for name in drawn]
+    tops = [value for value in most if math.isfinite(value)]
+    wide = float(np.nanmax(steps("checkpoint", "mean_square_p95"))) if few else 0.0
+    tops += [wide] if wide < WIDE * max(tops) else []
     of_law = {law.name: law for law in laws_in(steps.rows[steps.base])}
     tops += [
         most
@@ -127,6 +144,9 @@ def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
         text = LABELS[name] + (f"\n{seeds} seeds, band: least to most" if seeds > 1 else "")
         if name == "theory":
             text += "\nband: ± 2 std of a seed"
+        if few and name == "checkpoint":
+            text += "\nmedian token"
+            text += f"; 95th percentile: {_about(wide)}" if wide > top else ""
         text += _ending(steps, y)
         names.append((_last(y), text, COLOURS[name], "bold"))
     for name, y in laws.items():
@@ -140,18 +160,17 @@ def _main(figure: Figure, steps: Steps, left: Departure | None) -> None:
         else:
             text = law.label + ("\nuntil the first re-norm" if "renorm" in steps.kinds else "")
             names.append((_last(y), text, law.colour, "normal"))
+    if few:
+        largest, red = steps.mean("checkpoint", "mean_square_max"), COLOURS["checkpoint"]
+        ax.plot(steps.x, largest, color=red, lw=1.1, ls=(0, (1, 1)), zorder=2)
+        text = "largest token" + (f"\n{place}" if place else "")
+        if (above := float(np.nanmax(largest))) > top:
+            text += f"\nup to {_about(above)}, off this axis"
+        names.append((min(_last(largest), top), text, red, "bold"))
     name_ends(ax, names)
     _peak(ax, steps, shown[steps.names[0]])
     if left is not None:
         _leaves(ax, left, last)
-
-
-def _skewed(steps: Steps) -> bool:
-    """True for a checkpoint of whose tokens a few are far larger than the median."""
-    if "checkpoint" not in steps.names or "mean_square_median" not in steps.rows["checkpoint"]:
-        return False
-    rows = steps.rows["checkpoint"]
-    return bool((rows["mean_square"] > SKEWED * rows["mean_square_median"]).any())
 
 
 def _ending(steps: Steps, y: SeedArray) -> str:
@@ -305,11 +324,11 @@ def _added(figure: Figure, steps: Steps, box: tuple[float, float, float, float])
     _x(ax, steps, box[1] == LOW)
 
 
-def _beside(figure: Figure, steps: Steps, left: Departure | None) -> None:
+def _beside(figure: Figure, steps: Steps, left: Departure | None, few: bool) -> None:
     """A checkpoint beside random inits: the ratio, the gradient, and why it grows as it does."""
     gradient = steps.has("gradient_rms")
     wide = PANEL if gradient else RIGHT + PANEL - LEFT
-    _relative(figure, steps, (LEFT, UP, wide, TALL), left)
+    _relative(figure, steps, (LEFT, UP, wide, TALL), left, few)
     if gradient:
         _gradient(figure, steps, (RIGHT, UP, PANEL, TALL))
     both = (("random", left.random), ("checkpoint", left.checkpoint)) if left else ()
@@ -343,13 +362,18 @@ def _beside(figure: Figure, steps: Steps, left: Departure | None) -> None:
 
 
 def _relative(
-    figure: Figure, steps: Steps, box: tuple[float, float, float, float], left: Departure | None
+    figure: Figure, steps: Steps, box: tuple[float, float, float, float], left: Departure | None,
+    few: bool,
 ) -> None:  # fmt: skip
-    """Mean squares over the random inits' mean: their band lies around 1."""
-    under = "pale: 90 % of tokens"
+    """Mean squares over the random inits' mean: their band lies around 1. few: as for ``_main``."""
+    under = "solid: mean, pale: 90 % of tokens,\ndotted: position 0"
+    if few:
+        under = "solid: mean, dashed: median token,\ndots: position 0, pale: 90 %"
     if box[2] > PANEL:  # there is room for more
-        start, also = ("", "dashed: median, ") if _skewed(steps) else ("÷ their mean; ", "")
-        under = f"{start}pale: 90 % of tokens, {also}dotted: position 0"
+        under = "÷ their mean; pale: 90 % of tokens, dotted: position 0"
+        if few:
+            under = "÷ their mean; solid: mean over tokens, dashed: the median token,\n"
+            under += "dotted: position 0, pale: 90 % of tokens"
     ax = panel(figure, box, "Relative to random inits", under, log=True)
     mean = steps.mean(steps.base, "mean_square")
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -361,7 +385,7 @@ def _relative(
     red = COLOURS["checkpoint"]
     ax.fill_between(steps.x, tokens["p05"], tokens["p95"], color=red, alpha=0.14, lw=0)
     ax.plot(steps.x, tokens["first"], color=red, lw=1.1, ls=(0, (1, 1)))
-    if _skewed(steps):
+    if few:
         ax.plot(steps.x, tokens["median"], color=red, lw=1.3, ls=(0, (5, 2)))
     if left is not None and left.sublayer is not None:
         ax.axvline(left.sublayer, color=red, lw=1.1, ls=(0, (5, 3)), zorder=1)

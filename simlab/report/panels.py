@@ -97,7 +97,10 @@ def plain(value: float, _: int | None = None) -> str:
 def panel(
     figure: Figure, box: tuple[float, float, float, float], title: str, under: str, log: bool = False
 ) -> Axes:  # fmt: skip
-    """Axes at inches (left, bottom, width, height), with a title (or none) that says what is seen."""
+    """Axes at inches (left, bottom, width, height), with a title (or none) that says what is seen.
+
+    under: one line or two below the title.
+    """
     width, height = figure.get_size_inches()
     x, y, w, h = box
     ax = figure.add_axes((x / width, y / height, w / width, h / height))
@@ -107,10 +110,10 @@ def panel(
     ax.grid(color=GRID, lw=0.8)
     ax.tick_params(colors=DIM, labelsize=8.5, length=0)
     if title:
-        write_at(figure, x, y + h + 0.29, title, size=10, weight="bold")
-        write_at(
-            figure, x, y + h + 0.1, under + (", log axis" if log else ""), size=8.5, colour=DIM
-        )
+        *above, last = (under + (", log axis" if log else "")).split("\n")
+        for i, line in enumerate([last, *reversed(above)]):
+            write_at(figure, x, y + h + 0.1 + 0.16 * i, line, size=8.5, colour=DIM)
+        write_at(figure, x, y + h + 0.29 + 0.16 * len(above), title, size=10, weight="bold")
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(NullLocator())

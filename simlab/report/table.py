@@ -14,6 +14,7 @@ from simlab.analysis import LAWS
 from simlab.analysis.curve import laws_in
 from simlab.analysis.numbers import plus_minus, short
 from simlab.analysis.resampling import Estimate
+from simlab.analysis.tokens import skewed
 
 DIGITS = 4
 DEEP = 24  # sublayers; beyond, a row per block
@@ -60,7 +61,9 @@ def beside_table(frame: pd.DataFrame, width: int = 80) -> Table:
         "mean_square": "checkpoint", "median": "median token", "inits": head, "inits_spread": "± seeds",
         "ratio": "× random",
     }  # fmt: skip
-    return _fitting(_shown(steps), columns, width)
+    # Where one token makes the checkpoint's mean, its ratio to random inits says least.
+    least = ("ratio", "inits_spread") if skewed(frame) else LEAST_NEEDED
+    return _fitting(_shown(steps), columns, width, least)
 
 
 LEAST_NEEDED = (
@@ -89,8 +92,10 @@ def _steps(frame: pd.DataFrame, **others: tuple[str, str]) -> pd.DataFrame:
     ).reset_index()
 
 
-def _fitting(shown: pd.DataFrame, columns: Mapping[str, str], width: int) -> Table:
-    """Steps as a table with these heads; within ``width`` by leaving out columns of LEAST_NEEDED."""
+def _fitting(
+    shown: pd.DataFrame, columns: Mapping[str, str], width: int, least: Sequence[str] = LEAST_NEEDED
+) -> Table:
+    """Steps as a table with these heads; within ``width`` by leaving out columns of ``least``."""
     cells = {
         name: [short(number, DIGITS) for number in shown[name].to_numpy(float)]
         for name in columns if name in shown and shown[name].notna().any()
@@ -102,7 +107,7 @@ def _fitting(shown: pd.DataFrame, columns: Mapping[str, str], width: int) -> Tab
         own = [max(map(len, [columns[name], *texts])) + 1 for name, texts in cells.items()]
         return len("block ") + max(map(len, ["after", *kinds])) + 1 + sum(own)
 
-    for name in LEAST_NEEDED:
+    for name in least:
         if size() <= width:
             break
         cells.pop(name, None)

@@ -214,7 +214,7 @@ def write(
     title, depth = console.title_of(summary), summary["config"]["model"]["depth"]
     lines = console.figure_lines(curve, summary)
     figures = {
-        "growth": growth_figure.growth_figure(curve, title, lines),
+        "growth": growth_figure.growth_figure(curve, title, lines, summary["tokens"]),
         "lambda": figure.lambda_figure(curve, depth, title),
         "inside": checkpoint_figure.inside_figure(curve, title),
     }

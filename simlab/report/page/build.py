@@ -18,6 +18,7 @@ from simlab.analysis.headline import headline
 from simlab.analysis.massive import most_massive, place
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate
+from simlab.analysis.tokens import skewed
 from simlab.config.command_line import shell_word
 from simlab.report.colours import LABELS
 from simlab.report.console import ENGINES_BESIDE, lost_lines, overflow_lines
@@ -63,6 +64,7 @@ def run_page(
         "tiles": list(tiles(frame, summary)),
         "jobs": [{"label": "", **job_data(PageJob("", frame, summary), Drawn())}],
         "table": None,
+        "quantity": "mean_square_median" if skewed(frame) else "mean_square",
         **origin(summary, command, written),
     }
     return html_of(data)
@@ -174,6 +176,9 @@ def tiles(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[dict[str,
         rows = frame[frame["curve"] == name]
         last = rows.groupby("seed").tail(1)["mean_square"]
         yield _tile(short(float(last.mean())), f"mean square at the end{who}")
+        if skewed(rows):
+            median = float(rows["mean_square_median"].iloc[-1])
+            yield _tile(short(median), f"mean square of the median token at the end{who}")
         word = verdict["fit"]["word"]
         if word == "linear":
             yield _tile(plus_minus(Estimate(**verdict["per_sublayer"])), f"per sublayer{who}")
