@@ -142,7 +142,7 @@ INIT = (
     Mutation(
         "ids_off_by_one",
         "every token has the next one's embedding",
-        edit(Weights.embedded, "shape, ids,", "shape, (ids + 1) % shape[0],"),
+        edit(Weights.vectors, "shape, ids,", "shape, (ids + 1) % shape[0],"),
         same="the embedding's rows are i.i.d.",
     ),
 )

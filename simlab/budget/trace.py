@@ -121,8 +121,9 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
             elif isinstance(module, ResidualStep):
                 module.sublayer.register_forward_hook(hold)
                 module.add.register_forward_hook(hold)
+        start = x
         for _, step in block.steps():
-            x = step(x)
+            x = step(x, start)
             note("step")()
             held.clear()
     products = sum(m.weight.shape[0] for m in block.modules() if isinstance(m, PaperLinear))
@@ -151,6 +152,6 @@ def _backward(block: Block, x: Tensor) -> int:
     passed, gradient = [x.requires_grad_()], torch.zeros_like(x)
     with Counter() as count:
         for _, step in block.steps():
-            passed.append(step(passed[-1]))
+            passed.append(step(passed[-1], passed[0]))
         torch.autograd.grad(passed[-1], passed[:-1], gradient)
     return count.peak

@@ -25,7 +25,7 @@ LOGGERS = (
 )  # modules, extras, and the keys of trackers.sinks.TRACKERS
 ANSWERS = ("issue797",)  # the keys of simlab.report.answer.WRITERS
 FROM_CHECKPOINT = "from_checkpoint"  # a choice of model, norm and init: read from the checkpoint
-MLP_NAMES = ("swiglu", "geglu", "gelu")  # the keys of simlab.model.mlp.MLPS
+MLP_NAMES = ("swiglu", "geglu", "gelu", "gelu_exact")  # the keys of simlab.model.mlp.MLPS
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _back_through(
     for i, stream in enumerate(streams):
         passed = [stream.requires_grad_()]
         for _, step in block.steps():
-            passed.append(step(passed[-1]))
+            passed.append(step(passed[-1], passed[0]))
         *before, out = passed
         gradients_before = torch.autograd.grad(out, before, gradients[i])
         gradients[i] = gradients_before[0]

@@ -51,6 +51,8 @@ class GeGLU(GatedMLP):
 class PlainGELU(nn.Module):
     """down(gelu(up(x))), GELU in its tanh approximation: GPT-2, StarCoder 2 (arXiv 2402.19173)."""
 
+    activate: Callable[[Tensor], Tensor] = staticmethod(gelu_tanh)
+
     def __init__(self, config: ModelConfig, linear: Linear) -> None:
         super().__init__()
         self.up_proj = linear(config.width, config.d_ff, config.bias)
@@ -58,12 +60,19 @@ class PlainGELU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        out: Tensor = self.down_proj(gelu_tanh(self.up_proj(x_BTD)))
+        out: Tensor = self.down_proj(self.activate(self.up_proj(x_BTD)))
         return out
+
+
+class ExactGELU(PlainGELU):
+    """down(gelu(up(x))), gelu(x) = x·Φ(x): GPT-NeoX, Pythia (arXiv 2304.01373)."""
+
+    activate = staticmethod(nn.functional.gelu)
 
 
 MLPS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {
     "swiglu": SwiGLU,
     "geglu": GeGLU,
     "gelu": PlainGELU,
+    "gelu_exact": ExactGELU,
 }

@@ -46,9 +46,10 @@ class ResidualStep(nn.Module):
         """The scheme's norms by name, in the order they act."""
         return {name: getattr(self, name) for name in self.scheme.norms}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        return self.scheme.step(x, self.sublayer, self.add, **self.norms)
+    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D). start: the stream before the block; None: x."""
+        first = {"start": x if start is None else start} if self.scheme.parallel else {}
+        return self.scheme.step(x, self.sublayer, self.add, **first, **self.norms)
 
 
 class Renorm(nn.Module):
@@ -60,7 +61,7 @@ class Renorm(nn.Module):
         super().__init__()
         self.norm_out = NORMS[config.norm.type](config.width, config.norm.eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         out: Tensor = self.norm_out(x)
         return out

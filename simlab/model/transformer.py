@@ -40,8 +40,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        start = x
         for _, step in self.steps():
-            x = step(x)
+            x = step(x, start)
         return x
 
 

@@ -39,6 +39,8 @@ class Scheme:
     ``alpha_of`` computes it. norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
     ``stream`` after, or None where the branch is added as it comes. The additive law needs it.
+    parallel: True if ``step`` also takes ``start``, the stream before the block; the step before it is
+    then the block's first, and only adds to the stream.
     """
 
     layer: int
@@ -46,6 +48,7 @@ class Scheme:
 
     norms: ClassVar[tuple[str, ...]] = ()
     normalises: ClassVar[str | None] = None
+    parallel: ClassVar[bool] = False
 
     def step(self, *args: Any, **norms: Any) -> Any:
         """The formula. Every subclass has its own."""
@@ -214,6 +217,24 @@ class PrePost(Scheme):
         return Pre if kind == "attention" else Post
 
 
+class FromStart(Scheme):
+    """x + F(N(x₀)), x₀ the stream before the block."""
+
+    norms, parallel = ("norm_in",), True
+
+    def step(self, x: V, F: Map[V], add: Add[V], start: V, norm_in: Map[V]) -> V:
+        return add(x, F(norm_in(start)))
+
+
+class Parallel(Scheme):
+    """x + F(N(x)) + G(N(x)), F attention and G the MLP: GPT-NeoX (arXiv 2204.06745, §2.1), Pythia."""
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """Attention is pre-norm, and the MLP reads what attention does."""
+        return Pre if kind == "attention" else FromStart
+
+
 PLACEMENTS: dict[str, type[Scheme]] = {
     "reordered": Reordered,
     "swin_renorm": SwinRenorm,
@@ -228,6 +249,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "layerscale": LayerScale,
     "mix_ln": MixLN,
     "pre_post": PrePost,
+    "parallel": Parallel,
 }
 
 

@@ -48,7 +48,7 @@ def test_bytes_of_many_tokens(overrides):
     passed = [x.requires_grad_()]
     with Counter() as count:
         for _, step in block.steps():
-            passed.append(step(passed[-1]))
+            passed.append(step(passed[-1], passed[0]))
         torch.autograd.grad(passed[-1], passed[:-1], torch.ones_like(x))
     assert count.peak == pytest.approx(BATCH * traced.backward, rel=0.1)
 

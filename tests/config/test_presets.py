@@ -74,6 +74,10 @@ OTHERS = {
         "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 1600,
         "n_head": 25,
     },
+    "pythia_12b": {  # EleutherAI/pythia-12b
+        "model_type": "gpt_neox", "vocab_size": 50688, "hidden_size": 5120,
+        "intermediate_size": 20480, "num_attention_heads": 40,
+    },
 }  # fmt: skip
 
 

@@ -21,8 +21,9 @@ def by_autograd(model, ids):
     """The loss, and for every row of the curve the stream and the gradient: plain backward()."""
     streams = [model.embedding(ids).detach().requires_grad_()]
     for block in model.blocks:
+        start = streams[-1]
         for _, step in block.steps():
-            streams.append(step(streams[-1]))
+            streams.append(step(streams[-1], start))
             streams[-1].retain_grad()
     logits = model.head(model.norm(streams[-1]))
     loss = torch.nn.functional.cross_entropy(

@@ -68,6 +68,36 @@ def test_gpt2():
     assert_same(run, theirs, state)
 
 
+def test_gpt_neox():
+    config = transformers.GPTNeoXConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+        num_attention_heads=6, rotary_pct=0.5, rotary_emb_base=900, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = randomised(transformers.GPTNeoXForCausalLM(config))
+    names = {
+        "gpt_neox.embed_in": "embedding", "gpt_neox.final_layer_norm": "norm", "embed_out": "head",
+        "lm_head": "head", "gpt_neox.layers": "blocks", "attention.dense": "attention.sublayer.o_proj",
+        "input_layernorm": "attention.norm_in", "post_attention_layernorm": "mlp.norm_in",
+        "mlp.dense_h_to_4h": "mlp.sublayer.up_proj", "mlp.dense_4h_to_h": "mlp.sublayer.down_proj",
+    }  # fmt: skip
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        if "query_key_value" in key:  # head by head
+            for part, rows in zip("qkv", value.unflatten(0, (6, 3, 8)).unbind(1), strict=True):
+                name = key.replace("attention.query_key_value", f"attention.sublayer.{part}_proj")
+                state[name] = rows.flatten(0, 1)
+        else:
+            state[key] = value
+    run = tiny(
+        "norm=parallel", "norm.type=layer_bias", "norm.eps=1e-5", "kv_heads=6",
+        "model.qk_norm=none", "model.rotary=0.5", "model.rope_theta=900", "model.mlp=gelu_exact",
+        "model.bias=true",
+    )  # fmt: skip
+    assert_same(run, theirs, state)
+
+
 def test_more_tokens_than_positions():
     with pytest.raises(ConfigError, match=r"inputs.length=9: the model has 8 learned positions"):
         prepare(tiny("model.positions=8", "inputs.length=9"))

@@ -22,6 +22,12 @@ REFERENCES = {
         {"residual_dropout": 0.0},
         {"c_fc": "up_proj", "c_proj": "down_proj"},
     ),
+    "gelu_exact": (
+        "GPTNeoXConfig",
+        "gpt_neox.modeling_gpt_neox.GPTNeoXMLP",
+        {},
+        {"dense_h_to_4h": "up_proj", "dense_4h_to_h": "down_proj"},
+    ),
 }
 
 
@@ -41,7 +47,7 @@ def reference(name, bias):
 
 @pytest.mark.parametrize(
     ("name", "bias"), [("swiglu", False), ("swiglu", True), ("geglu", False), ("gelu", False),
-                       ("gelu", True)]
+                       ("gelu", True), ("gelu_exact", True)]
 )  # fmt: skip
 def test_mlps_are_those_of_transformers(name, bias):
     torch.manual_seed(0)

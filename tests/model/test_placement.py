@@ -69,6 +69,7 @@ FORMULAS = {
     "layerscale": lambda x, F, i, o, n, L: x + 0.1 * F(i(x)),
     "mix_ln": lambda x, F, i, o, n, L: o(x + F(x)) if n <= 0.4 * L else x + F(i(x)),
     "pre_post": lambda x, F, i, o, n, L: x + F(i(x)) if F.__name__ == "attention" else o(x + F(x)),
+    "parallel": lambda x, F, i, o, n, L: x + F(i(x)),  # i of the block's start
 }
 
 
@@ -93,11 +94,11 @@ def test_formula(placement, kind):
     x = expected = model.embedding(ids)
     with torch.no_grad():
         for n, block in enumerate(model.blocks, start=1):
-            x = block(x)
+            x, start = block(x), expected
             for step, F in zip((block.attention, block.mlp), sublayers(block, norm), strict=True):
 
-                def i(y, step=step):
-                    return norm(y, step.norm_in.weight)
+                def i(y, step=step, start=start):
+                    return norm(start if placement == "parallel" else y, step.norm_in.weight)
 
                 def o(y, step=step):
                     return norm(y, step.norm_out.weight)

@@ -46,9 +46,12 @@ def mean_squares(*overrides):
     x = Kernel({object(): (1.0, V0)})
     v = [x.mean_square]
     for layer in range(config.depth):
+        start = x
         for kind in ("attention", "mlp"):
             scheme = at(config, layer, kind)
             norms = dict.fromkeys(scheme.norms, norm)
+            if scheme.parallel:
+                norms["start"] = start
             x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **norms)
             v.append(x.mean_square)
         if renorm_after(config, layer):
@@ -71,6 +74,7 @@ LAWS = {
     "rezero": lambda v, n, kind: v,
     "layerscale": lambda v, n, kind: v + 0.01 * B,
     "mix_ln": lambda v, n, kind: 1 if n == 1 else v + B,
+    "parallel": lambda v, n, kind: v + B,
     "pre_post": lambda v, n, kind: v + B if kind == "attention" else 1,
 }
 

@@ -105,7 +105,17 @@ def test_additive_law_exact(norm, extra):
     assert p_value > 0.001
 
 
-BREAKS = ["pre", "none", "lns", "residual_scale", "layerscale", "rezero", "mix_ln", "pre_post"]
+BREAKS = [
+    "pre",
+    "none",
+    "lns",
+    "residual_scale",
+    "layerscale",
+    "rezero",
+    "mix_ln",
+    "pre_post",
+    "parallel",
+]
 
 
 @pytest.mark.parametrize("norm", BREAKS)

@@ -162,6 +162,7 @@ SETTINGS = [
     ("norm=peri", "model.mlp=geglu", "norm.type=layer", "norm.gain=0.7"),
     ("norm=pre", "init=mitchell", "model.window=4", "model.qk_norm=per_head"),
     ("norm=lns", "init=fan_in", "model.qk_norm=none"),
+    ("norm=parallel", "init=fan_in", "model.mlp=gelu_exact", "model.rotary=0.5"),
     ("norm=pre", "init=gpt2", "model.qk_norm=none", "model.rotary=0", "model.positions=64",
      "norm.type=layer_bias", "model.mlp=gelu", "model.bias=true"),
 ]  # fmt: skip

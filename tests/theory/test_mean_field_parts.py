@@ -69,6 +69,7 @@ SUBLAYERS = {
     "swiglu": ("mlp", ()),
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
     "gelu": ("mlp", ("model.mlp=gelu",)),
+    "gelu_exact": ("mlp", ("model.mlp=gelu_exact",)),
 }  # fmt: skip
 DRAWS, UPSTREAM = 1000, gram(mean=0.2, seed=3)
 
@@ -125,6 +126,7 @@ def dense(name):
                 "swiglu": lambda: up * torch.nn.functional.silu(gate),
                 "geglu": lambda: up * torch.nn.functional.gelu(gate, approximate="tanh"),
                 "gelu": lambda: torch.nn.functional.gelu(up, approximate="tanh"),
+                "gelu_exact": lambda: torch.nn.functional.gelu(up),
             }[shape.mlp]()
             return hidden @ matrix("down_proj", shape.d_ff, d)
         q, k = x @ matrix("q_proj", d, heads * c), x @ matrix("k_proj", d, kv * c)

@@ -233,8 +233,9 @@ def test_more_tokens_than_dimensions():
             ],
             {},
         ),
+        (["norm=parallel", "model.mlp=gelu_exact"], {}),
     ],
-    ids=["other norms", "other init", "GPT"],
+    ids=["other norms", "other init", "GPT", "parallel"],
 )
 def test_variants(overrides, init):
     """A tied head, whose shown rows are known; other norms, MLPs, positions; an init without one σ."""

@@ -77,6 +77,25 @@ def gelu_slope(z: Array) -> Array:
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z**2)
 
 
+def _normal_cdf(z: Array) -> Array:
+    """Φ(z)."""
+    from scipy.special import ndtr  # late: for these two alone
+
+    out: Array = ndtr(z)
+    return out
+
+
+def gelu_exact(z: Array) -> Array:
+    """z·Φ(z)."""
+    return z * _normal_cdf(z)
+
+
+def gelu_exact_slope(z: Array) -> Array:
+    """d gelu_exact/dz = Φ(z) + z·φ(z)."""
+    out: Array = _normal_cdf(z) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return out
+
+
 @dataclass(frozen=True)
 class Expansion:
     """Of φ(√a_i·z) for N variances a. coefficients (N, DEGREE + 1); square (N): E φ²."""

@@ -144,6 +144,17 @@ def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
     return rows @ kept.T, (back @ basis.reshape(len(basis), -1)).reshape(-1, *basis.shape[1:])
 
 
+def _joined(parts: Sequence[tuple[Array, Any]]) -> tuple[Array, Any]:
+    """Coefficients (R, J) and a basis (J, N, N) of all rows of some, each over a basis of its own."""
+    basis = np.concatenate([functionals for _, functionals in parts])
+    coefficients = np.zeros((sum(len(c) for c, _ in parts), len(basis)))
+    row = column = 0
+    for part, _ in parts:
+        coefficients[row : row + len(part), column : column + part.shape[1]] = part
+        row, column = row + len(part), column + part.shape[1]
+    return coefficients, basis
+
+
 def band(
     steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float,
     width: int, on_step: Callable[[], None] = lambda: None,
@@ -157,14 +168,19 @@ def band(
     """
     tokens, rows = len(start), len(steps) + 1
     mean_square = np.eye(tokens)[None] / tokens
-    basis, coefficients, variance = mean_square, np.ones((1, 1)), np.zeros(rows)
+    own = np.ones((1, 1)), mean_square  # a row's coefficients, and what it is asked
+    coefficients, basis = own
+    variance, later = np.zeros(rows), []
     for taken, (step, out) in enumerate(reversed(steps), 1):
         pulled = Pullback(step, out, basis)
-        variance[:taken] += ((coefficients @ pulled.covariance) * coefficients).sum(1)
-        basis = np.concatenate([pulled.functionals, mean_square])
-        grown = np.zeros((taken + 1, len(basis)))
-        grown[:-1, :-1], grown[-1, -1] = coefficients, 1.0
-        coefficients, basis = reduced(grown, basis, step.start)
+        here = slice(taken - len(coefficients), taken)
+        variance[here] += ((coefficients @ pulled.covariance) * coefficients).sum(1)
+        later.append((coefficients, pulled.functionals))
+        if taken < len(steps) and steps[-taken - 1][0].start is step.start:
+            coefficients, basis = own  # the step before is beside this one: no later row passes it
+        else:
+            coefficients, basis = reduced(*_joined([*later, own]), step.start)
+            later = []
         on_step()
     functionals = np.tensordot(coefficients, basis, 1)
     product = products(functionals, start)

@@ -40,6 +40,7 @@ UNITS = {
     "swiglu": Unit(averages.silu, averages.silu_slope, True),
     "geglu": Unit(averages.gelu, averages.gelu_slope, True),
     "gelu": Unit(averages.gelu, averages.gelu_slope, False),
+    "gelu_exact": Unit(averages.gelu_exact, averages.gelu_exact_slope, False),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 
 from simlab.config import FamilyConfig, InitConfig, ModelConfig
 from simlab.schemes.init import Gaussian, table
-from simlab.schemes.placement import at, renorm_after
+from simlab.schemes.placement import Scheme, at, renorm_after
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.averages import saturation
@@ -248,15 +249,26 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
     moment = 1 - 1 / model.width if norm.centred else 1.0
     for layer in range(model.depth):
         stds = {role: law.std for role, law in table(model, init, layer).items()}
+        first = state
+        known: tuple[Scheme, Branch] | None = None  # the block's first step, and what it added
         for kind in ("attention", "mlp"):
-            step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
+            scheme = at(model, layer, kind)
+            step = KernelStep(
+                first if scheme.parallel else state, model.width, norm.eps, norm.gain, moment
+            )
             sublayers: dict[str, Callable[[Input], Branch]] = {
                 "attention": AttentionKernel(context, layer, stds), "mlp": MLPKernel(model, stds),
             }  # fmt: skip
-            scheme = at(model, layer, kind)
             norms = dict.fromkeys(scheme.norms, step.norm)
-            out = scheme.step(step.x, step.feed(sublayers[kind]), step.add, **norms)
-            state = state_of(out)
+            x, start = step.x, {}
+            if scheme.parallel:  # both steps as one, from the block's start
+                assert known is not None
+                earlier, branch = known
+                start = {"start": x}
+                again = step.feed(functools.partial(_same, branch))
+                x = earlier.step(x, again, step.add, **dict.fromkeys(earlier.norms, step.norm))
+            out = scheme.step(x, step.feed(sublayers[kind]), step.add, **start, **norms)
+            state, known = state_of(out), (scheme, step.branches[len(step.kernels) - 1][0])
             yield Passed(step, out.terms, state, kind, layer, scheme.normalises)
         if renorm_after(model, layer):
             step = KernelStep(state, model.width, norm.eps, 1.0, moment)
@@ -265,15 +277,26 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
             yield Passed(step, out.terms, state, "renorm", layer, "stream")
 
 
+def _same(branch: Branch, _: Input) -> Branch:
+    return branch
+
+
 def _gradients(
     context: Context, passed: list[Passed], head: float, ids: NDArray[np.int64],
     on_block: Callable[[], None],
 ) -> list[Array]:  # fmt: skip
     """Every row's mean squares of the gradient (N,), the embedding's first."""
-    gradient = loss_gradient(passed[-1].state.kernel, context.model, head, ids)
+    gradient, aside = loss_gradient(passed[-1].state.kernel, context.model, head, ids), None
     squares = [gradient.diagonal()]
-    for one in reversed(passed):
-        gradient = pull_gradient(one.step, one.out, gradient)
+    pulled = gradient
+    for one, earlier in zip(reversed(passed), [*reversed(passed[:-1]), None], strict=True):
+        if one.step.start is not aside:
+            pulled = pull_gradient(one.step, one.out, gradient)
+        aside = one.step.start if earlier and earlier.step.start is one.step.start else None
+        if aside is None:
+            gradient = (
+                pulled  # else the step before adds beside this one, and its sum gets the same
+            )
         squares.append(gradient.diagonal())
         if one.kind == "attention":
             on_block()
@@ -320,7 +343,7 @@ def _branch(step: KernelStep | None, normalises: str | None) -> tuple[float, flo
         return math.nan, math.nan, math.nan
     if not step.branches:
         return math.nan, math.nan, float(step.norms[-1].saturation.mean())
-    raw = step.kernels[1].diagonal()
+    raw = step.kernels[-1].diagonal()
     if normalises is None or not step.norms:
         assert step.raw_spread is not None
         factor = saturation(step.moment * raw, step.raw_spread, step.eps)
