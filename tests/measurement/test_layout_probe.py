@@ -174,3 +174,50 @@ def test_norms_are_recognised_by_their_output():
         assert (
             identify_norm(held_by(norm), x, norm(x).detach() * 1.01, 1e-7) is None
         )  # something else
+
+
+class Turned(Own):
+    """Its stream is (length, batch, width)."""
+
+    def forward(self, ids):
+        x = self.wte(ids).transpose(0, 1)
+        for block in self.h:
+            x = block(x)
+        return x.transpose(0, 1)
+
+
+class Between(Own):
+    """Its stream is scaled between blocks."""
+
+    def forward(self, ids):
+        x = self.wte(ids)
+        for block in self.h:
+            x = block(x) * 1.01
+        return x
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS[:, :3]])
+def test_a_stream_in_another_order(ids):
+    """Also where batch and length are equal, and the shape doesn't tell."""
+    assert "must be (batch, length, width)" in refused(perturbed(Turned()), ids)
+    assert len(probe(perturbed(Own()), ids).rows()) == 7
+
+
+def test_a_stream_changed_between_blocks():
+    assert "h.1 doesn't get what block 0 gives" in refused(perturbed(Between()))
+
+
+def test_steps_that_start_at_zero():
+    """Both branches are seen where one adds nothing yet, and the check goes on with later batches."""
+    for how in ("pre", "parallel"):
+        model = perturbed(Own(how))
+        for block in model.h:
+            block.mlp[2].weight.data.zero_()
+            block.mlp[2].bias.data.zero_()
+        with torch.no_grad(), probe(model) as probed:
+            model(IDS)
+            for block in model.h:
+                block.mlp[2].bias.data.fill_(1.0)
+            model(IDS)
+        kinds = probed.rows()["kind"].tolist()
+        assert kinds[1:3] == (["attention", "mlp"] if how == "pre" else ["parallel"] * 2)
