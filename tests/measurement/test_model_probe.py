@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from conftest import PARITY, ids_of, placed, tiny, write_olmo
 from probed import (
@@ -27,6 +28,8 @@ from probed import (
 )
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from simlab import ConfigError, Layout, build_model, compose, probe
 from simlab.experiment import run
@@ -308,3 +311,19 @@ def test_probe_page_examples(capsys):
     for block in blocks:
         exec(block, names)
     assert "mean_square" in capsys.readouterr().out
+
+
+def test_distributed_wrappers_have_the_same_rows(tmp_path):
+    """World size 1, where FSDP shards too: gains are read in the norm's own hook."""
+    expected = probe(theirs("Olmo2"), IDS).rows()
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        sharded = theirs("Olmo2")
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        for model in (nn.parallel.DistributedDataParallel(theirs("Olmo2")), sharded):
+            pd.testing.assert_frame_equal(probe(model, IDS).rows(), expected)
+    finally:
+        dist.destroy_process_group()
