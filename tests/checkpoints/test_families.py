@@ -322,4 +322,4 @@ def test_without_transformers(gemma, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     done = in_process("source=checkpoint", f"source.path={gemma}", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("pip install 'simlab[transformers]'")
+    assert done.stderr.strip().endswith("pip install transformers")

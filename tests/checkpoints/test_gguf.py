@@ -188,7 +188,7 @@ def test_a_text_needs_tokenizer_json_beside(file, tmp_path):
 def test_without_the_library(file, tmp_path):
     write_gguf(tmp_path / "m.gguf", write_olmo(tmp_path / "m", "Llama", **SMALL), "F16")
     with mock.patch.dict(sys.modules, {"gguf": None}):
-        refused(file, "tensor token_embd.weight is quantised", "pip install 'simlab[gguf]'")
+        refused(file, "tensor token_embd.weight is quantised", "pip install gguf")
         Checkpoint(str(tmp_path / "m.gguf"))  # float16 needs none
 
 
