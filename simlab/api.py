@@ -44,7 +44,8 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
         more: Keys with a dot, such as ``init.std``, which Python takes as no keyword.
         keys: Any key of the config. A dict's keys are those below it: ``init={"std": 0.01}``.
 
-    Raises ConfigError, which names the key and what is allowed. Nothing is written to disk,
+    Returns the run. Its ``.curves`` have a row per curve × seed × step; for shapes and units see
+    ``Result``. Raises ConfigError, which names the key and what is allowed. Nothing is written to disk,
     but for what ``logger="tensorboard"`` and the like ask for (docs/trackers.md), in outputs/DATE/TIME.
     """
     from simlab.config.schema import KeepConfig
@@ -93,7 +94,8 @@ def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
         runs: Finished runs.
         labels: A name of each; by default what differs between their overrides, or else their titles.
 
-    Raises ConfigError for no run, or labels that aren't one of each.
+    Returns them as one ``Comparison``: its ``.frame`` has all rows, its ``.table`` a row per run and
+    curve. Raises ConfigError for no run, or labels that aren't one of each.
     """
     if not runs or not all(isinstance(run, Result) for run in runs):
         raise ConfigError("compare: give at least one run, and each as an argument of its own")
@@ -144,7 +146,8 @@ def multirun(
         keys: As of ``measure``, for all jobs.
         folder: Where the sweep's files go; by default outputs/DATE/TIME.
 
-    Raises ConfigError for a mistake, before any job starts. Jobs that fail are in ``.failed``.
+    Returns the sweep: ``.frame`` has a row per job × curve × seed × step, ``.table`` one per job and
+    curve. Raises ConfigError for a mistake, before any job starts. Jobs that fail are in ``.failed``.
     """
     from simlab.report import progress
 
@@ -204,12 +207,18 @@ def multirun(
 
 
 def load(folder: str | Path) -> Result | SweepResult:
-    """A finished run or sweep again, from the folder that it wrote: ``simlab.load("outputs/…")``.
+    """A finished run or sweep again, from the folder that it wrote.
+
+    Example:
+
+        simlab.load("outputs/my_run").plot("norm")
 
     Args:
         folder: A run's, with summary.json, or a sweep's, with sweep.json; of an interrupted sweep too.
 
-    Raises ConfigError for a folder without one, or whose files aren't what simlab writes.
+    Returns what the folder holds; ``load_run`` and ``load_sweep`` give one of the two. Both have a
+    ``.plot``; a run's rows are ``.curves``, a sweep's ``.frame``. Raises ConfigError for a folder
+    without one, or whose files aren't what simlab writes.
     """
     from simlab.sweep.job import PLAN
 

@@ -37,10 +37,21 @@ SHOWN_ROWS = 12  # of a table in a notebook
 class Result:
     """A finished run. In a notebook it shows itself: a sentence, a figure, a small table.
 
+    Example:
+
+        r = simlab.measure("small", norm="swin_renorm", depth=12, seeds=8)
+        r.curves.groupby("sublayer")["mean_square"].mean()
+        r.summary["lambda"]["random"]["lambda_token"]  # {"value": …, "low": …, "high": …}
+
     Attributes:
-        curves: The rows of curve.csv: one per curve, seed and step. Columns and units: docs/columns.md.
+        curves: The rows of curve.csv: one per curve × seed × step. A model of depth L has 2·L + 1
+            steps, the embedding and two sublayers per block, and one more per re-norm; a curve that
+            overflows ends early. No column has a unit but attention_entropy (nats): mean_square is the
+            mean of x² over tokens and width, norm the mean over tokens of ‖x‖. docs/columns.md explains
+            all.
         summary: The content of summary.json: config, versions, verdicts, theories, λ's.
-        weights: The rows of weights.csv, a checkpoint's tensors, if it was asked for.
+        weights: The rows of weights.csv, one per tensor of a checkpoint that was measured with
+            ``source.weights=true``, its default; else None.
         overrides: What the config was composed of, as on the command line.
         folder: Where its files are; None until it is saved.
     """
@@ -53,7 +64,7 @@ class Result:
 
     @property
     def headline(self) -> str:
-        """The answer in one sentence."""
+        """The answer in one sentence, as "At init, … grows linearly, by 1.00 ± 0.02 per sublayer."."""
         return headline(self.curves, self.summary)
 
     @property
@@ -63,17 +74,21 @@ class Result:
 
     @property
     def title(self) -> str:
-        """Which model, norm and init it is about."""
+        """Which model, norm and init it is about, as "small with depth 12, norm pre, …"."""
         return title_of(self.summary)
 
     @property
     def command(self) -> str:
-        """The command line that makes it again."""
+        """The command line that makes it again: "python -m simlab.run model=small depth=12"."""
         return command_of(self.overrides)
 
     @property
     def theory(self) -> pd.DataFrame:
         """What theory and the laws say of the random inits, a row per step.
+
+        Example:
+
+            r.theory[["sublayer", "mean_field", "band_mean_field", "additive"]]
 
         Columns: sublayer, block (from 0), kind; mean_field, the predicted mean square, with
         band_mean_field, the std between seeds, and law_gradient_rms where gradients were measured;
@@ -120,18 +135,35 @@ class Result:
         return table
 
     def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw a quantity by sublayer: ``simlab.plot`` of these curves, with its arguments."""
+        """Draw a quantity by sublayer: ``simlab.plot`` of these curves, with its arguments.
+
+        Example:
+
+            r.plot("norm", laws=["additive"])
+
+        Returns the matplotlib Axes. Raises ConfigError for a column or a law that isn't there.
+        """
         return plot(self.curves, quantity, ax, **options)
 
     def figure(self) -> Figure:
-        """The run's main figure, growth.png, as a matplotlib Figure."""
+        """The run's main figure, growth.png, as a matplotlib Figure.
+
+        Example:
+
+            r.figure().savefig("growth.svg")
+        """
         from simlab.report.growth_figure import growth_figure
 
         lines = figure_lines(self.curves, self.summary)
         return growth_figure(self.curves, self.title, lines, self.summary["tokens"])
 
     def page(self) -> str:
-        """The text of report.html."""
+        """The text of report.html, a page that opens offline.
+
+        Example:
+
+            Path("report.html").write_text(r.page(), encoding="utf-8")
+        """
         from datetime import date
 
         return run_page(self.curves, self.summary, self.title, self.command, str(date.today()))
@@ -139,8 +171,15 @@ class Result:
     def save(self, folder: str | Path, *, svg: bool = False) -> Path:
         """Write the command's files into a folder: tables, figures, report.html, summary.json.
 
-        The folder is made where it isn't there; files of an earlier run in it are replaced. Returns it.
-        svg: write the figures as .svg, too. Raises OSError.
+        Example:
+
+            r.save("outputs/my_run")  # simlab.load_run("outputs/my_run") reads it again
+
+        Args:
+            folder: Where to; made where it isn't there. Files of an earlier run in it are replaced.
+            svg: Write the figures as .svg, too.
+
+        Returns the folder. Raises ConfigError where it can't be made or written.
         """
         from simlab.sweep.job import write
 
@@ -169,10 +208,18 @@ class Result:
 class SweepResult:
     """A finished sweep, or what is there of one.
 
+    Example:
+
+        s = simlab.multirun({"depth": [8, 16], "init.std": [0.01, 0.02]}, "small", seeds=2)
+        s.frame.groupby(["depth", "init.std"])["norm"].max()
+        s.table[["depth", "init.std", "mean_square", "shape"]]  # where each job's curve ends
+
     Attributes:
         folder: Where its files are.
-        frame: The rows of sweep.parquet: every job's curves, with its number and swept values.
-        table: The rows of jobs.csv: one per job and curve.
+        frame: The rows of sweep.parquet: those of ``Result.curves`` of every job, one per job × curve ×
+            seed × step, with the columns job and one per swept key. Empty where no job has ended.
+        table: The rows of jobs.csv: one per job × curve, with mean_square (where the curve ends, the
+            mean over seeds), shape (the verdict's word), and λ's. None has a unit.
         swept: The swept columns with their values, in order.
         failed: The errors of jobs that have failed, by their numbers.
         unfinished: The numbers of jobs that have not ended; the same call does them.
@@ -190,8 +237,15 @@ class SweepResult:
     def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
         """Draw a quantity by sublayer, a line per job (with its curve's name where there are several).
 
-        Arguments as of ``simlab.plot``, but for ``by``.
+        Example:
+
+            s.plot("norm", log=True)
+
+        Arguments as of ``simlab.plot``, but for ``by``. Returns the matplotlib Axes. Raises ConfigError
+        for a column that isn't there, and where no job has ended.
         """
+        if self.frame.empty:
+            raise ConfigError(f"plot: no job of {self.folder} has ended")
         keys = [key for key in self.swept if self.frame[key].nunique(dropna=False) > 1]
         kinds = self.frame["curve"].nunique() > 1
         several = [*keys, "curve"] if kinds or not keys else keys
@@ -201,7 +255,17 @@ class SweepResult:
         return plot(self.frame.assign(_name=names), quantity, ax, by="_name", **options)
 
     def job(self, number: int) -> Result:
-        """One of its finished jobs as a run of its own. Raises ConfigError for one that isn't."""
+        """One of its finished jobs as a run of its own.
+
+        Example:
+
+            s.job(0).verdict
+
+        Args:
+            number: The job's, from 0: the column job of ``frame`` and ``table``.
+
+        Returns the run. Raises ConfigError for a number that isn't a finished job's.
+        """
         from simlab.sweep.report import overrides_in
 
         if number not in self.folders:
@@ -240,8 +304,14 @@ class SweepResult:
 class Comparison:
     """Runs side by side.
 
+    Example:
+
+        both = simlab.compare(pre, post, labels=["pre-norm", "post-norm"])
+        both.table.loc[("pre-norm", "random"), "mean_square"]
+
     Attributes:
-        frame: Their curves' rows, with a column ``run``, each run's label.
+        frame: The rows of each run's ``Result.curves``, one per run × curve × seed × step, with a
+            column ``run``, the run's label.
         headlines: Each run's answer in one sentence, by its label.
     """
 
@@ -252,14 +322,24 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """Where each run's curves end, the mean over seeds: a row per run and curve.
 
-        Columns: mean_square, norm, max_abs, token_cosine.
+        The index is (run, curve), both texts. Columns, without a unit: mean_square (of x² over tokens
+        and width), norm (the tokens' mean ‖x‖), max_abs (the largest |x|), and token_cosine (the mean
+        cosine between tokens, from -1 to 1).
         """
         last = self.frame.groupby(["run", "curve", "seed"], sort=False).tail(1)
         columns = [c for c in ("mean_square", "norm", "max_abs", "token_cosine") if c in last]
         return last.groupby(["run", "curve"], sort=False)[columns].mean()
 
     def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw a quantity by sublayer, a line per run and curve. Arguments as of ``simlab.plot``."""
+        """Draw a quantity by sublayer, a line per run and curve.
+
+        Example:
+
+            both.plot("norm", log=True)
+
+        Arguments as of ``simlab.plot``, but for ``by``. Returns the matplotlib Axes. Raises ConfigError
+        for a column that isn't there.
+        """
         kinds = self.frame["curve"].nunique() > 1
         names = self.frame["run"] + (": " + self.frame["curve"] if kinds else "")
         return plot(self.frame.assign(_name=names), quantity, ax, by="_name", **options)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -214,6 +215,8 @@ def test_multirun(tmp_path, monkeypatch, capfd):
     (tmp_path / "here" / "3" / "job.json").write_text(
         json.dumps({"status": "failed", "error": "no luck"})
     )
+    with pytest.raises(simlab.ConfigError, match=r"^plot: no job of here has ended"):
+        replace(sweep, frame=pd.DataFrame()).plot()
     again = simlab.load_sweep("here")
     assert simlab.load("here").failed == again.failed
     with pytest.raises(

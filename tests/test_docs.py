@@ -49,6 +49,25 @@ def test_reference_has_every_public_name():
     assert set(simlab.__all__) - {"__version__"} <= set(described)
 
 
+def test_docstrings_of_the_python_api():
+    """Each function has an example, what it gives and what it raises; each class its attributes."""
+    from simlab.results import Comparison, Result, SweepResult
+
+    names = ("measure", "compare", "multirun", "load", "load_run", "load_sweep", "plot")
+    plots = [kind.plot for kind in (Result, SweepResult, Comparison)]
+    for function in [
+        *(getattr(simlab, name) for name in names),
+        *plots,
+        Result.save,
+        SweepResult.job,
+    ]:
+        for part in ("Example:\n", "Returns", "Raises ConfigError"):
+            assert part in function.__doc__, (function.__qualname__, part)
+    for kind in (Result, SweepResult, Comparison):
+        assert "Example:\n" in kind.__doc__
+        assert "Attributes:\n" in kind.__doc__
+
+
 def test_columns_are_explained():
     page = (ROOT / "docs" / "columns.md").read_text(encoding="utf-8")
     assert [name for name in BY_SUBLAYER if f"`{name}`" not in page] == ["rms"]  # of plots alone

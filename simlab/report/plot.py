@@ -38,15 +38,19 @@ def plot(
         ax = simlab.plot(simlab.probe(model, ids).rows(), "norm")
 
     Args:
-        curves: Tidy rows as in curve.csv: of ``Result.curves``, of ``probe(…).rows()`` or of a sweep.
-        quantity: A column of them, or ``rms``, the root of mean_square.
+        curves: Tidy rows as in curve.csv, one per curve × seed × step: of ``Result.curves``, of
+            ``probe(…).rows()`` or of a sweep.
+        quantity: A column of them, or ``rms``, the root of mean_square. None has a unit but
+            attention_entropy (nats).
         ax: Axes to draw on; new ones without.
         by: The column whose values get a line each.
         log: A logarithmic axis; by default for quantities that cross decades.
         laws: Which laws to draw beside random inits (additive, sqrt2, mean_field), or all or none.
-            A law is about the mean square: of the rms it says the root, and of other columns nothing.
+            A law is about the mean square: of rms and norm it says what follows, of other columns
+            nothing. √2 per sublayer is drawn up to the first re-norm.
 
-    Returns the axes. Raises ConfigError for a column that isn't there.
+    Returns the axes: its x is the sublayer, from 0, the embedding. Raises ConfigError for a column or a
+    law that isn't there, and for a column of texts.
     """
     if not isinstance(curves, pd.DataFrame):
         raise ConfigError("plot: give a DataFrame, such as .curves of a run or .rows() of a probe")
