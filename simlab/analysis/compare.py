@@ -13,6 +13,7 @@ from simlab.analysis.curve import basis
 from simlab.analysis.massive import massive_sentences, place
 from simlab.analysis.numbers import short
 from simlab.analysis.resampling import MIN_SEEDS, t_quantile
+from simlab.analysis.tokens import skewed, token_apart
 from simlab.theory.laws import Array
 from simlab.theory.mean_field import Prediction
 
@@ -264,9 +265,10 @@ def sentences(
             inits = "the prediction" if theory else "a random init's curve"
             end = f"{'it' if left.last == last else inits} ends at sublayer {left.last}"
         where = _where(left, end)
-        lines.append(
-            f"The checkpoint {where.replace('band', 'predicted band') if theory else where}."
-        )
+        where = where.replace("band", "predicted band") if theory else where
+        if skewed(frame):  # where it leaves them is on the mean over tokens
+            where += f"; {token_apart(frame, tokens).sentence}"
+        lines.append(f"The checkpoint {where}.")
         if left.checkpoint is not None:
             its = f"Up to sublayer {left.last} its" if end else "Its"
             lines.append(f"{its} {_terms(left.checkpoint, left.random)}")

@@ -110,13 +110,13 @@ def _main(
         under = "mean of x² over width, of the median token; pale: 90 % of the checkpoint's tokens"
     ax = panel(figure, (0.65, 0.6, 5.2, 4.1), "Mean square of the residual stream", under)
     shown: dict[str, SeedArray] = {}
-    most: list[float] = []  # of what is drawn, without laws
+    highest: list[float] = []  # of what is drawn, without laws
     for name in steps.names:
         known = few and bool(steps.rows[name]["mean_square_median"].notna().any())
         values = steps(name, "mean_square_median" if known else "mean_square")
         shown[name] = over_seeds(np.nanmean, values)
         low, high = over_seeds(np.nanmin, values), over_seeds(np.nanmax, values)
-        most.append(float(np.nanmax(high)))
+        highest.append(float(np.nanmax(high)))
         if few and name == "checkpoint":
             low, high = steps.mean(name, "mean_square_p05"), steps.mean(name, "mean_square_p95")
         if len(values) > 1 or (few and name == "checkpoint"):
@@ -125,7 +125,7 @@ def _main(
         ax.plot(steps.x, shown[name], color=COLOURS[name], lw=2.8, zorder=2)
     laws = draw_laws(ax, steps)
     _band(ax, steps)
-    tops = [value for value in most if math.isfinite(value)]
+    tops = [value for value in highest if math.isfinite(value)]
     wide = float(np.nanmax(steps("checkpoint", "mean_square_p95"))) if few else 0.0
     tops += [wide] if wide < WIDE * max(tops) else []
     of_law = {law.name: law for law in laws_in(steps.rows[steps.base])}

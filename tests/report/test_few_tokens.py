@@ -11,7 +11,7 @@ from conftest import tiny
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from simlab.analysis.compare import with_outside
+from simlab.analysis.compare import departure, sentences, with_outside
 from simlab.analysis.headline import headline
 from simlab.analysis.tokens import skewed, token_apart
 from simlab.experiment import run
@@ -80,6 +80,18 @@ def test_headline_with_few_seeds_is_the_checkpoint_s(drawn):
     assert re.search(
         "median token ends [\\d.]+× below the mean of 3 random inits; one token, at", text
     )
+
+
+def test_comparison_names_the_token(drawn):
+    """Its ratio is the mean's; without such a token nothing more is said."""
+    texts = []
+    for size in (1e4, 0.0):
+        frame = planted(drawn, size, factor=8.0)
+        texts.append(sentences(departure(frame), frame, SHAPE, int(frame["block"].max()) + 1)[0])
+    ends = r"ends [\d.]+× above them"
+    token = r"; one token, at position 13 of sequence 2 \(of 2\), makes [\d.]+ % of the mean"
+    assert re.search(rf"{ends}{token} over tokens\.$", texts[0]), texts[0]
+    assert re.search(rf"{ends}\.$", texts[1]), texts[1]
 
 
 def test_share_of_the_mean(drawn):
