@@ -18,8 +18,8 @@ STREAM_BYTES = 100  # of an entry of the stream: a block's activations, copies i
 def family_peak(curve: Curve, model: FamilyConfig) -> int:
     """Peak bytes beyond INTERPRETER: two blocks, the tokens' rows, the stream, attention's matrices.
 
-    Measured for 64 tokens of a Mistral of 8 blocks, 64 MiB each, stored in bfloat16: 1.35 blocks
-    beyond CODE, drawn 1.53.
+    Measured beyond CODE, for 64 tokens: 1.45 blocks of a Mistral (64 MiB each), 1.9 of a Mixtral, whose
+    experts are fused as they are read; drawn 1.5 and 1.6.
     """
     numbers = 4 if not curve.stored else curve.size  # random inits are drawn in float32
     blocks = model.block_parameters * (curve.size + numbers)

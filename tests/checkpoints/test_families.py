@@ -103,6 +103,17 @@ def test_half_precision(tmp_path, kind):
     assert torch.equal(ours, theirs)
 
 
+def test_beyond_the_positions(tmp_path):
+    write_family(tmp_path, "gpt2")
+    checkpoint = FamilyCheckpoint(str(tmp_path))
+    skeleton, ids = checkpoint.skeleton, torch.zeros(1, 70, dtype=torch.long)
+    for source in (checkpoint.stored(skeleton), checkpoint.drawn(skeleton, 0)):
+        with pytest.raises(
+            ConfigError, match=r"wpe\.weight has 64 rows, and row 69 .*inputs\.length"
+        ):
+            streamed(skeleton, source, ids)
+
+
 def family_skeleton(folder, kind, **changes):
     config = transformers.CONFIG_MAPPING[kind](**FAMILIES[kind] | changes)
     config.save_pretrained(folder)

@@ -208,6 +208,11 @@ class _Rows(TorchFunctionMode):
         if func is nn.functional.embedding:
             ids, weight = [*args, *(kwargs or {}).values()][:2]
             if (name := self.tables.get(id(weight))) is not None:
+                if (last := int(ids.max())) >= len(weight):
+                    raise ConfigError(
+                        f"{name} has {len(weight)} rows, and row {last} is asked for: a smaller "
+                        "inputs.length stays within its positions"
+                    )
                 return self.source.rows(name, ids)
         return func(*args, **(kwargs or {}))
 
