@@ -81,13 +81,15 @@ def plot(
         _line(ax, rows[rows[by] == name], quantity, str(name), colour or next(free, PALETTE[-1]))
     if quantity in FROM_LAW and "curve" in rows and by == "curve" and wanted is not False:
         _laws(ax, rows, quantity, wanted)
+    named = len(ax.get_legend_handles_labels()[1])
     known = BY_SUBLAYER.get(quantity)
     values = rows[quantity]
     if known is not None and known.log if log is None else log:
         if len(values) and values.max() > 0:
             ax.set_yscale("log")
     elif len(values) and values.min() >= 0:
-        ax.set_ylim(0, 1.08 * float(values.max()) or 1.0)
+        room = 1.08 + (0.09 * min(named, 5) if named > 1 else 0)  # for a legend above the curves
+        ax.set_ylim(0, room * float(values.max()) or 1.0)
     ax.set(
         xlabel="sublayer (0: the embedding"
         + ("; a block has two)" if _two_a_block(curves) else ")"),
@@ -96,7 +98,7 @@ def plot(
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    if len(ax.get_legend_handles_labels()[1]) > 1:
+    if named > 1:
         ax.legend(frameon=False, fontsize="small")
     return ax
 
