@@ -35,8 +35,10 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     depth = summary["config"]["model"]["depth"]
     if "curve" in frame and frame["curve"].nunique() > 1 and (few or left is None):
         ratio, last = end_ratio(frame)
-        end = "ends" if last == 2 * depth else f"is at sublayer {last}"
+        end = "ends" if last == 2 * depth else f"is, at sublayer {last},"
         if few:
+            both = frame[frame["sublayer"] <= last]
+            apart = f"; {token_apart(both, summary['tokens']).sentence}"
             return f"{_median_token(frame, end)}{apart}, which {end} {_times(ratio)} theirs."
         more = ""
         if frame.loc[frame["curve"] == "random", "seed"].nunique() in range(1, MIN_SEEDS):

@@ -80,7 +80,7 @@ def growth_figure(
     if "checkpoint" in steps.names and len(steps.names) > 1:
         _beside(figure, steps, left, few)
     else:
-        _alone(figure, steps)
+        _alone(figure, steps, few)
     return figure
 
 
@@ -123,8 +123,10 @@ def _main(
             alpha = 0.2 if len(values) > 1 else 0.15
             ax.fill_between(steps.x, low, high, color=COLOURS[name], alpha=alpha, lw=0)
         ax.plot(steps.x, shown[name], color=COLOURS[name], lw=2.8, zorder=2)
-    laws = draw_laws(ax, steps)
-    _band(ax, steps)
+    laws = {}
+    if not few or steps.base != "checkpoint":  # such a checkpoint's own laws are about its mean
+        laws = draw_laws(ax, steps)
+        _band(ax, steps)
     tops = [value for value in highest if math.isfinite(value)]
     wide = float(np.nanmax(steps("checkpoint", "mean_square_p95"))) if few else 0.0
     tops += [wide] if wide < WIDE * max(tops) else []
@@ -250,10 +252,11 @@ def _x(ax: Axes, steps: Steps, label: bool) -> None:
         ax.set_xlabel("sublayer", fontsize=8.5, color=DIM)
 
 
-def _alone(figure: Figure, steps: Steps) -> None:
+def _alone(figure: Figure, steps: Steps, few: bool) -> None:
     """One kind of curve: its log axis, norm, variance, and gradient or what is added."""
     base = steps.base
-    ax = panel(figure, (LEFT, UP, PANEL, TALL), "The same", "mean square", log=True)
+    names = ("Mean over tokens", "of their mean squares") if few else ("The same", "mean square")
+    ax = panel(figure, (LEFT, UP, PANEL, TALL), *names, log=True)
     draw_seeds(ax, steps, "mean_square")
     draw_laws(ax, steps)
     values = np.concatenate([steps(name, "mean_square").ravel() for name in steps.names])

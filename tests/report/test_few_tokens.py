@@ -154,6 +154,22 @@ def test_figure_without_such_a_token(drawn):
     assert "largest token" not in named
 
 
+def test_a_checkpoint_alone_is_beside_no_law(drawn):
+    """Its laws are about the mean over tokens, which has a panel of its own."""
+    frame = planted(drawn, 1e4)
+    main, mean, *_ = growth_figure(frame[frame["curve"] == "checkpoint"], "t", ["a"]).axes
+    assert not any("law" in text.get_text() or "√2" in text.get_text() for text in main.texts)
+    assert len(main.lines) == 2
+    assert len(mean.lines) > 1
+
+
+def test_headline_of_a_prediction_that_ends_early(drawn):
+    """Held against random inits where they end, in a sentence that runs no two numbers together."""
+    frame = planted(drawn, 1e4, seeds=3)
+    text = said(frame[(frame["curve"] == "checkpoint") | (frame["sublayer"] <= 2)])
+    assert len(re.findall(r"is, at sublayer 2, [\d.e]+× (above|below)", text)) == 2
+
+
 def test_narrow_table_keeps_the_median_token(drawn):
     """The mean's ratio to random inits goes first; without such a token, the median does."""
 
