@@ -8,6 +8,7 @@ block, held against the whole model, and probed. It takes a minute.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import warnings
@@ -39,6 +40,9 @@ tried in the same way.
 
 def main() -> None:
     """Write the page whose path is given."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("page", type=Path, help="docs/families.md")
+    path = parser.parse_args().page
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests/checkpoints"))
     import transformers
     from family_table import FAMILIES, write_family
@@ -54,7 +58,7 @@ def main() -> None:
             native = "yes" if kind in MODEL_TYPES else "–"
             lines.append(f"| {kind} | {native} | {' | '.join(tried(Path(folder), whole))} |")
     page = HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n"
-    Path(sys.argv[1]).write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
 
 
 def tried(folder: Path, whole: Any) -> tuple[str, str]:

@@ -55,7 +55,7 @@ def test_wrong_tensors_are_named(checkpoint):
         ({"hidden_size": 50}, ["num_attention_heads=6", "hidden_size=50"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads=4", "num_attention_heads=6"]),
         ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
-        ({"model_type": "mistral"}, ["model_type='mistral'", "olmo2, olmo3, llama"]),
+        ({"model_type": "qwen9"}, ["model_type='qwen9'", "olmo2, olmo3, llama"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"rms_norm_eps": -1.0}, ["rms_norm_eps=-1.0"]),

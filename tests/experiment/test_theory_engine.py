@@ -104,7 +104,7 @@ def test_theory_beside_a_checkpoint(tmp_path, figure_names):
     )
     assert done.returncode == 0, done.stderr
     assert "the checkpoint and the predicted curve of random inits" in done.stdout
-    assert "for random inits, dense for the checkpoint" in " ".join(done.stdout.split())
+    assert "for random inits; always dense for a checkpoint" in " ".join(done.stdout.split())
     (path,) = tmp_path.glob("outputs/*/*/curve.csv")
     counts = pd.read_csv(path)["curve"].value_counts()
     assert counts["checkpoint"] == counts["theory"]

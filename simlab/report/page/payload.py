@@ -103,6 +103,8 @@ def law_values(frame: pd.DataFrame, blocks: pd.DataFrame, width: int) -> list[di
 
     Theory has a band, of two std of a seed; it isn't a law's where the curve is theory itself.
     """
+    if frame.empty:
+        return []
     found = []
     name = basis(frame)
     rows = SeedTable(frame[frame["curve"] == name])
