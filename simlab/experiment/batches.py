@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from simlab.budget.cost import curves_to_measure as costs_of
-from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
-from simlab.experiment.families import family_curves
+from simlab.config import FamilyConfig
 from simlab.experiment.prepare import Prepared
 from simlab.measurement.engine import Measured, measure_curves
 from simlab.weights.base import Weights
@@ -25,7 +24,12 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
 
     Weightless seeds are measured several at a time, as one batch (``weights.weightless.together``).
     """
-    if isinstance(ready.checkpoint, FamilyCheckpoint):
+    if isinstance(ready.config.shape, FamilyConfig):
+        # Late: a random run reads no checkpoint, and their readers take a tenth of its imports.
+        from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
+        from simlab.experiment.families import family_curves
+
+        assert isinstance(ready.checkpoint, FamilyCheckpoint)
         return family_curves(ready, ready.checkpoint, on_block)
     config, dtype = ready.config, getattr(torch, ready.config.dtype)
     ids, device = torch.from_numpy(ready.tokens), torch.device(config.device)
@@ -34,7 +38,7 @@ def measured_curves(ready: Prepared, on_block: Callable[[], None] = lambda: None
         return measure_curves(weights, ids, device, dtype, config.gradients, on_block)
 
     curves: MeasuredCurves = []
-    if ready.checkpoint:
+    if isinstance(ready.checkpoint, Weights):
         curves += [("checkpoint", config.seed, curve) for curve in measured(ready.checkpoint)]
     if config.seeds and config.engine != "theory":
         cost = costs_of(config, torch.get_num_threads())[-1]
