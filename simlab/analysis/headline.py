@@ -68,7 +68,7 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
 
 
 def _drawn(frame: pd.DataFrame) -> str:
-    """What a checkpoint is held against: ``the mean of 3 random inits``, ``one random init``."""
+    """The name of the curves that a checkpoint is compared with: ``the mean of 3 random inits``."""
     name = basis(frame)
     seeds = frame.loc[frame["curve"] == name, "seed"].nunique()
     if name == "theory":

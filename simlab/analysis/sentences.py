@@ -196,7 +196,7 @@ def _gradients(curves: Curves) -> Iterator[str]:
 
 
 def _held(gradients: Array, predicted: Array) -> str:
-    """What theory (R,) is to gradients' rms (S, R): how far off, and if chance may explain that.
+    """A clause: how far theory's gradient rms (R,) is off that of S seeds (S, R), and if by chance.
 
     Student's t of the seeds' mean in the row that is furthest off, at ALPHA over all rows. Theory has
     no band for gradients, so fewer than MIN_SEEDS seeds decide nothing.

@@ -8,10 +8,8 @@ of the folder, and every size that they claim is checked.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,10 +65,9 @@ class Checkpoint(Weights):
     ) -> None:
         from simlab.checkpoints.hub import find  # late: random runs need no hub
 
-        found, downloads = find(path, revision), ExitStack()
-        self.removal = weakref.finalize(self, downloads.close)
-        self.folder = found.fetch(None if keep else downloads)
-        self.commit = found.folder.name if found.repo else None  # of the hub's repository
+        found = find(path, revision)
+        self.commit = found.commit
+        self.folder, self.removal = found.fetch_for(self, keep)
         self.opened = open_folder(self.folder)
         self.model = self.opened.model
         self.parts = dict(self._parts())

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,17 @@ class Found:
     folder: Path
     repo: Repository | None = None
     missing: Mapping[str, Stored] = field(default_factory=dict)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub's repository; None of a user's folder."""
+        return self.folder.name if self.repo else None
+
+    def fetch_for(self, owner: object, keep: bool) -> tuple[Path, Callable[[], None]]:
+        """``fetch``; also what removes the files that aren't kept, at the latest with their owner."""
+        downloads = contextlib.ExitStack()
+        removal = weakref.finalize(owner, downloads.close)
+        return self.fetch(None if keep else downloads), removal
 
     def fetch(self, stack: contextlib.ExitStack | None = None) -> Path:
         """Fetch what is missing, and return the folder that has it all. Raises ConfigError.

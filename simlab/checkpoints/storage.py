@@ -166,7 +166,7 @@ class StoredTensor:
 
     @property
     def kind(self) -> str:
-        """What its entries are in the file: the dtype's name."""
+        """The type of its entries in the file, as a name: ``bfloat16``, ``Q4_K``."""
         return str(self.dtype).removeprefix("torch.")
 
     def size_of(self, shape: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
 from simlab.checkpoints.families.config import CONFIG_ERRORS, one_line
 from simlab.checkpoints.families.skeleton import Skeleton, Source
 from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
+from simlab.config.cli_errors import out_of_memory
 from simlab.measurement.engine import Measured
 from simlab.measurement.model_probe import probe
 
@@ -76,9 +77,11 @@ def streamed(
     with skeleton.filled(source, on_unit) as decoder:
         try:
             return probe(decoder, {"input_ids": ids, "use_cache": False}).measured()
-        except ConfigError:
+        except (ConfigError, OSError):  # each has its own line
             raise
-        except CONFIG_ERRORS as error:
+        except CONFIG_ERRORS as error:  # of transformers' code, on a stranger's config
+            if out_of_memory(error):
+                raise
             kind = type(skeleton.model).__name__
             raise ConfigError(
                 f"{skeleton.where}: transformers' {kind} can't be streamed: {one_line(error)}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What ``simlab.experiment.run`` gives of a config.
+    """The result of ``simlab.experiment.run``.
 
     Attributes:
         config: The config that was measured; a checkpoint's shape is filled in.

@@ -1,4 +1,4 @@
-"""What a batch must be for ``simlab.probe``: no padding, and a stream of (batch, length, width)."""
+"""Checks of a batch for ``simlab.probe``: no padding, and a stream of (batch, length, width)."""
 
 from __future__ import annotations
 

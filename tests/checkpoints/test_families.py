@@ -334,3 +334,20 @@ def test_without_transformers(gemma, tmp_path, monkeypatch):
     done = in_process("source=checkpoint", f"source.path={gemma}", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("pip install transformers")
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_decoder_that_needs_all_weights_at_once(tmp_path, monkeypatch, memory):
+    """Where transformers' code fails it is one line; a lack of memory goes on to its own line."""
+    write_family(tmp_path / "model", "gemma")
+
+    def failing(*_):
+        if memory:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return torch.empty(1, device="meta").item()
+
+    monkeypatch.setattr(transformers.models.gemma.modeling_gemma.GemmaMLP, "forward", failing)
+    checkpoint = FamilyCheckpoint(str(tmp_path / "model"))
+    said = "can't allocate memory" if memory else "transformers' Gemma.* can't be streamed: "
+    with pytest.raises(RuntimeError if memory else ConfigError, match=said):
+        streamed(checkpoint.skeleton, checkpoint.stored(checkpoint.skeleton), IDS)

@@ -37,6 +37,14 @@ def assert_same(run, theirs, state):
     assert parameter_count(run.shape) == sum(p.numel() for p in theirs.parameters())
 
 
+def renamed(tensors, names):
+    """Their tensors, each part of a name as in ours."""
+    for key, value in tensors:
+        for old, new in names.items():
+            key = key.replace(old, new)
+        yield key, value
+
+
 def test_gpt2():
     config = transformers.GPT2Config(
         vocab_size=97, n_positions=16, n_embd=48, n_layer=3, n_head=6, n_inner=80,
@@ -50,11 +58,11 @@ def test_gpt2():
         "mlp.c_fc": "mlp.sublayer.up_proj", "mlp.c_proj": "mlp.sublayer.down_proj",
     }  # fmt: skip
     state = {}
-    for key, value in theirs.state_dict().items():
-        if ".c_" in key and value.dim() == 2:  # their Conv1D's weight is (d_in, d_out)
-            value = value.T
-        for old, new in names.items():
-            key = key.replace(old, new)
+    turned = (  # their Conv1D's weight is (d_in, d_out)
+        (key, value.T if ".c_" in key and value.dim() == 2 else value)
+        for key, value in theirs.state_dict().items()
+    )
+    for key, value in renamed(turned, names):
         if "c_attn" in key:
             for part, rows in zip("qkv", value.chunk(3), strict=True):
                 state[key.replace("attn.c_attn", f"attention.sublayer.{part}_proj")] = rows
@@ -81,9 +89,7 @@ def test_gpt_neox():
         "mlp.dense_h_to_4h": "mlp.sublayer.up_proj", "mlp.dense_4h_to_h": "mlp.sublayer.down_proj",
     }  # fmt: skip
     state = {}
-    for key, value in theirs.state_dict().items():
-        for old, new in names.items():
-            key = key.replace(old, new)
+    for key, value in renamed(theirs.state_dict().items(), names):
         if "query_key_value" in key:  # head by head
             for part, rows in zip("qkv", value.unflatten(0, (6, 3, 8)).unbind(1), strict=True):
                 name = key.replace("attention.query_key_value", f"attention.sublayer.{part}_proj")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +78,9 @@ class FamilyCheckpoint:
     ) -> None:
         from simlab.checkpoints.hub import find
 
-        found, downloads = find(path, revision), ExitStack()
-        self.removal = weakref.finalize(self, downloads.close)
-        self.folder = found.fetch(None if keep else downloads)
-        self.commit = found.folder.name if found.repo else None
+        found = find(path, revision)
+        self.commit = found.commit
+        self.folder, self.removal = found.fetch_for(self, keep)
         self.path = self.folder / "config.json"
         refuse_beside(self.folder)
         files = weight_files(self.folder)

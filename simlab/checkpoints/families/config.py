@@ -18,7 +18,7 @@ from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
-# Of what a config may have counts of: each becomes a list of so many modules or names.
+# A key with one of these parts counts layers, blocks or experts: transformers makes as many modules.
 _COUNTED, _MOST_COUNTED = ("layer", "block", "expert", "_depth"), 100_000
 _MOST_LISTED = 10**7  # of a number in a list: a token id, or a count (GPT-Neo's attention_types)
 # Keys that would have transformers fetch, run or compute something else than the model type says.
@@ -124,7 +124,7 @@ def _with_floats(value: Any) -> Any:
 
 
 def _strict_error() -> type[Exception]:
-    """What transformers' config classes raise on a field of a wrong type."""
+    """The error that transformers' config classes raise for a field of a wrong type."""
     from huggingface_hub.errors import StrictDataclassError
 
     error: type[Exception] = StrictDataclassError

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors become which of a model's, as transformers loads them.
+"""The map from a checkpoint's tensors to a model's, as transformers loads them.
 
 Relied on, of transformers 5.23: ``conversion_mapping.get_model_conversion_mapping``, a model's list of
 renamings and conversions, and of ``core_model_loading`` ``rename_source_key`` (a file's name to the

@@ -257,7 +257,7 @@ def _packing(kind: int, what: str) -> Packing:
         quantised = GGMLQuantizationType(kind)
         entries, size = GGML_QUANT_SIZES[quantised]
         quants.dequantize(np.zeros((1, size), np.uint8), quantised)
-    except (ValueError, KeyError, NotImplementedError):
+    except (ValueError, KeyError, NotImplementedError):  # no such type; no size; no code for it
         raise ConfigError(
             f"{what} is of ggml's type {kind}, which the installed gguf library can't dequantise"
         ) from None
