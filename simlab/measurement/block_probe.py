@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
 from simlab.measurement.statistics import (
+    GRADIENT_STATISTICS,
     REDUCE,
     STATISTICS,
     Statistic,
@@ -23,6 +24,9 @@ from simlab.model.attention import Attention
 from simlab.model.norms import RMSNorm
 from simlab.model.placement import Renorm, ResidualStep
 from simlab.model.transformer import Block
+
+if TYPE_CHECKING:
+    from simlab.measurement.gradient_taps import GradientTaps, Tap
 
 
 class Reducer:
@@ -94,6 +98,7 @@ class BlockProbe(ABC):
         curves: int = 1,
     ) -> None:
         self.block, self.gain, self.curves = block, gain, curves
+        self.taps: GradientTaps | None = None  # where gradients are measured
         self.set_steps(kinds, normalises)
         self.handles: list[RemovableHandle] = []
 
@@ -102,6 +107,17 @@ class BlockProbe(ABC):
         self.kinds, self.normalises = kinds, normalises
         self.gains = [1.0 if kind == "renorm" else self.gain for kind in kinds]
         self.reducers = [Reducer(STATISTICS, self.curves) for _ in kinds]
+        self.gradients = [Reducer(GRADIENT_STATISTICS, self.curves) for _ in kinds]
+
+    def tap(self, x: Tensor) -> Tap | None:
+        """A tap of a tensor that may be the stream, if gradients are measured."""
+        return self.taps.tap(x) if self.taps else None
+
+    def add(self, i: int, step: Step, tap: Tap | None) -> None:
+        """Add step i. tap: of the stream after it."""
+        self.reducers[i].add(step)
+        if self.taps and tap:
+            self.taps.follow(tap, step.after, self.gradients[i])
 
     def __enter__(self) -> Self:
         self.listen()
@@ -136,10 +152,10 @@ class Probe(BlockProbe):
 
     def listen(self) -> None:
         """Hooks on sublayers, adds, attention and the steps themselves."""
-        for step, reducer in zip(self.steps, self.reducers, strict=True):
-            self._listen(step, reducer)
+        for i, step in enumerate(self.steps):
+            self._listen(i, step)
 
-    def _listen(self, step: ResidualStep | Renorm, reducer: Reducer) -> None:
+    def _listen(self, i: int, step: ResidualStep | Renorm) -> None:
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             self.tensors["raw"] = out
 
@@ -154,7 +170,7 @@ class Probe(BlockProbe):
 
         def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             observed = observe(step, args[0], out, self.tensors, self.attention)
-            reducer.add(observed)
+            self.add(i, observed, self.tap(out))
             self.last = None if step is self.steps[-1] else (out, observed.wide)
             self.tensors, self.attention = {}, None
 

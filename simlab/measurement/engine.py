@@ -178,7 +178,7 @@ def backward(
     gradients = list(scaled.split([len(stream) for stream in last]))
     reducer = Reducer(GRADIENT_STATISTICS, curves)
     for stream, gradient in zip(last, gradients, strict=True):
-        reducer.add(_gradient_step(stream, gradient, scale))
+        reducer.add(gradient_step(stream, gradient, scale))
     values = [reducer.result()]
     for layer in reversed(range(weights.model.depth)):
         before = streams.pop()
@@ -207,11 +207,11 @@ def _back_through(
         gradients_before = torch.autograd.grad(out, before, gradients[i])
         gradients[i] = gradients_before[0]
         for reducer, x, gradient in zip(reducers, before, gradients_before, strict=True):
-            reducer.add(_gradient_step(x, gradient, scale))
+            reducer.add(gradient_step(x, gradient, scale))
     return reducers
 
 
-def _gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:
+def gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:
     """A stream and the gradient with respect to it, times its curve's ``scale`` (S, 1, 1, 1)."""
     g = (wide(gradient).unflatten(0, (len(scale), -1)) / scale).flatten(0, 1)
     return Step(after=g, skip=x, branch=g)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from simlab.measurement.layout_search import (
 from simlab.measurement.norm_probe import Held, Norm, held_by, identify_norm
 from simlab.measurement.statistics import Step, wide
 from simlab.model.norms import RMSNorm
+
+if TYPE_CHECKING:
+    from simlab.measurement.gradient_taps import Tap
 
 
 def wide_copy(x: Tensor) -> Tensor:
@@ -89,6 +92,9 @@ class LayoutProbe(BlockProbe):
         self.rounding: dict[str, float] = {}  # of each output, in the dtype that the model gave it
         self.attention: dict[str, dict[str, Tensor] | None] = {}
         self.held: dict[str, Held] = {}  # by norms, on the first batch
+        self.tapped: dict[
+            tuple[str, str], Tap
+        ] = {}  # likewise: by a module and what it gets or gives
         if sublayers is not None:
             self._adopt(sublayers)
 
@@ -141,6 +147,7 @@ class LayoutProbe(BlockProbe):
         self.shape = x.shape
         self.outputs.clear()
         self.attention.clear()
+        self.tapped.clear()
         self.stream = wide_copy(x)
         self.record = CallRecord(x.detach().clone()) if self.sublayers is None else None
 
@@ -152,7 +159,13 @@ class LayoutProbe(BlockProbe):
 
     def _begin_call(self, path: str, x: Any) -> None:
         if self.record is not None:  # else the block has not started
-            self.record.begin(path, as_stream(x, self.shape))
+            stream = as_stream(x, self.shape)
+            self.record.begin(path, stream)
+            self._tap(path, "gets", x if stream is not None else None)
+
+    def _tap(self, path: str, what: str, x: Tensor | None) -> None:
+        if self.taps and x is not None:
+            self.tapped[path, what] = self.taps.tap(x)
 
     def _end_call(self, path: str, module: nn.Module, _: Any, out: Any) -> None:
         if self.record is None:
@@ -161,6 +174,7 @@ class LayoutProbe(BlockProbe):
         self.record.end(path, type(module).__name__, y, light)
         if y is None:
             return
+        self._tap(path, "gives", first_output(out))
         self.attention[path] = attention_weights(out)
         if light:
             self.held[path] = held_by(module)
@@ -182,10 +196,11 @@ class LayoutProbe(BlockProbe):
     def _on_norm(self, i: int, x: Any, out: Any) -> None:
         assert self.sublayers is not None
         self._hold(str(self.sublayers[i].norm))
-        self._finish(i, self._seen(x), self._seen(first_output(out)))
+        y = first_output(out)
+        self._finish(i, self._seen(x), self._seen(y), self.tap(y))
 
     def _on_sum(self, i: int, x: Any) -> None:
-        self._finish(i, self._seen(x), self._seen(x))
+        self._finish(i, self._seen(x), self._seen(x), self.tap(x))
 
     def _seen(self, x: Any) -> Tensor:
         stream = as_stream(x, self.shape)
@@ -204,9 +219,9 @@ class LayoutProbe(BlockProbe):
         if self.record is not None:
             self._settle(self.record, y)
         elif not self.sublayers:
-            self.reducers[0].add(Step(after=wide(y)))
+            self.add(0, Step(after=wide(y)), self.tap(y))
         elif self.sublayers[-1].sum is None:
-            self._finish(len(self.sublayers) - 1, y, y)
+            self._finish(len(self.sublayers) - 1, y, y, self.tap(y))
         elif self.stream is not None:
             self._check_end(y)
         self.stream = None
@@ -233,16 +248,16 @@ class LayoutProbe(BlockProbe):
         for i, sublayer in enumerate(steps or ()):
             total = y if sublayer.sum is None else calls[sublayer.sum].x
             assert total is not None
-            after = (
-                calls[sublayer.sum].out
-                if sublayer.sum and sublayer.normalises == "stream"
-                else total
-            )
-            self._finish(i, total, after)
+            after, what = total, "gets"
+            if sublayer.sum and sublayer.normalises == "stream":
+                after, what = calls[sublayer.sum].out, "gives"
+            tap = self.tapped.get((sublayer.sum, what)) if sublayer.sum else self.tap(y)
+            self._finish(i, total, after, tap)
         if not steps:
-            self.reducers[0].add(Step(after=wide(y)))
+            self.add(0, Step(after=wide(y)), self.tap(y))
         self.outputs.clear()
         self.attention.clear()
+        self.tapped.clear()
 
     def _check_end(self, y: Tensor) -> None:
         """Check that the block gives the stream after its last step."""
@@ -254,8 +269,8 @@ class LayoutProbe(BlockProbe):
             raise self._wrong(last, "the stream after it isn't what the block gives")
 
     @torch.no_grad()
-    def _finish(self, i: int, total: Tensor, after: Tensor) -> None:
-        """Add step i to its reducer. total: stream + branch (B, T, D); after: the stream after it."""
+    def _finish(self, i: int, total: Tensor, after: Tensor, tap: Tap | None) -> None:
+        """Add step i. total: stream + branch (B, T, D); after, tap: of the stream after it."""
         assert self.sublayers is not None
         sublayer, skip = self.sublayers[i], self.stream
         if missing := [path for path in outputs(sublayer) if path not in self.outputs]:
@@ -288,7 +303,7 @@ class LayoutProbe(BlockProbe):
             gain=norm.gain if norm else None,
             attention=next((weight for weight in weights if weight), None),
         )
-        self.reducers[i].add(step)
+        self.add(i, step, tap)
         self.stream = after
         for path in outputs(sublayer):
             del self.outputs[path]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -24,10 +26,11 @@ from simlab.measurement.batch_checks import (
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
 from simlab.measurement.frame import to_frame
+from simlab.measurement.gradient_taps import GradientTaps, backward_through, loss_of
 from simlab.measurement.layout import Layout, Sublayer, blocks_at, no_blocks, stacks
 from simlab.measurement.layout_probe import LayoutProbe
 from simlab.measurement.layout_search import first_argument, first_output
-from simlab.measurement.statistics import STATISTICS, Step, wide
+from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.model.transformer import Block
 
 # In the rows' ``attrs``, where a curve was cut: its first sublayer that isn't finite. pandas keeps it
@@ -43,6 +46,7 @@ def probe(
     layout: Layout | None = None,
     curve: str = "model",
     seed: int = 0,
+    gradients: bool = False,
 ) -> ModelProbe:
     """Measure the residual stream of a decoder after its embedding and after every sublayer.
 
@@ -67,14 +71,16 @@ def probe(
             ``rows().attrs["layout"]`` says what was found.
         curve: The name in the rows' column ``curve``.
         seed: The number in the rows' column ``seed``.
+        gradients: Also measure the gradient of the model's loss with respect to the stream: of the loss
+            that the model gives, as with labels in the batch, or else that of the next tokens. In a
+            ``with`` block it is the gradient of your own ``loss.backward()``. Parameters get none from
+            a batch that is passed here.
 
     Raises ConfigError for a model without a list of blocks, or a batch that is none of these.
     """
-    result = ModelProbe(model, layout, curve, seed)
+    result = ModelProbe(model, layout, curve, seed, gradients)
     if batch is not None:
-        args, kwargs = arguments(batch)
-        with evaluated(model), torch.no_grad(), result:
-            model(*args, **kwargs)
+        result.measure(batch)
     return result
 
 
@@ -85,7 +91,14 @@ class ModelProbe:
     checkpointing runs again in the backward is not counted twice.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout | None, curve: str, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout | None = None,
+        curve: str = "model",
+        seed: int = 0,
+        gradients: bool = False,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"probe: model is a {type(model).__name__}: must be an nn.Module")
         self.model, self.curve, self.seed = model, curve, seed
@@ -97,6 +110,23 @@ class ModelProbe:
         self.size: tuple[int, int] | None = None  # T, D
         self.given, self.stream = layout is not None, Stream({}, False)
         self.outer, self.inner = ExitStack(), ExitStack()  # hooks of the with block, of a call
+        self.taps = GradientTaps() if gradients else None
+        self.embedding_gradient = Reducer(GRADIENT_STATISTICS)
+        self.loss: Tensor | None = None
+        for probes in self.stacks.values():
+            for each in probes:
+                each.taps = self.taps
+
+    def measure(self, batch: Batch) -> ModelProbe:
+        """Pass a batch through the model in eval mode, and with gradients its loss back. Itself."""
+        args, kwargs = arguments(batch)
+        with evaluated(self.model), torch.set_grad_enabled(self.taps is not None), self:
+            out = self.model(*args, **kwargs)
+            if self.taps is not None and self.size is not None:
+                self.loss = loss_of(out, self.stream.ids, self.size[1])
+                backward_through(self.loss, self.taps, self.embedding.tokens)
+                self.loss = self.loss.detach()
+        return self
 
     def __enter__(self) -> ModelProbe:
         begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -108,6 +138,9 @@ class ModelProbe:
     def __exit__(self, *error: object) -> None:
         self.inner.close()
         self.outer.close()
+        if self.taps:
+            self.taps.end_call()
+            self.taps.start = None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = named_arguments(model, args, kwargs)
@@ -128,6 +161,8 @@ class ModelProbe:
     def _end(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         self.left = None
         self.inner.close()
+        if self.taps:
+            self.taps.end_call()
 
     def _ends(self, i: int, block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if i + 1 < len(self.probes):
@@ -135,7 +170,7 @@ class ModelProbe:
 
     def _begins(
         self, path: str, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_argument(args, kwargs)
         if self.path not in (None, path):
             raise ConfigError(
@@ -146,7 +181,13 @@ class ModelProbe:
         refuse_padding(kwargs)
         if i == 0:
             self._embedded(x)
-            return
+            if self.taps and torch.is_grad_enabled():
+                if not x.requires_grad:  # frozen parameters made it
+                    x, given = x.detach().requires_grad_().clone(), x
+                    args = tuple(x if each is given else each for each in args)
+                    kwargs = {name: x if each is given else each for name, each in kwargs.items()}
+                self.taps.follow(self.taps.tap(x), wide(x), self.embedding_gradient)
+            return args, kwargs
         before, out = self.left or (None, x)
         if before != i - 1:
             raise ConfigError(
@@ -158,6 +199,7 @@ class ModelProbe:
                 f"probe: {path}.{i} doesn't get what block {i - 1} gives: the model changes the stream"
                 " between its blocks"
             )
+        return args, kwargs
 
     def _embedded(self, x: Any) -> None:
         if not isinstance(x, Tensor) or x.ndim != 3:
@@ -229,7 +271,21 @@ class ModelProbe:
             [step._replace(values=step.values[0].cpu()) for step in probe.results()]
             for probe in self.probes
         ]
-        return Measured(rows_of(self.embedding.result()[0].cpu(), blocks))
+        rows = rows_of(self.embedding.result()[0].cpu(), blocks)
+        if self.taps is None:
+            return Measured(rows)
+        gradients = [self.embedding_gradient, *chain(*(probe.gradients for probe in self.probes))]
+        for row, reducer in zip(rows, gradients, strict=True):
+            if reducer.tokens != tokens:
+                raise ConfigError(
+                    f"probe: gradients=True: at sublayer {row.sublayer} the gradient of"
+                    f" {reducer.tokens} of {tokens} tokens was seen: call loss.backward() once for each"
+                    " forward call;"
+                    " reentrant gradient checkpointing (use_reentrant=True) hides steps"
+                )
+        values = [reducer.result()[0].cpu() for reducer in gradients]
+        rows = [replace(row, gradient=g) for row, g in zip(rows, values, strict=True)]
+        return Measured(rows, self.loss)
 
 
 def block_probes(model: nn.Module, layout: Layout | None) -> dict[str, list[BlockProbe]]:
