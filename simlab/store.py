@@ -51,7 +51,7 @@ UNSEALED = f"{SUMMARY} has no hashes, as of an earlier version"
 # Rooms (and modules at the root) that no result depends on: their code isn't part of a result's key. A
 # test shows that the measuring code imports nothing from them.
 NOT_RESULTS = (
-    "report", "sweep", "regress", "trackers", "__main__.py", "api.py", "results.py", "run.py",
+    "report", "sweep", "regress", "trackers", "__main__.py", "results", "api.py", "run.py",
     "sweeper.py", "pytest_plugin.py",
 )  # fmt: skip
 BELOW = ("torch", "numpy")  # packages whose versions are part of the key
