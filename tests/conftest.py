@@ -140,19 +140,35 @@ CHECKPOINT = {
 }  # fmt: skip
 
 
+# What families call these keys; None: they haven't got them.
+RENAMED = {
+    "Olmo": {"rms_norm_eps": None},  # its norm has an eps of its own
+    "GPT2": {
+        "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head", "num_key_value_heads": None,
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    "GPTNeoX": {"num_key_value_heads": None, "rms_norm_eps": "layer_norm_eps"},
+}  # fmt: skip
+
+
+def keys_of(kind: str, keys: dict) -> dict:
+    """Keys of a config, as the family of this class calls them."""
+    names = RENAMED.get(kind, {})
+    named = {names.get(key, key): value for key, value in keys.items()}
+    return {name: value for name, value in named.items() if name is not None}
+
+
 def write_olmo(folder: Path, kind: str = "Olmo2", shards: str = "5GB", **changes):
     """A random checkpoint written by transformers, with nothing at its default; and the model."""
     import transformers
 
-    keys = CHECKPOINT | changes
-    if kind == "Olmo":  # its norm has an eps of its own
-        del keys["rms_norm_eps"]
-    config = getattr(transformers, f"{kind}Config")(**keys)
+    config = getattr(transformers, f"{kind}Config")(**keys_of(kind, CHECKPOINT | changes))
     torch.manual_seed(1)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # gains away from 1, weights large enough for attention to matter
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if parameter.ndim == 1 and name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.15)

@@ -34,6 +34,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its name, {} for the block; the head's also where it is tied."""
     ends = (model.vocab_size, model.width)
     whole = {"embedding.weight": ends, "head.weight": ends, "norm.weight": (model.width,)}
+    whole |= {"norm.bias": (model.width,), "position.weight": (model.positions or 0, model.width)}
     return whole | {f"blocks.{{}}.{name}": shape for name, shape in block_shapes(model).items()}
 
 
@@ -248,7 +249,7 @@ class Checkpoint(Weights):
         """
         digest = xxhash.xxh3_128()
         for name in sorted(self.names()):
-            if name in ("norm.weight", "head.weight"):
+            if name in ("norm.weight", "norm.bias", "head.weight"):
                 continue
             self._fingerprint(name)
             stored, start, stop = self.stored(name)
@@ -274,10 +275,11 @@ class Checkpoint(Weights):
         return rows
 
     def names(self) -> Iterator[str]:
-        """Our names of all parameters in the files: embedding, block after block, final norm, head."""
+        """Our names of all parameters in the files: embeddings, block after block, final norm, head."""
         blocks = [name for name in self.parts if "{}" in name]
-        ends = [name for name in ("norm.weight", "head.weight") if name in self.parts]
-        yield "embedding.weight"
+        starts = [name for name in ("embedding.weight", "position.weight") if name in self.parts]
+        ends = [n for n in ("norm.weight", "norm.bias", "head.weight") if n in self.parts]
+        yield from starts
         for layer in range(self.model.depth):
             yield from (name.format(layer) for name in blocks)
         yield from ends

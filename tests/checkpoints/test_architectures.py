@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import PARITY, assert_parity, edit_json, refused, write_olmo
+from conftest import PARITY, assert_parity, edit_json, keys_of, refused, write_olmo
 
 from simlab import build_model, compose
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.checkpoints.formats.hugging_face import ARCHITECTURES
+from simlab.checkpoints.formats.hugging_face import ARCHITECTURES, read_config
+from simlab.checkpoints.formats.hugging_face_gpt import READERS
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import STATISTICS
 from simlab.schemes.rope import inverse_frequencies
@@ -51,6 +52,22 @@ CASES = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "shards": "40KB"}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral-whole": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "gpt2": ("GPT2", {}),
+    "gpt2-exact": (
+        "GPT2",
+        {"activation_function": "gelu", "n_inner": None, "tie_word_embeddings": False},
+    ),
+    "gpt_neox": ("GPTNeoX", {"hidden_act": "gelu_fast"}),
+    "gpt_neox-sequential": (
+        "GPTNeoX",
+        {
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "shards": "40KB",
+            "rope_parameters": PLAIN | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox-yarn": ("GPTNeoX", {"rope_parameters": YARN | {"partial_rotary_factor": 1.0}}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -67,10 +84,17 @@ def sublayer_states(reference, ids, norms_out=True):
         branches.append(output[0] if isinstance(output, tuple) else output)
 
     names = ("post_attention_layernorm", "post_feedforward_layernorm")
+    base = reference.base_model
     handles = [
-        getattr(layer, name).register_forward_hook(keep)
-        for layer in reference.model.layers
-        for name in (names if norms_out else ("self_attn", "mlp"))
+        next(one for name, one in layer.named_children() if name in either).register_forward_hook(
+            keep
+        )
+        for layer in (base.h if hasattr(base, "h") else base.layers)
+        for either in (
+            [[name] for name in names]
+            if norms_out
+            else [["self_attn", "attn", "attention"], ["mlp"]]
+        )
     ]
     with torch.no_grad():
         out = reference(ids, output_hidden_states=True)
@@ -89,9 +113,12 @@ def our_states(folder, ids):
     model = build_model(compose(["source=checkpoint", f"source.path={folder}", "device=cpu"]))
     with torch.no_grad():
         states = [model.embedding(ids)]
+        if model.position is not None:
+            states[0] = states[0] + model.position.weight[: ids.shape[1]]
         for block in model.blocks:
+            start = states[-1]
             for _, step in block.steps():
-                states.append(step(states[-1]))
+                states.append(step(states[-1], start))
         return states, model(ids)
 
 
@@ -109,11 +136,11 @@ def test_every_hidden_state(tmp_path, case):
     assert_same(tmp_path / "m", *sublayer_states(reference, IDS, kind in ("Olmo2", "Olmo3")))
 
 
-@pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn"])
+@pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn", "gpt2", "gpt_neox"])
 def test_engine_measures_every_state(tmp_path, case):
     kind, changes = CASES[case]
     reference = write_olmo(tmp_path / "m", kind, **changes)
-    states, _ = sublayer_states(reference, IDS)
+    states, _ = sublayer_states(reference, IDS, kind in ("Olmo2", "Olmo3"))
     checkpoint = Checkpoint(str(tmp_path / "m"))
     rows = measure_curves(checkpoint, IDS, torch.device("cpu"), torch.float32)[0].rows
     assert [row.sublayer for row in rows] == list(range(len(states)))
@@ -155,10 +182,27 @@ SHAPE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", READERS)
+def test_gpt_defaults_match_transformers(tmp_path, kind):
+    shape = keys_of(
+        {"gpt2": "GPT2", "gpt_neox": "GPTNeoX"}[kind], SHAPE | {"num_attention_heads": 4}
+    )
+    theirs = transformers.AutoConfig.for_model(kind, **shape)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **shape}))
+    ours, *_ = read_config(tmp_path / "config.json", 100)
+    assert ours.tied == theirs.tie_word_embeddings
+    if kind == "gpt2":
+        assert ours.norm.eps == theirs.layer_norm_epsilon
+        assert (ours.positions, ours.mlp) == (theirs.n_positions, "gelu")
+    else:
+        assert ours.norm.eps == theirs.layer_norm_eps
+        assert (ours.norm.placement, ours.mlp) == ("parallel", "gelu_exact")
+        rope = theirs.rope_parameters
+        assert (ours.rope_theta, ours.rotary) == (rope["rope_theta"], rope["partial_rotary_factor"])
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_config_defaults_match_transformers(tmp_path, kind):
-    from simlab.checkpoints.formats.hugging_face import read_config
-
     theirs = transformers.AutoConfig.for_model(kind, **SHAPE)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **SHAPE}))
     ours, *_ = read_config(tmp_path / "config.json", 100)
@@ -189,6 +233,12 @@ REFUSED = [
     ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True", "false"),
     ("Mistral", {"rope_parameters": YARN, "sliding_window": 4}, "sliding_window=4", "scaled RoPE"),
     ("Mistral", {"layer_types": ["full_attention"] * 5}, "layer_types", "null"),
+    ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True", "false"),
+    ("GPT2", {"activation_function": "relu"}, "activation_function='relu'", "gelu_new"),
+    ("GPTNeoX", {"attention_bias": False}, "attention_bias=False", "true"),
+    ("GPTNeoX", {"rotary_pct": 0.5}, "rotary_pct differs", ""),
+    ("GPTNeoX", {"rotary_emb_base": 99.0}, "rotary_emb_base differs", ""),
+    ("GPTNeoX", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "rotary_pct=0.2", "even"),
     ("Qwen3", {"layer_types": ["sliding_attention"] * 5}, "layer_types", "full_attention"),
 ]  # fmt: skip
 

@@ -87,6 +87,45 @@ def test_stored_frequencies(tmp_path, dtype):
     refused(tmp_path / "m", name, "RoPE")
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX"])
+def test_older_gpt_files(tmp_path, kind):
+    """Masks and frequencies beside the weights, and GPT-2's first files, of the base model alone."""
+    model = write_olmo(tmp_path / "m", kind, tie_word_embeddings=True, **TINY)
+    before = curve(tmp_path / "m")
+    model.base_model.save_pretrained(tmp_path / "base")
+    assert curve(tmp_path / "base") == before
+    block = "h.1.attn." if kind == "GPT2" else "layers.1.attention."
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    old = {f"{block}bias": mask, f"{block}masked_bias": torch.tensor(-1e4)}
+    if kind == "GPTNeoX":
+        old[f"{block}rotary_emb.inv_freq"] = 10_000.0 ** -torch.arange(0, 1.0)
+    rewrite(tmp_path / "base", lambda t: t | old)
+    assert curve(tmp_path / "base") == before
+    assert not Checkpoint(str(tmp_path / "base")).unread
+    assert_same(tmp_path / "base", *sublayer_states(model, IDS % 61, norms_out=False), ids=IDS % 61)
+    if kind == "GPTNeoX":
+        name = f"{block}rotary_emb.inv_freq"
+        rewrite(tmp_path / "base", lambda t: t | {name: torch.tensor([0.5])})
+        refused(tmp_path / "base", name, "RoPE")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "parts"),
+    [
+        ("layers.0.attention.query_key_value.bias", torch.zeros(95), ["(95,)", "(96,)"]),
+        ("layers.0.attention.query_key_value.weight", torch.zeros(96, 0), ["(96, 0)", "(96, 32)"]),
+        ("layers.0.mlp.dense_h_to_4h.bias", torch.zeros(48, dtype=torch.int64), ["int64"]),
+        ("embed_in.weight", torch.zeros(61, 32), ["are one in a model"]),
+        ("layers.0.attention.masked_weight", torch.zeros(1), ["not part of this architecture"]),
+    ],
+)
+def test_wrong_gpt_files(tmp_path, name, tensor, parts):
+    write_olmo(tmp_path / "m", "GPTNeoX", **TINY)
+    own = name if name.startswith("embed") else f"gpt_neox.{name}"
+    rewrite(tmp_path / "m", lambda t: t | {own: tensor})
+    refused(tmp_path / "m", name, *parts)
+
+
 def test_a_tied_models_other_head(tmp_path):
     """A stored head that isn't the embedding: refused where the head is needed, as in gradients."""
     write_olmo(tmp_path / "m", **TINY)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CHECKPOINT, STANDARD_ERRORS, edit_json, in_process, write_olmo
+from conftest import CHECKPOINT, STANDARD_ERRORS, edit_json, in_process, keys_of, write_olmo
 from test_legacy_olmo import OLMO1, fused, write_legacy
 
 from simlab import build_model, compose
@@ -35,17 +35,19 @@ def departures(folder, *overrides):
     return found
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen2", "Mistral"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen2", "Mistral", "GPT2", "GPTNeoX"])
 def test_as_transformers_draws(tmp_path, kind):
-    """26 matrices a kind: 5 standard errors are passed by chance in 1 of 10^5 runs."""
+    """Some 30 matrices a kind: 5 standard errors are passed by chance in 1 of 10^5 runs."""
     import transformers
 
-    keys = CHECKPOINT | {"initializer_range": 0.05}
+    keys = keys_of(kind, CHECKPOINT | {"initializer_range": 0.05})
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**keys)
-    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert max(departures(tmp_path).values()) < STANDARD_ERRORS
     assert max(departures(tmp_path, "init=normal").values()) > 20, "negative control"
+    if kind == "GPT2":  # also of c_proj's own σ
+        assert max(departures(tmp_path, "init=transformers", "init.std=0.05").values()) > 20
 
 
 @pytest.mark.parametrize("method", ["normal", "llama", "llama_depth", "fan_in"])

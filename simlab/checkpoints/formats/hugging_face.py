@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simlab.checkpoints.formats import hugging_face_gpt as gpt
 from simlab.checkpoints.formats.hugging_face_keys import read_family
 from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
 from simlab.checkpoints.formats.layouts import (
@@ -25,7 +26,7 @@ from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.formats.own_init import OwnInit, transformers_init
 from simlab.checkpoints.storage import StoredTensor, check_pieces
 from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
-from simlab.checkpoints.untrusted.safetensors import read_header
+from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES, read_header
 from simlab.config import ConfigError, ModelConfig, NormConfig
 from simlab.config.fields import Fields, brief
 from simlab.schemes.rope import inverse_frequencies
@@ -130,6 +131,10 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     """
     values = read_json(path)
     kind = read_family(values, fields_of(values, path))
+    if kind in gpt.READERS:
+        fields = fields_of(values, path)
+        read, names = gpt.READERS[kind](fields, path.parent.name, tensors)
+        return read, names, transformers_init(fields, kind)
     its = ARCHITECTURES[kind]
     defaults = {"head_dim": its.head_dim, "sliding_window": its.window}
     fields = fields_of({k: v for k, v in defaults.items() if v} | values, path)
@@ -174,17 +179,21 @@ def open_folder(folder: Path) -> Opened:
     """Raises ConfigError for what is missing, malformed or not supported."""
     path = folder / "config.json"
     values = read_json(path)
-    read_family(
-        values, fields_of(values, path)
-    )  # first: there is no use in looking for its weights
+    # First: there is no use in looking for its weights.
+    kind = read_family(values, fields_of(values, path))
     refuse_beside(folder)
     files = weight_files(folder)
-    held = _by_full_name(unwrapped(tensors(files), folder), folder)
-    refuse_prefixed(held, folder)
+    if kind in gpt.READERS:
+        held = gpt.by_full_name(kind, unwrapped(tensors(files, WHOLE_DTYPES), folder), folder)
+    else:
+        held = _by_full_name(unwrapped(tensors(files), folder), folder)
+        refuse_prefixed(held, folder)
     model, keys, init = read_config(path, len(held))
     learned = {name: t for name, t in held.items() if not name.endswith(_BUFFER)}
     for name in sorted(held.keys() - learned.keys()):
         _check_frequencies(held[name], model, path)
+    if kind in gpt.READERS:
+        learned = gpt.arranged(learned, model, folder)
     others = [learned.pop(name).name for name in _OTHER_HEADS if name in learned]
     index = [] if None in files.values() else [INDEX]
     beside = unread(folder, [*index, *(file.name for file in files)])
@@ -217,8 +226,8 @@ def _check_frequencies(stored: StoredTensor, model: ModelConfig, path: Path) -> 
     """Refuse a stored RoPE that isn't the config's. Files of before 2023 hold this buffer."""
     check_pieces([stored])
     theirs = stored.rows(0, *stored.shape) if len(stored.shape) == 1 else None
-    pairs = torch.arange(model.head_dim / 2)
-    ours, _ = inverse_frequencies(pairs, model.head_dim, model.rope_theta, model.yarn, model.llama3)
+    pairs = torch.arange(model.turned / 2)
+    ours, _ = inverse_frequencies(pairs, model.turned, model.rope_theta, model.yarn, model.llama3)
     if theirs is None or theirs.shape != ours.shape or not same_but_rounded(theirs, ours):
         raise ConfigError(f"{path}: its RoPE isn't that of the tensor {stored.name} in the files")
 

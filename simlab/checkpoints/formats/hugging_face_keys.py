@@ -42,22 +42,30 @@ _OTHER = (
 )
 # original_max_position_embeddings isn't here, though transformers takes it from here for YaRN and
 # Llama 3: it belongs to RoPE's section.
-_SHARED = Keys(
-    "model_type architectures hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim hidden_act vocab_size tie_word_embeddings layer_types "
-    "rope_parameters rope_scaling rope_theta max_position_embeddings",
+_EVERYONES = Keys(
+    "model_type architectures vocab_size tie_word_embeddings",
     f"{_GENERATION} {_OUTPUTS} {_TOKENS} {_OTHER}",
     {
         "is_causal": True,
-        "attention_bias": False,
-        "partial_rotary_factor": 1.0,
         "quantization_config": None,
         "pruned_heads": {},
         "is_encoder_decoder": False,
         "add_cross_attention": False,
         "tie_encoder_decoder": False,
-        "rope_interleaved": False,
     },
+)
+_NAMED = Keys(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act rope_parameters "
+    "rope_scaling max_position_embeddings",
+    fixed={"rope_interleaved": False},
+)
+_SHARED = (
+    _EVERYONES
+    | _NAMED
+    | Keys(
+        "num_key_value_heads head_dim layer_types rope_theta",
+        fixed={"attention_bias": False, "partial_rotary_factor": 1.0},
+    )
 )
 # The keys that no model type's computation depends on.
 IGNORED = frozenset(f"{_GENERATION} {_OUTPUTS} {_TOKENS} {_OTHER}".split())
@@ -74,13 +82,28 @@ MODEL_TYPES: Mapping[str, Keys] = {
     "qwen2": _SHARED | _RMS | _NO_WINDOW | Keys("", fixed={"use_mrope": False}),
     # The window is every layer's, whatever layer_types says.
     "mistral": _SHARED | _RMS | Keys("sliding_window", fixed={"layer_types": None}),
+    # reorder_and_upcast_attn: in which dtype; summary_…: of a head for multiple choice.
+    "gpt2": _EVERYONES
+    | Keys(
+        "n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon",
+        "n_ctx resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn output_past summary_type "
+        "summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout",
+        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
+    "gpt_neox": _EVERYONES
+    | _NAMED
+    | Keys(
+        "layer_norm_eps rotary_pct rotary_emb_base use_parallel_residual",
+        "hidden_dropout classifier_dropout",
+        {"attention_bias": True},
+    ),
 }
 _CLASSES = {
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
-    "qwen2": "Qwen2", "mistral": "Mistral",
+    "qwen2": "Qwen2", "mistral": "Mistral", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
 }  # fmt: skip
 _HEADS = (
-    "ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification",
+    "ForCausalLM", "LMHeadModel", "Model", "ForSequenceClassification", "ForTokenClassification",
     "ForQuestionAnswering",
 )  # fmt: skip
 _HF_OLMO = (

@@ -17,11 +17,17 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_transformers_rope(
-    fields: Fields, default_theta: float, by_layer: bool = False
+    fields: Fields,
+    default_theta: float,
+    by_layer: bool = False,
+    top: str = "rope_theta",
+    partial: bool = False,
 ) -> tuple[float, YarnConfig | None, Llama3RopeConfig | None]:
     """``rope_theta`` and ``rope_scaling`` before transformers 5, ``rope_parameters`` since.
 
-    by_layer: the latter may be by layer type, of which full attention alone is scaled (OLMo 3). A file
+    by_layer: the latter may be by layer type, of which full attention alone is scaled (OLMo 3). top:
+    the family's name of the θ that is beside them. partial: ``read_rotary`` reads the share of the
+    channels that RoPE turns, which is else all. A file
     may have both spellings, if they don't contradict each other. Of such a file transformers 5.23
     forgets the θ in ``rope_parameters``, and of an OLMo 3 with ``rope_theta`` it gives that θ to full
     attention alone: here the config's θ holds, for every layer. Raises ConfigError for scaling that
@@ -29,23 +35,27 @@ def read_transformers_rope(
     """
     new, old = fields.node("rope_parameters", {}), fields.node("rope_scaling", {})
     full, sliding = new, Fields({})
-    top = fields.number("rope_theta", 1.0, above=True, default=None)
+    beside = fields.number(top, 1.0, above=True, default=None)
     default = None
     if by_layer and not new.values.keys().isdisjoint(LAYER_TYPES):
         new.only("RoPE by layer type", LAYER_TYPES)
         full, sliding = (new.node(name, {}) for name in LAYER_TYPES)
-        default = top or default_theta
-    kinds = [_kind(section) for section in (full, old, sliding)]
+        default = beside or default_theta
+    sections = (full, old, sliding)
+    if not partial:
+        for section in sections:
+            section.must_be(partial_rotary_factor=1.0)
+    kinds = [_kind(section) for section in sections]
     if kinds[2] != "default":
         raise sliding.fail("rope_type", kinds[2], "not supported; allowed: default")
     thetas = {
         section.number("rope_theta", 1.0, above=True, default=default)
         for section in (full, sliding)
     }
-    thetas = (thetas | {top, old.number("rope_theta", 1.0, above=True, default=None)}) - {None}
+    thetas = (thetas | {beside, old.number("rope_theta", 1.0, above=True, default=None)}) - {None}
     if len(thetas) > 1:
         raise ConfigError(
-            f"{fields.prefix}rope_theta differs between sections or layer types, which is not supported"
+            f"{fields.prefix}{top} differs between sections or layer types, which is not supported"
         )
     theta = next(iter(thetas), None) or default_theta
     scaled = [(s, kind) for s, kind in zip((full, old), kinds, strict=False) if kind != "default"]
@@ -71,6 +81,21 @@ def read_transformers_rope(
     return theta, yarn, None
 
 
+def read_rotary(fields: Fields, top: str, default: float) -> float:
+    """The share of a head's channels that RoPE turns, in RoPE's sections or beside them.
+
+    top: the family's name of the one beside them. Raises ConfigError where they differ.
+    """
+    found = {fields.number(top, 0.0, 1.0, default=None)}
+    for name in ("rope_parameters", "rope_scaling"):
+        section = fields.node(name, {})
+        found.add(section.number("partial_rotary_factor", 0.0, 1.0, default=None))
+    shares = [share for share in found if share is not None] or [default]
+    if len(shares) > 1:
+        raise ConfigError(f"{fields.prefix}{top} differs between sections, which is not supported")
+    return shares[0]
+
+
 def _scaling(section: Fields) -> dict[str, object]:
     kind = {"type": section.values.get("rope_type") or section.values.get("type")}
     return {k: v for k, v in section.values.items() if k not in ("rope_theta", "rope_type")} | kind
@@ -78,7 +103,7 @@ def _scaling(section: Fields) -> dict[str, object]:
 
 def _kind(section: Fields) -> str:
     """A section's type of RoPE, after a check of its keys. Raises ConfigError."""
-    section.must_be(partial_rotary_factor=1.0, truncate=True, mscale=None, mscale_all_dim=None)
+    section.must_be(truncate=True, mscale=None, mscale_all_dim=None)
     named = [key for key in ("rope_type", "type") if section.values.get(key) is not None]
     kinds = [section.choice(key, ROPE_KEYS) for key in named]
     if len(set(kinds)) > 1:

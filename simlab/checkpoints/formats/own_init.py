@@ -14,6 +14,7 @@ from simlab.config.fields import Fields, as_typed
 _STD = 0.02  # of transformers, OLMo-core and OLMo where their configs name none
 # OLMo's trainers cut at 3 standard deviations; transformers, where it draws weights itself, doesn't.
 _TRUNCATE = {"olmo2": 3.0, "olmo3": 3.0}
+_RULES = {"gpt2": "gpt2"}  # of transformers' families whose normals don't all have one σ
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def transformers_init(fields: Fields, kind: str) -> OwnInit:
     if kind == "olmo":  # initializer_range is then transformers' default, not the trainer's
         why = "OLMo 1's rule; config.json doesn't say how its trainer drew weights"
         return OwnInit(InitConfig("mitchell", None, 3.0), why, guess=True)
-    init = InitConfig("normal", std or _STD, _TRUNCATE.get(kind))
+    init = InitConfig(_RULES.get(kind, "normal"), std or _STD, _TRUNCATE.get(kind))
     if not std:  # transformers takes 0 for missing, too
         why = "config.json has " + (
             "no initializer_range" if std is None else "initializer_range=0"
