@@ -15,7 +15,8 @@ REPEAT = "p.repeat_interleave(shared, dim=1)"
 SPLIT = "p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)"
 MERGE = "o_BHTC.transpose(1, 2).flatten(2)"
 SDPA = "nn.functional.scaled_dot_product_attention("
-MASK = "attn_mask=mask, is_causal=mask is None"
+SCALE = "scale=scale"
+MASK = f"attn_mask=mask, is_causal=mask is None, {SCALE}"
 GATED = "self.activate(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
 
 ATTENTION = (
@@ -191,7 +192,7 @@ ATTENTION = (
         edit(
             Attend.forward,
             SDPA,
-            "(lambda q, k, v, attn_mask, is_causal: (q @ k.mT / q.shape[-1] ** 0.5)"
+            "(lambda q, k, v, attn_mask, is_causal, scale: (q @ k.mT / q.shape[-1] ** 0.5)"
             ".masked_fill(torch.ones(2 * q.shape[2:3]).triu(1).bool(), -torch.inf)"
             ".softmax(-2) @ v)(",
         ),
@@ -199,17 +200,17 @@ ATTENTION = (
     Mutation(
         "scale_forgotten",
         "logits without 1/√head_dim",
-        edit(Attend.forward, MASK, MASK + ", scale=1.0"),
+        edit(Attend.forward, SCALE, "scale=1.0"),
     ),
     Mutation(
         "scale_twice",
         "logits times 1/√head_dim twice",
-        edit(Attend.forward, MASK, MASK + ", scale=1 / q.shape[-1]"),
+        edit(Attend.forward, SCALE, "scale=1 / q.shape[-1]"),
     ),
     Mutation(
         "scale_by_width",
         "logits times 1/√d_model",
-        edit(Attend.forward, MASK, MASK + ", scale=(q.shape[1] * q.shape[-1]) ** -0.5"),
+        edit(Attend.forward, SCALE, "scale=(q.shape[1] * q.shape[-1]) ** -0.5"),
     ),
     Mutation(
         "dropout_left_on",

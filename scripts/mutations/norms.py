@@ -64,18 +64,18 @@ NORM = (
     Mutation(
         "gain_forgotten",
         "gains are not applied",
-        edit(RMSNorm.forward, "self.weight.float() * y", "y"),
+        edit(RMSNorm.forward, "self.gain * y", "y"),
         same="gains are 1",
     ),
     Mutation(
         "gain_plus_one",
         "times 1 + gain, as Gemma has it",
-        edit(RMSNorm.forward, "self.weight.float() * y", "(1 + self.weight.float()) * y"),
+        edit(RMSNorm.forward, "self.gain * y", "(1 + self.gain) * y"),
     ),
     Mutation(
         "gain_squared",
         "gains are applied twice",
-        edit(RMSNorm.forward, "self.weight.float() * y", "self.weight.float() ** 2 * y"),
+        edit(RMSNorm.forward, "self.gain * y", "self.gain ** 2 * y"),
         "gain",
     ),
     Mutation(

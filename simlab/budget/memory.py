@@ -138,6 +138,8 @@ def _backward(curve: Curve) -> float:
         block += 12 * n * n * len(inputs)  # L in float64 and in float32
     if curve.stored:  # products and their sums in float32, before they are turned
         block += n * max(matrix.d_in for matrix in matrices) * (curve.size + 4)
+    if curve.model.attention_softcap is not None:  # attention's matrices, made and kept
+        block += 16 * curve.model.heads * curve.together * curve.length**2
     streams = (curve.model.depth + 3) * curve.stream
     moment = max(block, _attention_statistics(curve))
     return _weights(curve) + _normals(curve) + normals + streams + moment

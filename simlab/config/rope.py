@@ -35,6 +35,17 @@ def read_llama3(model: Fields) -> Llama3RopeConfig | None:
     return llama3
 
 
+def read_linear(model: Fields) -> float | None:
+    """``model.rope_linear``, a factor by which all angles are divided. Raises ConfigError."""
+    linear = model.number("rope_linear", 1.0, default=None)
+    if linear is not None:
+        for other in ("yarn", "llama3"):
+            if model.values.get(other) is not None:
+                why = f"model.{other} scales RoPE too: one of them must be null"
+                raise model.fail("rope_linear", linear, why)
+    return linear
+
+
 def llama3_scaling(node: Fields, factor: float, original: int) -> Llama3RopeConfig:
     """Llama 3's scaling, whose two factors bound the pairs that are between. Raises ConfigError."""
     low = node.number("low_freq_factor", 1e-6)

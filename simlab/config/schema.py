@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ DEMO_STEPS = ("0", "100", "1000", "final")
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless", "theory")
-NORM_TYPES = ("rms", "layer", "layer_bias")  # the keys of simlab.model.norms.NORMS
+NORM_TYPES = ("rms", "rms_plus_one", "layer", "layer_bias")  # the keys of simlab.model.norms.NORMS
 QK_NORMS = ("none", "full", "per_head")
 LOGGERS = (
     "tensorboard",
@@ -47,12 +48,17 @@ class NormConfig:
     @property
     def centred(self) -> bool:
         """True for a LayerNorm, which takes the mean away."""
-        return self.type != "rms"
+        return self.type in ("layer", "layer_bias")
 
     @property
     def biased(self) -> bool:
         """True if norms have biases."""
         return self.type == "layer_bias"
+
+    @property
+    def plus_one(self) -> bool:
+        """True if a gain is 1 + its parameter."""
+        return self.type == "rms_plus_one"
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,33 @@ class ModelConfig:
     qkv_bias: bool = False  # on those of queries, keys and values
     rotary: float = 1.0  # the share of a head's channels that RoPE turns; 0: there is no RoPE
     positions: int | None = None  # of the learned embedding of positions; None: there is none
+    embedding_scale: float = 1.0  # what the embedding's rows are multiplied by
+    query_pre_attn_scalar: float | None = None  # logits are q·k over its root; None: head_dim
+    attention_softcap: float | None = None  # c: attention's logits l become c·tanh(l/c)
+    logit_softcap: float | None = None  # the same of the head's
+    rope_local_theta: float | None = None  # of layers with a window; None: rope_theta
+    rope_linear: float | None = None  # what RoPE's angles are divided by where there is no window
 
     @property
     def turned(self) -> int:
         """Channels of a head that RoPE turns, the first ones."""
         return int(self.head_dim * self.rotary)
+
+    def rope_of(
+        self, local: bool
+    ) -> tuple[float, YarnConfig | None, Llama3RopeConfig | None, float | None]:
+        """θ, yarn, llama3 and linear of a layer with a window (``local``) or without.
+
+        Scaling stretches what must reach far: a layer with a window keeps plain RoPE (OLMo 3, Gemma 3).
+        """
+        if local:
+            return self.rope_local_theta or self.rope_theta, None, None, None
+        return self.rope_theta, self.yarn, self.llama3, self.rope_linear
+
+    @property
+    def query_divisor(self) -> float:
+        """Attention's logits are q·k over this."""
+        return math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""
@@ -234,8 +262,8 @@ class KeepConfig:
     logger: tuple[str, ...] = ()
 
 
-def full_layers(depth: int, every: int | None) -> tuple[int, ...]:
-    """The full-attention layers of a sliding-window model: each ``every``-th, and the last."""
+def full_layers(depth: int, every: int | None, last: bool = True) -> tuple[int, ...]:
+    """The full-attention layers of a sliding-window model: each ``every``-th, and the last if asked."""
     if every is None:
         return ()
-    return tuple(i for i in range(depth) if (i + 1) % every == 0 or i == depth - 1)
+    return tuple(i for i in range(depth) if (i + 1) % every == 0 or (last and i == depth - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 
@@ -34,11 +35,12 @@ from simlab.config import (
     nearest,
 )
 from simlab.config.fields import REQUIRED, Fields
-from simlab.config.rope import read_llama3, read_yarn
+from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
 OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("divide", lambda a, b: a // b, replace=True)
+OmegaConf.register_new_resolver("root", math.sqrt, replace=True)
 
 GROUPS = ("model", "norm", "init", "source", "inputs")
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
@@ -97,6 +99,11 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
     window, every = node.integer("window", default=None), node.integer("full_every", default=None)
     if window is None and every is not None:
         raise node.fail("full_every", every, "needs a model.window")
+    # Configs written before a key existed haven't got it.
+    last = node.boolean("full_last") if "full_last" in node.values else True
+    local_theta = node.number("rope_local_theta", 1.0, above=True, default=None)
+    if window is None and local_theta is not None:
+        raise node.fail("rope_local_theta", local_theta, "needs a model.window")
     model = ModelConfig(
         name=name,
         depth=depth,
@@ -111,15 +118,20 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         rope_theta=node.number("rope_theta", 1.0, above=True),
         rotary=node.number("rotary", 0.0, 1.0) if "rotary" in node.values else 1.0,
         positions=node.integer("positions", default=None),
-        # Configs written before this key, mlp and the biases existed have none of them.
         llama3=read_llama3(node) if "llama3" in node.values else None,
         yarn=read_yarn(node),
         window=window,
-        full_attention=full_layers(depth, every),
+        full_attention=full_layers(depth, every, last),
         tied=tied,
         mlp=node.choice("mlp", MLP_NAMES) if "mlp" in node.values else "swiglu",
         bias=node.boolean("bias") if "bias" in node.values else False,
         qkv_bias=node.boolean("qkv_bias") if "qkv_bias" in node.values else False,
+        embedding_scale=node.number("embedding_scale", 0.0, above=True, default=1.0),
+        query_pre_attn_scalar=node.number("query_pre_attn_scalar", 0.0, above=True, default=None),
+        attention_softcap=node.number("attention_softcap", 0.0, above=True, default=None),
+        logit_softcap=node.number("logit_softcap", 0.0, above=True, default=None),
+        rope_local_theta=local_theta,
+        rope_linear=read_linear(node),
     )
     node.done()
     if model.turned % 2:

@@ -20,7 +20,7 @@ from simlab.measurement.statistics import (
     attention_statistics,
     wide,
 )
-from simlab.model.attention import Attention
+from simlab.model.attention import Attend, Attention
 from simlab.model.norms import RMSNorm
 from simlab.model.placement import Renorm, ResidualStep
 from simlab.model.transformer import Block
@@ -159,8 +159,9 @@ class Probe(BlockProbe):
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             self.tensors["raw"] = out
 
-        def on_attend(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            self.attention = attention_statistics(args[0], args[1], args[3])
+        def on_attend(attend: Attend, args: tuple[Tensor, ...], out: Tensor) -> None:
+            q, k, _, mask = args
+            self.attention = attention_statistics(q, k, mask, attend.divisor, attend.softcap)
 
         def on_add(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
             skip, branch = args
@@ -197,7 +198,7 @@ def observe(
     if isinstance(step, Renorm):
         norm = step.norm_out
         moment = norm.moment(wide(before))
-        return Step(after=after, moment=moment, eps=norm.eps, gain=wide(norm.weight))
+        return Step(after=after, moment=moment, eps=norm.eps, gain=wide(norm.gain))
     raw, total = wide(tensors["raw"]), tensors["sum"]
     if step.normalises is None:
         moment, eps = RMSNorm.moment(raw), step.options.eps
@@ -213,6 +214,6 @@ def observe(
         raw=raw,
         moment=moment,
         eps=eps,
-        gain=wide(norms[-1].weight) if norms else None,
+        gain=wide(norms[-1].gain) if norms else None,
         attention=attention,
     )

@@ -30,6 +30,7 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     with torch.enable_grad():
         last = norm(x)[:, :-1].reshape(weights.curves, -1, model.width)
         parts, targets = weights.head(last, ids.to(x.device))
+    cap = model.logit_softcap
     log_sum = torch.full(last.shape[:2], -torch.inf, device=x.device)
     hit = torch.zeros_like(log_sum)
     with torch.no_grad():
@@ -37,7 +38,7 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
         for part in parts:
             for chunk in part.chunks():
                 here, column = _in(chunk, targets - start)
-                logits = (part.coordinates @ chunk).float()
+                logits = _capped((part.coordinates @ chunk).float(), cap)
                 log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
                 hit += here * logits.gather(2, column.expand(len(logits), -1, -1)).squeeze(2)
                 start += chunk.shape[2]
@@ -49,10 +50,12 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
             square = None if part.tap is None else torch.zeros_like(part.tap).contiguous()
             for chunk in part.chunks():
                 here, column = _in(chunk, targets - start)
-                logits = (part.coordinates @ chunk).float()
+                logits = _capped((part.coordinates @ chunk).float(), cap)
                 g = (logits - log_sum[..., None]).exp_()
                 known_ones = (-here[:, None].to(g)).expand(len(g), -1, -1)
                 g.scatter_add_(2, column.expand(len(g), -1, -1), known_ones)
+                if cap is not None:  # the slope of c·tanh(l/c) is 1 − tanh²
+                    g -= g * logits.div_(cap).square_()
                 gradient.baddbmm_(g, chunk.mT.float())
                 if square is not None:
                     square += gram(g)
@@ -64,6 +67,11 @@ def next_token(weights: Weights, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
                 gradients.append(square)
     (gradient,) = torch.autograd.grad(outputs, x, gradients)
     return (log_sum - hit).mean(1), gradient
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    """c·tanh(l/c) of logits l, in place; without a cap they themselves."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _in(chunk: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

@@ -274,21 +274,31 @@ GRADIENT_STATISTICS: dict[str, Statistic] = {
 
 
 @torch.no_grad()
-def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    divisor: float | None = None,
+    softcap: float | None = None,
+) -> dict[str, Tensor]:
     """Statistics of the attention weights a = softmax(QKᵀ/√C), per token (B, T), in float32.
 
     q, k (B, H, T, C), after QK-norm and RoPE; mask (T, T), True where a query may look, or None for
-    causal. entropy: −Σ a ln a of each query, the mean over heads, in nats (ln of the tokens in sight
-    where they count alike). max_logit: the largest of a query's logits over heads. first: the
-    weight on position 0, the mean over heads (at position 0 itself it is 1).
+    causal. divisor, softcap: as of ``simlab.model.attention.Attend``. entropy: −Σ a ln a of each
+    query, the mean over heads, in nats (ln of the tokens in sight where they count alike). max_logit:
+    the largest of a query's logits over heads. first: the weight on position 0, the mean over heads (at
+    position 0 itself it is 1).
     """
     heads, length, width = q.shape[1:]
+    divisor = divisor or width**0.5
     q, k = q.contiguous(), k.contiguous()  # else one sequence's product is another kernel's
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     entropy, most, first = [], [], []
     for a in range(0, heads, step := max(1, HEADS_AT_ONCE // (len(q) * length * length))):
-        logits = (q[:, a : a + step].float() / width**0.5) @ k[:, a : a + step].float().mT
+        logits = (q[:, a : a + step].float() / divisor) @ k[:, a : a + step].float().mT
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
         masked = logits.masked_fill(~mask, -torch.inf)
         weights, top = masked.softmax(-1), masked.amax(-1)
         # With z the logits less their largest: −ln max a − Σ a z, without a logarithm of each a.

@@ -32,13 +32,36 @@ def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 class Attend(nn.Module):
-    """softmax(QKᵀ/√C)·V, as a module of its own so that hooks can read attention's inputs."""
+    """softmax(QKᵀ/s)·V, as a module of its own so that hooks can read attention's inputs.
+
+    divisor: s; None: √C. softcap: c, logits l become c·tanh(l/c) (Gemma 2, arXiv 2408.00118, §2).
+    """
+
+    def __init__(self, divisor: float | None = None, softcap: float | None = None) -> None:
+        super().__init__()
+        self.divisor, self.softcap = divisor, softcap
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, T, C) each to the same; mask (T, T), True where a query may look; None: causal."""
+        if self.softcap is not None:
+            return self._capped(q, k, v, mask, self.softcap)
+        scale = None if self.divisor is None else 1 / self.divisor
         return nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
         )
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, c: float) -> Tensor:
+        """torch's attention has no cap, so the matrices are made, of some heads at a time."""
+        length = q.shape[2]
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        step = max(1, HEADS_AT_ONCE // (len(q) * length * length))
+        divisor, out = self.divisor or q.shape[3] ** 0.5, []
+        for some in (slice(a, a + step) for a in range(0, q.shape[1], step)):
+            logits = torch.tanh(q[:, some] @ k[:, some].mT / (divisor * c)) * c
+            weights = logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+            out.append(weights.to(v.dtype) @ v[:, some])
+        return torch.cat(out, 1)
 
 
 class Attention(nn.Module):
@@ -51,18 +74,17 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, linear: Linear) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qk_norm, self.theta, self.turned = config.qk_norm, config.rope_theta, config.turned
+        self.qk_norm, self.turned = config.qk_norm, config.turned
         self.window = config.window_of(layer)
-        # Scaling stretches what must reach far: a layer with a window keeps plain RoPE (OLMo 3).
-        self.yarn = config.yarn if self.window is None else None
-        self.llama3 = config.llama3 if self.window is None else None
+        self.rope = config.rope_of(local=self.window is not None)
         q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
         bias = config.bias or config.qkv_bias
         self.q_proj = linear(config.width, q_dim, bias)
         self.k_proj = linear(config.width, kv_dim, bias)
         self.v_proj = linear(config.width, kv_dim, bias)
         self.o_proj = linear(q_dim, config.width, config.bias)
-        self.attend = Attend()
+        divisor = config.query_divisor if config.query_pre_attn_scalar else None
+        self.attend = Attend(divisor, config.attention_softcap)
         if self.qk_norm != "none":
             norm = NORMS[config.norm.type]
             per_head = self.qk_norm == "per_head"
@@ -91,7 +113,7 @@ class Attention(nn.Module):
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         pairs = torch.arange(self.turned // 2, dtype=torch.float32, device=device)
-        angles, factor = inverse_frequencies(pairs, self.turned, self.theta, self.yarn, self.llama3)
+        angles, factor = inverse_frequencies(pairs, self.turned, *self.rope)
         positions = torch.arange(length, dtype=torch.float32, device=device)
         angles_TC = torch.outer(positions, angles).repeat(1, 2)
         return angles_TC.cos() * factor, angles_TC.sin() * factor

@@ -96,8 +96,9 @@ def shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 def first_block(model: ModelConfig) -> ModelConfig:
     """A model's first block, without keys that don't change its shapes: a description's cache key."""
     return replace(
-        model, name="", depth=1, vocab_size=1, positions=None, window=None, full_attention=()
-    )
+        model, name="", depth=1, vocab_size=1, positions=None, window=None, full_attention=(),
+        embedding_scale=1.0, logit_softcap=None,
+    )  # fmt: skip
 
 
 def paper_block(model: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor]:

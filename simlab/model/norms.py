@@ -36,11 +36,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    @property
+    def gain(self) -> Tensor:
+        """g (dim,), in float32."""
+        return self.weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
         """Any shape (…, dim) to the same shape and dtype."""
         x32 = squarable(x.float())
         y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * y).to(x.dtype)
+        return (self.gain * y).to(x.dtype)
 
     @staticmethod
     def moment(x: Tensor) -> Tensor:
@@ -48,12 +53,25 @@ class RMSNorm(nn.Module):
         return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
 
 
+class PlusOneRMSNorm(RMSNorm):
+    """RMSNorm with g = 1 + w, w the parameter: Gemma (arXiv 2403.08295)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    @property
+    def gain(self) -> Tensor:
+        """g (dim,), in float32."""
+        return 1 + self.weight.float()
+
+
 class LayerNorm(RMSNorm):
     """y = g · (x − mean(x)) / √(var(x) + eps), without a bias (arXiv 1607.06450)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape (…, dim) to the same shape and dtype."""
-        weight = self.weight.float()
+        weight = self.gain
         y = nn.functional.layer_norm(
             squarable(x.float()), weight.shape, weight, self._shift(), self.eps
         )
@@ -81,6 +99,7 @@ class BiasedLayerNorm(LayerNorm):
 
 NORMS: dict[str, Callable[[int, float], RMSNorm]] = {
     "rms": RMSNorm,
+    "rms_plus_one": PlusOneRMSNorm,
     "layer": LayerNorm,
     "layer_bias": BiasedLayerNorm,
 }

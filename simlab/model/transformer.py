@@ -21,6 +21,11 @@ def dense_linear(d_in: int, d_out: int, bias: bool = False) -> nn.Module:
     return nn.Linear(d_in, d_out, bias=bias)
 
 
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """x times a number that is first rounded to x's dtype, as Gemma scales its embeddings."""
+    return x if scale == 1 else x * x.new_tensor(scale)
+
+
 class Block(nn.Module):
     """Attention, then MLP, each in its residual step, then a re-norm if the placement has one."""
 
@@ -52,6 +57,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, linear: Linear = dense_linear) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding_scale, self.logit_softcap = config.embedding_scale, config.logit_softcap
         self.position = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, i, linear) for i in range(config.depth))
         self.norm = NORMS[config.norm.type](config.width, config.norm.eps)
@@ -59,14 +65,19 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """The stream before the first block (B, T, D) of token ids (B, T)."""
+        x = scaled(self.embedding(ids), self.embedding_scale)
+        return x if self.position is None else x + self.position.weight[: ids.shape[-1]]
+
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to logits (B, T, vocabulary)."""
-        x = self.embedding(ids)
-        if self.position is not None:
-            x = x + self.position.weight[: ids.shape[-1]]
+        x = self.embed(ids)
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
 
 

@@ -21,7 +21,7 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 as the embedding is.
 
 An MLP without a gate has the columns up and down. Biases are 0 and norms' gains 1 (``norm.gain`` where
-a sublayer's norm has it), as in all of these trainers.
+a sublayer's norm has it), as in all of these trainers; where a gain is 1 + its parameter, that is 0.
 """
 
 from __future__ import annotations
@@ -147,5 +147,6 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
         return Constant(0.0)
     if role in GAINS:
         sublayer_norm = role in ("norm_in", "norm_out") and parts[2] != "renorm"
-        return Constant(model.norm.gain if sublayer_norm else 1.0)
+        gain = model.norm.gain if sublayer_norm else 1.0
+        return Constant(gain - 1 if model.norm.plus_one else gain)
     return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]

@@ -14,6 +14,7 @@ def inverse_frequencies(
     theta: float,
     yarn: YarnConfig | None = None,
     llama3: Llama3RopeConfig | None = None,
+    linear: float | None = None,
 ) -> tuple[Any, float]:
     """RoPE's angle per position, θ^(−2i/C) for each of the C/2 pairs, and a factor on cos and sin.
 
@@ -23,11 +24,14 @@ def inverse_frequencies(
 
     With Llama 3.1's scaling (arXiv 2407.21783) pairs that turn fewer than ``low_freq_factor`` times
     within the original length are slowed down by ``factor``, those above ``high_freq_factor`` are
-    kept, with a linear ramp over the turns between.
+    kept, with a linear ramp over the turns between. With ``linear`` every angle is divided by it
+    (arXiv 2306.15595).
 
     pairs: 0 … C/2 − 1 as a float tensor or array (C/2,), and so is the result, in radians per position.
     """
     angles = 1.0 / theta ** (2 * pairs / head_dim)
+    if linear is not None:
+        return angles / linear, 1.0
     if llama3 is not None:
         turns = llama3.original_length * angles / (2 * math.pi)
         low, high = llama3.low_freq_factor, llama3.high_freq_factor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
-from simlab.model.transformer import Block, Transformer, dense_linear
+from simlab.model.transformer import Block, Transformer, dense_linear, scaled
 
 Shape = Sequence[int]
 COLUMNS_AT_ONCE = 4096  # of the head: bounds what is held of it, and of the logits
@@ -47,10 +47,11 @@ class Weights(ABC):
         """Rows ``ids`` (any shape) of the matrix ``name``: (*ids.shape, columns)."""
 
     def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The stream before the first block for ids (B, T) in every curve, where learned positions are
-        added: (S·B, T, D), a curve's sequences together.
+        """The stream before the first block for ids (B, T) in every curve, where the embedding is
+        scaled and learned positions are added: (S·B, T, D), a curve's sequences together.
         """
-        x, positions = self.vectors(ids, device, dtype), self.model.positions
+        positions = self.model.positions
+        x = scaled(self.vectors(ids, device, dtype), self.model.embedding_scale)
         if positions is None:
             return x
         places = torch.arange(ids.shape[-1])

@@ -54,7 +54,8 @@ def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
 @functools.lru_cache(16)  # a sweep has the same two models with other inits
 def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
     """Names of the parameters in ``shallow``'s layers; none unless ``deep`` begins with these."""
-    if shallow.depth > deep.depth or shallow.positions != deep.positions:
+    ends = [(model.positions, model.embedding_scale) for model in (shallow, deep)]
+    if shallow.depth > deep.depth or ends[0] != ends[1]:
         return ()
     names = []
     for layer in range(shallow.depth):

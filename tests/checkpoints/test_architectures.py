@@ -112,9 +112,7 @@ def sublayer_states(reference, ids, norms_out=True):
 def our_states(folder, ids):
     model = build_model(compose(["source=checkpoint", f"source.path={folder}", "device=cpu"]))
     with torch.no_grad():
-        states = [model.embedding(ids)]
-        if model.position is not None:
-            states[0] = states[0] + model.position.weight[: ids.shape[1]]
+        states = [model.embed(ids)]
         for block in model.blocks:
             start = states[-1]
             for _, step in block.steps():

@@ -32,6 +32,8 @@ RELEASED = {
     "qwen2_5_72b": 72_706_203_648,
     "gpt2_xl": 1_557_611_200,
     "pythia_12b": 11_846_072_320,
+    "gemma2_27b": 27_227_128_320,
+    "gemma3_27b": 27_009_346_304,  # without image encoder and projector, 423,060,336
 }
 
 
@@ -48,6 +50,8 @@ def test_olmo3_attention_pattern():
     windows = [model.window_of(layer) for layer in range(8)]
     assert windows == [4096, 4096, 4096, None, 4096, 4096, 4096, None]
     assert compose(["model=olmo3_7b", "depth=6"]).shape.window_of(5) is None  # the last is full
+    gemma = compose(["model=gemma3_27b"]).shape  # of 62 blocks the last isn't
+    assert [i for i in range(62) if gemma.window_of(i) is None] == [*range(5, 62, 6)]
 
 
 def test_command_line_overrides_preset():
@@ -104,7 +108,7 @@ MISTAKES = {
     "init.truncate=-1": ["init.truncate=-1", "at least 0.5"],
     "norm.eps=inf": ["norm.eps=inf", "at least 0"],
     "norm.placement=swinrenorm": ["norm.placement=swinrenorm", "did you mean swin_renorm?"],
-    "norm.type=batch": ["norm.type=batch", "rms, layer"],
+    "norm.type=batch": ["norm.type=batch", "rms, rms_plus_one, layer"],
     "+norm.every=3": ["norm.every=3", "norm=reordered has no such key"],
     "+init.sigma=3": ["init.sigma=3", "init=normal has no such key"],
     "+dpeth=3": ["dpeth=3", "did you mean depth?"],
@@ -114,6 +118,11 @@ MISTAKES = {
     "model.tied=maybe": ["model.tied=maybe", "true, false"],
     "model.mlp=swigl": ["model.mlp=swigl", "did you mean swiglu?"],
     "model.mlp=relu": ["model.mlp=relu", "swiglu, geglu, gelu"],
+    "model.rope_local_theta=9": ["model.rope_local_theta=9", "needs a model.window"],
+    "model.rope_linear=0.5": ["model.rope_linear=0.5", "at least 1"],
+    "model.embedding_scale=0": ["model.embedding_scale=0", "above 0"],
+    "model.attention_softcap=0": ["model.attention_softcap=0", "above 0", "null"],
+    "model.query_pre_attn_scalar=-1": ["model.query_pre_attn_scalar=-1", "above 0"],
     "model.rotary=0.4": ["rotary=0.4", "3 of 8 channels: must be even"],
     "model.bias=1": ["model.bias=1", "true, false"],
     "dtype=float23": ["dtype=float23", "did you mean float32?"],

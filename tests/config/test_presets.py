@@ -108,6 +108,7 @@ def test_llama3_rope_is_one_of_two():
     assert compose([f"model.llama3={scaling}"]).shape.llama3.factor == 8
     for wrong, part in (
         (["model=olmo3_7b", f"model.llama3={scaling}"], "model.yarn"),
+        (["model=olmo3_7b", "model.rope_linear=8"], "rope_linear=8: model.yarn scales RoPE too"),
         ([f"model.llama3={scaling.replace(' 4', ' 1')}"], "low_freq_factor=1.0: must be below"),
         ([f"model.llama3={scaling.replace('factor: 8,', 'factor: 8, beta: 1,')}"], "beta=1"),
     ):

@@ -36,6 +36,19 @@ def test_a_norms_bias():
     torch.testing.assert_close(norm(x), theirs(x), **PARITY)
 
 
+def test_a_gain_of_one_plus_its_parameter():
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    torch.manual_seed(0)
+    norm, theirs = NORMS["rms_plus_one"](24, 1e-3), Gemma3RMSNorm(24, 1e-3)
+    assert torch.equal(norm.weight, theirs.weight)  # both begin with the gain 1
+    torch.nn.init.normal_(theirs.weight)
+    norm.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(norm(x), theirs(x), **PARITY)
+    assert torch.equal(norm.gain, 1 + theirs.weight)
+
+
 @pytest.mark.parametrize(("kind", "formula"), [("rms", rms), ("layer", layer)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_once(kind, formula, dtype):

@@ -28,13 +28,31 @@ def assert_same(run, theirs, state):
     ours = build_model(run)
     ours.load_state_dict(state, strict=True)
     hidden = theirs(IDS, output_hidden_states=True).hidden_states
-    x = ours.embedding(IDS)
-    x = x if ours.position is None else x + ours.position.weight[: IDS.shape[1]]
+    x = ours.embed(IDS)
     for i, block in enumerate(ours.blocks):
         assert_parity(x, hidden[i], f"before block {i}")
         x = block(x)
     assert_parity(ours(IDS), theirs(IDS).logits, "logits")
     assert parameter_count(run.shape) == sum(p.numel() for p in theirs.parameters())
+
+
+GEMMA = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4,
+    "query_pre_attn_scalar": 3, "rms_norm_eps": 1e-4, "attn_implementation": "eager",
+    "pad_token_id": None,
+}  # fmt: skip
+GEMMA_NAMES = {
+    "model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head",
+    "model.layers": "blocks", "self_attn": "attention.sublayer", "mlp.": "mlp.sublayer.",
+    "input_layernorm": "attention.norm_in", "post_attention_layernorm": "attention.norm_out",
+    "pre_feedforward_layernorm": "mlp.norm_in", "post_feedforward_layernorm": "mlp.norm_out",
+}  # fmt: skip
+GEMMA_KEYS = [
+    "norm=peri", "norm.type=rms_plus_one", "norm.eps=1e-4", "model.head_dim=16", "model.mlp=geglu",
+    "model.tied=true", f"model.embedding_scale={48**0.5}", "model.query_pre_attn_scalar=3",
+    "model.window=4", "model.full_last=false",
+]  # fmt: skip
 
 
 def renamed(tensors, names):
@@ -102,6 +120,33 @@ def test_gpt_neox():
         "model.bias=true",
     )  # fmt: skip
     assert_same(run, theirs, state)
+
+
+def test_gemma2():
+    """Caps so low that they bend attention's and the head's logits."""
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    config = transformers.Gemma2Config(**GEMMA, **caps)
+    theirs = randomised(transformers.Gemma2ForCausalLM(config))
+    run = tiny(
+        *GEMMA_KEYS, "model.qk_norm=none", "model.rope_theta=10000", "model.full_every=2",
+        "model.attention_softcap=2", "model.logit_softcap=3",
+    )  # fmt: skip
+    assert_same(run, theirs, dict(renamed(theirs.state_dict().items(), GEMMA_NAMES)))
+
+
+def test_gemma3():
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    }
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(**GEMMA, layer_types=kinds, rope_parameters=rope)
+    theirs = randomised(transformers.Gemma3ForCausalLM(config))
+    run = tiny(
+        *GEMMA_KEYS, "model.qk_norm=per_head", "model.rope_theta=900", "model.full_every=2",
+        "model.rope_local_theta=30", "model.rope_linear=8",
+    )  # fmt: skip
+    assert_same(run, theirs, dict(renamed(theirs.state_dict().items(), GEMMA_NAMES)))
 
 
 def test_more_tokens_than_positions():

@@ -65,6 +65,12 @@ SUBLAYERS = {
          "model.full_every=1", YARN),
     ),
     "window": ("attention", ("kv_heads=4", "model.rope_theta=30", "model.window=2")),
+    "capped": (
+        "attention",
+        ("kv_heads=4", "model.rope_theta=30", "model.qk_norm=none", "model.query_pre_attn_scalar=3",
+         "model.attention_softcap=0.5", "model.rope_linear=2"),
+    ),
+    "local": ("attention", ("kv_heads=4", "model.window=2", "model.rope_local_theta=30")),
     "partial": ("attention", ("kv_heads=4", "model.rope_theta=2", "model.rotary=0.5")),
     "swiglu": ("mlp", ()),
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
@@ -104,7 +110,9 @@ def dense(name):
 
     d, c, heads, kv = shape.width, shape.head_dim, shape.heads, shape.kv_heads
     turned = int(c * shape.rotary)
-    angles, factor = shape.rope_theta ** (-np.arange(0, turned, 2) / turned), 1.0
+    theta = shape.rope_theta if shape.window_of(0) is None else shape.rope_local_theta
+    angles, factor = (theta or shape.rope_theta) ** (-np.arange(0, turned, 2) / turned), 1.0
+    angles = angles / (shape.rope_linear or 1)
     if shape.yarn:
         angles, factor = inverse_frequencies(np.arange(c // 2), c, shape.rope_theta, shape.yarn)
     turns = torch.polar(
@@ -136,7 +144,9 @@ def dense(name):
         if shape.qk_norm == "per_head":
             q, k = norm(q), norm(k)
         k, v = (y.repeat_interleave(heads // kv, 2) for y in (turn(k), v))
-        logits = turn(q) @ k.mT / math.sqrt(c)
+        logits = turn(q) @ k.mT / math.sqrt(shape.query_pre_attn_scalar or c)
+        if cap := shape.attention_softcap:
+            logits = cap * torch.tanh(logits / cap)
         apart = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
         window = LENGTH if shape.window_of(0) is None else shape.window
         logits = logits.masked_fill((apart < 0) | (apart >= window), -math.inf)

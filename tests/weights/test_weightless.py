@@ -240,3 +240,15 @@ def test_more_tokens_than_dimensions():
 def test_variants(overrides, init):
     """A tied head, whose shown rows are known; other norms, MLPs, positions; an init without one σ."""
     assert engines_agree(dataclasses.replace(shape("reordered", 32, *overrides), **init))
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_gemma(width):
+    """Caps that bend both kinds of logits, two RoPEs, a scaled embedding that is also the head."""
+    overrides = [
+        "norm.type=rms_plus_one", "model.mlp=geglu", "model.qk_norm=none", "model.tied=true",
+        f"model.embedding_scale={width**0.5}", "model.query_pre_attn_scalar=0.1",
+        "model.attention_softcap=1", "model.logit_softcap=1", "model.window=5",
+        "model.full_every=2", "model.rope_local_theta=30", "model.rope_linear=8",
+    ]  # fmt: skip
+    assert engines_agree(shape("peri", width, *overrides))

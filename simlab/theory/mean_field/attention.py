@@ -37,11 +37,13 @@ IN_CACHE = 1 << 16  # entries of q that are drawn together: more leave the cache
 class DrawnHeads:
     """Drawn heads: G groups of M, those of a group with a common Ĥ. weights: a (G, M, B, T, T).
 
+    slope: that of the soft-cap, 1 − tanh² (G, M, B, T, T); None without one.
     The rest of q and of k, first axis: projected (2, G, M, C, N) after QK-norm and RoPE; normed,
     the same before RoPE; factor (2, G, M, N): QK-norm's divisor's inverse times √d·σ.
     """
 
     weights: Array32
+    slope: Array32 | None
     projected: Array32
     normed: Array32
     factor: Array32
@@ -134,12 +136,17 @@ class AttentionKernel:
         turned = turn(normed, context.rope(scaled=window is None), room)
         q, k = context.sequences(turned)
         weights = q @ k.swapaxes(-1, -2)
-        weights *= np.float32(1 / math.sqrt(self.context.model.head_dim))
+        weights *= np.float32(1 / context.model.query_divisor)
+        cap, slope = context.model.attention_softcap, None
+        if cap is not None:
+            np.tanh(weights / np.float32(cap), out=weights)
+            slope = 1 - weights**2
+            weights *= np.float32(cap)
         weights += context.mask(window)
         weights -= weights.max(-1, keepdims=True)
         np.exp(weights, out=weights)
         weights /= weights.sum(-1, keepdims=True)
-        return DrawnHeads(weights, turned, normed, factors)
+        return DrawnHeads(weights, slope, turned, normed, factors)
 
     def counts(self) -> tuple[int, int]:
         """Groups, and heads in each."""
@@ -273,7 +280,9 @@ class AttentionBranch:
             value *= np.float32(math.sqrt(model.width) * stds["v_proj"])
             weight = out @ value.reshape(shape).swapaxes(-1, -2)
             logit = a * (weight - (a * weight).sum(-1, keepdims=True))
-            logit /= np.float32(math.sqrt(model.head_dim))
+            logit /= np.float32(model.query_divisor)
+            if drawn.slope is not None:
+                logit *= drawn.slope[0]
             parts = [columns(a.swapaxes(-1, -2) @ out)]
             for role, one in enumerate((logit, logit.swapaxes(-1, -2))):
                 turned = columns(one @ context.sequences(drawn.projected[1 - role, 0]))

@@ -158,13 +158,13 @@ def _joined(parts: Sequence[tuple[Array, Any]]) -> tuple[Array, Any]:
 def band(
     steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float,
     width: int, on_step: Callable[[], None] = lambda: None,
-    others: Sequence[NDArray[np.int64]] = (),
+    others: Sequence[tuple[NDArray[np.int64], float]] = (),
 ) -> Array:  # fmt: skip
     """Std between seeds of every row's mean square, (rows,), the embedding's first.
 
     start: the embedding's kernel (N, N). ids (N,). fourth: (κ − 3)·σ⁴ of an embedding's entries, κ
-    their kurtosis. on_step: called after each step, from the last to the first. others: ids (N,) of
-    further embeddings with such entries that are added, as of positions.
+    their kurtosis. on_step: called after each step, from the last to the first. others: of
+    further embeddings that are added, as of positions, ids (N,) and what fourth is of theirs.
     """
     tokens, rows = len(start), len(steps) + 1
     mean_square = np.eye(tokens)[None] / tokens
@@ -185,9 +185,9 @@ def band(
     functionals = np.tensordot(coefficients, basis, 1)
     product = products(functionals, start)
     variance += 2 * np.einsum("rij,rji->r", product, product) / width
-    for each in (ids, *others):
+    for each, own_fourth in ((ids, fourth), *others):
         for token in np.unique(each):  # a truncated embedding's kurtosis is below 3
             same = np.flatnonzero(each == token)
             sums = functionals[:, same][:, :, same].sum((1, 2))
-            variance += fourth / width * sums**2
+            variance += own_fourth / width * sums**2
     return np.sqrt(np.maximum(variance, 0))[::-1]

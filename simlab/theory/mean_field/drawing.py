@@ -76,8 +76,8 @@ class Context:
         if scaled not in self.tables:
             model = self.model
             angles, factor = inverse_frequencies(
-                np.arange(model.turned // 2, dtype=np.float64), model.turned, model.rope_theta,
-                model.yarn if scaled else None, model.llama3 if scaled else None,
+                np.arange(model.turned // 2, dtype=np.float64), model.turned,
+                *model.rope_of(local=not scaled),
             )  # fmt: skip
             turns = np.outer(angles, np.tile(np.arange(self.length), self.batch))
             self.tables[scaled] = (

@@ -41,11 +41,14 @@ def loss_error(state: Array, model: ModelConfig, head: float) -> float:
     """The relative error of ``loss_gradient`` that a finite vocabulary V makes, at most over tokens.
 
     E Σp² = (e^C/V)·(1 − 2(e^{2C} − 1)/V + …), the ratio's first correction, beside the 1 of the token
-    that is predicted: (e^C/V)·2(e^{2C} − 1)/V. inf where a few tokens share all the probability.
+    that is predicted: (e^C/V)·2(e^{2C} − 1)/V. inf where a few tokens share all the probability. A
+    soft-cap c of the logits takes l³/3c² off l and 1 − l²/c² off its slope: 2C/c² of the square.
     """
     root = 1 / np.sqrt(np.maximum(state.diagonal(), TINY) + model.norm.eps)
     logits = np.minimum(model.width * head**2 * state.diagonal() * root**2, 200.0)
     errors: Array = 2 * np.exp(logits) * np.expm1(2 * logits) / model.vocab_size**2
+    if model.logit_softcap is not None:
+        errors += 2 * logits / model.logit_softcap**2
     return float(errors.max())
 
 

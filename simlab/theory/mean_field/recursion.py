@@ -155,7 +155,7 @@ def predict(
     flat = ids.reshape(-1)
     laws = table(model, init)
     places = np.tile(np.arange(ids.shape[1]), len(ids)) if model.positions else None
-    start, fourth = _start(laws["embedding"], flat, places, model.width)
+    start, fourth = _start(laws["embedding"], flat, places, model)
     kernel = start.kernel
     passed, ends = [], None
     rows = [_row(0, None, "embedding", start, ids, model.width, None)]
@@ -180,7 +180,7 @@ def predict(
             if next(done).kind == "attention":
                 on_block()
 
-        others = () if places is None else (places,)
+        others = () if places is None else ((places, fourth / model.embedding_scale**4),)
         stds = band(steps, kernel, flat, fourth, model.width, on_step, others)
         for value, std in zip(values, stds, strict=True):
             value["band"] = float(std)
@@ -197,6 +197,7 @@ def predict(
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
         elif loss_error(passed[-1].state.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
+            no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
         else:
             pulled = _gradients(context, passed, head, ids, on_block)
             for value, squares in zip(values, pulled, strict=True):
@@ -208,20 +209,22 @@ def predict(
 
 
 def _start(
-    law: Gaussian, ids: NDArray[np.int64], places: NDArray[np.int64] | None, width: int
+    law: Gaussian, ids: NDArray[np.int64], places: NDArray[np.int64] | None, model: ModelConfig
 ) -> tuple[State, float]:
-    """The state of the embeddings of tokens (N,) at places (N,), and (κ − 3)·σ⁴ of their entries.
+    """The state of the embeddings of tokens (N,) at places (N,), and (κ − 3)·τ⁴ of their entries.
 
-    Of equal tokens K̂_ij is the mean of z⁴: Cov(K̂_ii, K̂_jj) = (κ − 1)σ⁴/d. A learned position is
-    another embedding by the same law, added: K sums, and Cov is 2K²/d + (κ − 3)σ⁴/d of each.
+    τ = s·σ with the embedding's scale s. Of equal tokens K̂_ij is the mean of z⁴: Cov(K̂_ii, K̂_jj) =
+    (κ − 1)τ⁴/d. A learned position is another embedding by the same law, added without s: K sums, and
+    Cov is 2K²/d + (κ − 3)τ⁴/d of each.
     """
+    width, std = model.width, model.embedding_scale * law.std
     same = (ids[:, None] == ids[None, :]).astype(float)
-    kernel, square = law.std**2 * same, (kurtosis(law) - 1) * law.std**4 * same / width
-    fourth = (kurtosis(law) - 3) * law.std**4
+    kernel, square = std**2 * same, (kurtosis(law) - 1) * std**4 * same / width
+    fourth = (kurtosis(law) - 3) * std**4
     if places is not None:
         alike = (places[:, None] == places[None, :]).astype(float)
         kernel = kernel + law.std**2 * alike
-        square = (2 * kernel**2 + fourth * (same + alike)) / width
+        square = (2 * kernel**2 + fourth * (same + alike / model.embedding_scale**4)) / width
     ends = np.outer(kernel.diagonal(), kernel.diagonal())
     return State(kernel, square, (ends + kernel**2) / width), fourth
 
@@ -306,7 +309,7 @@ def _gradients(
 def _tied_head_knows(model: ModelConfig, passed: list[Passed], head: float) -> bool:
     """True where a tied head gives tokens themselves more than OWN_PROBABILITY."""
     last = passed[-1].state.kernel
-    own = np.ones(len(last))
+    own = np.full(len(last), model.embedding_scale)
     for one in passed:  # the stream's share in what each step gives
         own = own * np.sum([one.step.factor(term) for term in one.out if term.base == 0], axis=0)
     return bool(own_probability(last, model, head, own).max() > OWN_PROBABILITY)
