@@ -148,6 +148,7 @@ RENAMED = {
         "num_attention_heads": "n_head", "num_key_value_heads": None,
         "rms_norm_eps": "layer_norm_epsilon",
     },
+    "StableLm": {"rms_norm_eps": "layer_norm_eps"},
     "GPTNeoX": {"num_key_value_heads": None, "rms_norm_eps": "layer_norm_eps"},
 }  # fmt: skip
 

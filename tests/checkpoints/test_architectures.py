@@ -52,6 +52,10 @@ CASES = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "shards": "40KB"}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral-whole": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "phi3": ("Phi3", {"sliding_window": 5, "shards": "40KB"}),
+    "phi3-partial": ("Phi3", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.75}}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "rope_parameters": PLAIN}),
+    "stablelm-llama3": ("StableLm", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}),
     "gpt2": ("GPT2", {}),
     "gpt2-exact": (
         "GPT2",
@@ -201,16 +205,20 @@ def test_gpt_defaults_match_transformers(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_config_defaults_match_transformers(tmp_path, kind):
-    theirs = transformers.AutoConfig.for_model(kind, **SHAPE)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **SHAPE}))
+    shape = SHAPE | ({"num_attention_heads": 32} if kind == "stablelm" else {})
+    theirs = transformers.AutoConfig.for_model(kind, **shape)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **shape}))
     ours, *_ = read_config(tmp_path / "config.json", 100)
     rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
-    assert ours.norm.eps == getattr(theirs, "rms_norm_eps", 1e-5)
+    assert ours.norm.eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", 1e-5))
+    assert ours.rotary == rope.get("partial_rotary_factor", 1.0)
+    assert ours.qkv_bias == getattr(theirs, "use_qkv_bias", kind == "qwen2")
     assert ours.rope_theta == rope["rope_theta"]
     assert ours.kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", 256 // 64)
+    assert ours.head_dim == getattr(theirs, "head_dim", 256 // theirs.num_attention_heads)
     assert ours.tied == theirs.tie_word_embeddings
-    assert ours.window == (theirs.sliding_window if kind in ("olmo3", "mistral") else None)
+    windowed = kind in ("olmo3", "mistral", "phi3")
+    assert ours.window == (theirs.sliding_window if windowed else None)
     kinds = (
         getattr(theirs, "layer_types", None) or ["sliding" if ours.window else "full_attention"] * 8
     )
@@ -231,6 +239,10 @@ REFUSED = [
     ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True", "false"),
     ("Mistral", {"rope_parameters": YARN, "sliding_window": 4}, "sliding_window=4", "scaled RoPE"),
     ("Mistral", {"layer_types": ["full_attention"] * 5}, "layer_types", "null"),
+    ("Phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'longrope'", "default"),
+    ("Phi3", {"rope_parameters": YARN}, "scaled RoPE", "phi3"),
+    ("StableLm", {"qk_layernorm": True}, "qk_layernorm=True", "false"),
+    ("StableLm", {"use_parallel_residual": True}, "use_parallel_residual=True", "false"),
     ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True", "false"),
     ("GPT2", {"activation_function": "relu"}, "activation_function='relu'", "gelu_new"),
     ("GPTNeoX", {"attention_bias": False}, "attention_bias=False", "true"),

@@ -35,7 +35,9 @@ def departures(folder, *overrides):
     return found
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen2", "Mistral", "GPT2", "GPTNeoX"])
+@pytest.mark.parametrize(
+    "kind", ["Llama", "Qwen3", "Qwen2", "Mistral", "StableLm", "GPT2", "GPTNeoX"]
+)
 def test_as_transformers_draws(tmp_path, kind):
     """Some 30 matrices a kind: 5 standard errors are passed by chance in 1 of 10^5 runs."""
     import transformers

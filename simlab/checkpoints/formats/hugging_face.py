@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from simlab.checkpoints.formats import hugging_face_gpt as gpt
 from simlab.checkpoints.formats.hugging_face_keys import read_family
-from simlab.checkpoints.formats.hugging_face_rope import LAYER_TYPES, read_transformers_rope
+from simlab.checkpoints.formats.hugging_face_rope import (
+    LAYER_TYPES,
+    read_rotary,
+    read_transformers_rope,
+)
 from simlab.checkpoints.formats.layouts import (
     INDEX,
     SHARDS,
@@ -60,6 +65,15 @@ _QKV_BIAS = {
     f"blocks.{{}}.attention.sublayer.{name}_proj.bias": f"model.layers.{{}}.self_attn.{name}_proj.bias"
     for name in "qkv"
 }
+_NORM_BIASES = {
+    name.replace(".weight", ".bias"): theirs.replace(".weight", ".bias")
+    for name, theirs in (_NORMS_IN | _FINAL_NORM).items()
+}
+# Phi-3's, of whose fused matrices ours are rows, in this order.
+_FUSED = {
+    ours: re.sub(r"[qkv]_proj", "qkv_proj", re.sub("gate_proj|up_proj", "gate_up_proj", theirs))
+    for ours, theirs in _SHARED.items()
+}
 _BUFFER = ".rotary_emb.inv_freq"  # not learned: it follows from the config
 # Of models for classification and for questions, in place of lm_head.
 _OTHER_HEADS = ("score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
@@ -70,8 +84,9 @@ KEYS = _SHARED | _FINAL_NORM | _QK_NORM | _NORMS_OUT  # OLMo 2 and 3
 class Architecture:
     """A model type: its architecture, and transformers' defaults for keys that its config omits.
 
-    reads_eps: False where the family's code has its own eps. Which keys there may be:
-    ``hugging_face_keys``.
+    eps_key: None where the family's code has its own eps. scaled: False where scaled RoPE is refused.
+    rotary: the share of a head's channels that RoPE turns, of a family whose configs say it. Which keys
+    there may be: ``hugging_face_keys``.
     """
 
     keys: dict[str, str]
@@ -79,17 +94,19 @@ class Architecture:
     qk_norm: str
     norm_type: str = "rms"
     eps: float = 1e-6
-    reads_eps: bool = True
+    eps_key: str | None = "rms_norm_eps"
     theta: float = 10_000.0
     head_dim: int | None = None
     kv_heads: int | None = None
     qkv_bias: bool = False
     window: int | None = None  # of a family that has the key sliding_window
+    scaled: bool = True
+    rotary: float | None = None
 
 
 ARCHITECTURES = {
     # LayerNorm without parameters: norms that no key names have gain 1.
-    "olmo": Architecture(_SHARED, "pre", "none", norm_type="layer", eps=1e-5, reads_eps=False),
+    "olmo": Architecture(_SHARED, "pre", "none", norm_type="layer", eps=1e-5, eps_key=None),
     "olmo2": Architecture(KEYS, "reordered", "full", eps=1e-5),
     "olmo3": Architecture(KEYS, "reordered", "full", eps=1e-5, theta=500_000.0, window=4096),
     # transformers rounds to bfloat16 before the gain in these two and in float32 after it in OLMo's;
@@ -104,12 +121,19 @@ ARCHITECTURES = {
     "mistral": Architecture(
         _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", kv_heads=8, window=4096
     ),
+    "phi3": Architecture(
+        _FUSED | _FINAL_NORM | _NORMS_IN, "pre", "none", eps=1e-5, scaled=False, rotary=1.0
+    ),
+    "stablelm": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN | _NORM_BIASES, "pre", "none", norm_type="layer_bias",
+        eps=1e-5, eps_key="layer_norm_eps", kv_heads=32, rotary=0.25
+    ),
 }  # fmt: skip
 
 
 def _windows(fields: Fields, kind: str, depth: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and of a model that has one the layers that see every token. Raises ConfigError."""
-    if kind == "mistral":
+    if kind in ("mistral", "phi3"):
         return fields.integer("sliding_window", default=None), ()
     window = fields.integer("sliding_window") if kind == "olmo3" else None
     kinds = fields.take("layer_types")
@@ -146,10 +170,18 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     )
     depth = layers(fields, "num_hidden_layers", tensors)
     window, full = _windows(fields, kind, depth)
-    theta, yarn, llama3 = read_transformers_rope(fields, its.theta, by_layer=kind == "olmo3")
+    rotary = 1.0
+    if its.rotary is not None:
+        rotary = read_rotary(fields, "partial_rotary_factor", its.rotary, heads["head_dim"])
+    theta, yarn, llama3 = read_transformers_rope(
+        fields, its.theta, by_layer=kind == "olmo3", partial=its.rotary is not None
+    )
+    if not its.scaled and (yarn or llama3):
+        raise ConfigError(f"{path}: scaled RoPE is not supported for {kind}")
     if window and kind == "mistral" and (yarn or llama3):  # simlab scales full attention alone
         raise fields.fail("sliding_window", window, "not supported with scaled RoPE; allowed: null")
-    eps = fields.number("rms_norm_eps", 0.0, default=its.eps) if its.reads_eps else its.eps
+    eps = fields.number(its.eps_key, 0.0, default=its.eps) if its.eps_key else its.eps
+    qkv_bias = fields.boolean("use_qkv_bias", its.qkv_bias)
     model = ModelConfig(
         name=path.parent.name,
         depth=depth,
@@ -164,9 +196,11 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
         window=window,
         full_attention=full,
         tied=fields.boolean("tie_word_embeddings", False),
-        qkv_bias=its.qkv_bias,
+        qkv_bias=qkv_bias,
+        rotary=rotary,
     )
-    return model, its.keys, transformers_init(fields, kind)
+    keys = its.keys | (_QKV_BIAS if qkv_bias else {})
+    return model, keys, transformers_init(fields, kind)
 
 
 def matches(folder: Path) -> bool:

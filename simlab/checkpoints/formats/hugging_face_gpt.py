@@ -98,15 +98,12 @@ def _gpt2(fields: Fields, name: str, tensors: int) -> tuple[ModelConfig, dict[st
 
 
 def _gpt_neox(fields: Fields, name: str, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
-    rotary = read_rotary(fields, "rotary_pct", 0.25)
     theta, yarn, llama3 = read_transformers_rope(
         fields, 10_000.0, top="rotary_emb_base", partial=True
     )
     heads = read_heads(
         fields, ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
-    if int(heads["head_dim"] * rotary) % 2:
-        raise fields.fail("rotary_pct", rotary, "an odd number of a head's channels; must be even")
     parallel = fields.boolean("use_parallel_residual", True)
     model = ModelConfig(
         name=name,
@@ -126,7 +123,7 @@ def _gpt_neox(fields: Fields, name: str, tensors: int) -> tuple[ModelConfig, dic
         tied=fields.boolean("tie_word_embeddings", False),
         mlp=_GELU[fields.choice("hidden_act", _GELU, "gelu")],
         bias=True,
-        rotary=rotary,
+        rotary=read_rotary(fields, "rotary_pct", 0.25, heads["head_dim"]),
     )
     return model, _GPT_NEOX
 

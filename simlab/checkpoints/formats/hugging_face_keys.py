@@ -56,14 +56,14 @@ _EVERYONES = Keys(
 )
 _NAMED = Keys(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act rope_parameters "
-    "rope_scaling max_position_embeddings",
+    "rope_scaling",
     fixed={"rope_interleaved": False},
 )
 _SHARED = (
     _EVERYONES
     | _NAMED
     | Keys(
-        "num_key_value_heads head_dim layer_types rope_theta",
+        "num_key_value_heads head_dim layer_types rope_theta max_position_embeddings",
         fixed={"attention_bias": False, "partial_rotary_factor": 1.0},
     )
 )
@@ -82,6 +82,24 @@ MODEL_TYPES: Mapping[str, Keys] = {
     "qwen2": _SHARED | _RMS | _NO_WINDOW | Keys("", fixed={"use_mrope": False}),
     # The window is every layer's, whatever layer_types says.
     "mistral": _SHARED | _RMS | Keys("sliding_window", fixed={"layer_types": None}),
+    # auto_map: transformers and the repositories' own code compute the same. The lengths are for scaled
+    # RoPE, which is refused.
+    "phi3": _EVERYONES
+    | _NAMED
+    | _RMS
+    | Keys(
+        "num_key_value_heads rope_theta partial_rotary_factor sliding_window",
+        "auto_map resid_pdrop embd_pdrop max_position_embeddings original_max_position_embeddings",
+        {"attention_bias": False},
+    ),
+    "stablelm": _EVERYONES
+    | _NAMED
+    | Keys(
+        "num_key_value_heads rope_theta partial_rotary_factor max_position_embeddings layer_norm_eps "
+        "use_qkv_bias",
+        "hidden_dropout",
+        {"qk_layernorm": False, "use_parallel_residual": False},
+    ),
     # reorder_and_upcast_attn: in which dtype; summary_…: of a head for multiple choice.
     "gpt2": _EVERYONES
     | Keys(
@@ -93,7 +111,7 @@ MODEL_TYPES: Mapping[str, Keys] = {
     "gpt_neox": _EVERYONES
     | _NAMED
     | Keys(
-        "layer_norm_eps rotary_pct rotary_emb_base use_parallel_residual",
+        "layer_norm_eps rotary_pct rotary_emb_base use_parallel_residual max_position_embeddings",
         "hidden_dropout classifier_dropout",
         {"attention_bias": True},
     ),
@@ -101,6 +119,7 @@ MODEL_TYPES: Mapping[str, Keys] = {
 _CLASSES = {
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
     "qwen2": "Qwen2", "mistral": "Mistral", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
+    "phi3": "Phi3", "stablelm": "StableLm",
 }  # fmt: skip
 _HEADS = (
     "ForCausalLM", "LMHeadModel", "Model", "ForSequenceClassification", "ForTokenClassification",
@@ -134,7 +153,7 @@ def read_family(values: dict[str, object], fields: Fields) -> str:
     assert isinstance(kind, str)
     if kind == "olmo" and "hidden_size" not in values and "d_model" in values:
         raise fields.fail("d_model", values["d_model"], _HF_OLMO)
-    if values.get("auto_map"):
+    if values.get("auto_map") and "auto_map" not in MODEL_TYPES[kind].names:
         why = "the repository computes this model with its own code, which simlab doesn't run"
         raise fields.fail("auto_map", values["auto_map"], why)
     MODEL_TYPES[kind].check(fields)

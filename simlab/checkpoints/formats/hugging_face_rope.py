@@ -81,10 +81,11 @@ def read_transformers_rope(
     return theta, yarn, None
 
 
-def read_rotary(fields: Fields, top: str, default: float) -> float:
+def read_rotary(fields: Fields, top: str, default: float, head_dim: int) -> float:
     """The share of a head's channels that RoPE turns, in RoPE's sections or beside them.
 
-    top: the family's name of the one beside them. Raises ConfigError where they differ.
+    top: the family's name of the one beside them. Raises ConfigError where they differ, and where the
+    channels aren't pairs.
     """
     found = {fields.number(top, 0.0, 1.0, default=None)}
     for name in ("rope_parameters", "rope_scaling"):
@@ -93,6 +94,8 @@ def read_rotary(fields: Fields, top: str, default: float) -> float:
     shares = [share for share in found if share is not None] or [default]
     if len(shares) > 1:
         raise ConfigError(f"{fields.prefix}{top} differs between sections, which is not supported")
+    if int(head_dim * shares[0]) % 2:
+        raise fields.fail(top, shares[0], "an odd number of a head's channels; must be even")
     return shares[0]
 
 
