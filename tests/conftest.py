@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -164,7 +165,8 @@ def write_olmo(folder: Path, kind: str = "Olmo2", shards: str = "5GB", **changes
     """A random checkpoint written by transformers, with nothing at its default; and the model."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**keys_of(kind, CHECKPOINT | changes))
+    keys = copy.deepcopy(keys_of(kind, CHECKPOINT | changes))  # transformers adds to its sections
+    config = getattr(transformers, f"{kind}Config")(**keys)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # gains away from 1, weights large enough for attention to matter
