@@ -14,7 +14,7 @@ from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import Pullback, band
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gradient import _norms, loss_gradient
-from simlab.theory.mean_field.kernels import KernelStep
+from simlab.theory.mean_field.kernels import KernelStep, pull_correlation
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
 
 from .record import Mutation, edit
@@ -136,7 +136,7 @@ MLP = (
     Mutation(
         "own_share_forgotten",
         "no −½ρ·δH_ii/H_ii in the response of a correlation",
-        edit(MLPBranch.pull, "diagonal = -np.einsum", "diagonal = 0 * np.einsum"),
+        edit(pull_correlation, "diagonal = -np.einsum", "diagonal = 0 * np.einsum"),
         "linear_response_of_an_mlp",
     ),
     Mutation(

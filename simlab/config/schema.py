@@ -34,7 +34,8 @@ class NormConfig:
     """Where the norms sit (``placement``), one of NORM_TYPES (``type``), and a placement's constants.
 
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
-    are post-norm. Each is None for a placement whose file in conf/norm doesn't have it.
+    are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head.
+    Each is None for a placement whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -44,6 +45,8 @@ class NormConfig:
     every: int | None = None
     alpha: float | None = None
     fraction: float | None = None
+    base_depth: int | None = None
+    qkv_norm: bool | None = None
 
     @property
     def centred(self) -> bool:
@@ -113,6 +116,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # the same of the head's
     rope_local_theta: float | None = None  # of layers with a window; None: rope_theta
     rope_linear: float | None = None  # what RoPE's angles are divided by where there is no window
+    v_norm: bool = False  # True: values are normed too, each head's by itself
 
     @property
     def turned(self) -> int:

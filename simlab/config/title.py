@@ -31,6 +31,9 @@ def title(config: RunConfig) -> str:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
     own = {k: v for k, v in asdict(model.norm).items() if k not in COMMON_NORM_KEYS}
-    constants = "".join(f" {key} {value:g}" for key, value in own.items() if value is not None)
+    own = {
+        k: as_typed(v) if isinstance(v, bool) else f"{v:g}" for k, v in own.items() if v is not None
+    }
+    constants = "".join(f" {key} {value}" for key, value in own.items())
     drawn = "random init" if config.source.stored else "init"
     return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"

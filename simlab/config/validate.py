@@ -77,6 +77,8 @@ def _norm(reader: Fields) -> NormConfig:
         every=reader.integer("every") if "every" in reader.values else None,
         alpha=reader.number("alpha", 0.0, default=None),
         fraction=reader.number("fraction", 0.0, 1.0) if "fraction" in reader.values else None,
+        base_depth=reader.integer("base_depth") if "base_depth" in reader.values else None,
+        qkv_norm=reader.boolean("qkv_norm") if "qkv_norm" in reader.values else None,
     )
     reader.done()
     return norm
@@ -95,7 +97,7 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
     divides("kv_heads", kv_heads, "heads", heads)
     if head_dim % 2:
         raise ConfigError(f"head_dim={head_dim} (width / heads): must be even, RoPE turns pairs")
-    tied = node.boolean("tied")
+    tied, qk_norm = node.boolean("tied"), node.choice("qk_norm", QK_NORMS)
     window, every = node.integer("window", default=None), node.integer("full_every", default=None)
     if window is None and every is not None:
         raise node.fail("full_every", every, "needs a model.window")
@@ -114,7 +116,8 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         vocab_size=vocab_size,
         head_dim=head_dim,
         norm=norm,
-        qk_norm=node.choice("qk_norm", QK_NORMS),
+        qk_norm="per_head" if norm.qkv_norm else qk_norm,
+        v_norm=bool(norm.qkv_norm),
         rope_theta=node.number("rope_theta", 1.0, above=True),
         rotary=node.number("rotary", 0.0, 1.0) if "rotary" in node.values else 1.0,
         positions=node.integer("positions", default=None),

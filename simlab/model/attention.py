@@ -68,7 +68,8 @@ class Attention(nn.Module):
     """softmax(causal(QKᵀ/√C))·V, then the output projection (OLMo 2, arXiv 2501.00656).
 
     QK-norm: ``full`` normalises the whole projection, all heads together, before the head split
-    and RoPE (OLMo 2); ``per_head`` each head by itself (Qwen 3); ``none``.
+    and RoPE (OLMo 2); ``per_head`` each head by itself (Qwen 3); ``none``. ``v_norm`` normalises each
+    head's values (HybridNorm, arXiv 2503.04598).
     """
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear) -> None:
@@ -90,6 +91,9 @@ class Attention(nn.Module):
             per_head = self.qk_norm == "per_head"
             self.q_norm = norm(self.head_dim if per_head else q_dim, config.norm.eps)
             self.k_norm = norm(self.head_dim if per_head else kv_dim, config.norm.eps)
+        if config.v_norm:
+            self.v_norm = NORMS[config.norm.type](self.head_dim, config.norm.eps)
+        self.norms_values = config.v_norm
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -101,6 +105,8 @@ class Attention(nn.Module):
         )
         if self.qk_norm == "per_head":
             q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
+        if self.norms_values:
+            v_BKTC = self.v_norm(v_BKTC)
         cos_TC, sin_TC = self._angles(x_BTD.shape[1], x_BTD.device)
         q_BHTC, k_BKTC = rotate(q_BHTC, cos_TC, sin_TC), rotate(k_BKTC, cos_TC, sin_TC)
         shared = self.heads // self.kv_heads  # query heads h·shared … share key/value head h

@@ -36,7 +36,7 @@ from simlab.schemes.placement import at
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
-GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm")
+GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm", "v_norm")
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,37 @@ class ReZero(LayerScale):
         return config.norm.alpha or 0.0
 
 
+class CompleteP(LayerScale):
+    """x + αF(N(x)), α = L_base/L, L_base ``norm.base_depth``: CompleteP (arXiv 2505.01618, Table 1).
+
+    Its init's stds don't depend on the depth (as in EleutherAI/nanoGPT-mup, branch completep), so that
+    a rule that divides by √(2L), such as ``llama`` or ``gpt2``, isn't CompleteP's.
+    """
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α."""
+        return (config.norm.base_depth or 2) / config.depth
+
+
+class Keel(Scheme):
+    """N(αx + F(N(x))), α the number of sublayers: Keel (arXiv 2601.19895).
+
+    Formula and α are those of the abstract, of summaries and of a clean-room implementation; the
+    paper's body couldn't be read, and no source said that a first layer differs.
+    """
+
+    norms, normalises = ("norm_in", "norm_out"), "stream"
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V], norm_out: Map[V]) -> V:
+        return norm_out(add(self.alpha * x, F(norm_in(x))))
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α."""
+        return 2.0 * config.depth
+
+
 class MixLN(Scheme):
     """Post-norm in the first blocks, pre-norm in the rest: Mix-LN (arXiv 2412.13795).
 
@@ -215,6 +246,37 @@ class PrePost(Scheme):
     def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
         """Pre or post, by sublayer."""
         return Pre if kind == "attention" else Post
+
+
+class NormedSkip(Scheme):
+    """n + F(n), n = N(x)."""
+
+    norms = ("norm_in",)
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
+        normed = norm_in(x)
+        return add(normed, F(normed))
+
+
+class HybridNorm(Scheme):
+    """y = x + F(x), F attention with q, k and v normed; n = N(y), x' = n + G(n), G the MLP.
+
+    HybridNorm (arXiv 2503.04598; BryceZhuo/HybridNorm, MoE_model/olmo/model.py).
+    """
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """By sublayer."""
+        return NoNorm if kind == "attention" else NormedSkip
+
+
+class HybridNormStar(HybridNorm):
+    """HybridNorm with a first block x + F(N(x)): HybridNorm* (its README's norm_pos_special_config)."""
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """Pre in the first block."""
+        return super().select(config, layer, kind) if layer else Pre
 
 
 class FromStart(Scheme):
@@ -247,8 +309,12 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "residual_scale": ResidualScale,
     "rezero": ReZero,
     "layerscale": LayerScale,
+    "complete_p": CompleteP,
+    "keel": Keel,
     "mix_ln": MixLN,
     "pre_post": PrePost,
+    "hybrid_norm": HybridNorm,
+    "hybrid_norm_star": HybridNormStar,
     "parallel": Parallel,
 }
 

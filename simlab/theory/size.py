@@ -18,6 +18,7 @@ def parameters_on_paper(model: ModelConfig) -> int:
     block += (model.qkv_bias and not model.bias) * (q + 2 * kv)
     each = 1 + model.norm.biased  # vectors of a norm
     block += each * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
+    block += each * model.v_norm * model.head_dim
     norms = sum(renorm_after(model, layer) for layer in range(model.depth))
     norms += sum(
         len(at(model, layer, kind).norms)

@@ -14,6 +14,7 @@ from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
 
 DEPTH_FREE = {"normal", "transformers", "mitchell", "llama_depth", "fan_in"}  # of the rules
+OF_DEPTH = {"deepnorm", "residual_scale", "layerscale", "complete_p", "keel"}  # placements
 STEPS = {"layerscale": (2, 19)}  # its alpha is another beyond 18 blocks
 
 
@@ -46,7 +47,7 @@ def test_shared_if_rows_are_equal(placement, rule, engine):
         "heads=4", "norm.eps=1e-3", depths=STEPS.get(placement, (2, 3)),
     )  # fmt: skip
     assert same == shared
-    of_depth = placement in ("deepnorm", "residual_scale", "layerscale") or rule not in DEPTH_FREE
+    of_depth = placement in OF_DEPTH or rule not in DEPTH_FREE
     assert shared != of_depth
 
 

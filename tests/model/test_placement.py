@@ -36,10 +36,15 @@ def sublayers(block, norm, heads=6, kv_heads=2):
         return torch.cat([y.real, y.imag], -1)
 
     def attention(x):
-        q = norm(x @ w["q_proj.weight"].T, w["q_norm.weight"])
-        k = norm(x @ w["k_proj.weight"].T, w["k_norm.weight"])
-        v = x @ w["v_proj.weight"].T
+        q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
+        per_head = "v_norm.weight" in w
+        if not per_head:
+            q, k = norm(q, w["q_norm.weight"]), norm(k, w["k_norm.weight"])
         q, k, v = (p.view(*x.shape[:2], -1, 8).transpose(1, 2) for p in (q, k, v))
+        if per_head:
+            q, k, v = (
+                norm(p, w[f"{n}_norm.weight"]) for p, n in zip((q, k, v), "qkv", strict=True)
+            )
         q, k = turn(q), turn(k)
         k, v = (p.repeat_interleave(heads // kv_heads, 1) for p in (k, v))
         o = scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -70,6 +75,14 @@ FORMULAS = {
     "mix_ln": lambda x, F, i, o, n, L: o(x + F(x)) if n <= 0.4 * L else x + F(i(x)),
     "pre_post": lambda x, F, i, o, n, L: x + F(i(x)) if F.__name__ == "attention" else o(x + F(x)),
     "parallel": lambda x, F, i, o, n, L: x + F(i(x)),  # i of the block's start
+    "complete_p": lambda x, F, i, o, n, L: x + 2 / L * F(i(x)),
+    "keel": lambda x, F, i, o, n, L: o(2 * L * x + F(i(x))),
+    "hybrid_norm": lambda x, F, i, o, n, L: (
+        x + F(x) if F.__name__ == "attention" else i(x) + F(i(x))
+    ),
+    "hybrid_norm_star": lambda x, F, i, o, n, L: FORMULAS["pre" if n == 1 else "hybrid_norm"](
+        x, F, i, o, n, L
+    ),
 }
 
 

@@ -75,6 +75,13 @@ LAWS = {
     "layerscale": lambda v, n, kind: v + 0.01 * B,
     "mix_ln": lambda v, n, kind: 1 if n == 1 else v + B,
     "parallel": lambda v, n, kind: v + B,
+    "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
+    "keel": lambda v, n, kind: 1,
+    # Its values aren't normed here.
+    "hybrid_norm": lambda v, n, kind: v + B * v if kind == "attention" else 1 + B,
+    "hybrid_norm_star": lambda v, n, kind: (
+        v + B if n == 1 else v + B * v if kind == "attention" else 1 + B
+    ),
     "pre_post": lambda v, n, kind: v + B if kind == "attention" else 1,
 }
 

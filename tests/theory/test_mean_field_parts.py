@@ -71,6 +71,7 @@ SUBLAYERS = {
          "model.attention_softcap=0.5", "model.rope_linear=2"),
     ),
     "local": ("attention", ("kv_heads=4", "model.window=2", "model.rope_local_theta=30")),
+    "values normed": ("attention", ("kv_heads=2", "model.rope_theta=2", "norm=hybrid_norm")),
     "partial": ("attention", ("kv_heads=4", "model.rope_theta=2", "model.rotary=0.5")),
     "swiglu": ("mlp", ()),
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
@@ -143,6 +144,8 @@ def dense(name):
         q, k, v = split(q, heads), split(k, kv), split(x @ matrix("v_proj", d, kv * c), kv)
         if shape.qk_norm == "per_head":
             q, k = norm(q), norm(k)
+        if shape.v_norm:
+            v = norm(v)
         k, v = (y.repeat_interleave(heads // kv, 2) for y in (turn(k), v))
         logits = turn(q) @ k.mT / math.sqrt(shape.query_pre_attn_scalar or c)
         if cap := shape.attention_softcap:

@@ -8,7 +8,8 @@ output's kernel is a·Ĥ·aᵀ times the values' variance, and
 
 At a finite width Ĥ varies too, together with a: groups of heads share one draw of Ĥ, a Wishart matrix
 with as many degrees of freedom as the correlations' variance says. O's own error from Ĥ is taken out
-by a control variate, ā(mean Ĥ − H)āᵀ.
+by a control variate, ā(mean Ĥ − H)āᵀ. Where values are normed, each head's by itself, their kernel is
+not d·σ_v²·Ĥ but the mean cosine of Gaussian vectors of C entries (``values``).
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from typing import Any
 import numpy as np
 
 from simlab.theory.laws import Array
+from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.drawing import Array32, Context, cholesky, turn
-from simlab.theory.mean_field.kernels import TINY, Input, outer_square
+from simlab.theory.mean_field.kernels import (
+    TINY,
+    Input,
+    correlation,
+    outer_square,
+    pull_correlation,
+)
 
 # Drawn per layer. Measured on OLMo-2-1B's shape, 64 tokens, over six sets of draws: a mean square
 # varies by 0.02 % (reordered) or 0.17 % (pre, fan-in), a cosine by 0.3 and 0.6 %.
@@ -59,11 +67,36 @@ class AttentionKernel:
 
     @property
     def scale(self) -> np.float64:
-        """H·C·σ_o²·d·σ_v²: the output's kernel over that of an average of inputs."""
+        """H·C·σ_o²·d·σ_v², of normed values H·C·σ_o²: the output's kernel over that of ``values``."""
         model = self.context.model
         width = model.heads * model.head_dim
         o, v = np.float64(self.stds["o_proj"]), np.float64(self.stds["v_proj"])
-        return width * o**2 * model.width * v**2
+        out = width * o**2
+        return out if model.v_norm else out * model.width * v**2
+
+    def values(self, grams: Any, spread: Array) -> Any:
+        """The kernel (…, N, N) of values over d·σ_v²: Ĥ; of normed ones, over 1, of inputs Ĥ.
+
+        Two Gaussian vectors of C entries with correlation ρ have a mean cosine ρ·(1 − (1 − ρ²)/2C) to
+        first order in 1/C (Hotelling 1953, §5, for known means). eps takes m/(m + eps) of a mean
+        square. spread: the relative variance (N,) of the inputs' mean squares.
+        """
+        model = self.context.model
+        if not model.v_norm:
+            return grams
+        root = np.sqrt(np.maximum(grams.diagonal(axis1=-2, axis2=-1), TINY))
+        rho = grams / (root[..., :, None] * root[..., None, :])
+        m = (
+            model.width
+            * self.stds["v_proj"] ** 2
+            * np.square(root).reshape(-1, root.shape[-1]).mean(0)
+        )
+        left = np.sqrt(saturation(m, spread + 2 / model.head_dim, model.norm.eps))
+        return rho * self.shortened(rho) * np.outer(left, left)
+
+    def shortened(self, rho: Any) -> Any:
+        """1 − (1 − ρ²)/2C: the mean cosine of values over their correlation."""
+        return 1 - (1 - rho**2) / (2 * self.context.model.head_dim)
 
     def lowers(self, v: Input, groups: int) -> Array:
         """L̂ (G, N, n) of ``groups`` draws of the input's Gram matrix, L̂L̂ᵀ = Ĥ.
@@ -159,7 +192,7 @@ class AttentionKernel:
         context = self.context
         groups, count = self.counts()
         lowers = self.lowers(v, groups)
-        grams = lowers @ lowers.swapaxes(-1, -2)
+        grams = self.values(lowers @ lowers.swapaxes(-1, -2), v.relative_variance)
         kernels = np.empty((groups, count, *v.kernel.shape), np.float32)
         mean, second = np.zeros((2, context.batch, context.length, context.length))
         some = max(1, IN_CACHE // (count * len(v.kernel) * context.model.head_dim))
@@ -169,7 +202,7 @@ class AttentionKernel:
             mean += a.sum((0, 1), dtype=np.float64) / (groups * count)
             second += np.einsum("gmbij,gmbij->bij", a, a) / (groups * count)
         kernels = kernels.reshape(-1, *v.kernel.shape)
-        excess = grams.mean(0) - v.kernel
+        excess = grams.mean(0) - self.values(v.kernel, v.relative_variance)
         out = kernels.mean(0, dtype=np.float64) - sandwich(mean, excess)
         out = (out + out.T) / 2
         return AttentionBranch(self, v, self.scale * out, kernels, mean, second, context.batch)
@@ -215,7 +248,7 @@ class AttentionBranch:
         diagonals -= diagonals.mean(0)
         between = diagonals.T @ diagonals / (len(diagonals) - 1)
         own = scale**2 * between / model.heads + 2 * self.kernel**2 / self.units
-        if not self.input.normed:
+        if not (self.input.normed or model.v_norm):
             response = self.kernel.diagonal() / np.maximum(self.input.kernel.diagonal(), TINY)
             own = own + response[:, None] * self.input.square * response[None, :]
         return own
@@ -224,7 +257,8 @@ class AttentionBranch:
     def cross(self) -> Array:
         """Var(B̂_ij): between heads, and of their values."""
         # By a power of two, so that squares of large entries fit into float32.
-        unit = 2.0 ** np.round(np.log2(max(self.input.kernel.diagonal().max(), 1e-30)))
+        largest = 1.0 if self.attention.context.model.v_norm else self.input.kernel.diagonal().max()
+        unit = 2.0 ** np.round(np.log2(max(largest, 1e-30)))
         apart = (self.kernels - self.kernels.mean(0)) * np.float32(1 / unit)
         heads = np.einsum("hij,hij->ij", apart, apart).astype(np.float64) / (len(apart) - 1)
         heads = unit**2 * heads / self.attention.context.model.heads
@@ -242,15 +276,31 @@ class AttentionBranch:
         return np.zeros_like(self.kernel)
 
     def covariance(self, functionals: Any) -> Array:
-        """Between heads: Cov_h(⟨A, aĤaᵀ⟩, ⟨A', aĤaᵀ⟩)/H."""
-        count, scale = len(self.kernels), self.attention.scale
+        """Between heads, Cov_h(⟨A, aĤaᵀ⟩, ⟨A', aĤaᵀ⟩)/H; cosines' in place of Gaussian values'."""
+        model, count, scale = self.attention.context.model, len(self.kernels), self.attention.scale
         each = functionals.reshape(len(functionals), -1) @ self.kernels.reshape(count, -1).T
         each -= each.mean(1, keepdims=True)
         between: Array = each @ each.T / (count - 1)
-        return scale**2 * between / self.attention.context.model.heads
+        between = scale**2 * between / model.heads
+        if model.v_norm:
+            rho = correlation(self.input.kernel)
+            normed, gaussian = self._to_cosines(functionals, rho) @ rho, functionals @ self.kernel
+            for sign, product in ((1, normed), (-1, gaussian)):
+                between += sign * 2 / self.units * np.einsum("iab,jba->ij", product, product)
+        return between
+
+    def _to_cosines(self, functionals: Any, kernel: Array) -> Any:
+        """Functionals of the output to those of a Gram matrix, of this kernel, by its cosines."""
+        out = _sandwich_many(self.mean.swapaxes(-1, -2), functionals)
+        slope = self.attention.scale * self.attention.shortened(correlation(kernel))
+        out, diagonal = pull_correlation(out, slope, kernel)
+        out[:, (index := np.arange(len(kernel))), index] = diagonal
+        return out
 
     def pull(self, functionals: Any) -> Any:
-        """āᵀAā, and on the diagonal Σ_i A_ii·Var(a_ij)."""
+        """āᵀAā, and on the diagonal Σ_i A_ii·Var(a_ij); of normed values through their correlations."""
+        if self.attention.context.model.v_norm:
+            return self._to_cosines(functionals, self.input.kernel)
         rows, tokens, _ = functionals.shape
         out = _sandwich_many(self.mean.swapaxes(-1, -2), functionals)
         diagonal = functionals.diagonal(axis1=1, axis2=2).reshape(rows, self.batch, -1)
@@ -278,12 +328,19 @@ class AttentionBranch:
             out = (lower_g @ draws(count, len(gradient), model.head_dim)).reshape(shape)
             value = lower.astype(np.float32) @ draws(count, lower.shape[1], model.head_dim)
             value *= np.float32(math.sqrt(model.width) * stds["v_proj"])
+            if model.v_norm:
+                root = np.sqrt(np.square(value).mean(-1) + np.float32(model.norm.eps))
+                value /= root[..., None]
             weight = out @ value.reshape(shape).swapaxes(-1, -2)
             logit = a * (weight - (a * weight).sum(-1, keepdims=True))
             logit /= np.float32(model.query_divisor)
             if drawn.slope is not None:
                 logit *= drawn.slope[0]
             parts = [columns(a.swapaxes(-1, -2) @ out)]
+            if model.v_norm:
+                y = value.swapaxes(-1, -2)
+                parts[0] -= y * ((parts[0] * y).mean(-2, keepdims=True))
+                parts[0] /= root[:, None]
             for role, one in enumerate((logit, logit.swapaxes(-1, -2))):
                 turned = columns(one @ context.sequences(drawn.projected[1 - role, 0]))
                 parts.append(self._through_norm(turn(turned, (cos, -sin)), drawn, role))

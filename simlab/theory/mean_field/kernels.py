@@ -49,6 +49,19 @@ def shrink(rho: Array) -> Array:
     return (1 - square) ** 2 / (1 + square)
 
 
+def pull_correlation(functionals: Any, slope: Array, kernel: Array) -> tuple[Any, Array]:
+    """From functionals (J, N, N) of ρ̂_ij to those of Ĥ: i ≠ j, and the diagonals (J, N).
+
+    slope: dA/dρ. δρ_ij = δH_ij/√(H_iiH_jj) − ½ρ_ij(δH_ii/H_ii + δH_jj/H_jj).
+    """
+    h = np.maximum(kernel.diagonal(), TINY)
+    slope = slope / np.sqrt(np.outer(h, h))
+    np.fill_diagonal(slope, 0.0)
+    out = functionals * slope
+    diagonal = -np.einsum("rij,ij->ri", out, kernel) / h
+    return out, diagonal
+
+
 @dataclass(frozen=True, eq=False)
 class Input:
     """A sublayer's input: its kernel H, and the variance between seeds of its Gram matrix Ĥ.

@@ -22,7 +22,13 @@ from simlab.config import ModelConfig
 from simlab.theory.laws import Array
 from simlab.theory.mean_field import averages
 from simlab.theory.mean_field.averages import at_nodes, expand
-from simlab.theory.mean_field.kernels import TINY, Input, correlation, outer_square
+from simlab.theory.mean_field.kernels import (
+    TINY,
+    Input,
+    correlation,
+    outer_square,
+    pull_correlation,
+)
 
 RELATIVE_STEP = 0.02  # relative, of the numerical derivative in the input's mean square
 
@@ -145,17 +151,13 @@ class MLPBranch:
         return out
 
     def pull(self, functionals: Any) -> Any:
-        """Through δρ_ij = δH_ij/√(H_iiH_jj) − ½ρ_ij(δH_ii/H_ii + δH_jj/H_jj), and the lean on δH_ii."""
-        h = np.maximum(self.input.diagonal(), TINY)
-        slope = self.slope / np.sqrt(np.outer(h, h))
-        np.fill_diagonal(slope, 0.0)
-        out = functionals * slope
-        diagonal = -np.einsum("rij,ij->ri", out, self.input) / h
+        """Through the correlations, and the lean on δH_ii."""
+        out, diagonal = pull_correlation(functionals, self.slope, self.input)
         if self.lean is not None:
             # B_ij goes with √(B_iiB_jj): half of each token's response on either side.
             share = self.lean / np.maximum(self.kernel.diagonal(), TINY)
             diagonal = diagonal + np.einsum("rij,ij->ri", functionals, self.kernel) * share
-        index = np.arange(len(h))
+        index = np.arange(len(self.input))
         out[:, index, index] += diagonal
         return out
 
