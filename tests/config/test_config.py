@@ -160,7 +160,7 @@ UNKNOWN = {
     "dpeth=3": "dpeth=3: no such key; did you mean depth?",
     "nrom=pre": "nrom=pre: no such key; did you mean norm?",
     "norm=swinrenorm": "; did you mean swin_renorm?",
-    "norm=null": "norm=null: allowed: deepnorm, ",
+    "norm=null": "norm=null: allowed: complete_p, ",
     "init=true": "init=true: allowed: fan_in, ",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
     "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",

@@ -234,8 +234,9 @@ def test_more_tokens_than_dimensions():
             {},
         ),
         (["norm=parallel", "model.mlp=gelu_exact"], {}),
+        (["norm=hybrid_norm_star"], {}),
     ],
-    ids=["other norms", "other init", "GPT", "parallel"],
+    ids=["other norms", "other init", "GPT", "parallel", "values normed"],
 )
 def test_variants(overrides, init):
     """A tied head, whose shown rows are known; other norms, MLPs, positions; an init without one σ."""
