@@ -13,8 +13,10 @@ from simlab.checkpoints.families.config import CONFIG_ERRORS, one_line
 from simlab.checkpoints.families.skeleton import Skeleton, Source
 from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
 from simlab.config.cli_errors import out_of_memory
+from simlab.experiment.family_gradients import with_gradients
 from simlab.measurement.engine import Measured
 from simlab.measurement.model_probe import probe
+from simlab.weights.base import Weights
 
 if TYPE_CHECKING:
     from simlab.experiment.batches import MeasuredCurves
@@ -40,10 +42,11 @@ def family_curves(
         passed(path)
 
     stored = checkpoint.stored(skeleton)
-    curves = [("checkpoint", config.seed, streamed(skeleton, stored, ids, read))]
+    back = config.gradients
+    curves = [("checkpoint", config.seed, streamed(skeleton, stored, ids, read, back))]
     for seed in config.seeds:
         drawn = checkpoint.drawn(skeleton, seed)
-        curves.append(("random", seed, streamed(skeleton, drawn, ids, passed)))
+        curves.append(("random", seed, streamed(skeleton, drawn, ids, passed, back)))
     return curves
 
 
@@ -51,8 +54,6 @@ def family_config(config: RunConfig) -> RunConfig:
     """The run's config with the one engine that it may have. Raises ConfigError for other wishes."""
     family = config.shape.norm.placement
     why = f"model_type={family} is computed by transformers' code"
-    if config.gradients:
-        raise ConfigError(f"gradients=true: {why}, and simlab streams that forward only")
     if config.engine not in ("auto", "dense"):
         raise ConfigError(f"engine={config.engine}: {why}; allowed: dense")
     given = {key: value for key, value in asdict(config.init).items() if value is not None}
@@ -68,21 +69,31 @@ def streamed(
     source: Source,
     ids: torch.Tensor,
     on_unit: Callable[[str], None] = lambda path: None,
+    gradients: bool = False,
 ) -> Measured:
     """One curve: the decoder's forward call on ids (B, T), its weights from a source.
 
+    Whole sequences pass in groups of at most Weights.tokens_at_once tokens, each through all blocks:
+    memory holds one group's activations, and every weight is read or drawn once for each of them.
     Raises ConfigError where no layout describes its blocks, or where its code can't run without all
     of its weights.
     """
-    with skeleton.filled(source, on_unit) as decoder:
-        try:
-            return probe(decoder, {"input_ids": ids, "use_cache": False}).measured()
-        except (ConfigError, OSError):  # each has its own line
+    batches = ids.split(max(1, Weights.tokens_at_once // ids.shape[1]))
+    try:
+        if gradients:
+            return with_gradients(skeleton, source, batches, on_unit)
+        with skeleton.filled(source, on_unit) as decoder:
+            result = probe(decoder)
+            for batch in batches:
+                with torch.no_grad(), result:
+                    decoder(input_ids=batch, use_cache=False)
+            return result.measured()
+    except (ConfigError, OSError):  # each has its own line
+        raise
+    except CONFIG_ERRORS as error:  # of transformers' code, on a stranger's config
+        if out_of_memory(error):
             raise
-        except CONFIG_ERRORS as error:  # of transformers' code, on a stranger's config
-            if out_of_memory(error):
-                raise
-            kind = type(skeleton.model).__name__
-            raise ConfigError(
-                f"{skeleton.where}: transformers' {kind} can't be streamed: {one_line(error)}"
-            ) from error
+        kind = type(skeleton.model).__name__
+        raise ConfigError(
+            f"{skeleton.where}: transformers' {kind} can't be streamed: {one_line(error)}"
+        ) from error

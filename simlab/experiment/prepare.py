@@ -196,11 +196,10 @@ def prepare(
 
 def _opened(config: RunConfig) -> Checkpoint | FamilyCheckpoint:
     """The run's checkpoint, with the head that gradients need. Raises ConfigError."""
-    from simlab.checkpoints.checkpoint import Checkpoint
     from simlab.experiment.build import open_checkpoint
 
     checkpoint = open_checkpoint(config.source)
-    if config.gradients and isinstance(checkpoint, Checkpoint):
+    if config.gradients:
         _ = checkpoint.head_name  # an error, if any, before anything is measured
     return checkpoint
 

@@ -170,11 +170,8 @@ def backward(
     """
     last, curves = streams.pop(), weights.curves
     loss, top = next_token(weights, torch.cat(last), ids)
-    by_curve = top.unflatten(0, (curves, -1))
-    power = torch.exp2(-by_curve.abs().amax((1, 2, 3), keepdim=True).float().log2().round())
-    power = torch.where(power.isfinite(), power, 1.0)
-    scale = wide(power) * ids[:, 1:].numel()
-    scaled = (by_curve.float() * power).to(top.dtype).flatten(0, 1)
+    scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
+    scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
     gradients = list(scaled.split([len(stream) for stream in last]))
     reducer = Reducer(GRADIENT_STATISTICS, curves)
     for stream, gradient in zip(last, gradients, strict=True):
@@ -188,6 +185,15 @@ def backward(
         values += [reducer.result() for reducer in reversed(reducers)]
         on_block()
     return loss, values[::-1]
+
+
+def near_one(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each curve's gradient (S, B, T, D) times the power of two (S, 1, 1, 1) that brings its largest
+    entry near 1, in a dtype; and that power.
+    """
+    power = torch.exp2(-gradient.abs().amax((1, 2, 3), keepdim=True).float().log2().round())
+    power = torch.where(power.isfinite(), power, 1.0)
+    return (gradient.float() * power).to(dtype), power
 
 
 @torch.enable_grad()

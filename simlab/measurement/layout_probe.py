@@ -337,9 +337,12 @@ class LayoutProbe(BlockProbe):
 
     def _hooked(self) -> list[str]:
         """The classes of the modules in the block that have somebody else's forward hooks."""
-        ours = {handle.id for handle in self.handles}
-        modules = self.block.modules()
-        return [type(module).__name__ for module in modules if module._forward_hooks.keys() - ours]
+        return [
+            type(module).__name__
+            for module in self.block.modules()
+            for hook in module._forward_hooks.values()
+            if not getattr(getattr(hook, "func", hook), "__module__", "").startswith("simlab.")
+        ]
 
     def _wrong(self, sublayer: Sublayer, what: str) -> ConfigError:
         advice = (

@@ -6,6 +6,8 @@ gradient. Memory never holds the whole head or all logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,38 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
+def summed_loss(
+    logits_of: Callable[[Tensor, int, int], Tensor], x: Tensor, ids: Tensor, columns: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """The sum of ids' next-token losses in nats, and its gradient with respect to x, in float32.
+
+    For a head that only its model's own code knows. logits_of(x, start, stop): the logits
+    (B, T − 1, stop − start) of some of the vocabulary's ``columns``, ``step`` at a time; each is asked
+    for twice. x (B, T − 1, D): what the head gets at every position but the last. ids (B, T).
+    """
+    targets = ids[:, 1:]
+    spans = [(start, min(start + step, columns)) for start in range(0, columns, step)]
+    log_sum = torch.full(targets.shape, -torch.inf, device=x.device)
+    hit = torch.zeros_like(log_sum)
+    with torch.no_grad():
+        for start, stop in spans:
+            logits = logits_of(x, start, stop).float()
+            here, column = _in(logits, targets - start)
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
+            hit += here * logits.gather(2, column).squeeze(2)
+    gradient = torch.zeros(x.shape, device=x.device)
+    x = x.detach().requires_grad_()
+    for start, stop in spans:
+        with torch.enable_grad():
+            logits = logits_of(x, start, stop)
+        g = (logits.detach().float() - log_sum[..., None]).exp_()
+        here, column = _in(logits, targets - start)
+        g.scatter_add_(2, column, -here[..., None].to(g))
+        gradient += torch.autograd.grad(logits, x, g.to(logits.dtype))[0]
+    return (log_sum - hit).sum(), gradient
+
+
 def _in(chunk: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """A mask (N,) of the tokens whose target column is in the chunk, and the column (N, 1), else 0."""
     here = (column >= 0) & (column < chunk.shape[2])
-    return here, torch.where(here, column, 0)[:, None]
+    return here, torch.where(here, column, 0)[..., None]

@@ -20,14 +20,14 @@ from simlab.checkpoints.families.config import is_family, read_family_config
 from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES
 from simlab.experiment.families import streamed
 from simlab.measurement.engine import measure_curves
-from simlab.measurement.statistics import STATISTICS
+from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
+from simlab.weights.base import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, FLOAT = torch.device("cpu"), torch.float32
 IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
 # What transformers calls hidden states isn't its blocks' outputs.
 OTHER_STATES = {"mamba"}
-UNPROBED = {"gpt_neox_japanese"}  # its last block adds otherwise than those before it
 # Its _init_weights leaves parameters to constructors.
 UNDRAWN = {"apertus"}
 
@@ -38,20 +38,51 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
+# Of some, what the stream after attention is given to.
+MIDDLE = {
+    "biogpt": "final_layer_norm",
+    "bloom": "post_attention_layernorm",  # the add is inside of attention
+    "exaone4": "mlp",
+    "gemma2": "pre_feedforward_layernorm",
+    "gpt2": "ln_2",
+    "granite": "post_attention_layernorm",  # with a multiplier
+    "opt": "final_layer_norm",  # flattened: (B·T, D)
+}
+
+
 def outputs(blocks, call):
     """What each of some modules gave first in a call, and what the call gave."""
     states, hooks = [], []
 
     def keep(_, arguments, out):
-        states.append((out[0] if isinstance(out, tuple) else out).clone())
+        states.append((out[0] if isinstance(out, tuple) else out).detach().clone())
 
     for block in blocks:
         hooks.append(block.register_forward_hook(keep))
-    with torch.no_grad():
-        result = call()
+    result = call()
     for hook in hooks:
         hook.remove()
     return states, result
+
+
+def one_graph(whole, blocks, middle):
+    """What blocks and model give, and each stream, with its gradient, from one autograd graph."""
+    streams = []
+
+    def keep(_, args, kwargs, out=None):
+        x = args[0] if args else kwargs["hidden_states"]
+        streams.append(x if out is None else out[0] if isinstance(out, tuple) else out)
+        streams[-1].retain_grad()
+
+    before = [at for b in blocks for at in (b, *([b.get_submodule(middle)] if middle else []))]
+    hooks = [at.register_forward_pre_hook(keep, with_kwargs=True) for at in before]
+    hooks.append(blocks[-1].register_forward_hook(keep, with_kwargs=True))
+    call = {"labels": IDS, "output_hidden_states": True, "use_cache": False}
+    states, out = outputs(blocks, lambda: whole(IDS, **call))
+    out.loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return states, out, streams
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -69,12 +100,12 @@ def test_streamed_is_whole(tmp_path, kind):
         assert sum(empty[name].numel() for name in inside if empty[name].is_meta) <= most
 
     def forward():
-        with skeleton.filled(checkpoint.stored(skeleton), one_unit) as decoder:
+        with torch.no_grad(), skeleton.filled(checkpoint.stored(skeleton), one_unit) as decoder:
             return decoder(input_ids=IDS, use_cache=False)[0]
 
     states, last = outputs(skeleton.units.values(), forward)
     blocks = [whole.get_submodule(path) for path in skeleton.units]
-    theirs, out = outputs(blocks, lambda: whole(IDS, output_hidden_states=True, use_cache=False))
+    theirs, out, streams = one_graph(whole, blocks, MIDDLE.get(kind))
     assert len(states) == len(theirs) == 3
     for block, (ours, other) in enumerate(zip(states, theirs, strict=True)):
         assert_parity(ours, other, f"{kind}, block {block}")
@@ -82,12 +113,39 @@ def test_streamed_is_whole(tmp_path, kind):
         for ours, other in zip([*states[:-1], last], out.hidden_states[1:], strict=True):
             assert_parity(ours, other, kind)
     assert all(skeleton.model.get_parameter(n) is one for n, one in empty.items())  # dropped again
-    if kind in UNPROBED:
-        return
-    rows = streamed(skeleton, checkpoint.stored(skeleton), IDS).rows
+    curve = streamed(skeleton, checkpoint.stored(skeleton), IDS, gradients=True)
+    assert curve.loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+    rows = curve.rows
     ends = {row.block: row.values[list(STATISTICS).index("mean_square")] for row in rows}
     for block, state in enumerate(theirs):  # a block's last row is its output
         assert ends[block].item() == pytest.approx(state.double().square().mean().item(), rel=1e-5)
+    if kind not in MIDDLE:
+        rows = list({row.block: row for row in rows}.values())
+    assert len(rows) == len(streams)
+    for row, stream in zip(rows, streams, strict=True):
+        g = stream.grad.double().flatten(0, -2)
+        values = dict(zip(GRADIENT_STATISTICS, row.gradient.tolist(), strict=True))
+        rms, mean = g.square().mean().sqrt().item(), g.mean(0).norm().item()
+        assert values["gradient_rms"] == pytest.approx(rms, rel=1e-5)
+        assert values["gradient_mean_vector_norm"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_groups_of_sequences(gemma, monkeypatch):
+    """One sequence at a time, stored and drawn: the same rows, loss and gradients."""
+    checkpoint = FamilyCheckpoint(str(gemma))
+    skeleton = checkpoint.skeleton
+    monkeypatch.setattr(sources, "TABLE_BYTES", 32 * 4 * 10)  # ten columns of the head at a time
+    for source in (checkpoint.stored(skeleton), checkpoint.drawn(skeleton, 3)):
+        monkeypatch.setattr(Weights, "tokens_at_once", 2048)
+        whole = streamed(skeleton, source, IDS, gradients=True)
+        monkeypatch.setattr(Weights, "tokens_at_once", 11)
+        passed = []
+        alone = streamed(skeleton, source, IDS, passed.append, gradients=True)
+        assert passed.count("model.layers.1") == 4  # forward and back, of two sequences
+        assert alone.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+        for a, b in zip(alone.rows, whole.rows, strict=True):
+            torch.testing.assert_close(a.values, b.values, **PARITY, equal_nan=True)
+            torch.testing.assert_close(a.gradient, b.gradient, **PARITY)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "hunyuan_v1_moe"])  # the latter's routers stay in float32
@@ -130,7 +188,8 @@ def drawn_weights(skeleton, seed=3):
         skeleton.empty_again(skeleton.names(path))
     for name, module in skeleton.tables.items():
         drawn[name] = source.rows(name, torch.arange(module.num_embeddings))
-    return drawn
+    head = source.head(0, skeleton.model.get_submodule(skeleton.head).out_features)
+    return drawn | {f"{skeleton.head}.{name}": rows for name, rows in head.items()}
 
 
 def unlike(drawn, whole):
@@ -152,8 +211,7 @@ def test_random_init_is_the_familys(tmp_path, kind):
     torch.manual_seed(0)
     whole = transformers.AutoModelForCausalLM.from_config(config)
     drawn = drawn_weights(skeleton)
-    start = f"{skeleton.path}." if skeleton.path else ""
-    assert drawn.keys() == {n for n, _ in whole.named_parameters() if n.startswith(start)}
+    assert drawn.keys() == {n for n, _ in whole.named_parameters(remove_duplicate=False)}
     assert not unlike(drawn, whole)
 
 
@@ -218,6 +276,7 @@ def gemma(tmp_path_factory):
 
 def test_run(gemma, tmp_path, no_figures):
     given = ["source=checkpoint", f"source.path={gemma}", "seeds=2", "hydra.run.dir=out"]
+    given += ["gradients=true"]
     done = in_process(*given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "computed by transformers' gemma2" in done.stdout
@@ -236,7 +295,6 @@ def test_run(gemma, tmp_path, no_figures):
 
 
 WRONG = [
-    ("gradients=true", "gradients=true: model_type=gemma2 is computed by transformers' code"),
     ("engine=weightless", "engine=weightless: model_type=gemma2 is computed"),
     ("engine=theory", "engine=theory: model_type=gemma2 is computed"),
     ("init=mitchell", "init=mitchell: model_type=gemma2 is computed"),

@@ -113,6 +113,16 @@ class FamilyCheckpoint:
         return _own_init(self.config)
 
     @property
+    def head_name(self) -> str:
+        """The parameter that the head is, which gradients need. Raises ConfigError if it is missing."""
+        name = f"{self.skeleton.head}.weight"
+        if self.same.get(name, name) not in self.conversion.by_target:
+            raise ConfigError(
+                f"{self.folder}: holds no {name}: gradients and the loss need the head"
+            )
+        return self.same.get(name, name)
+
+    @property
     def tokenizer(self) -> Path | None:
         """The checkpoint's tokenizer.json, another tokenizer's file, or None where it has neither."""
         return find_tokenizer(self.folder)

@@ -35,6 +35,9 @@ class Source(Protocol):
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows of an embedding by id: (*ids.shape, columns)."""
 
+    def head(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The rows from start to stop of the head's weight, and of its bias if it has one, by name."""
+
 
 def transformers_of(path: Path) -> Any:
     """The package transformers. Raises ConfigError where it isn't installed; path: what needs it."""
@@ -112,6 +115,42 @@ class Skeleton:
         keeps = any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept)
         return torch.float32 if keeps else self.dtypes[name]
 
+    @property
+    def head(self) -> str:
+        """The path of the module that maps the last stream to logits. Raises ConfigError."""
+        found = self.model.get_output_embeddings()
+        if type(found) is not nn.Linear or not self.path:
+            raise ConfigError(
+                f"{self.where}: transformers' {self.model.config.model_type} has no head that "
+                "simlab can read by rows: gradients and the loss need it"
+            )
+        return next(name for name, module in self.model.named_modules() if module is found)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The parameters that have another one's weights, as a tied head."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def logits(self, source: Source, out: Any, start: int, stop: int) -> Tensor:
+        """Logits of some columns (B, T, stop − start), by the model's own code after its decoder.
+
+        out: what the decoder gave, or (B, T, D) in place of its last stream.
+        """
+        head = self.model.get_submodule(self.head)
+        before = dict(head._parameters)
+        decoder: Any = self.decoder
+        decoder.forward = lambda *args, **kwargs: out
+        try:
+            for name, rows in source.head(start, stop).items():
+                head._parameters[name] = nn.Parameter(rows, requires_grad=False)
+            ids = torch.zeros(out[0].shape[:2], dtype=torch.long, device=self.device)
+            given = self.model(input_ids=ids, use_cache=False)
+        finally:
+            del decoder.forward
+            head._parameters.update(before)
+        logits: Tensor = given.logits
+        return logits
+
     def _tables(self) -> dict[str, nn.Embedding]:
         """The embeddings outside of blocks, whose rows are read by id, by their weight's name.
 
@@ -174,10 +213,12 @@ class Skeleton:
         held: list[str] = []
 
         def before(path: str) -> None:
+            on_unit(path)
+            if held and held == self._owned[path]:
+                return  # as where a backward pass begins
             # Not after its own forward: hooks on the block may still look at its norms' gains.
             self.empty_again(held)
             held.clear()
-            on_unit(path)
             source.fill(path)
             held.extend(self._owned[path])
 

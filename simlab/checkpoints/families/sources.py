@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,21 @@ class StoredWeights:
         rows = [stored.rows(i, i + 1) for i in unique.tolist()]
         return torch.cat(rows).to(device, dtype)[where.to(device)]
 
+    def head(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The rows from start to stop of the head's weight and bias, which aren't fingerprinted."""
+        module, found = self.skeleton.model.get_submodule(self.skeleton.head), {}
+        for last in (n for n, one in module._parameters.items() if one is not None):
+            name = f"{self.skeleton.head}.{last}"
+            source = self.same.get(name, name)
+            group, dtype = self.conversion.by_target[source], self.skeleton.dtype_of(name)
+            if group.converter is None:
+                rows = self.conversion.tensors[group.sources[0][1]].rows(start, stop)
+            else:
+                rows = self.conversion.convert(group, partial(self.read, dtype=dtype))[source]
+                rows = rows[start:stop]
+            found[last] = rows.to(self.skeleton.device, dtype)
+        return found
+
 
 class DrawnWeights:
     """Random weights by a family's own init, on the CPU in float32: by (seed, unit), so that a block's
@@ -116,31 +132,52 @@ class DrawnWeights:
         """Rows of an embedding: of a large one those that share a seed with them are drawn, too."""
         module = self.skeleton.tables[name]
         count, width = module.weight.shape
-        step = max(1, TABLE_BYTES // (4 * width))
+        step = rows_at_once(width)
         unique, where = ids.cpu().unique(return_inverse=True)
         out = torch.empty(len(unique), width)
         for start in sorted({i - i % step for i in unique.tolist()}):
             here = (unique >= start) & (unique < start + step)
-            part = self._part(module, start, min(start + step, count), name)
+            part = self._part(module, start, min(start + step, count), name)["weight"]
             out[here] = part[unique[here] - start]
         return out.to(self.skeleton.device, self.skeleton.dtype_of(name))[
             where.to(self.skeleton.device)
         ]
 
-    def _part(self, module: nn.Embedding, start: int, stop: int, name: str) -> Tensor:
-        """Rows start … stop − 1 of a table, (stop − start, width), as the family draws a table."""
-        part = copy.copy(module)
-        numbers = torch.full((stop - start, module.weight.shape[1]), torch.nan)
-        part._parameters = {"weight": nn.Parameter(numbers)}
-        part.num_embeddings = stop - start
-        padding = module.padding_idx
-        part.padding_idx = (
-            padding - start if padding is not None and start <= padding < stop else None
-        )
+    def head(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The rows from start to stop of the head's weight and bias; of a tied one the embedding's."""
+        skeleton = self.skeleton
+        name, device = f"{skeleton.head}.weight", skeleton.device
+        if (other := skeleton.tied.get(name)) in skeleton.tables:
+            return {"weight": self.rows(other, torch.arange(start, stop))}
+        module = skeleton.model.get_submodule(skeleton.head)
+        part = self._part(module, start, stop, name)
+        return {n: one.to(device, skeleton.dtype_of(name)) for n, one in part.items()}
+
+    def _part(self, module: nn.Module, start: int, stop: int, name: str) -> dict[str, Tensor]:
+        """Rows start … stop − 1 of the parameters of a table or a head, as the family draws them."""
+        part: Any = copy.copy(module)
+        part._parameters = {
+            last: None
+            if one is None
+            else nn.Parameter(torch.full((stop - start, *one.shape[1:]), torch.nan))
+            for last, one in module._parameters.items()
+        }
+        if isinstance(module, nn.Embedding):
+            part.num_embeddings = stop - start
+            part.padding_idx = None
+            if module.padding_idx in range(start, stop):
+                part.padding_idx = module.padding_idx - start
         with _seeded(self.seed, f"{name} {start}"):
             initialize(self.skeleton.model, part)
-        refuse_undrawn(self.skeleton, name, part.weight.data)
-        return part.weight.data
+        drawn = {last: one.data for last, one in part._parameters.items() if one is not None}
+        for last, tensor in drawn.items():
+            refuse_undrawn(self.skeleton, f"{name.rpartition('.')[0]}.{last}", tensor)
+        return drawn
+
+
+def rows_at_once(width: int) -> int:
+    """Rows of a table or a head that are drawn with one seed, or are in memory at a time."""
+    return max(1, TABLE_BYTES // (4 * width))
 
 
 def refuse_undrawn(skeleton: Skeleton, name: str, drawn: Tensor) -> None:
