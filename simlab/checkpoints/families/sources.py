@@ -163,10 +163,9 @@ class DrawnWeights:
             for last, one in module._parameters.items()
         }
         if isinstance(module, nn.Embedding):
+            padding = -1 if module.padding_idx is None else module.padding_idx
             part.num_embeddings = stop - start
-            part.padding_idx = None
-            if module.padding_idx in range(start, stop):
-                part.padding_idx = module.padding_idx - start
+            part.padding_idx = padding - start if start <= padding < stop else None
         with _seeded(self.seed, f"{name} {start}"):
             initialize(self.skeleton.model, part)
         drawn = {last: one.data for last, one in part._parameters.items() if one is not None}
