@@ -51,6 +51,6 @@ def sizes(overrides: Sequence[str]) -> dict[str, object]:
     return {
         "depth": config.shape.depth,
         "tokens": config.inputs.batch * config.inputs.length,
-        "d_ins": [d_in for _, d_in, _ in blocks],
+        "d_ins": [d_in for _, _, d_in, _ in blocks],
         "d_outs": [d_out for *_, d_outs in blocks for d_out in d_outs],
     }

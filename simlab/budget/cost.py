@@ -46,18 +46,25 @@ class Cost:
         return Cost(self.numbers + other.numbers, self.operations + other.operations)
 
 
-def matrix_groups(model: ModelConfig, gradients: bool) -> list[tuple[int, int, list[int]]]:
-    """Count, d_in, d_outs of each group of matrices with one input; with gradients also the head's."""
-    block = [(model.depth, d_in, d_outs) for d_in, d_outs in describe(model).groups]
-    return [*block, (1, model.width, [model.vocab_size])] if gradients else block
+def matrix_groups(model: ModelConfig, gradients: bool) -> list[tuple[int, float, int, list[int]]]:
+    """Count, share of the tokens, d_in, d_outs of each group of matrices with one input.
+
+    With gradients also the head's. An expert gets its average share.
+    """
+    block = describe(model)
+    groups = [
+        (model.depth, share, d_in, d_outs)
+        for share, (d_in, d_outs) in zip(block.shares, block.groups, strict=True)
+    ]
+    return [*groups, (1, 1.0, model.width, [model.vocab_size])] if gradients else groups
 
 
-def _dense(n: int, d_in: int, d_out: int, gradients: bool) -> Cost:
+def _dense(n: float, d_in: int, d_out: int, gradients: bool) -> Cost:
     draws, products = (2, 3) if gradients else (1, 1)
     return Cost(draws * d_in * d_out, products * 2 * n * d_in * d_out)
 
 
-def _weightless(n: int, d_in: int, d_out: int, gradients: bool) -> Cost:
+def _weightless(n: float, d_in: int, d_out: int, gradients: bool) -> Cost:
     if n >= d_in:
         return _dense(n, d_in, d_out, gradients)
     gram, cholesky = 4 * n * n * d_in, 2 * n**3 / 3
@@ -72,9 +79,9 @@ def _weightless(n: int, d_in: int, d_out: int, gradients: bool) -> Cost:
 def costs(model: ModelConfig, tokens: int, gradients: bool) -> dict[str, Cost]:
     """One curve's cost by engine."""
     total = {"dense": Cost(0, 0), "weightless": Cost(0, 0)}
-    for times, d_in, d_outs in matrix_groups(model, gradients):
+    for times, share, d_in, d_outs in matrix_groups(model, gradients):
         for name, cost in (("dense", _dense), ("weightless", _weightless)):
-            one = cost(tokens, d_in, sum(d_outs), gradients)
+            one = cost(share * tokens, d_in, sum(d_outs), gradients)
             total[name] += Cost(times * one.numbers, times * one.operations)
     return total
 

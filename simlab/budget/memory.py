@@ -8,6 +8,7 @@ devices they are guesses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -89,8 +90,9 @@ def _normals(curve: Curve) -> int:
     if not curve.weightless:
         return 0
     matrices = describe(curve.model).matrices
-    few = [4 * curve.tokens * m.d_out * (curve.tokens < m.d_in) for m in matrices]
-    many = [4 * m.d_in * m.d_out for m in matrices if curve.tokens >= m.d_in]
+    met = [math.ceil(curve.tokens * m.share) for m in matrices]
+    few = [4 * n * m.d_out * (n < m.d_in) for n, m in zip(met, matrices, strict=True)]
+    many = [4 * m.d_in * m.d_out for n, m in zip(met, matrices, strict=True) if n >= m.d_in]
     turns = few + few  # the next block's follow
     ahead = max(sum(turns[i : i + 1 + AHEAD]) for i in range(len(few)))
     return ahead + max(many, default=0)  # those as large as the matrix are drawn one at a time
@@ -98,7 +100,7 @@ def _normals(curve: Curve) -> int:
 
 def _product(curve: Curve, matrix: Matrix) -> int:
     """A layer's output, and what it takes besides while it computes."""
-    n = curve.together * curve.length
+    n = math.ceil(curve.together * curve.length * matrix.share)
     size = n * matrix.d_out * curve.size
     if curve.stored:  # input and output, turned
         size += n * (matrix.d_in + matrix.d_out) * curve.size
@@ -119,8 +121,9 @@ def _forward(curve: Curve) -> float:
         n * traced.attention + _attention_statistics(curve),
         n * (traced.step + _STATISTICS_BYTES * curve.model.width),
     ]
-    for live, matrix in zip(traced.matrices, describe(curve.model).matrices, strict=True):
-        moments.append(n * live + _product(curve, matrix))
+    for matrix in describe(curve.model).matrices:
+        if matrix.name in traced.matrices:
+            moments.append(n * traced.matrices[matrix.name] + _product(curve, matrix))
     streams = (
         curve.model.depth if curve.gradients else 1
     )  # the backward needs the stream before every block
@@ -129,13 +132,18 @@ def _forward(curve: Curve) -> float:
 
 def _backward(curve: Curve) -> float:
     """Every stream, the gradient twice, a block and what autograd keeps of it."""
-    matrices, n = describe(curve.model).matrices, curve.together * curve.length
+    described, n = describe(curve.model), curve.together * curve.length
+    matrices = described.matrices
     block, normals = n * trace(curve.model, curve.dtype, True).backward, 0
     if curve.weightless:  # every Z until its turn comes back, and what each input's gradient draws
-        normals = 4 * sum(min(n, matrix.d_in) * matrix.d_out for matrix in matrices)
-        inputs = [d_in for d_in, _ in describe(curve.model).groups if n < d_in]
-        normals += 8 * n * sum(inputs)
-        block += 12 * n * n * len(inputs)  # L in float64 and in float32
+        normals = 4 * sum(
+            min(math.ceil(n * matrix.share), matrix.d_in) * matrix.d_out for matrix in matrices
+        )
+        for share, (d_in, _) in zip(described.shares, described.groups, strict=True):
+            met = math.ceil(n * share)
+            if met < d_in:
+                normals += 8 * met * d_in
+                block += 12 * met * met  # L in float64 and in float32
     if curve.stored:  # products and their sums in float32, before they are turned
         block += n * max(matrix.d_in for matrix in matrices) * (curve.size + 4)
     if curve.model.attention_softcap is not None:  # attention's matrices, made and kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +77,16 @@ class Counter(TorchDispatchMode):
 class Trace:
     """The memory and the operations of one token in a block. Bytes don't count the block's input.
 
-    forward: peak bytes. matrices: bytes when each matrix gets its input, in the order of their use.
-    attention: bytes when attention returns. step: bytes at the end of a residual step, with the tensors
-    that a probe holds. backward: peak bytes with gradients, those that autograd keeps included; 0 in a
-    run without gradients. written: entries that the forward writes, without the matrices' products.
-    pair: operations of attention's products for one query and one key, forward.
+    forward: peak bytes. matrices: bytes when a matrix gets its input, by its layer's name; of experts
+    those that tokens reached, and all tokens reach the same ones. attention: bytes when attention
+    returns. step: bytes at the end of a residual step, with the tensors that a probe holds. backward:
+    peak bytes with gradients, those that autograd keeps included; 0 in a run without gradients.
+    written: entries that the forward writes, without the matrices' products. pair: operations of
+    attention's products for one query and one key, forward.
     """
 
     forward: float
-    matrices: tuple[float, ...]
+    matrices: Mapping[str, float]
     attention: float
     step: float
     backward: float
@@ -103,20 +104,25 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
     block, one = paper_block(model, dtype)
     x = one.repeat(TOKENS, 1, 1)  # sequences of one token: none is longer than a window
     backward = _backward(block, x.clone()) if gradients else 0
-    moments: dict[str, list[int]] = {"matrix": [], "attention": [], "step": []}
+    moments: dict[str, list[int]] = {"attention": [], "step": []}
+    matrices: dict[str, float] = {}
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, PaperLinear)}
     held: list[Any] = []  # as the probe holds a step's tensors until its end
     with torch.no_grad(), Counter() as count:
 
         def note(kind: str) -> Callable[..., None]:
             return lambda *args: moments[kind].append(count.now)
 
+        def reached(name: str) -> None:
+            matrices[name] = count.now / TOKENS
+
         def hold(module: nn.Module, args: Any, out: Tensor) -> None:
             held.append((args, out))
 
+        for name, linear in linears.items():
+            linear.register_forward_pre_hook(lambda *_, name=name: reached(name))
         for module in block.modules():
-            if isinstance(module, PaperLinear):
-                module.register_forward_pre_hook(note("matrix"))
-            elif isinstance(module, Attend):
+            if isinstance(module, Attend):
                 module.register_forward_hook(note("attention"))
             elif isinstance(module, ResidualStep):
                 module.sublayer.register_forward_hook(hold)
@@ -126,10 +132,10 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
             x = step(x, start)
             note("step")()
             held.clear()
-    products = sum(m.weight.shape[0] for m in block.modules() if isinstance(m, PaperLinear))
+    products = sum(len(linears[name].weight) for name in matrices)
     return Trace(
         forward=count.peak / TOKENS,
-        matrices=tuple(size / TOKENS for size in moments["matrix"]),
+        matrices=matrices,
         attention=max(moments["attention"], default=0) / TOKENS,
         step=max(moments["step"]) / TOKENS,
         backward=backward / TOKENS,

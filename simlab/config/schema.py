@@ -117,6 +117,9 @@ class ModelConfig:
     rope_local_theta: float | None = None  # of layers with a window; None: rope_theta
     rope_linear: float | None = None  # what RoPE's angles are divided by where there is no window
     v_norm: bool = False  # True: values are normed too, each head's by itself
+    experts: int | None = None  # MLPs of width d_ff that a router picks from; None: one, no router
+    experts_per_token: int | None = None
+    renormalise_experts: bool = False  # the picked ones' shares are scaled to sum to 1
 
     @property
     def turned(self) -> int:
@@ -138,6 +141,11 @@ class ModelConfig:
     def query_divisor(self) -> float:
         """Attention's logits are q·k over this."""
         return math.sqrt(self.query_pre_attn_scalar or self.head_dim)
+
+    @property
+    def expert_share(self) -> float:
+        """The share of the tokens that an expert gets, on average over experts; 1 without a router."""
+        return (self.experts_per_token or 1) / (self.experts or 1)
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
+from typing import TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,6 +55,8 @@ def options(group: str) -> list[str]:
 
 # Far beyond use, and small enough that checking them costs nothing.
 MOST_BLOCKS, MOST_TOKENS, MOST_SEEDS = 10**6, 10**8, 10**6
+MOST_EXPERTS = 4096
+LARGEST_ROUTED = 1 << 20  # width and d_ff with experts: what one token gets there is computed
 
 
 @functools.cache
@@ -135,13 +138,45 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         logit_softcap=node.number("logit_softcap", 0.0, above=True, default=None),
         rope_local_theta=local_theta,
         rope_linear=read_linear(node),
+        **_experts(node),
     )
     node.done()
+    largest = max(width, d_ff, heads * head_dim)
+    if model.experts and largest > LARGEST_ROUTED:
+        raise node.fail(
+            "experts", model.experts, f"only with width and d_ff of at most {LARGEST_ROUTED}"
+        )
     if model.turned % 2:
         raise node.fail(
             "rotary", model.rotary, f"{model.turned} of {head_dim} channels: must be even"
         )
     return model
+
+
+class _Experts(TypedDict):
+    """Fields of ModelConfig."""
+
+    experts: int | None
+    experts_per_token: int | None
+    renormalise_experts: bool
+
+
+def _experts(node: Fields) -> _Experts:
+    # Configs written before these keys existed haven't got them.
+    experts, chosen = (
+        node.integer(key, high=MOST_EXPERTS, default=None)
+        for key in ("experts", "experts_per_token")
+    )
+    renormalise = bool(node.boolean("renormalise_experts", None))
+    if experts is None:
+        for key, value in (("experts_per_token", chosen), ("renormalise_experts", renormalise)):
+            if value:
+                raise node.fail(key, value, "needs model.experts")
+    elif chosen is None or chosen > experts:
+        raise node.fail(
+            "experts_per_token", chosen, f"with model.experts={experts}: 1 to {experts}"
+        )
+    return _Experts(experts=experts, experts_per_token=chosen, renormalise_experts=renormalise)
 
 
 def _init(reader: Fields, stored: bool) -> InitConfig:

@@ -50,12 +50,16 @@ class PaperLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of a block. name: of its layer, in the block. Those of a ``group`` share their input."""
+    """A matrix of a block. name: of its layer, in the block. Those of a ``group`` share their input.
+
+    share: of the tokens that it meets, on average over experts.
+    """
 
     name: str
     d_in: int
     d_out: int
     group: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Description:
         for matrix in self.matrices:
             inputs_outputs.setdefault(matrix.group, (matrix.d_in, []))[1].append(matrix.d_out)
         return list(inputs_outputs.values())
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of the tokens that each of ``groups`` meets."""
+        return list({matrix.group: matrix.share for matrix in self.matrices}.values())
 
 
 def describe(model: ModelConfig) -> Description:
@@ -123,7 +132,8 @@ def _shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 @functools.lru_cache(1024)
 def _describe(model: ModelConfig) -> Description:
-    block, x = paper_block(model, torch.float32)
+    # The one token passes through every expert.
+    block, x = paper_block(replace(model, experts_per_token=model.experts), torch.float32)
     inputs: list[Tensor] = []  # different ones; kept, so that none takes another's place
     matrices: list[Matrix] = []
 
@@ -131,7 +141,8 @@ def _describe(model: ModelConfig) -> Description:
         if not inputs or inputs[-1] is not x:
             inputs.append(x)
         d_out, d_in = layer.weight.shape
-        matrices.append(Matrix(name, d_in, d_out, len(inputs)))
+        share = model.expert_share if ".experts." in name else 1.0
+        matrices.append(Matrix(name, d_in, d_out, len(inputs), share))
 
     for name, module in block.named_modules():
         if isinstance(module, PaperLinear):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
@@ -70,9 +71,47 @@ class ExactGELU(PlainGELU):
     activate = staticmethod(nn.functional.gelu)
 
 
+class Experts(nn.Module):
+    """Σ p_e·MLP_e(x) over the experts e with the k largest of p = softmax(router(x)).
+
+    As in OLMoE (arXiv 2409.02060, §2) and, with ``renormalise_experts``, in Mixtral (2401.04088, §2.1),
+    which divides these p_e by their sum. The gradient goes through p; the choice of experts has none.
+    N: tokens, K: experts of a token, E: all experts.
+    """
+
+    def __init__(self, config: ModelConfig, linear: Linear) -> None:
+        super().__init__()
+        assert config.experts is not None
+        assert config.experts_per_token is not None
+        self.chosen, self.renormalise = config.experts_per_token, config.renormalise_experts
+        self.router = linear(config.width, config.experts, False)
+        make = MLPS[config.mlp]
+        self.experts = nn.ModuleList(make(config, linear) for _ in range(config.experts))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        p_NE = self.router(x_BTD).flatten(0, 1).float().softmax(-1)
+        p_NK, expert_NK = p_NE.topk(self.chosen)
+        if self.renormalise:
+            p_NK = p_NK / p_NK.sum(-1, keepdim=True)
+        x_ND = x_BTD.flatten(0, 1)
+        out_ND = torch.zeros_like(x_ND)
+        for number, expert in enumerate(self.experts):
+            token, place = (expert_NK == number).nonzero(as_tuple=True)
+            if len(token):  # an expert that no token reaches isn't multiplied, nor read from a file
+                branch = p_NK[token, place, None] * expert(x_ND[token])
+                out_ND.index_add_(0, token, branch.to(out_ND.dtype))
+        return out_ND.view_as(x_BTD)
+
+
 MLPS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {
     "swiglu": SwiGLU,
     "geglu": GeGLU,
     "gelu": PlainGELU,
     "gelu_exact": ExactGELU,
 }
+
+
+def feed_forward(config: ModelConfig, linear: Linear) -> nn.Module:
+    """A block's MLP, or its experts."""
+    return (Experts if config.experts else MLPS[config.mlp])(config, linear)

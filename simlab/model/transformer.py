@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
-from simlab.model.mlp import MLPS
+from simlab.model.mlp import feed_forward
 from simlab.model.norms import NORMS
 from simlab.model.placement import Renorm, ResidualStep
 from simlab.schemes.placement import at, renorm_after
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense_linear) -> None:
         super().__init__()
-        attention, mlp = Attention(config, layer, linear), MLPS[config.mlp](config, linear)
+        attention, mlp = Attention(config, layer, linear), feed_forward(config, linear)
         self.attention = ResidualStep(attention, at(config, layer, "attention"), config)
         self.mlp = ResidualStep(mlp, at(config, layer, "mlp"), config)
         self.renorm = Renorm(config) if renorm_after(config, layer) else None

@@ -57,6 +57,8 @@ def announce(
     console = Console(highlight=False)
     console.print(Text(_whole_brackets(title(config), console.width), style="bold"))
     mlp = "" if model.mlp == "swiglu" else f", {model.mlp}"
+    if model.experts:
+        mlp += f", {model.experts} experts, {model.experts_per_token} per token"
     mlp += ", biases" if model.bias else ", q, k, v biases" if model.qkv_bias else ""
     sizes = f"{heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
     sizes += ", values normed" * model.v_norm

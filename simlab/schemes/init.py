@@ -20,8 +20,10 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 ``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
 as the embedding is.
 
-An MLP without a gate has the columns up and down. Biases are 0 and norms' gains 1 (``norm.gain`` where
-a sublayer's norm has it), as in all of these trainers; where a gain is 1 + its parameter, that is 0.
+An MLP without a gate has the columns up and down. A router of experts is drawn as gate is, but as up
+by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
+``init_feed_forward_moe``). Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has
+it), as in all of these trainers; where a gain is 1 + its parameter, that is 0.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.placement import at
 
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
-INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router")
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
 GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm", "v_norm")
 
@@ -75,15 +77,17 @@ def _mitchell(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
 
 
 def _llama(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
-    out = sigma * (2 * model.depth) ** -0.5
-    scaled = {"o_proj": out, "up_proj": out, "down_proj": out}
-    return dict.fromkeys(ROLES, sigma) | {"embedding": 1.0, "head": model.width**-0.5} | scaled
+    return _llama_scaled(model, sigma, sigma * (2 * model.depth) ** -0.5)
 
 
 def _llama_depth(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
-    out = sigma * (2 * (layer + 1)) ** -0.5
-    scaled = {"o_proj": out, "up_proj": out, "down_proj": out}
-    return dict.fromkeys(ROLES, sigma) | {"embedding": 1.0, "head": model.width**-0.5} | scaled
+    return _llama_scaled(model, sigma, sigma * (2 * (layer + 1)) ** -0.5)
+
+
+def _llama_scaled(model: ModelConfig, sigma: float, out: float) -> dict[str, float]:
+    scaled = ["o_proj", "up_proj", "down_proj", "router", *["gate_proj"] * bool(model.experts)]
+    ends = {"embedding": 1.0, "head": model.width**-0.5}
+    return dict.fromkeys(ROLES, sigma) | ends | dict.fromkeys(scaled, out)
 
 
 def _fan_in(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:

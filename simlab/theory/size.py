@@ -13,8 +13,10 @@ def parameters_on_paper(model: ModelConfig) -> int:
     Raises KeyError for an MLP that theory doesn't know.
     """
     d, q, kv = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
-    inputs = q + 2 * kv + (1 + UNITS[model.mlp].gated) * model.d_ff  # rows of the input matrices
-    block = d * (inputs + q + model.d_ff) + model.bias * (inputs + 2 * d)
+    hidden = (1 + UNITS[model.mlp].gated) * model.d_ff  # rows of an MLP's input matrices
+    experts, inputs = model.experts or 1, q + 2 * kv
+    block = d * (inputs + q) + experts * d * (hidden + model.d_ff) + d * (model.experts or 0)
+    block += model.bias * (inputs + d + experts * (hidden + d))
     block += (model.qkv_bias and not model.bias) * (q + 2 * kv)
     each = 1 + model.norm.biased  # vectors of a norm
     block += each * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]

@@ -69,8 +69,11 @@ def widest(model: ModelConfig, gradients: bool) -> int:
 def together(model: ModelConfig, tokens: int, gradients: bool, seeds: int) -> int:
     """The number of seeds measured as one batch, such that batches are of about the same size.
 
-    tokens: of one seed.
+    tokens: of one seed. Seeds with experts are measured one by one, since an expert gets another
+    number of tokens in each.
     """
+    if model.experts:
+        return 1
     most = max(1, TOGETHER // (tokens * widest(model, gradients)))
     batches = -(-max(1, seeds) // most)
     return -(-max(1, seeds) // batches)
@@ -214,6 +217,12 @@ class LinearShape:
     d_in: int
     d_out: int
 
+    @property
+    def expert(self) -> str:
+        """The expert that it is of, by name, or an empty string: it then meets every token."""
+        before, routed, after = self.name.partition(".experts.")
+        return before + routed + after.partition(".")[0] if routed else ""
+
     def z(self, tokens: int) -> Shape:
         """The shape of a seed's Z for a batch of ``tokens`` tokens."""
         return min(tokens, self.d_in), self.d_out
@@ -238,7 +247,7 @@ class GaussianLinear(nn.Module):
     def bind(
         self, name: str, std: float, inputs: Inputs, later: Sequence[LinearShape] = ()
     ) -> None:
-        """name: of the weight. later: the next layers, whose normals are drawn ahead."""
+        """name: of the weight. later: next layers with as many tokens, drawn ahead of use."""
         self.shape, self.std, self.inputs = LinearShape(name, self.d_in, self.d_out), std, inputs
         self.later = list(later)
 
@@ -268,6 +277,8 @@ class GaussianWeights(RandomWeights):
     """
 
     def __init__(self, model: ModelConfig, init: InitConfig, *seeds: int, drawing: int = 0) -> None:
+        if model.experts and len(seeds) > 1:
+            raise ValueError(f"{len(seeds)} seeds: a model with experts is measured one by one")
         super().__init__(model, init, seeds[0], drawing)
         self.dense = [RandomWeights(model, init, seed) for seed in seeds]
         self.curves = len(seeds)
@@ -294,9 +305,9 @@ class GaussianWeights(RandomWeights):
             for inner, linear in linears.items()
         ]
         for i, linear in enumerate(linears.values()):
-            linear.bind(
-                layers[i].name, self.std(layers[i].name), inputs, layers[i + 1 : i + 1 + AHEAD]
-            )
+            # It isn't known how many tokens another expert gets.
+            later = [one for one in layers[i + 1 :] if one.expert == layers[i].expert]
+            linear.bind(layers[i].name, self.std(layers[i].name), inputs, later[:AHEAD])
         return block
 
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:

@@ -13,6 +13,7 @@ from simlab.schemes.placement import PLACEMENTS
 
 SETTINGS = [[f"norm={norm}"] for norm in sorted(PLACEMENTS)]
 SETTINGS += [["model.mlp=gelu"], ["model.qk_norm=per_head", "norm.type=layer"], ["dtype=bfloat16"]]
+SETTINGS += [["model.experts=3", "model.experts_per_token=3"]]  # every token meets all
 BATCH = 64
 
 

@@ -13,6 +13,7 @@ from simlab.theory.size import parameters_on_paper
 from simlab.weights import weightless
 
 SETTINGS = [[f"model.mlp={mlp}"] for mlp in MLPS]
+SETTINGS += [["model.experts=3", "model.experts_per_token=2", "model.bias=true"]]
 SETTINGS += [["model.bias=true"], ["norm=peri", "model.qk_norm=per_head"], ["model.qk_norm=none"]]
 
 

@@ -22,11 +22,11 @@ EXPECTED = {
     ),
     "llama": lambda n: (
         {"embedding": 1, "head": D**-0.5}
-        | dict.fromkeys(("o_proj", "up_proj", "down_proj"), S / math.sqrt(2 * L))
+        | dict.fromkeys(("o_proj", "up_proj", "down_proj", "router"), S / math.sqrt(2 * L))
     ),
     "llama_depth": lambda n: (
         {"embedding": 1, "head": D**-0.5}
-        | dict.fromkeys(("o_proj", "up_proj", "down_proj"), S / math.sqrt(2 * (n + 1)))
+        | dict.fromkeys(("o_proj", "up_proj", "down_proj", "router"), S / math.sqrt(2 * (n + 1)))
     ),
     "fan_in": lambda n: (
         dict.fromkeys(ROLES, D**-0.5) | {"embedding": 1, "o_proj": HC**-0.5, "down_proj": FF**-0.5}
@@ -53,6 +53,18 @@ def test_table(rule, layer):
         if expected["embedding"] == 1
         else set()
     )
+
+
+@pytest.mark.parametrize("rule", ["llama", "llama_depth", "normal"])
+def test_experts_gates_are_drawn_as_up_is(rule):
+    """OLMo-core's init_feed_forward_moe has one std for all of an MLP of experts and its router."""
+    asked = ["model.experts=3", "model.experts_per_token=2", f"init={rule}"]
+    dense, routed = (table(tiny(*each).shape, tiny(*each).init, 1) for each in (asked[2:], asked))
+    assert routed["gate_proj"] == routed["up_proj"] == routed["router"]
+    assert (dense["gate_proj"] == dense["up_proj"]) == (rule == "normal")
+    assert {k: v for k, v in dense.items() if k != "gate_proj"} == {
+        k: v for k, v in routed.items() if k != "gate_proj"
+    }
 
 
 def test_truncated_std():
@@ -114,8 +126,8 @@ def test_parameter_laws(mlp, rule):
         if name.endswith("bias"):
             assert law == Constant(0.0), name
             assert (parameter == 0).all()
-    with pytest.raises(KeyError, match="router"):
-        distribution(config.shape, config.init, "blocks.0.mlp.sublayer.router.weight")
+    with pytest.raises(KeyError, match="mixer"):
+        distribution(config.shape, config.init, "blocks.0.mlp.sublayer.mixer.weight")
 
 
 def test_gains():

@@ -118,6 +118,8 @@ def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
         return f"theory has no formula of transformers' {model.family}"
     if model.mlp not in UNITS:
         return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
+    if model.experts:
+        return "theory has no formula of experts (model.experts)"
     if ids.size > MOST_TOKENS:
         return (
             f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size} "
