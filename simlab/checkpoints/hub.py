@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from simlab import store
 from simlab.checkpoints.families.config import is_family
 from simlab.checkpoints.formats.hugging_face import read_index
-from simlab.checkpoints.formats.hugging_face_keys import read_family
+from simlab.checkpoints.formats.hugging_face_keys import read_family, read_values
 from simlab.checkpoints.formats.layouts import BESIDE, INDEX, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
 from simlab.checkpoints.hub_client import as_given
@@ -164,7 +164,8 @@ def _refuse_unread(config: Path) -> None:
     """Refuse a family that simlab doesn't read. Raises ConfigError."""
     if is_family(config.parent):
         return
-    if config.name == "config.json" and "model_type" in (values := read_json(config)):
+    if config.name == "config.json" and "model_type" in read_json(config):
+        values = read_values(config)
         read_family(values, fields_of(values, config))
 
 

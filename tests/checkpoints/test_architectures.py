@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import PARITY, assert_parity, edit_json, keys_of, refused, write_olmo
+from conftest import CHECKPOINT, PARITY, assert_parity, edit_json, keys_of, refused, write_olmo
+from safetensors.torch import load_file, save_file
 
 from simlab import build_model, compose
 from simlab.checkpoints.checkpoint import Checkpoint
@@ -72,8 +73,50 @@ CASES = {
         },
     ),
     "gpt_neox-yarn": ("GPTNeoX", {"rope_parameters": YARN | {"partial_rotary_factor": 1.0}}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 5,
+        },
+    ),
+    "gemma2-uncapped": (
+        "Gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": 7,
+            "layer_types": LAYERS,
+            "shards": "40KB",
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 4,
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 40,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3-linear": (
+        "Gemma3Text",
+        {
+            "sliding_window": 5,
+            "layer_types": LAYERS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+    ),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
 }
+NORMS_OUT = ("Olmo2", "Olmo3", "Gemma2", "Gemma3Text")  # families that norm what they add
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
 
 
@@ -135,7 +178,58 @@ def assert_same(folder, states, logits, ids=IDS):
 def test_every_hidden_state(tmp_path, case):
     kind, changes = CASES[case]
     reference = write_olmo(tmp_path / "m", kind, **changes)
-    assert_same(tmp_path / "m", *sublayer_states(reference, IDS, kind in ("Olmo2", "Olmo3")))
+    assert_same(tmp_path / "m", *sublayer_states(reference, IDS, kind in NORMS_OUT))
+
+
+def test_older_gemma3_config(tmp_path):
+    """As versions before 5 wrote it: θs and scaling beside each other, a number for the pattern."""
+    scaling = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+               "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}  # fmt: skip
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+    own = {"sliding_window": 5, "layer_types": kinds, "rope_parameters": scaling}
+    reference = write_olmo(tmp_path / "m", "Gemma3Text", **own)
+    states = sublayer_states(reference, IDS)
+    older = {"sliding_window_pattern": 2, "rope_theta": 900.0, "rope_local_base_freq": 30.0,
+             "rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": None,
+             "layer_types": None}  # fmt: skip
+    edit_json(tmp_path / "m" / "config.json", **older)
+    assert_same(tmp_path / "m", *states)
+    for wrong in ({"rope_local_base_freq": 900.0}, {"rope_scaling": None}, {"rope_theta": 30.0}):
+        edit_json(tmp_path / "m" / "config.json", **older | wrong)  # negative controls
+        with pytest.raises(AssertionError):
+            assert_same(tmp_path / "m", *states)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_gemma3_with_images(tmp_path, older):
+    """Its text part is measured, and what isn't is said."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
+             "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = CHECKPOINT | {"head_dim": 8, "sliding_window": 5}
+    config = transformers.Gemma3Config(text_config=text, vision_config=sizes, mm_tokens_per_image=4)
+    torch.manual_seed(1)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in whole.model.language_model.parameters():
+            parameter.normal_(0, 0.15)
+    whole.save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    if older:  # as versions before 4.52 named them
+        names = {"model.language_model.": "language_model.model.", "model.vision": "vision",
+                 "model.multi": "multi"}  # fmt: skip
+        for new, old in names.items():
+            files = {name.replace(new, old): tensor for name, tensor in files.items()}
+        save_file(files, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        theirs = whole(IDS, output_hidden_states=True)
+    ours, logits = our_states(tmp_path, IDS)
+    for state, hidden in zip(ours[:-1:2], theirs.hidden_states[:-1], strict=True):
+        assert_parity(state, hidden)
+    assert_parity(logits, theirs.logits, "logits")
+    unread = Checkpoint(str(tmp_path)).unread
+    assert f"not used: {sum('vision' in n or 'multi' in n for n in files)} tensors" in unread
+    edit_json(tmp_path / "config.json", text_config=text | {"query_scale": 2})
+    refused(tmp_path, "query_scale=2")
 
 
 @pytest.mark.parametrize("case", ["olmo2-sharded", "olmo3-yarn", "gpt2", "gpt_neox"])
@@ -203,6 +297,32 @@ def test_gpt_defaults_match_transformers(tmp_path, kind):
         assert (ours.rope_theta, ours.rotary) == (rope["rope_theta"], rope["partial_rotary_factor"])
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_gemma_defaults_match_transformers(tmp_path, kind):
+    theirs = transformers.AutoConfig.for_model(kind)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    ours, *_ = read_config(tmp_path / "config.json", 100)
+    names = {
+        "width": "hidden_size", "d_ff": "intermediate_size", "heads": "num_attention_heads",
+        "depth": "num_hidden_layers", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+        "vocab_size": "vocab_size", "query_pre_attn_scalar": "query_pre_attn_scalar",
+        "window": "sliding_window", "attention_softcap": "attn_logit_softcapping",
+        "logit_softcap": "final_logit_softcapping", "tied": "tie_word_embeddings",
+    }  # fmt: skip
+    for name, their_name in names.items():
+        assert getattr(ours, name) == getattr(theirs, their_name), name
+    assert ours.norm.eps == theirs.rms_norm_eps
+    full = [kind == "full_attention" for kind in theirs.layer_types]
+    assert [ours.window_of(i) is None for i in range(ours.depth)] == full
+    if kind == "gemma2":
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    else:
+        thetas = [
+            theirs.rope_parameters[f"{k}_attention"]["rope_theta"] for k in ("full", "sliding")
+        ]
+        assert [ours.rope_theta, ours.rope_local_theta] == thetas
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_config_defaults_match_transformers(tmp_path, kind):
     shape = SHAPE | ({"num_attention_heads": 32} if kind == "stablelm" else {})
@@ -233,7 +353,16 @@ REFUSED = [
     ("Llama", {"rope_parameters": LLAMA3 | {"factor": float("nan")}}, "factor=nan", "number"),
     ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5", "1.0"),
     ("Llama", {"quantization_config": {"bits": 4}}, "quantization_config", "null"),
-    ("Llama", {"model_type": "gemma2"}, "model_type='gemma2'", "olmo, olmo2, olmo3, llama, qwen3, "),
+    ("Llama", {"model_type": "cohere2"}, "model_type='cohere2'", "olmo, olmo2, olmo3, llama, qwen3, "),
+    ("Gemma2", {"rope_scaling": YARN}, "rope_scaling", "null"),
+    ("Gemma2", {"rope_parameters": YARN}, "rope_parameters", "scaled RoPE"),
+    ("Gemma2", {"layer_types": ["chunked_attention"] * 5}, "layer_types", "full_attention"),
+    ("Gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu'", "gelu_pytorch_tanh"),
+    ("Gemma3Text", {"rope_parameters": YARN}, "rope_type", "no such key"),
+    ("Gemma3Text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+     "rope_type='linear'", "default"),
+    ("Gemma3Text", {"use_bidirectional_attention": True}, "use_bidirectional", "false"),
+    ("Gemma3Text", {"attn_logit_softcapping": 9.0}, "attn_logit_softcapping=9.0", "null"),
     ("Olmo", {"clip_qkv": 8.0}, "clip_qkv=8.0", "null"),
     ("Qwen3", {"use_sliding_window": True}, "use_sliding_window=True", "false"),
     ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True", "false"),

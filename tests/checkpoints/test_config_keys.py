@@ -18,6 +18,7 @@ CLASSES = {
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
     "qwen2": "Qwen2", "mistral": "Mistral", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
     "phi3": "Phi3", "stablelm": "StableLm",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
 }  # fmt: skip
 TINY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,6 +38,7 @@ OTHER_VALUES = {
     "summary_proj_to_labels": False, "reorder_and_upcast_attn": True,
     "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
 }  # fmt: skip
+LINEAR = ("gemma3_text",)  # which scales RoPE in this way alone
 DTYPES = ("dtype", "torch_dtype", "use_bfloat16")  # a run's dtype is its own key
 
 
@@ -68,7 +70,7 @@ def test_used_keys_are_used(tmp_path, kind):
     config = {"model_type": kind, "vocab_size": 61} | WHOLE.get(kind, {})
     config |= keys_of(CLASSES[kind], TINY)
     if "rope_scaling" in MODEL_TYPES[kind].used and kind not in UNSCALED:
-        scaling = {"type": "yarn", "factor": 2.0}
+        scaling = {"type": "linear" if kind in LINEAR else "yarn", "factor": 2.0}
         config |= {"rope_scaling": scaling, "max_position_embeddings": 64}
     path = tmp_path / "config.json"
     for key in MODEL_TYPES[kind].used.split():
@@ -103,9 +105,11 @@ def test_fixed_keys_matter(tmp_path, kind, changes):
     refused(tmp_path / "m", next(iter(changes)), "not supported")
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k, keys in MODEL_TYPES.items() if "rope" in keys.used and k not in UNSCALED]
-)
+SCALED = [k for k, keys in MODEL_TYPES.items() if "rope_scaling" in keys.used]
+SCALED = [k for k in SCALED if k not in (*UNSCALED, *LINEAR)]
+
+
+@pytest.mark.parametrize("kind", SCALED)
 def test_scaling_beside_rope_parameters(tmp_path, kind):
     """A user's ``rope_scaling`` in a config that transformers 5 wrote, as model cards advise."""
     write_olmo(tmp_path / "m", CLASSES[kind], **TINY | WHOLE.get(kind, {}))

@@ -228,8 +228,8 @@ def test_random_init_that_is_left_out(tmp_path):
 
 
 def test_draws_are_by_seed_and_block(tmp_path, monkeypatch):
-    short, _ = family_skeleton(tmp_path, "gemma2")
-    deep, _ = family_skeleton(tmp_path, "gemma2", num_hidden_layers=5)
+    short, _ = family_skeleton(tmp_path, "vaultgemma")
+    deep, _ = family_skeleton(tmp_path, "vaultgemma", num_hidden_layers=5)
     one, again, other = drawn_weights(short), drawn_weights(deep), drawn_weights(short, seed=4)
     assert all(torch.equal(weight, again[name]) for name, weight in one.items())
     name = "model.layers.{}.self_attn.q_proj.weight"
@@ -269,8 +269,8 @@ def test_list_of_families():
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gemma2")
-    write_family(folder, "gemma2")
+    folder = tmp_path_factory.mktemp("vaultgemma")
+    write_family(folder, "vaultgemma")
     return folder
 
 
@@ -279,8 +279,8 @@ def test_run(gemma, tmp_path, no_figures):
     given += ["gradients=true"]
     done = in_process(*given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "computed by transformers' gemma2" in done.stdout
-    assert "Theory predicts no curve here: theory has no formula of transformers' gemma2" in (
+    assert "computed by transformers' vaultgemma" in done.stdout
+    assert "Theory predicts no curve here: theory has no formula of transformers' vaultgemma" in (
         " ".join(done.stdout.split())
     )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -295,10 +295,10 @@ def test_run(gemma, tmp_path, no_figures):
 
 
 WRONG = [
-    ("engine=weightless", "engine=weightless: model_type=gemma2 is computed"),
-    ("engine=theory", "engine=theory: model_type=gemma2 is computed"),
-    ("init=mitchell", "init=mitchell: model_type=gemma2 is computed"),
-    ("init.std=0.1", "init.std=0.1: model_type=gemma2 is computed"),
+    ("engine=weightless", "engine=weightless: model_type=vaultgemma is computed"),
+    ("engine=theory", "engine=theory: model_type=vaultgemma is computed"),
+    ("init=mitchell", "init=mitchell: model_type=vaultgemma is computed"),
+    ("init.std=0.1", "init.std=0.1: model_type=vaultgemma is computed"),
 ]
 
 
@@ -312,8 +312,8 @@ def test_what_a_run_cant_do(gemma, tmp_path, override, line):
 
 
 def changed(folder, tensors=(), drop=(), **config):
-    """A Gemma 2's folder with other tensors or keys."""
-    write_family(folder, "gemma2")
+    """A VaultGemma's folder with other tensors or keys."""
+    write_family(folder, "vaultgemma")
     held = load_file(folder / "model.safetensors") | dict(tensors)
     save_file({k: v for k, v in held.items() if k not in drop}, folder / "model.safetensors")
     edit_json(folder / "config.json", **config)
@@ -324,14 +324,14 @@ BAD = {
     "missing": ({"drop": [NORM]}, [f"tensor {NORM} is missing"]),
     "extra": (
         {"tensors": {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)}},
-        ["model.layers.1.self_attn.q_proj.bias is not part of transformers' gemma2"],
+        ["model.layers.1.self_attn.q_proj.bias is not part of transformers' vaultgemma"],
     ),
     "shape": ({"tensors": {NORM: torch.ones(31)}}, [NORM, "(31,)", "implies (32,)"]),
     "layers": ({"num_hidden_layers": 10**9}, ["'num_hidden_layers'=1000000000"]),
     "layer types": ({"num_hidden_layers": 2}, ["transformers refuses it", "layer_types"]),
     "fewer layers": (
         {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
-        ["model.layers.2.", "is not part of transformers' gemma2"],
+        ["model.layers.2.", "is not part of transformers' vaultgemma"],
     ),
     "listed": ({"eos_token_id": [10**12]}, ["'eos_token_id'=1000000000000"]),
     "heads": ({"num_attention_heads": "four"}, ["transformers refuses it"]),
@@ -358,7 +358,7 @@ def test_what_isnt_used_is_said(tmp_path):
     more = {"vision.weight": torch.ones(2), "model.rotary_emb.inv_freq": torch.ones(4)}
     changed(tmp_path, tensors=more, frobnicate=3)
     unread = FamilyCheckpoint(str(tmp_path)).unread
-    assert "not used: vision.weight, for which transformers' gemma2 has no place" in unread
+    assert "not used: vision.weight, for which transformers' vaultgemma has no place" in unread
     assert "not used: frobnicate in config.json" in unread
     assert "inv_freq" not in unread
 

@@ -58,6 +58,20 @@ CONFIGS = {
         "layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "rotary_emb_base": 10000,
         "rotary_pct": 0.25, "use_parallel_residual": True,
     },
+    "gemma2_27b": {  # google/gemma-2-27b
+        "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 4608,
+        "intermediate_size": 36864, "num_hidden_layers": 46, "num_attention_heads": 32,
+        "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 144,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096,
+        "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+    "gemma3_27b": {  # the text_config of google/gemma-3-27b-pt
+        "model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504,
+        "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16,
+        "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "tie_word_embeddings": True,
+    },
     "mistral_7b": {  # mistralai/Mistral-7B-v0.1
         "model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
         "vocab_size": 32000, "num_key_value_heads": 8, "hidden_size": 4096,
@@ -115,7 +129,7 @@ def test_llama3_rope_is_one_of_two():
     assert compose([f"model.llama3={scaling}"]).shape.llama3.factor == 8
     for wrong, part in (
         (["model=olmo3_7b", f"model.llama3={scaling}"], "model.yarn"),
-        (["model=olmo3_7b", "model.rope_linear=8"], "rope_linear=8: model.yarn scales RoPE too"),
+        (["model=olmo3_7b", "model.rope_linear=8"], "rope_linear=8.0: model.yarn scales RoPE too"),
         ([f"model.llama3={scaling.replace(' 4', ' 1')}"], "low_freq_factor=1.0: must be below"),
         ([f"model.llama3={scaling.replace('factor: 8,', 'factor: 8, beta: 1,')}"], "beta=1"),
     ):

@@ -13,7 +13,12 @@ from typing import Any
 
 from simlab.checkpoints.families.skeleton import transformers_of
 from simlab.checkpoints.formats import olmo_core
-from simlab.checkpoints.formats.hugging_face_keys import ELSEWHERE, IGNORED, MODEL_TYPES
+from simlab.checkpoints.formats.hugging_face_keys import (
+    ELSEWHERE,
+    IGNORED,
+    MODEL_TYPES,
+    TEXT_PARTS,
+)
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError
 from simlab.config.fields import brief
@@ -52,7 +57,7 @@ def is_family(folder: Path) -> bool:
         return False
     values = read_json(path)
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind in MODEL_TYPES or kind in ELSEWHERE:
+    if not isinstance(kind, str) or kind in {*MODEL_TYPES, *TEXT_PARTS, *ELSEWHERE}:
         return False
     transformers = transformers_of(path)
     if kind in transformers.CONFIG_MAPPING:

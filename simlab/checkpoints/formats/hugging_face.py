@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simlab.checkpoints.formats import hugging_face_gemma as gemma
 from simlab.checkpoints.formats import hugging_face_gpt as gpt
-from simlab.checkpoints.formats.hugging_face_keys import read_family
+from simlab.checkpoints.formats.hugging_face_keys import TEXT_PARTS, read_family, read_values
 from simlab.checkpoints.formats.hugging_face_rope import (
     LAYER_TYPES,
     read_rotary,
@@ -131,6 +132,10 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+# Readers of the families whose config or tensors have other names.
+READERS = {**gpt.READERS, **gemma.READERS}
+
+
 def _windows(fields: Fields, kind: str, depth: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and of a model that has one the layers that see every token. Raises ConfigError."""
     if kind in ("mistral", "phi3"):
@@ -153,11 +158,11 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     has transformers' default for that model type. Raises ConfigError for an architecture or a
     value that simlab doesn't compute, and for a key that it doesn't know.
     """
-    values = read_json(path)
+    values = read_values(path)
     kind = read_family(values, fields_of(values, path))
-    if kind in gpt.READERS:
+    if kind in READERS:
         fields = fields_of(values, path)
-        read, names = gpt.READERS[kind](fields, path.parent.name, tensors)
+        read, names = READERS[kind](fields, path.parent.name, tensors)
         return read, names, transformers_init(fields, kind)
     its = ARCHITECTURES[kind]
     defaults = {"head_dim": its.head_dim, "sliding_window": its.window}
@@ -212,15 +217,19 @@ def matches(folder: Path) -> bool:
 def open_folder(folder: Path) -> Opened:
     """Raises ConfigError for what is missing, malformed or not supported."""
     path = folder / "config.json"
-    values = read_json(path)
+    values = read_values(path)
     # First: there is no use in looking for its weights.
     kind = read_family(values, fields_of(values, path))
     refuse_beside(folder)
     files = weight_files(folder)
+    others: list[str] = []
     if kind in gpt.READERS:
         held = gpt.by_full_name(kind, unwrapped(tensors(files, WHOLE_DTYPES), folder), folder)
     else:
-        held = _by_full_name(unwrapped(tensors(files), folder), folder)
+        held = unwrapped(tensors(files), folder)
+        if read_json(path).get("model_type") in TEXT_PARTS:
+            held, others = gemma.text_part(held, folder)
+        held = _by_full_name(held, folder)
         refuse_prefixed(held, folder)
     model, keys, init = read_config(path, len(held))
     learned = {name: t for name, t in held.items() if not name.endswith(_BUFFER)}
@@ -228,12 +237,17 @@ def open_folder(folder: Path) -> Opened:
         _check_frequencies(held[name], model, path)
     if kind in gpt.READERS:
         learned = gpt.arranged(learned, model, folder)
-    others = [learned.pop(name).name for name in _OTHER_HEADS if name in learned]
+    heads = [learned.pop(name).name for name in _OTHER_HEADS if name in learned]
     index = [] if None in files.values() else [INDEX]
-    beside = unread(folder, [*index, *(file.name for file in files)])
+    lines = [unread(folder, [*index, *(file.name for file in files)])]
+    if others:
+        lines.append(
+            f"not used: {len(others)} tensors beside the text model, {brief(others[0])} first"
+        )
     return Opened(
-        "hugging_face", model, keys, learned, path, init, other_head=" ".join(others), unread=beside
-    )
+        "hugging_face", model, keys, learned, path, init, other_head=" ".join(heads),
+        unread="; ".join(filter(None, lines)),
+    )  # fmt: skip
 
 
 def _by_full_name(held: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

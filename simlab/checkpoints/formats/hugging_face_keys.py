@@ -7,8 +7,10 @@ write into a config.json. ``tests/checkpoints/test_config_keys.py`` holds the li
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from simlab.checkpoints.formats.keys import Keys
+from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError
 from simlab.config.fields import Fields
 
@@ -72,6 +74,23 @@ IGNORED = frozenset(f"{_GENERATION} {_OUTPUTS} {_TOKENS} {_OTHER}".split())
 _RMS = Keys("rms_norm_eps")
 # transformers drops the window, and the layers that would have it, unless use_sliding_window.
 _NO_WINDOW = Keys("", "sliding_window max_window_layers", {"use_sliding_window": False})
+# hidden_act: Gemma's class has another key for it.
+_GEMMA = (
+    _EVERYONES
+    | _RMS
+    | Keys(
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim hidden_activation layer_types rope_parameters rope_theta query_pre_attn_scalar "
+        "sliding_window final_logit_softcapping",
+        "hidden_act max_position_embeddings _sliding_window_pattern",
+        {
+            "attention_bias": False,
+            "partial_rotary_factor": 1.0,
+            "rope_interleaved": False,
+            "use_bidirectional_attention": False,
+        },
+    )
+)
 MODEL_TYPES: Mapping[str, Keys] = {
     "olmo": _SHARED | Keys("", fixed={"clip_qkv": None}),
     "olmo2": _SHARED | _RMS,
@@ -115,15 +134,31 @@ MODEL_TYPES: Mapping[str, Keys] = {
         "hidden_dropout classifier_dropout",
         {"attention_bias": True},
     ),
+    "gemma2": _GEMMA | Keys("attn_logit_softcapping", fixed={"rope_scaling": None}),
+    # transformers' Gemma 3 doesn't use attn_logit_softcapping, Google's does.
+    "gemma3_text": _GEMMA
+    | Keys(
+        "rope_scaling rope_local_base_freq sliding_window_pattern",
+        fixed={"attn_logit_softcapping": None},
+    ),
 }
+# Models with an image encoder, and the model type of their text part.
+TEXT_PARTS = {"gemma3": "gemma3_text"}
+_WITH_IMAGES = Keys(
+    "model_type architectures text_config",
+    f"{_GENERATION} {_OUTPUTS} {_TOKENS} {_OTHER} vision_config mm_tokens_per_image boi_token_index "
+    "eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id",
+    {"tie_word_embeddings": True, "quantization_config": None},
+)
 _CLASSES = {
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
     "qwen2": "Qwen2", "mistral": "Mistral", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
     "phi3": "Phi3", "stablelm": "StableLm",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3", "gemma3": "Gemma3",
 }  # fmt: skip
 _HEADS = (
     "ForCausalLM", "LMHeadModel", "Model", "ForSequenceClassification", "ForTokenClassification",
-    "ForQuestionAnswering",
+    "ForQuestionAnswering", "TextModel", "ForConditionalGeneration",
 )  # fmt: skip
 _HF_OLMO = (
     "the first OLMo repositories' own layout, which needs their code: use the repository whose name "
@@ -133,6 +168,24 @@ ELSEWHERE = {
     "hf_olmo": _HF_OLMO,
     "olmo_1124": "OLMo 2's name before transformers had it: use the repository as it is today (olmo2)",
 }
+
+
+def read_values(path: Path) -> dict[str, object]:
+    """The keys of a config.json; of a model with an image encoder those of its text part.
+
+    Raises ConfigError.
+    """
+    values = read_json(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
+        return values
+    fields = fields_of(values, path)
+    _WITH_IMAGES.check(fields)
+    _check_classes(values.get("architectures") or [], kind, fields)
+    text = fields.node("text_config", {})
+    text.choice("model_type", (TEXT_PARTS[kind],), TEXT_PARTS[kind])
+    text.must_be(tie_word_embeddings=True)
+    return {**text.values, "model_type": TEXT_PARTS[kind]}
 
 
 def read_family(values: dict[str, object], fields: Fields) -> str:

@@ -81,6 +81,36 @@ def read_transformers_rope(
     return theta, yarn, None
 
 
+def read_layered_rope(fields: Fields) -> tuple[float, float, float | None]:
+    """Gemma 3's θ of full attention and of layers with a window, and the factor that scales the former.
+
+    ``rope_parameters`` by layer type, or ``rope_theta``, ``rope_local_base_freq`` and ``rope_scaling``
+    before transformers 5; a section's θ counts before one beside it. Raises ConfigError for scaling
+    that simlab doesn't compute.
+    """
+    sections = fields.node("rope_parameters", {})
+    sections.only("RoPE by layer type", LAYER_TYPES)
+    full, sliding = (sections.node(name, {}) for name in LAYER_TYPES)
+    full.values |= fields.node("rope_scaling", {}).values
+    thetas = []
+    for section, name, default in (
+        (full, "rope_theta", 1_000_000.0),
+        (sliding, "rope_local_base_freq", 10_000.0),
+    ):
+        beside = fields.number(name, 1.0, above=True, default=default)
+        thetas.append(section.number("rope_theta", 1.0, above=True, default=beside))
+        kinds = {section.values.get(key) for key in ("rope_type", "type")} - {None}
+        allowed = ("default", "linear") if section is full else ("default",)
+        for key in ("rope_type", "type"):
+            section.choice(key, allowed, "default")
+        if len(kinds) > 1:
+            raise section.fail("type", section.values["type"], "must be what rope_type is")
+        scaled = "factor" if "linear" in kinds else ""
+        section.only("RoPE", ("rope_type", "type", "rope_theta", *scaled.split()))
+    linear = full.values.get("rope_type", full.values.get("type")) == "linear"
+    return thetas[0], thetas[1], full.number("factor", 1.0) if linear else None
+
+
 def read_rotary(fields: Fields, top: str, default: float, head_dim: int) -> float:
     """The share of a head's channels that RoPE turns, in RoPE's sections or beside them.
 
