@@ -133,7 +133,7 @@ ARCHITECTURES = {
 
 
 # Readers of the families whose config or tensors have other names.
-READERS = {**gpt.READERS, **gemma.READERS}
+_READERS = {**gpt.READERS, **gemma.GEMMA_READERS}
 
 
 def _windows(fields: Fields, kind: str, depth: int) -> tuple[int | None, tuple[int, ...]]:
@@ -160,9 +160,9 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     """
     values = read_values(path)
     kind = read_family(values, fields_of(values, path))
-    if kind in READERS:
+    if kind in _READERS:
         fields = fields_of(values, path)
-        read, names = READERS[kind](fields, path.parent.name, tensors)
+        read, names = _READERS[kind](fields, path.parent.name, tensors)
         return read, names, transformers_init(fields, kind)
     its = ARCHITECTURES[kind]
     defaults = {"head_dim": its.head_dim, "sliding_window": its.window}

@@ -121,7 +121,7 @@ def _full_layers(fields: Fields, depth: int, every: int) -> tuple[int, ...]:
 
 
 # A model type's reader: fields, the model's name and how many tensors there are.
-READERS: Mapping[str, Callable[[Fields, str, int], tuple[ModelConfig, dict[str, str]]]] = {
+GEMMA_READERS: Mapping[str, Callable[[Fields, str, int], tuple[ModelConfig, dict[str, str]]]] = {
     "gemma2": lambda *given: _read("gemma2", *given),
     "gemma3_text": lambda *given: _read("gemma3_text", *given),
 }
