@@ -2,8 +2,10 @@
 
 σ is the parameter of the rule, L the depth, l the layer counted from 0, d = width. Sources: the
 trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization.py``), GPT-2
-(Radford et al. 2019, §2.3), Megatron-LM (arXiv 1909.08053) and transformers 5.23 (``_init_weights`` of
-``PreTrainedModel``, whose normals are whole: the choice's ``truncate`` is null).
+(Radford et al. 2019, §2.3), Megatron-LM (arXiv 1909.08053), GPT-NeoX
+(``megatron/model/init_functions.py``: small_init, and wang_init on residual outputs) and transformers
+5.23 (``_init_weights`` of ``PreTrainedModel``, whose normals are whole: the choice's ``truncate`` is
+null).
 
 | rule         | embedding | q, k, v | o            | gate | up      | down              | head |
 |--------------|-----------|---------|--------------|------|---------|-------------------|------|
@@ -15,6 +17,9 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 | fan_in       | 1, whole  | 1/√d    | 1/√(heads·C) | 1/√d | 1/√d    | 1/√d_ff           | 1/√d |
 | gpt2         | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | σ    |
 | megatron     | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | 1/√d |
+| small_wang   | s         | s       | 2/(L√d)      | s    | s       | 2/(L√d)           | s    |
+
+s = √(2/(5d)).
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
 ``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
@@ -107,6 +112,12 @@ def _megatron(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
     return _gpt2(model, sigma, layer) | {"head": model.width**-0.5}
 
 
+def _small_wang(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    out = 2 / (model.depth * model.width**0.5)
+    small = (2 / (5 * model.width)) ** 0.5
+    return dict.fromkeys(ROLES, small) | {"o_proj": out, "down_proj": out}
+
+
 RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "normal": _normal,
     "transformers": _normal,
@@ -116,6 +127,7 @@ RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "fan_in": _fan_in,
     "gpt2": _gpt2,
     "megatron": _megatron,
+    "small_wang": _small_wang,
 }
 WHOLE_EMBEDDING = ("llama", "llama_depth", "fan_in")
 

@@ -98,6 +98,8 @@ def test_legacy_configs(tmp_path, text):
     [
         ("Olmo2", {"initializer_range": 0.04}, InitConfig("normal", 0.04, 3.0), "range=0.04 in config"),
         ("Llama", {"initializer_range": 0.0}, InitConfig("normal", 0.02, None), "initializer_range=0"),
+        ("GPTNeoX", {"initializer_range": 0.04}, InitConfig("normal", 0.04, None), "is a guess: init"),
+        ("GPT2", {"initializer_range": 0.04}, InitConfig("gpt2", 0.04, None), "own init: init"),
         ("Olmo", {}, InitConfig("mitchell", None, 3.0), "is a guess: OLMo 1's rule"),
     ],
 )  # fmt: skip

@@ -35,6 +35,10 @@ EXPECTED = {
     "megatron": lambda n: (
         dict.fromkeys(("o_proj", "down_proj"), S / math.sqrt(2 * L)) | {"head": D**-0.5}
     ),
+    "small_wang": lambda n: (
+        dict.fromkeys(ROLES, math.sqrt(0.4 / D))
+        | dict.fromkeys(("o_proj", "down_proj"), 2 / L / math.sqrt(D))
+    ),
 }
 
 
@@ -48,7 +52,7 @@ def test_table(rule, layer):
     whole = {role for role, g in laws.items() if g.truncate is None}
     assert whole == (
         set(ROLES)
-        if rule in ("gpt2", "transformers")
+        if rule in ("gpt2", "transformers", "small_wang")
         else {"embedding"}
         if expected["embedding"] == 1
         else set()
@@ -81,7 +85,7 @@ def test_truncated_std():
 def test_measured_moments_match_the_table(rule):
     """Mean 0, the table's std, nothing beyond the cut, for every matrix of a whole model.
 
-    Five standard errors: √(κ−1)/2n-ish for the std (κ ≤ 3), 1/√n for the mean; 23 matrices × 8
+    Five standard errors: √(κ−1)/2n-ish for the std (κ ≤ 3), 1/√n for the mean; 23 matrices × 9
     rules, so a false alarm in 10^4 runs at most, and seeds are fixed.
     """
     config = tiny(f"init={rule}", "vocab_size=997")

@@ -38,7 +38,10 @@ def transformers_init(fields: Fields, kind: str) -> OwnInit:
             "no initializer_range" if std is None else "initializer_range=0"
         )
         return OwnInit(init, why, guess=True)
-    return OwnInit(init, f"initializer_range={std:g} in config.json")
+    said = f"initializer_range={std:g} in config.json"
+    if kind == "gpt_neox":  # its trainer's rule, by default gpt2, isn't in its conversion
+        return OwnInit(init, f"{said}, which doesn't name the trainer's rule", guess=True)
+    return OwnInit(init, said)
 
 
 def gguf_init(kind: str) -> OwnInit:
