@@ -195,7 +195,7 @@ def test_compare(result):
             simlab.compare(*runs, labels=labels)
 
 
-def test_multirun(tmp_path, monkeypatch, capfd):
+def test_multirun(tmp_path, monkeypatch, capfd, no_figures):
     """A sweep as the command's, whose kept results the next one uses; a failed job is told."""
     monkeypatch.chdir(tmp_path)
     values = {"depth": [2, 3], "init.std": [0.01, 0.02]}
