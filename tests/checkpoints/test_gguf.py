@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 from conftest import refused, write_olmo
-from test_architectures import IDS, LAYERS, YARN, assert_same, sublayer_states
+from test_architectures import IDS, LAYERS, NORMS_OUT, YARN, assert_same, sublayer_states
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from write_gguf import write_gguf
 
@@ -37,6 +37,12 @@ OLMO3 = {
     "sliding_window": 7, "layer_types": LAYERS, "num_hidden_layers": 5,
     "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN},
 }  # fmt: skip
+SLIDING = {"attention.sliding_window": 5}
+GEMMA = SMALL | {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}
+LAYERED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+}
 CASES = {  # family, changes, type of the matrices, what write_gguf is told
     **{
         f"llama-{kind}": ("Llama", SMALL, kind, {})
@@ -56,6 +62,32 @@ CASES = {  # family, changes, type of the matrices, what write_gguf is told
     ),
     "qwen2": ("Qwen2", SMALL, "Q8_0", {}),
     "qwen3": ("Qwen3", SMALL | {"head_dim": 32}, "Q8_0", {}),
+    "gemma2": (
+        "Gemma2",
+        GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
+        "Q8_0",
+        {"keys": SLIDING | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        GEMMA | {"num_hidden_layers": 6},
+        "Q8_0",
+        {"names": "gemma3", "keys": SLIDING},
+    ),
+    "gemma3-linear": (
+        "Gemma3Text",
+        GEMMA | {"num_hidden_layers": 6, "rope_parameters": LAYERED},
+        "F16",
+        {
+            "names": "gemma3",
+            "keys": SLIDING
+            | {
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": 8.0,
+                "rope.freq_base_swa": 30.0,
+            },
+        },
+    ),
 }
 
 
@@ -88,7 +120,32 @@ def test_every_state(tmp_path, case):
     family, changes, kind, told = CASES[case]
     model = write_olmo(tmp_path / "m", family, **changes)
     write_gguf(tmp_path / "m.gguf", model, kind, **told)
-    assert_same(tmp_path / "m.gguf", *sublayer_states(model, IDS, family == "Olmo2"))
+    assert_same(tmp_path / "m.gguf", *sublayer_states(model, IDS, family in NORMS_OUT))
+
+
+@pytest.mark.parametrize(("depth", "scalar"), [(45, 32), (46, 16)])
+def test_gemma_27b_is_known_by_its_depth(tmp_path, depth, scalar):
+    """As in llama.cpp: of 46 blocks of Gemma 2 logits are q·k over √(width/heads)."""
+    model = write_olmo(tmp_path / "m", "Gemma2", **GEMMA | {"num_hidden_layers": depth})
+    write_gguf(tmp_path / "m.gguf", model, keys=SLIDING)
+    shape = Checkpoint(str(tmp_path / "m.gguf")).model
+    assert shape.query_pre_attn_scalar == scalar
+    assert (shape.attention_softcap, shape.logit_softcap) == (50.0, 30.0)
+
+
+GEMMA_REFUSED = {
+    "gemma3.rope.scaling.type='yarn'": {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0},
+    "gemma3.final_logit_softcapping=30.0": {"final_logit_softcapping": 30.0},
+    "gemma3.attention.sliding_window=None": {"attention.sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("said", GEMMA_REFUSED)
+def test_gemmas_that_are_refused(tmp_path, said):
+    model = write_olmo(tmp_path / "m", "Gemma3Text", **GEMMA)
+    keys = {k: v for k, v in (SLIDING | GEMMA_REFUSED[said]).items() if v is not None}
+    write_gguf(tmp_path / "m.gguf", model, keys=keys, names="gemma3")
+    refused(tmp_path / "m.gguf", f"{tmp_path / 'm.gguf'}: {said}: ")
 
 
 def test_llama3_rope(tmp_path):
@@ -230,14 +287,14 @@ def test_keys_that_llama_cpp_does_not_read(tmp_path):
 
 
 def test_another_architecture(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3n")
     writer.add_block_count(3)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     refused(
         tmp_path / "m.gguf",
-        "general.architecture='gemma3': allowed: llama, olmo, olmo2, qwen2, qwen3",
+        "general.architecture='gemma3n': allowed: llama, olmo, olmo2, qwen2, qwen3, gemma2, gemma3",
     )
 
 

@@ -48,7 +48,8 @@ def write_gguf(path: Path, model, kind: str = "F32", keys=None, rope=None, names
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(float(config.rope_parameters.get("rope_theta", 10_000.0)))
+    rope_of = {**config.rope_parameters.get("full_attention", {}), **config.rope_parameters}
+    writer.add_rope_freq_base(float(rope_of.get("rope_theta", 10_000.0)))
     if arch == "olmo":
         writer.add_layer_norm_eps(1e-5)
     else:
@@ -74,6 +75,8 @@ def write_gguf(path: Path, model, kind: str = "F32", keys=None, rope=None, names
             heads = config.num_attention_heads if "q_" in name else config.num_key_value_heads
         values = parameter.detach().numpy()
         values = interleaved(values, heads) if heads else values
+        shift = arch.startswith("gemma") and name.endswith("norm.weight")
+        values = values + np.float32(1) if shift else values  # Gemma2Model.modify_tensors
         its = Type[kind] if values.ndim == 2 else Type.F32
         if kind in SCALES and values.ndim == 2:
             data = random_blocks(values.shape, its, seed)
@@ -82,6 +85,7 @@ def write_gguf(path: Path, model, kind: str = "F32", keys=None, rope=None, names
         writer.add_tensor(theirs, data, raw_dtype=its)
         values = gguf.quants.dequantize(data, its)
         values = ordered(values, heads) if heads else values
+        values = values - np.float32(1) if shift else values
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(values.copy()))
     writer.write_header_to_file()

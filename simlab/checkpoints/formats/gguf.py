@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simlab.checkpoints.formats.gguf_gemma import GEMMA_KEYS, gemma_model
 from simlab.checkpoints.formats.hugging_face import ARCHITECTURES, same_but_rounded
 from simlab.checkpoints.formats.keys import Keys
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
@@ -64,6 +65,8 @@ _NAMES = {  # OLMo 3 is olmo2 with a window; Mistral is a llama
     "olmo2": _SHARED | _NORMS_OUT | _QK_NORM,
     "qwen2": _SHARED | _NORMS_IN | _QKV_BIAS,
     "qwen3": _SHARED | _NORMS_IN | _QK_NORM,
+    "gemma2": _SHARED | _NORMS_IN | _NORMS_OUT,
+    "gemma3": _SHARED | _NORMS_IN | _NORMS_OUT | _QK_NORM,
 }
 _INTERLEAVED = ("llama", "olmo")  # LLAMA_ROPE_TYPE_NORM in llama.cpp; the others are NEOX
 _ROPE = "rope.scaling."
@@ -91,6 +94,7 @@ _KEYS_OF = {
     "olmo2": _KEYS | _RMS | Keys("attention.sliding_window attention.sliding_window_pattern"),
     "qwen2": _KEYS | _RMS,
     "qwen3": _KEYS | _RMS,
+    **{kind: _KEYS | _RMS | own for kind, own in GEMMA_KEYS.items()},
 }
 _FREQUENCIES = "rope_freqs.weight"  # Llama 3.1's scaling: what each pair's frequency is divided by
 # What its converter makes them of, but for the factor, in every Llama that Meta has released since 3.1.
@@ -136,7 +140,6 @@ def open_file(path: Path) -> Opened:
 
 def _model(kind: str, fields: Fields, tensors: dict[str, StoredTensor]) -> ModelConfig:
     """The architecture. Takes a scaling of RoPE that is a tensor. Raises ConfigError."""
-    its = ARCHITECTURES[kind]
     names = (
         "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length",
     )  # fmt: skip
@@ -148,6 +151,11 @@ def _model(kind: str, fields: Fields, tensors: dict[str, StoredTensor]) -> Model
     depth = layers(fields, "block_count", len(tensors))
     embedding = tensors.get(_SHARED["embedding.weight"])
     rows = embedding.shape[0] if embedding else 1
+    name = Path(fields.prefix.partition(": ")[0]).stem
+    tied = _SHARED["head.weight"] not in tensors
+    if kind in GEMMA_KEYS:
+        return gemma_model(kind, fields, name, heads, depth, rows, tied)
+    its = ARCHITECTURES[kind]
     window = fields.integer("attention.sliding_window", 0, default=0) or None
     theta = fields.number("rope.freq_base", 1.0, above=True, default=10_000.0)
     yarn, llama3 = _yarn(fields), None
@@ -157,7 +165,7 @@ def _model(kind: str, fields: Fields, tensors: dict[str, StoredTensor]) -> Model
         llama3 = _llama3(divisors, heads["head_dim"], theta)
     eps = "attention.layer_norm_epsilon" if kind == "olmo" else "attention.layer_norm_rms_epsilon"
     return ModelConfig(
-        name=Path(fields.prefix.partition(": ")[0]).stem,
+        name=name,
         depth=depth,
         **heads,
         d_ff=fields.integer("feed_forward_length"),
@@ -169,7 +177,7 @@ def _model(kind: str, fields: Fields, tensors: dict[str, StoredTensor]) -> Model
         llama3=llama3,
         window=window,
         full_attention=_full_layers(fields, depth) if window else (),
-        tied=_SHARED["head.weight"] not in tensors,
+        tied=tied,
         qkv_bias=its.qkv_bias,
     )
 
