@@ -106,16 +106,31 @@ def inside(block: nn.Module) -> nn.Module:
     return block
 
 
+def submodules(parent: nn.Module) -> dict[str, nn.Module]:
+    """The submodules by dotted path, each once: what wrappers hold, by the path without them."""
+    paths, found = {"": ""}, {"": parent}
+    by_path = dict(parent.named_modules())
+    for path, module in list(by_path.items())[1:]:
+        above, _, name = path.rpartition(".")
+        wraps = name in _WRAPPED and len(by_path[above]._modules) == 1
+        paths[path] = paths[above] if wraps else f"{paths[above]}.{name}".lstrip(".")
+        found[paths[path]] = module
+    return found
+
+
 def submodule(parent: nn.Module, path: str, where: str) -> nn.Module:
     """The submodule at a dotted path; ``where`` names the parent. Raises ConfigError."""
     try:
-        return parent.get_submodule(path)
+        return inside(parent.get_submodule(path))
     except AttributeError:
-        names = [name for name, _ in parent.named_modules() if name]
-        hint = (
-            nearest(path, names) or f"; it has {', '.join(n for n, _ in parent.named_children())}"
-        )
-        raise ConfigError(f"probe: {where} has no submodule {path}{hint}") from None
+        within = submodules(parent)
+    if path in within:
+        return within[path]
+    hint = (
+        nearest(path, list(within))
+        or f"; it has {', '.join(n for n, _ in parent.named_children())}"
+    )
+    raise ConfigError(f"probe: {where} has no submodule {path}{hint}")
 
 
 def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:

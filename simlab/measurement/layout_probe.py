@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simlab.config import ConfigError
 from simlab.measurement.block_probe import BlockProbe
-from simlab.measurement.layout import Sublayer, submodule
+from simlab.measurement.layout import Sublayer, submodule, submodules
 from simlab.measurement.layout_search import (
     DEEPEST,
     CallRecord,
@@ -114,6 +114,8 @@ class LayoutProbe(BlockProbe):
         if self.sublayers is None:
             self._listen_to_all()
             return
+        for path in sorted({s.norm for s in self.sublayers if s.norm}):
+            self._first_after(self.modules[path], partial(self._hold, path))
         for path in sorted({path for s in self.sublayers for path in outputs(s)}):
             self._after(self.modules[path], partial(self._keep, path))
         for i, sublayer in enumerate(self.sublayers):
@@ -137,6 +139,14 @@ class LayoutProbe(BlockProbe):
 
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
+    def _first_after(self, module: nn.Module, call: Callable[[nn.Module, Any], None]) -> None:
+        """Before other hooks, such as FSDP 2's, which takes the weights away again."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            call(module, first_output(out))
+
+        self.handles.append(module.register_forward_hook(hook, prepend=True))
+
     def _start(self, x: Any) -> None:
         if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -152,9 +162,10 @@ class LayoutProbe(BlockProbe):
         self.record = CallRecord(x.detach().clone()) if self.sublayers is None else None
 
     def _listen_to_all(self) -> None:
-        for path, module in self.block.named_modules():
+        for path, module in submodules(self.block).items():
             if path and path.count(".") <= DEEPEST and not passes_on(module):
                 self._before(module, partial(self._begin_call, path))
+                self._first_after(module, partial(self._hold_light, path))
                 self._after(module, partial(self._end_call, path, module))
 
     def _begin_call(self, path: str, x: Any) -> None:
@@ -170,14 +181,13 @@ class LayoutProbe(BlockProbe):
     def _end_call(self, path: str, module: nn.Module, _: Any, out: Any) -> None:
         if self.record is None:
             return
-        light, y = is_light(module), as_stream(first_output(out), self.shape)
-        self.record.end(path, type(module).__name__, y, light)
-        if y is None:
-            return
-        self._tap(path, "gives", first_output(out))
-        self.attention[path] = attention_weights(out)
-        if light:
-            self.held[path] = held_by(module)
+        y = as_stream(first_output(out), self.shape)
+        if y is not None and path not in self.held and (norm := self.record.around(path, y)):
+            self.held[path] = self.held[norm]
+        self.record.end(path, type(module).__name__, y, path in self.held)
+        if y is not None:
+            self._tap(path, "gives", first_output(out))
+            self.attention[path] = attention_weights(out)
 
     def _keep(self, path: str, _: Any, out: Any) -> None:
         y = first_output(out)
@@ -185,17 +195,18 @@ class LayoutProbe(BlockProbe):
         self.outputs[path] = wide_copy(y if stream is None else stream)
         self.rounding[path] = torch.finfo(y.dtype).eps
         self.attention[path] = attention_weights(out)
-        self._hold(path)
 
-    def _hold(self, path: str) -> None:
+    def _hold_light(self, path: str, module: nn.Module, y: Any) -> None:
+        if self.record is not None and is_light(module) and as_stream(y, self.shape) is not None:
+            self.held[path] = held_by(module)
+
+    def _hold(self, path: str, module: nn.Module, _: Any) -> None:
         assert self.sublayers is not None
         of = [i for i, sublayer in enumerate(self.sublayers) if sublayer.norm == path]
         if any(i not in self.norms for i in of):
-            self.held[path] = held_by(self.modules[path])
+            self.held[path] = held_by(module)
 
     def _on_norm(self, i: int, x: Any, out: Any) -> None:
-        assert self.sublayers is not None
-        self._hold(str(self.sublayers[i].norm))
         y = first_output(out)
         self._finish(i, self._seen(x), self._seen(y), self.tap(y))
 
@@ -233,7 +244,8 @@ class LayoutProbe(BlockProbe):
         alike = tuple((name, type(module)) for name, module in self.block.named_modules())
         if record.x.isfinite().all() and y.isfinite().all():
             constants = [value for value in vars(self.block).values() if isinstance(value, float)]
-            steps = find_steps(record.once(), record.x, y, constants)
+            # accelerate may move the stream to the block's device within the block.
+            steps = find_steps(record.once(), record.x.to(y.device), y, constants)
             if steps is None and self.found.get(alike) and self._hooked():
                 raise self._wrong(self.found[alike][0], "no sums as in the blocks before it")
             self.found.setdefault(alike, steps or ())
@@ -278,6 +290,7 @@ class LayoutProbe(BlockProbe):
                 sublayer, f"{', '.join(missing)} gave nothing before its sum was seen"
             )
         assert skip is not None  # with outputs, the block has started
+        skip = skip.to(total.device)
         raw = add_up([self.outputs[path] for path in sublayer.raws])
         branches = [self.outputs[path] for path in sublayer.branches]
         rounding = torch.finfo(total.dtype).eps
@@ -367,7 +380,8 @@ class LayoutProbe(BlockProbe):
         """The sublayer's norm, identified from its input and output."""
         if sublayer.norm is None:
             return None
-        held = self.held[sublayer.norm]
+        if (held := self.held.get(sublayer.norm)) is None:  # within a wrapper, on a batch with NaNs
+            return None
         if sublayer.normalises == "stream":
             return identify_norm(held, total, after, rounding)
         x, within = skip, [sublayer.norm]

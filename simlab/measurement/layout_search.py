@@ -75,6 +75,12 @@ class CallRecord:
         kept = None if x is None else x.detach().clone()  # the model may change it in place
         self.begun.setdefault(path, []).append((self.clock, kept))
 
+    def around(self, path: str, y: Tensor) -> str | None:
+        """The light submodule that gets and gives what the one around it does, which gives y."""
+        began, x = self.begun[path][-1]
+        within = (call for call in self.calls if call.began > began and call.light)
+        return next((c.path for c in within if same(c.x, x) and same(c.y, y)), None)
+
     def end(self, path: str, name: str, y: Tensor | None, light: bool) -> None:
         """The submodule that began last under this path gives y."""
         self.clock += 1
@@ -131,7 +137,9 @@ def as_stream(x: Any, shape: torch.Size) -> Tensor | None:
 def is_light(module: nn.Module) -> bool:
     """True for a module without submodules and matrices: a norm, a scale, an activation."""
     held = chain(module._parameters.values(), vars(module).values())  # FSDP 1 makes them attributes
-    matrices = any(isinstance(value, Tensor) and value.ndim > 1 for value in held)
+    tensors = [value for value in held if isinstance(value, Tensor) and value.ndim]
+    # Packed matrices may be of one dimension.
+    matrices = any(value.ndim > 1 or not value.is_floating_point() for value in tensors)
     return not matrices and next(module.children(), None) is None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Held:
 def held_by(norm: nn.Module) -> Held:
     """Read a norm in its own hook, when sharded parameters (FSDP) are whole. Raises ConfigError."""
     eps = next((value for name in EPS if (value := getattr(norm, name, None)) is not None), None)
-    weight, bias = whole(norm, "weight"), whole(norm, "bias")
+    with loaded(norm):
+        weight, bias = whole(norm, "weight"), whole(norm, "bias")
     return Held(
         eps if isinstance(eps, float) else None,
         None if weight is None else wide(weight).clone(),
@@ -63,6 +65,20 @@ def identify_norm(held: Held, x: Tensor, y: Tensor, rounding: float) -> Norm | N
     return best if error <= 8 * rounding * y.abs().amax().item() else None
 
 
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """With the weights that accelerate loads for the module's forward alone, and drops after it."""
+    hook = getattr(module, "_hf_hook", None)  # an accelerate.hooks.ModelHook
+    if hook is None or not any(p.is_meta for p in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
 def whole(module: nn.Module, name: str) -> Tensor | None:
     """A module's tensor, gathered where it is sharded (FSDP 2). Raises ConfigError if it is away."""
     value = getattr(module, name, None)
@@ -72,7 +88,7 @@ def whole(module: nn.Module, name: str) -> Tensor | None:
         value = gather()
     if value.is_meta:
         raise ConfigError(
-            f"probe: {type(module).__name__}'s {name} is offloaded (accelerate's hooks, device_map): "
-            "load the model whole"
+            f"probe: {type(module).__name__}'s {name} is on the meta device while the norm runs: load"
+            " the model whole"
         )
     return value
