@@ -32,9 +32,15 @@ SEEDS_APART = 1000  # of the first seeds of two configs
 
 
 def draw(
-    rng: np.random.Generator, widths: Sequence[int] = WIDTHS, most_blocks: int = 16
+    rng: np.random.Generator,
+    widths: Sequence[int] = WIDTHS,
+    most_blocks: int = 16,
+    placements: Sequence[str] = (),
 ) -> list[str]:
-    """The overrides of one random config, of one of the widths and 2 to ``most_blocks`` blocks."""
+    """The overrides of one random config, of one of the widths and 2 to ``most_blocks`` blocks.
+
+    placements: those to choose from; by default all.
+    """
     from simlab.schemes.placement import PLACEMENTS
 
     def one(*options: Any) -> Any:
@@ -45,7 +51,7 @@ def draw(
     kv_heads = max(1, heads // one(1, 1, 2, 4))
     batch, length = one((1, 64), (2, 32), (4, 16), (1, 16), (2, 8))
     placement, rule = (
-        one(*PLACEMENTS),
+        one(*(placements or PLACEMENTS)),
         one("normal", "normal", "mitchell", "llama", "fan_in", "gpt2"),
     )
     overrides = [
@@ -148,6 +154,8 @@ def draw_figure(frame: pd.DataFrame, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, predict, write the tables and the figure."""
+    from simlab.schemes.placement import PLACEMENTS
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="seed of the first config's draw")
     widths = ",".join(map(str, WIDTHS))
     parser.add_argument("--widths", default=widths, help="measure the drawn configs of these alone")
+    parser.add_argument("--placements", default="", help="draw configs of these alone: pre,post")
     parser.add_argument("--no-gradients", dest="gradients", action="store_false")
     parser.add_argument("--output", type=Path, default=Path("outputs/theory_error"))
     args = parser.parse_args(argv)
@@ -164,10 +173,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = set(args.widths.split(","))
     if unknown := wanted - set(widths.split(",")):
         parser.error(f"--widths {','.join(sorted(unknown))}: allowed are {widths}")
+    placements = [name for name in args.placements.split(",") if name]
+    if unknown := {*placements} - {*PLACEMENTS}:
+        parser.error(
+            f"--placements {','.join(sorted(unknown))}: allowed are {','.join(PLACEMENTS)}"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     frames = []
     for number in range(args.first, args.first + args.configs):
-        overrides = draw(np.random.default_rng(number))
+        overrides = draw(np.random.default_rng(number), placements=placements)
         if dict(item.split("=", 1) for item in overrides)["width"] not in wanted:
             continue
         seeds = range(SEEDS_APART * number, SEEDS_APART * number + args.seeds)
