@@ -20,10 +20,10 @@ from huggingface_hub import constants
 
 from simlab import store
 from simlab.checkpoints.families.config import is_family
-from simlab.checkpoints.formats.hugging_face import read_index
 from simlab.checkpoints.formats.hugging_face_keys import read_family, read_values
 from simlab.checkpoints.formats.layouts import BESIDE, INDEX, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
+from simlab.checkpoints.formats.weight_files import read_index
 from simlab.checkpoints.hub_client import as_given
 from simlab.checkpoints.hub_repository import Repository, Stored, partial
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names

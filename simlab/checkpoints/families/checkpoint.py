@@ -24,9 +24,9 @@ from simlab.checkpoints.families.sources import (
     take_in,
 )
 from simlab.checkpoints.fingerprint import Fingerprints
-from simlab.checkpoints.formats.hugging_face import tensors, weight_files
 from simlab.checkpoints.formats.layouts import INDEX, refuse_beside, unread, unwrapped
 from simlab.checkpoints.formats.own_init import OwnInit
+from simlab.checkpoints.formats.weight_files import tensors, weight_files
 from simlab.checkpoints.storage import READ, check_pieces
 from simlab.checkpoints.streamed import row_runs
 from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +19,6 @@ from simlab.checkpoints.formats.hugging_face_rope import (
 )
 from simlab.checkpoints.formats.layouts import (
     INDEX,
-    SHARDS,
-    instead,
     refuse_beside,
     refuse_prefixed,
     unread,
@@ -30,9 +26,10 @@ from simlab.checkpoints.formats.layouts import (
 )
 from simlab.checkpoints.formats.opened import Opened, layers, read_heads
 from simlab.checkpoints.formats.own_init import OwnInit, transformers_init
+from simlab.checkpoints.formats.weight_files import tensors, weight_files
 from simlab.checkpoints.storage import StoredTensor, check_pieces
-from simlab.checkpoints.untrusted.files import fields_of, plain_name, read_json
-from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES, read_header
+from simlab.checkpoints.untrusted.files import fields_of, read_json
+from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES
 from simlab.config import ConfigError, ModelConfig, NormConfig
 from simlab.config.fields import Fields, brief
 from simlab.schemes.rope import inverse_frequencies
@@ -288,64 +285,3 @@ def same_but_rounded(theirs: Tensor, ours: Tensor) -> bool:
     """
     about = torch.finfo(theirs.dtype)
     return theirs.double().allclose(ours.double(), max(about.eps, 1e-5), about.tiny * about.eps)
-
-
-def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a checkpoint folder and the tensors that its index puts in each.
-
-    None stands for "whatever is in it" (a single file, without an index). Raises ConfigError.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return {single: None}
-    if not index.is_file():
-        found = instead(entry.name for entry in folder.iterdir())
-        raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}{found}")
-    there = {entry.name for entry in folder.iterdir()}
-    files = read_index(index, there)
-    counts = {file.partition("-of-")[2] for file in files}
-    for name in sorted({*fnmatch.filter(there, SHARDS)} - files.keys()):
-        if name.partition("-of-")[2] in counts:  # of another count it is another save's
-            raise ConfigError(
-                f"{folder / name}: a shard of the same checkpoint as those in {index.name}, which "
-                "doesn't mention it: get the index that belongs to the shards"
-            )
-    return {folder / file: names for file, names in files.items()}
-
-
-def read_index(index: Path, there: Container[str] | None = None) -> dict[str, set[str]]:
-    """The file names in an index, with the tensors that it puts in each. Raises ConfigError.
-
-    there: the names of the files that there are; None: not asked.
-    """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index}: has no weight_map")
-    files: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if not plain_name(file, ".safetensors"):
-            raise ConfigError(
-                f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
-            )
-        if there is not None and file not in there:  # before a million that aren't are listed
-            raise ConfigError(f"{index.parent / file}: no such file, and {brief(name)} is in it")
-        files.setdefault(file, set()).add(name)
-    return files
-
-
-def tensors(
-    files: Mapping[Path, set[str] | None], more: Mapping[str, torch.dtype] | None = None
-) -> dict[str, StoredTensor]:
-    """Where every tensor of some ``weight_files`` lies. Raises ConfigError.
-
-    more: dtypes that are allowed besides those of weights, as ``read_header`` takes them.
-    """
-    places: dict[str, StoredTensor] = {}
-    for path, claimed in files.items():
-        held = read_header(path, more)
-        for name in sorted((claimed or set()) - held.keys()):
-            raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
-        for name in sorted(held.keys() - (held.keys() if claimed is None else claimed)):
-            raise ConfigError(f"{path}: holds {brief(name)}, which the index doesn't put there")
-        places |= held
-    return places
