@@ -23,7 +23,7 @@ from simlab.checkpoints.families.config import is_family
 from simlab.checkpoints.formats.hugging_face_keys import read_family, read_values
 from simlab.checkpoints.formats.layouts import BESIDE, INDEX, refuse_beside
 from simlab.checkpoints.formats.olmo_core import STATE
-from simlab.checkpoints.formats.weight_files import read_index
+from simlab.checkpoints.formats.weight_files import layout_of, read_index
 from simlab.checkpoints.hub_client import as_given
 from simlab.checkpoints.hub_repository import Repository, Stored, partial
 from simlab.checkpoints.untrusted.dcp import METADATA, file_names
@@ -176,11 +176,12 @@ def _weights(repo: Repository, config: Path, there: Mapping[str, Stored]) -> lis
         wanted = [SINGLE if SINGLE in there else PICKLED]
         if wanted[0] not in there:
             raise repo.has_no(f"{SINGLE} and no {PICKLED}", there)
-    elif SINGLE in there or INDEX in there:
+    elif layout := layout_of(there):
         refuse_beside(folder)
-        wanted = [SINGLE]
-        if SINGLE not in there:
-            wanted = sorted(read_index(repo.fetch(INDEX, there[INDEX], folder.name), there))
+        single, index, _ = layout
+        wanted = [single]
+        if single not in there:
+            wanted = sorted(read_index(repo.fetch(index, there[index], folder.name), there))
     elif (metadata := f"{STATE}/{METADATA}") in there:
         repo.fetch(metadata, there[metadata], folder.name)
         wanted = [f"{STATE}/{file}" for file in file_names(folder / STATE)]
@@ -195,11 +196,12 @@ def _weights(repo: Repository, config: Path, there: Mapping[str, Stored]) -> lis
 def _absent(config: Path) -> str:
     """The first file of a snapshot's weights that isn't in it, as far as its files tell; "" if none."""
     folder = config.parent
-    if (folder / SINGLE).exists() or (config.name == "config.yaml" and (folder / PICKLED).exists()):
+    if config.name == "config.yaml" and any((folder / name).exists() for name in (SINGLE, PICKLED)):
         return ""
     files = [SINGLE]
-    if (folder / INDEX).exists():
-        files = sorted(read_index(folder / INDEX))
+    if layout := layout_of({entry.name for entry in folder.iterdir() if entry.exists()}):
+        single, index, _ = layout
+        files = [single] if (folder / single).exists() else sorted(read_index(folder / index))
     elif (folder / STATE / METADATA).exists():
         files = [f"{STATE}/{file}" for file in file_names(folder / STATE)]
     return next((file for file in files if not (folder / file).exists()), "")

@@ -161,6 +161,18 @@ def test_half_precision(tmp_path, kind):
     assert torch.equal(ours, theirs)
 
 
+def test_pickled_weights(tmp_path):
+    """As ``torch.save`` writes a state dict, where a tied head and the embedding are one storage."""
+    whole = write_family(tmp_path, "bloom")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(whole.state_dict(), tmp_path / "pytorch_model.bin")
+    checkpoint = FamilyCheckpoint(str(tmp_path))
+    skeleton = checkpoint.skeleton
+    with torch.no_grad(), skeleton.filled(checkpoint.stored(skeleton)) as decoder:
+        ours = decoder(input_ids=IDS, use_cache=False)[0]
+        assert torch.equal(ours, whole.transformer(input_ids=IDS, use_cache=False)[0])
+
+
 def test_beyond_the_positions(tmp_path):
     write_family(tmp_path, "gpt2")
     checkpoint = FamilyCheckpoint(str(tmp_path))

@@ -278,7 +278,9 @@ def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
         },
         "model_type='qwen9'": {"config.json": b'{"model_type": "qwen9"}', WEIGHTS: data},
         "not JSON": {"config.json": LOGIN_PAGE, WEIGHTS: data},
-        "'pytorch_model.bin' is a pickle": {"config.json": config, "pytorch_model.bin": data},
+        "a shard, and pytorch_model.bin.index.json isn't": {
+            "config.json": config, "pytorch_model-00001-of-00002.bin": data,
+        },
         "; 'adapter_model.safetensors' is an adapter alone": {
             "config.json": config, "adapter_model.safetensors": data,
         },

@@ -109,6 +109,40 @@ def test_older_gpt_files(tmp_path, kind):
         refused(tmp_path / "base", name, "RoPE")
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "Llama"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights(tmp_path, kind, shards):
+    """As ``torch.save`` writes a state dict: tied tensors under both names, and masks."""
+    model = write_olmo(tmp_path / "m", kind, tie_word_embeddings=True, **TINY)
+    before, folder = curve(tmp_path / "m"), tmp_path / "m"
+    (folder / "model.safetensors").unlink()
+    state = model.state_dict()
+    if kind == "GPT2":
+        state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8).tril()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        files = [f"pytorch_model-0000{i + 1}-of-00002.bin" for i in range(2)]
+        at = {name: files[i % 2] for i, name in enumerate(state)}
+        if kind != "GPTNeoX":  # one storage isn't split over files
+            del state["lm_head.weight"], at["lm_head.weight"]
+        else:
+            at["lm_head.weight"] = at["gpt_neox.embed_in.weight"]
+        for file in files:
+            torch.save({n: t for n, t in state.items() if at[n] == file}, folder / file)
+        index = folder / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": at}))
+    assert curve(folder) == before
+    assert not Checkpoint(str(folder)).unread
+
+
+def test_a_pickle_that_runs_code(tmp_path):
+    write_olmo(tmp_path / "m", "GPT2", **TINY)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({"wte.weight": print}, tmp_path / "m" / "pytorch_model.bin")
+    refused(tmp_path / "m", "pytorch_model.bin", "print")
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "parts"),
     [
@@ -214,8 +248,7 @@ def test_a_tensor_that_the_index_leaves_out(tmp_path):
     [
         ("model-00001-of-00002.safetensors", ["model.safetensors.index.json isn't there"]),
         ("adapter_model.safetensors", ["an adapter alone", "merge"]),
-        ("pytorch_model.bin", ["a pickle", "save_pretrained"]),
-        ("pytorch_model-00001-of-00002.bin", ["a pickle", "save_pretrained"]),
+        ("pytorch_model-00001-of-00002.bin", ["pytorch_model.bin.index.json isn't there"]),
         ("m.Q4_K_M.gguf", ["llama.cpp"]),
         ("consolidated.00.pth", ["-hf"]),
         ("model.fp16.safetensors", ["under another name"]),

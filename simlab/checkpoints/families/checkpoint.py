@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats.layouts import INDEX, refuse_beside, unread, unwrapped
 from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.formats.weight_files import tensors, weight_files
-from simlab.checkpoints.storage import READ, check_pieces
+from simlab.checkpoints.storage import READ, StoredTensor, check_pieces
 from simlab.checkpoints.streamed import row_runs
 from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES
 from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
@@ -84,7 +84,7 @@ class FamilyCheckpoint:
         self.path = self.folder / "config.json"
         refuse_beside(self.folder)
         files = weight_files(self.folder)
-        held = unwrapped(tensors(files, WHOLE_DTYPES), self.folder)
+        held = _singly(unwrapped(tensors(files, WHOLE_DTYPES), self.folder))
         check_pieces(held.values())
         self.config, unknown = read_family_config(self.path, len(held))
         self.skeleton = build(self.config, self.path, torch.float32, torch.device("cpu"))
@@ -238,6 +238,14 @@ class FamilyCheckpoint:
         for start, stop in row_runs(stored, 0, stored.shape[0]):
             rows = READ.empty((stop - start, *stored.shape[1:]), stored.dtype)
             take_in(self.fingerprints, key, stored, start, rows)
+
+
+def _singly(held: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors, of several with the same bytes the first: a pickle has tied ones twice."""
+    first: dict[object, str] = {}
+    for name, tensor in held.items():
+        first.setdefault(tensor.pieces if entries(tensor) else name, name)
+    return {name: held[name] for name in first.values()}
 
 
 def _line(names: list[str], why: str) -> Iterator[str]:

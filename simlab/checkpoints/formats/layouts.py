@@ -29,8 +29,8 @@ _INSTEAD = (
     ("adapter_model.*", f"an adapter alone: {_MERGE}"),
     ("adapter_config.json", f"an adapter alone: {_MERGE}"),
     (
-        "pytorch_model*.bin*",
-        "a pickle: load it with transformers, whose save_pretrained avoids those",
+        "pytorch_model-*-of-*.bin",
+        "a shard, and pytorch_model.bin.index.json isn't there: get that too",
     ),
     (
         "consolidated*.pth",

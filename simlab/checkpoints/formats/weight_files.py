@@ -8,29 +8,43 @@ from pathlib import Path
 
 import torch
 
-from simlab.checkpoints.formats.layouts import SHARDS, instead
+from simlab.checkpoints.formats.layouts import INDEX, SHARDS, instead
 from simlab.checkpoints.storage import StoredTensor
 from simlab.checkpoints.untrusted.files import plain_name, read_json
 from simlab.checkpoints.untrusted.safetensors import read_header
+from simlab.checkpoints.untrusted.torch_zip import read_torch_file
 from simlab.config import ConfigError
 from simlab.config.fields import brief
 
+# A single file, the index of several, and what those are called. Older checkpoints are pickles, whose
+# tensors are found without running them; transformers, too, prefers the others.
+LAYOUTS = (
+    ("model.safetensors", INDEX, SHARDS),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+
+
+def layout_of(names: Container[str]) -> tuple[str, str, str] | None:
+    """The layout of a folder with files of these names."""
+    return next((one for one in LAYOUTS if one[0] in names or one[1] in names), None)
+
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a checkpoint folder and the tensors that its index puts in each.
+    """The files of weights of a checkpoint folder and the tensors that its index puts in each.
 
     None stands for "whatever is in it" (a single file, without an index). Raises ConfigError.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    there = {entry.name for entry in folder.iterdir()}
+    layout = layout_of({name for name in there if (folder / name).is_file()})
+    if layout is None:
+        found = instead(there)
+        raise ConfigError(f"{folder}: holds neither {LAYOUTS[0][0]} nor {INDEX}{found}")
+    single, index = (folder / name for name in layout[:2])
     if single.is_file():
         return {single: None}
-    if not index.is_file():
-        found = instead(entry.name for entry in folder.iterdir())
-        raise ConfigError(f"{folder}: holds neither {single.name} nor {index.name}{found}")
-    there = {entry.name for entry in folder.iterdir()}
     files = read_index(index, there)
     counts = {file.partition("-of-")[2] for file in files}
-    for name in sorted({*fnmatch.filter(there, SHARDS)} - files.keys()):
+    for name in sorted({*fnmatch.filter(there, layout[2])} - files.keys()):
         if name.partition("-of-")[2] in counts:  # of another count it is another save's
             raise ConfigError(
                 f"{folder / name}: a shard of the same checkpoint as those in {index.name}, which "
@@ -49,7 +63,9 @@ def read_index(index: Path, there: Container[str] | None = None) -> dict[str, se
         raise ConfigError(f"{index}: has no weight_map")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not plain_name(file, ".safetensors"):
+        if not plain_name(
+            file, ".bin" if index.name.endswith(".bin.index.json") else ".safetensors"
+        ):
             raise ConfigError(
                 f"{index}: {brief(name)} is in {brief(file)}, which is not a file name"
             )
@@ -68,7 +84,10 @@ def tensors(
     """
     places: dict[str, StoredTensor] = {}
     for path, claimed in files.items():
-        held = read_header(path, more)
+        if path.suffix == ".bin":
+            held = read_torch_file(path, (more or {}).values())
+        else:
+            held = read_header(path, more)
         for name in sorted((claimed or set()) - held.keys()):
             raise ConfigError(f"{path}: {brief(name)} is missing, which the index puts there")
         for name in sorted(held.keys() - (held.keys() if claimed is None else claimed)):

@@ -11,9 +11,12 @@ import math
 import os
 import struct
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from simlab.checkpoints.storage import StoredFile, StoredTensor, in_one_piece
 from simlab.checkpoints.untrusted import pickle as pickles
@@ -152,8 +155,13 @@ def _records(part: FileSlice, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[i
     return records
 
 
-def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
-    """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense."""
+def stored_tensor(
+    archive: Archive, value: object, name: str, more: Collection[torch.dtype] = ()
+) -> StoredTensor:
+    """A tensor's place in the archive's file. Raises ConfigError for one that isn't plain and dense.
+
+    more: dtypes that are allowed besides those of weights.
+    """
     what = f"{archive.file.path}: tensor {brief(name)}"
     args = pickles.arguments_of(value, "_rebuild_parameter")
     inner = args[0] if args else value
@@ -172,7 +180,8 @@ def stored_tensor(archive: Archive, value: object, name: str) -> StoredTensor:
     plain = isinstance(storage, StorageLabel) and type(start) is int
     if not plain or len(shape) != len(strides):
         raise ConfigError(f"{what}: not a tensor")
-    pickles.check_dtype(storage.dtype, what)
+    if storage.dtype not in more:
+        pickles.check_dtype(storage.dtype, what)
     if not pickles.is_contiguous(shape, strides):
         raise ConfigError(
             f"{what}: its strides are not contiguous, as of a transposed one; save it again after "
@@ -196,8 +205,11 @@ def _is_tensor(value: object) -> bool:
     return made_by is not None and made_by.is_("_rebuild_parameter", "_rebuild_tensor_v2")
 
 
-def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file that ``torch.save(state_dict, path)`` wrote. Raises ConfigError."""
+def read_torch_file(path: Path, more: Collection[torch.dtype] = ()) -> dict[str, StoredTensor]:
+    """The tensors of a file that ``torch.save(state_dict, path)`` wrote. Raises ConfigError.
+
+    more: dtypes that are allowed besides those of weights.
+    """
     file = StoredFile(path)
     refuse_pointer(file.read(0, 64), path)
     archive = open_archive(file, 0, file.size)
@@ -210,6 +222,6 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
                 f"themselves; save them alone: torch.save(torch.load(path)[{brief(name)}], path)"
             )
     return {
-        checked_name(name, path): stored_tensor(archive, value, name)
+        checked_name(name, path): stored_tensor(archive, value, name, more)
         for name, value in archive.value.items()
     }
