@@ -115,6 +115,10 @@ CASES = {
         },
     ),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3}),
+    "olmoe-renormalised": ("Olmoe", {"num_experts": 11, "norm_topk_prob": True, "shards": "40KB"}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 3, "sliding_window": 5, "head_dim": 12}),
 }
 NORMS_OUT = ("Olmo2", "Olmo3", "Gemma2", "Gemma3Text")  # families that norm what they add
 IDS = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -335,7 +339,8 @@ def test_config_defaults_match_transformers(tmp_path, kind):
     assert ours.qkv_bias == getattr(theirs, "use_qkv_bias", kind == "qwen2")
     assert ours.rope_theta == rope["rope_theta"]
     assert ours.kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", 256 // theirs.num_attention_heads)
+    of_width = 256 // theirs.num_attention_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", of_width) or of_width)
     assert ours.tied == theirs.tie_word_embeddings
     windowed = kind in ("olmo3", "mistral", "phi3")
     assert ours.window == (theirs.sliding_window if windowed else None)
@@ -346,6 +351,9 @@ def test_config_defaults_match_transformers(tmp_path, kind):
 
 
 REFUSED = [
+    ("Olmoe", {"num_experts": 10**6}, "num_experts=1000000", "tensors"),
+    ("Olmoe", {"num_experts_per_tok": 65}, "num_experts_per_tok=65", "at most 64"),
+    ("Mixtral", {"num_local_experts": 9}, "experts.8.w1.weight", "is missing"),
     ("Llama", {"attention_bias": True}, "attention_bias=True", "false"),
     ("Llama", {"mlp_bias": True}, "mlp_bias=True", "false"),
     ("Llama", {"rope_parameters": LLAMA3 | {"rope_type": "linear"}}, "'linear'", "llama3"),

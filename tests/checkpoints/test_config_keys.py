@@ -17,7 +17,7 @@ from simlab.config import ConfigError
 CLASSES = {
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
     "qwen2": "Qwen2", "mistral": "Mistral", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
-    "phi3": "Phi3", "stablelm": "StableLm",
+    "phi3": "Phi3", "stablelm": "StableLm", "mixtral": "Mixtral", "olmoe": "Olmoe",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
 }  # fmt: skip
 TINY = {
@@ -25,7 +25,8 @@ TINY = {
     "num_key_value_heads": 4,
 }  # fmt: skip
 UNSCALED = {"phi3"}  # a scaled RoPE is refused
-WHOLE = {"mistral": {"sliding_window": None}}  # its window and scaled RoPE together are refused
+# A window and scaled RoPE together are refused; transformers' YaRN needs Mixtral's head_dim.
+WHOLE = {"mistral": {"sliding_window": None}, "mixtral": {"head_dim": 8}}
 # Values that the config classes take, of a key without effect, and that aren't its default.
 OTHER_VALUES = {
     "problem_type": "regression", "id2label": {"0": "a"}, "label2id": {"a": 0}, "num_labels": 1,
@@ -36,6 +37,7 @@ OTHER_VALUES = {
     "return_dict": True, "sliding_window": 2, "cache_implementation": "static",
     "is_decoder": True, "summary_type": "last", "summary_use_proj": False, "summary_activation": "tanh",
     "summary_proj_to_labels": False, "reorder_and_upcast_attn": True,
+    "output_router_logits": True, "router_aux_loss_coef": 0.5, "router_jitter_noise": 0.5,
     "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
 }  # fmt: skip
 LINEAR = ("gemma3_text",)  # which scales RoPE in this way alone
@@ -114,7 +116,8 @@ def test_scaling_beside_rope_parameters(tmp_path, kind):
     """A user's ``rope_scaling`` in a config that transformers 5 wrote, as model cards advise."""
     write_olmo(tmp_path / "m", CLASSES[kind], **TINY | WHOLE.get(kind, {}))
     path = tmp_path / "m" / "config.json"
-    theta = 500_000.0 if kind == "olmo3" else 10_000.0  # else transformers mixes up the θs
+    # Another θ than the default one: transformers mixes them up.
+    theta = {"olmo3": 500_000.0, "mixtral": 1_000_000.0}.get(kind, 10_000.0)
     edit_json(path, rope_scaling=YARN | {"rope_theta": theta})
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert_same(tmp_path / "m", *sublayer_states(model, IDS, kind in ("olmo2", "olmo3")))
@@ -225,7 +228,7 @@ def test_no_model_type(tmp_path):
         read_config(tmp_path / "config.json", 100)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "mamba", "gemma", "olmoe", "mixtral"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mamba", "gemma", "qwen3_moe", "phimoe"])
 def test_no_hint_leads_to_another_architecture(tmp_path, kind):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": kind}))

@@ -37,7 +37,17 @@ def departures(folder, *overrides):
 
 @pytest.mark.parametrize(
     "kind",
-    ["Llama", "Qwen3", "Qwen2", "Mistral", "StableLm", "GPT2", "GPTNeoX", "Gemma3Text"],
+    [
+        "Llama",
+        "Qwen3",
+        "Qwen2",
+        "Mistral",
+        "StableLm",
+        "GPT2",
+        "GPTNeoX",
+        "Gemma3Text",
+        "Mixtral",
+    ],
 )
 def test_as_transformers_draws(tmp_path, kind):
     """Some 30 matrices a kind: 5 standard errors are passed by chance in 1 of 10^5 runs."""

@@ -78,6 +78,18 @@ CONFIGS = {
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "max_position_embeddings": 32768, "sliding_window": 4096,
     },
+    "mixtral_8x7b": {  # mistralai/Mixtral-8x7B-v0.1
+        "model_type": "mixtral", "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0,
+        "vocab_size": 32000, "num_key_value_heads": 8, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 32768, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    "olmoe_7b": {  # allenai/OLMoE-1B-7B-0924
+        "model_type": "olmoe", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "vocab_size": 50304,
+        "num_key_value_heads": 16, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "max_position_embeddings": 4096,
+        "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
+    },
 }  # fmt: skip
 
 
@@ -96,17 +108,10 @@ def test_presets_are_their_config_json(tmp_path, preset):
         assert table(run.shape, run.init, layer) == table(model, init.config, layer)
 
 
-# Of families whose checkpoints simlab's own reader doesn't read.
-OTHERS = {
-    "mixtral_8x7b": {"model_type": "mixtral"},
-    "olmoe_7b": {"model_type": "olmoe", "intermediate_size": 1024},
-}
-
-
-@pytest.mark.parametrize("preset", [*CONFIGS, *OTHERS])
+@pytest.mark.parametrize("preset", CONFIGS)
 def test_presets_have_transformers_parameters(preset):
     """Of two blocks, on meta; every further block has as many as the second."""
-    values = (CONFIGS | OTHERS)[preset]
+    values = CONFIGS[preset]
     config = transformers.AutoConfig.for_model(**values | {"num_hidden_layers": 2})
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simlab.checkpoints.formats import hugging_face_gemma as gemma
 from simlab.checkpoints.formats import hugging_face_gpt as gpt
+from simlab.checkpoints.formats.hugging_face_experts import read_experts, with_experts
 from simlab.checkpoints.formats.hugging_face_keys import TEXT_PARTS, read_family, read_values
 from simlab.checkpoints.formats.hugging_face_rope import (
     LAYER_TYPES,
@@ -119,6 +120,12 @@ ARCHITECTURES = {
     "mistral": Architecture(
         _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", kv_heads=8, window=4096
     ),
+    "mixtral": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN, "pre", "none", eps=1e-5, theta=1e6, kv_heads=8
+    ),
+    "olmoe": Architecture(
+        _SHARED | _FINAL_NORM | _NORMS_IN | _QK_NORM, "pre", "full", eps=1e-5
+    ),
     "phi3": Architecture(
         _FUSED | _FINAL_NORM | _NORMS_IN, "pre", "none", eps=1e-5, scaled=False, rotary=1.0
     ),
@@ -135,7 +142,7 @@ _READERS = {**gpt.READERS, **gemma.GEMMA_READERS}
 
 def _windows(fields: Fields, kind: str, depth: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and of a model that has one the layers that see every token. Raises ConfigError."""
-    if kind in ("mistral", "phi3"):
+    if kind in ("mistral", "mixtral", "phi3"):
         return fields.integer("sliding_window", default=None), ()
     window = fields.integer("sliding_window") if kind == "olmo3" else None
     kinds = fields.take("layer_types")
@@ -180,9 +187,11 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     )
     if not its.scaled and (yarn or llama3):
         raise ConfigError(f"{path}: scaled RoPE is not supported for {kind}")
-    if window and kind == "mistral" and (yarn or llama3):  # simlab scales full attention alone
+    # simlab scales full attention alone.
+    if window and kind in ("mistral", "mixtral") and (yarn or llama3):
         raise fields.fail("sliding_window", window, "not supported with scaled RoPE; allowed: null")
     eps = fields.number(its.eps_key, 0.0, default=its.eps) if its.eps_key else its.eps
+    routed = read_experts(fields, kind, tensors)
     qkv_bias = fields.boolean("use_qkv_bias", its.qkv_bias)
     model = ModelConfig(
         name=path.parent.name,
@@ -200,8 +209,9 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
         tied=fields.boolean("tie_word_embeddings", False),
         qkv_bias=qkv_bias,
         rotary=rotary,
+        **routed,
     )
-    keys = its.keys | (_QKV_BIAS if qkv_bias else {})
+    keys = with_experts(its.keys | (_QKV_BIAS if qkv_bias else {}), kind, routed)
     return model, keys, transformers_init(fields, kind)
 
 

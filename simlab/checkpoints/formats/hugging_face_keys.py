@@ -101,6 +101,21 @@ MODEL_TYPES: Mapping[str, Keys] = {
     "qwen2": _SHARED | _RMS | _NO_WINDOW | Keys("", fixed={"use_mrope": False}),
     # The window is every layer's, whatever layer_types says.
     "mistral": _SHARED | _RMS | Keys("sliding_window", fixed={"layer_types": None}),
+    # What is about training: jitter, and the loss that balances experts.
+    "mixtral": _SHARED
+    | _RMS
+    | Keys(
+        "sliding_window num_local_experts num_experts_per_tok",
+        "output_router_logits router_aux_loss_coef router_jitter_noise",
+        {"layer_types": None},
+    ),
+    "olmoe": _SHARED
+    | _RMS
+    | Keys(
+        "num_experts num_experts_per_tok norm_topk_prob",
+        "output_router_logits router_aux_loss_coef",
+        {"clip_qkv": None},
+    ),
     # auto_map: transformers and the repositories' own code compute the same. The lengths are for scaled
     # RoPE, which is refused.
     "phi3": _EVERYONES
@@ -153,7 +168,7 @@ _WITH_IMAGES = Keys(
 _CLASSES = {
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "llama": "Llama", "qwen3": "Qwen3",
     "qwen2": "Qwen2", "mistral": "Mistral", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
-    "phi3": "Phi3", "stablelm": "StableLm",
+    "phi3": "Phi3", "stablelm": "StableLm", "mixtral": "Mixtral", "olmoe": "Olmoe",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3", "gemma3": "Gemma3",
 }  # fmt: skip
 _HEADS = (

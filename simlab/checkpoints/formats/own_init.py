@@ -12,8 +12,9 @@ from simlab.config import InitConfig
 from simlab.config.fields import Fields, as_typed
 
 _STD = 0.02  # of transformers, OLMo-core and OLMo where their configs name none
-# OLMo's trainers cut at 3 standard deviations; transformers, where it draws weights itself, doesn't.
-_TRUNCATE = {"olmo2": 3.0, "olmo3": 3.0}
+# OLMo's trainers cut at 3 standard deviations (of OLMoE: arXiv 2409.02060); transformers, where it
+# draws weights itself, doesn't.
+_TRUNCATE = {"olmo2": 3.0, "olmo3": 3.0, "olmoe": 3.0}
 _RULES = {"gpt2": "gpt2"}  # of transformers' families whose normals don't all have one σ
 
 
