@@ -45,9 +45,9 @@ def refuse_padding(inputs: Mapping[str, Any]) -> None:
     """Raise ConfigError if a mask hides tokens, which the statistics would count.
 
     inputs: what a model or a block gets, by name. A mask may be (B, T), or by query and key
-    (B, heads, T, T), true or 0 where a query looks, or a mapping of such masks by layer type. A token
-    that no query looks at is hidden, its own included. A key padding mask is true or not 0 where it
-    hides, as in torch.nn.
+    (B, heads, T, T) or (B, T, T), as ``looks`` reads it, or a mapping of such masks by layer type. A
+    token that no query looks at is hidden, its own included. A key padding mask is true or not 0 where
+    it hides, as in torch.nn.
     """
     for name, given in inputs.items():
         if "mask" not in name or any(
@@ -55,14 +55,12 @@ def refuse_padding(inputs: Mapping[str, Any]) -> None:
         ):
             continue
         for mask in given.values() if isinstance(given, Mapping) else [given]:
-            if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+            if not isinstance(mask, Tensor) or mask.ndim not in (2, 3, 4):
                 continue
             hidden = mask != 0 if "padding" in name else mask == 0
-            if mask.ndim == 4:
-                seen = mask if mask.dtype == torch.bool else mask > NEVER
-                if mask.dtype == torch.bool and not seen.diagonal(dim1=2, dim2=3).any():
-                    seen = ~seen  # true where a query doesn't look
-                hidden = ~seen.any(2).any(1)
+            if mask.ndim > 2:
+                seen = looks(mask).any(-2)
+                hidden = ~(seen.any(1) if mask.ndim == 4 else seen)
             elif any(
                 torch.equal(causal, torch.ones_like(hidden).triu(1)) for causal in (hidden, ~hidden)
             ):
@@ -72,6 +70,20 @@ def refuse_padding(inputs: Mapping[str, Any]) -> None:
                     f"probe: {name} hides {int(hidden.sum())} of {hidden.numel()} tokens, which"
                     " the statistics would count: pass sequences of one length, without padding"
                 )
+
+
+def looks(mask: Tensor) -> Tensor:
+    """True where a query looks at a key, of a mask (…, T, T).
+
+    It is added to the logits, or it is boolean, or 0 and 1: for looks or for doesn't, which the later
+    keys tell apart. Padded queries may not look at themselves either.
+    """
+    if mask.is_floating_point() and ((mask != 0) & (mask != 1)).any():
+        return mask > NEVER
+    mask = mask != 0
+    at_all_later = (mask | torch.ones_like(mask).tril()).all() and not mask.all()
+    at_itself = mask.diagonal(dim1=-2, dim2=-1).any()
+    return ~mask if at_all_later or not at_itself else mask
 
 
 class Stream:
