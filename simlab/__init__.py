@@ -5,7 +5,7 @@
     simlab.compare(r, simlab.measure("olmo2_7b", norm="pre"))
     simlab.multirun({"depth": [8, 16, 32]}, "small")              # .frame, .table, .plot()
     simlab.load("outputs/…")                                      # a finished run or sweep again
-    rows = simlab.probe(model, ids).rows()                        # the same rows, of any decoder
+    simlab.probe(model, ids, random=8)                            # the same of any decoder in memory
     model = simlab.build_model(simlab.compose(["model=small"]))   # such a model, as one nn.Module
 
 Imports are late, so that ``--help`` and tab completion don't wait for torch.
@@ -17,20 +17,21 @@ TYPE_CHECKING = False  # typing takes 20 ms, in which Ctrl-C is Python's, before
 if TYPE_CHECKING:
     from typing import Any
 
-    from simlab.api import compare, load, load_run, load_sweep, measure, multirun
+    from simlab.api import compare, load, load_run, load_sweep, measure, multirun, probe
     from simlab.config import ConfigError, RunConfig
     from simlab.config.validate import compose
     from simlab.experiment import RunResult, build_model
     from simlab.measurement.layout import Layout, Sublayer
-    from simlab.measurement.model_probe import probe
     from simlab.report.plot import plot
     from simlab.results import Comparison, Result, SweepResult
+    from simlab.results.probed import Probed
 
 __version__: str  # of the package that is installed
 __all__ = [
     "Comparison",
     "ConfigError",
     "Layout",
+    "Probed",
     "Result",
     "RunConfig",
     "RunResult",
@@ -65,7 +66,8 @@ _HOMES = {
     "compose": "simlab.config.validate",
     "RunResult": "simlab.experiment",
     "build_model": "simlab.experiment",
-    "probe": "simlab.measurement.model_probe",
+    "probe": "simlab.api",
+    "Probed": "simlab.results.probed",
     "Layout": "simlab.measurement.layout",
     "Sublayer": "simlab.measurement.layout",
 }

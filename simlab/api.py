@@ -1,4 +1,4 @@
-"""simlab from Python: ``measure``, ``compare``, ``multirun``, ``load``.
+"""simlab from Python: ``measure``, ``probe``, ``compare``, ``multirun``, ``load``.
 
 Keywords are the config's keys, as on the command line; ``docs/python.md`` has examples.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,15 @@ from simlab.config import ConfigError
 from simlab.config.command_line import quoted
 from simlab.results import Comparison, Result, SweepResult, read_result
 from simlab.store import plain_values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from simlab.measurement.batch_checks import Batch
+    from simlab.measurement.layout import Layout
+    from simlab.results.probed import Probed
 
 # What Hydra's grammar reads as the same text without quotes.
 _PLAIN = re.compile(
@@ -75,6 +84,73 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
         names = [loggers] if isinstance(loggers, str) else list(loggers)
         log_runs(names, [(result.title, result, place)], place)
     return result
+
+
+def probe(
+    model: nn.Module, batch: Batch | None = None, *, layout: Layout | None = None, curve: str = "model",
+    seed: int = 0, gradients: bool = False, random: int = 0,
+    factory: Callable[[], nn.Module] | None = None,
+) -> Probed:  # fmt: skip
+    """Measure the residual stream of a decoder after its embedding and after every sublayer.
+
+    Example:
+
+        r = simlab.probe(model, ids, random=8)  # .verdict, .plot("norm"), .rows(), .save("folder")
+        with simlab.probe(model) as result:     # or any forward calls of your own
+            model(ids)
+        rows = result.rows()
+
+    Your own calls run in the mode the model is in. They are batches of one curve, of sequences of one
+    length and without padding. No output and no gradient changes. What torch.compile has compiled runs
+    uncompiled meanwhile: it would pass the hooks by.
+
+    Args:
+        model: Any decoder whose blocks pass a stream of shape (batch, length, width).
+        batch: Token ids (batch, length), or a mapping (``model(**batch)``), or a tuple
+            (``model(*batch)``). It is passed through the model at once, without gradients and in eval
+            mode; every submodule's mode is put back.
+        layout: Describes the residual stream; by default it is looked for, and ``.layout`` says what
+            was found.
+        curve: The name in the rows' column ``curve``; ``random`` says that the model is a random init.
+        seed: The number in the rows' column ``seed``.
+        gradients: Also measure the gradient of the model's loss with respect to the stream: of the loss
+            that the model gives, as with labels in the batch, or else that of the next tokens. In a
+            ``with`` block it is the gradient of your own ``loss.backward()``. Parameters get none from
+            a batch that is passed here.
+        random: How many random inits of the model to measure on the batch beside it, with seeds from 0,
+            one in memory at a time.
+        factory: A function without arguments that gives a new model, drawn with torch's generator; by
+            default, of a model of transformers, its class's own init.
+
+    Returns the result. Raises ConfigError for a model without a list of blocks, a batch that is none of
+    these, and random inits that can't be drawn or aren't the model's.
+    """
+    from simlab.experiment.probed import random_curves
+    from simlab.measurement.model_probe import ModelProbe
+    from simlab.report import progress
+    from simlab.results.probed import Probed
+
+    if isinstance(random, bool) or not isinstance(random, int) or random < 0:
+        raise ConfigError(f"probe: random={random!r}: must be a number of random inits, from 0")
+    if factory is not None and not random:
+        raise ConfigError("probe: factory makes random inits: say how many, as random=8")
+    if random and (batch is None or curve == "random"):
+        missing = "the batch on which they are measured" if batch is None else "another curve="
+        raise ConfigError(f"probe: random={random}: give {missing}")
+    measuring = ModelProbe(model, layout, curve, seed, gradients)
+    given = {"layout": layout, "gradients": gradients, "random": random, "factory": factory}
+    options = [
+        f"{key}={value if isinstance(value, int) else key}" for key, value in given.items() if value
+    ]
+    if batch is None:
+        call = f"simlab.probe({', '.join(['model', *options])})"
+        return Probed(measuring, [], f"with {call} as r:\n    model(batch)")
+    depth = max(len(probes) for probes in measuring.stacks.values())
+    with progress.block_bar(depth * (1 + random)) as measuring.on_block:
+        measuring.measure(batch)
+        inits = random_curves(measuring, batch, layout, random, factory) if random else []
+    measuring.on_block = lambda: None
+    return Probed(measuring, inits, f"simlab.probe({', '.join(['model', 'batch', *options])})")
 
 
 def _new_folder() -> Path:

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
-from simlab.analysis.curve import basis
+from simlab.analysis.curve import GIVEN, basis, given_in
 from simlab.analysis.massive import massive_sentences, place
 from simlab.analysis.numbers import short
 from simlab.analysis.resampling import MIN_SEEDS, t_quantile
@@ -87,7 +87,7 @@ def with_outside(frame: pd.DataFrame, theory: Prediction | None = None) -> pd.Da
     predicted curve that stands in place of measured ones.
     """
     frame = frame.assign(outside=np.nan)
-    rows = frame[frame["curve"] == "checkpoint"]
+    rows = frame[frame["curve"].isin(GIVEN)]
     drawn = frame[frame["curve"] == "random"]
     if theory is not None:
         index = rows.index[: len(theory.rows)]
@@ -116,7 +116,7 @@ def of_median_token(frame: pd.DataFrame) -> pd.DataFrame:
 
 def departure(frame: pd.DataFrame) -> Departure | None:
     """Compare a run's checkpoint with its random inits, once ``with_outside`` has marked it."""
-    rows = frame[(frame["curve"] == "checkpoint") & frame["outside"].notna()]
+    rows = frame[frame["curve"].isin(GIVEN) & frame["outside"].notna()]
     drawn = frame[frame["curve"] == basis(frame)]
     if len(rows) < 2:
         return None
@@ -149,7 +149,7 @@ def end_ratio(frame: pd.DataFrame) -> tuple[float, int]:
     rows = rows[rows["kind"] == rows["kind"].iloc[-1]]  # a re-norm comes after its sublayer
     mean = rows.groupby("curve")["mean_square"].mean()
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.float64(mean["checkpoint"]) / mean[basis(frame)]
+        ratio = np.float64(mean[given_in(frame)]) / mean[basis(frame)]
     return float(ratio), int(ends.min())
 
 
@@ -240,36 +240,34 @@ def _terms(own: Split, drawn: Split | None) -> str:
 
 
 def sentences(
-    left: Departure | None, frame: pd.DataFrame, tokens: tuple[int, int], depth: int
+    left: Departure | None, frame: pd.DataFrame, tokens: tuple[int, int], whole: int
 ) -> list[str]:
     """Sentences that compare a checkpoint with random inits.
 
-    tokens: the batch's sequences and their length. depth: the model's blocks, which a curve that ends
-    early doesn't pass.
+    tokens: the batch's sequences and their length. whole: the model's last sublayer, which a curve that
+    ends early doesn't reach.
     """
     lines: list[str] = []
-    rows = frame[frame["curve"] == "checkpoint"]
+    rows = frame[frame["curve"].isin(GIVEN)]
     if rows.empty:  # it overflowed at the embedding
         return lines
-    theory = basis(frame) == "theory"
+    theory, given = basis(frame) == "theory", given_in(frame)
     seeds = frame.loc[frame["curve"] == "random", "seed"].nunique()
     if 0 < seeds < MIN_SEEDS:
         inits = "1 random init is" if seeds == 1 else f"{seeds} random inits are"
-        lines.append(
-            f"{inits} too few to tell where the checkpoint leaves them ({MIN_SEEDS} needed)."
-        )
+        lines.append(f"{inits} too few to tell where the {given} leaves them ({MIN_SEEDS} needed).")
     last = int(rows["sublayer"].max())
     if left is not None:
         end = ""
-        if left.last < 2 * depth:
+        if left.last < whole:
             inits = "the prediction" if theory else "a random init's curve"
             end = f"{'it' if left.last == last else inits} ends at sublayer {left.last}"
         where = _where(left, end)
         where = where.replace("band", "predicted band") if theory else where
         if skewed(frame):  # where it leaves them is on the mean over tokens
             where += f"; {token_apart(frame, tokens).sentence}"
-        lines.append(f"The checkpoint {where}.")
+        lines.append(f"The {given} {where}.")
         if left.checkpoint is not None:
             its = f"Up to sublayer {left.last} its" if end else "Its"
             lines.append(f"{its} {_terms(left.checkpoint, left.random)}")
-    return lines + massive_sentences(rows, *tokens, whole=last == 2 * depth)
+    return lines + massive_sentences(rows, *tokens, whole=last == whole)

@@ -12,6 +12,7 @@ from simlab.theory.laws import LAWS, Array, Law, Rows
 from simlab.theory.mean_field import Prediction
 
 INITS = ("random", "theory")  # the kinds of curves of random inits: measured, predicted
+GIVEN = ("checkpoint", "model")  # of a given model: of a checkpoint's files, of a module in memory
 PREDICTED = ("law_mean_field", "band_mean_field", "law_gradient_rms")  # theory's columns
 COLUMNS = (  # of curve.csv, that verdicts use besides mean_square and eps_factor
     "mean_square_median", "branch_mean_square", "branch_raw_mean_square", "cosine", "gradient_rms",
@@ -24,7 +25,8 @@ class Curves:
 
     kinds, gain, normalises: (R,), as in ``Rows``. mean_square, eps_factor: (S, R). others: (S, R) of
     each of COLUMNS that was measured. theory: the predicted curve of random inits. whole: how many rows
-    a curve has that reaches the model's end.
+    a curve has that reaches the model's end. blocks: (R,), each row's block from 0, None of the
+    embedding; empty where it isn't known.
     """
 
     kinds: list[str]
@@ -35,6 +37,7 @@ class Curves:
     others: Mapping[str, Array] = field(default_factory=dict)
     theory: Prediction | None = None
     whole: int = 0
+    blocks: Sequence[int | None] = ()
 
     @property
     def count(self) -> int:
@@ -77,13 +80,20 @@ def curves_of(
         others={column: stack(column) for column in COLUMNS if column in frame},
         theory=theory,
         whole=len(gain),
+        blocks=[None if pd.isna(b) else int(b) for b in groups[0]["block"][:length]],
     )
 
 
 def basis(frame: pd.DataFrame) -> str:
-    """The kind of curve that a frame's laws are about: the first of INITS, else the checkpoint."""
+    """The kind of curve that a frame's laws are about: the first of INITS, else the given model's."""
     there = set(frame["curve"].unique())
-    return next((name for name in INITS if name in there), "checkpoint")
+    return next((name for name in INITS if name in there), given_in(frame) or GIVEN[0])
+
+
+def given_in(frame: pd.DataFrame) -> str:
+    """The kind of curve of the given model in a frame, which is also the word for it; empty without."""
+    there = set(frame["curve"].unique())
+    return next((name for name in GIVEN if name in there), "")
 
 
 def laws_in(frame: pd.DataFrame, *, expected: bool = False) -> list[Law]:

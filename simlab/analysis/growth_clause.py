@@ -28,6 +28,8 @@ def row_place(curves: Curves, row: int) -> str:
     if kind not in _KINDS:
         return "the embedding" if kind == "embedding" else f"sublayer {sublayer} ({kind})"
     block = sum(kind == curves.kinds[row] for kind in curves.kinds[: row + 1])
+    if curves.blocks and (known := curves.blocks[row]) is not None:
+        block = known + 1
     if kind == "renorm":
         block = sum(kind == "mlp" for kind in curves.kinds[:row])
         return f"the re-norm after block {block}"

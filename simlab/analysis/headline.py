@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from simlab.analysis.compare import Departure, departure, end_ratio, of_median_token
-from simlab.analysis.curve import INITS, basis
+from simlab.analysis.curve import GIVEN, INITS, basis, given_in
 from simlab.analysis.decision import HOLDS, OFF, decision
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import MIN_SEEDS, Estimate
@@ -32,10 +32,10 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     left = summary.get("departure")
     few = skewed(frame)
     apart = f"; {token_apart(frame, summary['tokens']).sentence}" if few else ""
-    depth = summary["config"]["model"]["depth"]
+    whole = summary.get("sublayers") or 2 * summary["config"]["model"]["depth"]
     if "curve" in frame and frame["curve"].nunique() > 1 and (few or left is None):
         ratio, last = end_ratio(frame)
-        end = "ends" if last == 2 * depth else f"is, at sublayer {last},"
+        end = "ends" if last == whole else f"is, at sublayer {last},"
         if few:
             both = frame[frame["sublayer"] <= last]
             apart = f"; {token_apart(both, summary['tokens']).sentence}"
@@ -43,23 +43,22 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
         more = ""
         if frame.loc[frame["curve"] == "random", "seed"].nunique() in range(1, MIN_SEEDS):
             more = f"; {MIN_SEEDS} would tell whether that is chance"
-        whose = "The mean square of this checkpoint's residual stream"
+        whose = f"The mean square of this {given_in(frame)}'s residual stream"
         return f"{whose} {end} {_times(ratio)} {_drawn(frame)}{more}."
     if left is not None:
-        return _departed(left, 2 * depth)
+        return _departed(left, whole, given_in(frame))
     verdicts = summary["verdict"]
     if not verdicts:
         return "Every curve left the number format's range at the embedding."
-    name = next(name for name in (*INITS, "checkpoint") if name in verdicts)
+    name = next(name for name in (*INITS, *GIVEN) if name in verdicts)
     rows = frame[frame["curve"] == name]
     whose = {
         "random": "At init, the residual stream's mean square",
         "theory": "At init, theory predicts that the residual stream's mean square",
-        "checkpoint": "The mean square of this checkpoint's residual stream",
-    }[name]
+    }.get(name, f"The mean square of this {name}'s residual stream")
     column = "mean_square"
-    if name == "checkpoint" and (rows["massive"] == 1).any():  # the verdict is on the median token
-        whose, column = "The mean square of this checkpoint's median token", "mean_square_median"
+    if name in GIVEN and (rows["massive"] == 1).any():  # the verdict is on the median token
+        whose, column = f"The mean square of this {name}'s median token", "mean_square_median"
     ends = rows.groupby("seed").tail(1)[column].mean()
     starts = rows.groupby("seed").head(1)[column].mean()
     depth = int(rows["block"].max()) + 1 if rows["block"].notna().any() else 0
@@ -88,7 +87,8 @@ def _times(ratio: float) -> str:
 def _median_token(frame: pd.DataFrame, end: str) -> str:
     """A checkpoint's median token beside those of random inits, or beside a predicted mean square."""
     median = of_median_token(frame)
-    whose, size = "The mean square of this checkpoint's median token", _times(end_ratio(median)[0])
+    whose = f"The mean square of this {given_in(frame)}'s median token"
+    size = _times(end_ratio(median)[0])
     left: Departure | None = departure(median)
     if left is None:
         return f"{whose} {end} {size} {_drawn(frame)}"
@@ -99,17 +99,17 @@ def _median_token(frame: pd.DataFrame, end: str) -> str:
     return f"{whose} {end} {size} a random init's, outside their band from {_at(left.sublayer)} on"
 
 
-def _departed(left: Mapping[str, Any], last: int) -> str:
+def _departed(left: Mapping[str, Any], last: int, given: str) -> str:
     """A checkpoint beside random inits: how far it ends from them, and from where on."""
     ratio, end = left["ratio"], "ends" if left["last"] == last else f"is at sublayer {left['last']}"
     if left["first"] is None:
         return (
-            "This checkpoint's residual stream is as large as a random init's at every sublayer "
+            f"This {given}'s residual stream is as large as a random init's at every sublayer "
             f"(mean square: {short(ratio)}× their mean at the end)."
         )
     if left["sublayer"] is None:
         return (
-            "This checkpoint's residual stream leaves the random inits' band at "
+            f"This {given}'s residual stream leaves the random inits' band at "
             f"{_at(left['first'])} and {end} within it."
         )
     size = f"{short(ratio)}× above" if ratio is not None and ratio > 1 else "far below"
@@ -118,7 +118,7 @@ def _departed(left: Mapping[str, Any], last: int) -> str:
     elif 0 < ratio <= 1:
         size = f"{short(1 / ratio)}× below"
     return (
-        f"The mean square of this checkpoint's residual stream {end} {size} a random init's; it is "
+        f"The mean square of this {given}'s residual stream {end} {size} a random init's; it is "
         f"outside their band for good from {_at(left['sublayer'])} on."
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simlab.analysis.agreement import ALPHA, MATTERS, Agreement, enough_seeds
-from simlab.analysis.curve import Curves
+from simlab.analysis.curve import GIVEN, Curves
 from simlab.analysis.decision import HOLDS, UNDECIDED, UNTOLD, decision
 from simlab.analysis.growth_clause import growth_clause, row_place, sublayer_of
 from simlab.analysis.numbers import off_by, percent, power_of_ten, short
@@ -42,7 +42,7 @@ def main_sentences(
     claims = [claim for claim in claims if claim]
     if claims and not massive:
         text += f": {', '.join(claims)}"
-    if name == "checkpoint":
+    if name in GIVEN:
         text += " (one curve: no intervals)"
     elif name == "random" and curves.count < MIN_SEEDS:
         seeds = "1 seed is" if curves.count == 1 else f"{curves.count} seeds are"
@@ -141,6 +141,10 @@ def _sqrt2(curves: Curves, verdict: Verdict) -> Iterator[str]:
     law = LAWS["sqrt2"]
     ends = [i for i, kind in enumerate(curves.kinds) if kind == "mlp"]
     if not law.applies(curves.rows) or len(curves.kinds) < 3 or not ends:
+        return
+    if (
+        len(ends) < len({*curves.blocks} - {None}) - 1
+    ):  # its rates are of blocks that each have an MLP
         return
     mean = curves.mean_square.mean(0)
     row = max(ends, key=lambda i: mean[i]) if verdict.shape.word == "saw-tooth" else ends[-1]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from simlab.analysis.curve import GIVEN
+
 SKEWED = (
     5.0  # from this ratio of mean to median token on, the median token is what is told and drawn
 )
@@ -20,7 +22,7 @@ def skewed(frame: pd.DataFrame) -> bool:
     """
     if "mean_square_median" not in frame or "curve" not in frame:
         return False
-    rows = frame[frame["curve"] == "checkpoint"]
+    rows = frame[frame["curve"].isin(GIVEN)]
     return bool((rows["mean_square"] > SKEWED * rows["mean_square_median"]).any())
 
 
@@ -80,7 +82,7 @@ def token_apart(frame: pd.DataFrame, tokens: tuple[int, int]) -> Apart:
 
     frame: the rows of curve.csv. tokens: the batch's sequences and their length.
     """
-    rows = frame[frame["curve"] == "checkpoint"]
+    rows = frame[frame["curve"].isin(GIVEN)]
     sequences, length = tokens
     ratio = (rows["mean_square"] / rows["mean_square_median"]).to_numpy(np.float64)
     ends = bool(ratio[-1] > SKEWED)

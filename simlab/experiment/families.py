@@ -15,7 +15,7 @@ from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
 from simlab.config.cli_errors import out_of_memory
 from simlab.experiment.family_gradients import with_gradients
 from simlab.measurement.engine import Measured
-from simlab.measurement.model_probe import probe
+from simlab.measurement.model_probe import ModelProbe
 from simlab.weights.base import Weights
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def streamed(
         if gradients:
             return with_gradients(skeleton, source, batches, on_unit)
         with skeleton.filled(source, on_unit) as decoder:
-            result = probe(decoder)
+            result = ModelProbe(decoder)
             for batch in batches:
                 with torch.no_grad(), result:
                     decoder(input_ids=batch, use_cache=False)

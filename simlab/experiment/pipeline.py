@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from simlab.analysis.compare import with_outside
+from simlab.analysis.curve import GIVEN, Curves
 from simlab.analysis.verdict import Verdict, judge
 from simlab.config import RunConfig
 from simlab.experiment.prepare import Prepared, prepare
@@ -75,11 +76,7 @@ def _result(
     verdicts: dict[str, Verdict] = {}
     if measured:
         frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
-        outliers = set(frame.loc[frame["massive"] == 1, "curve"]) & {"checkpoint"}
-        verdicts = {
-            name: judge(of_curve, config.dtype, name, massive=name in outliers)
-            for name, of_curve in by_curve.items()
-        }
+        verdicts = judge_all(frame, by_curve, config.dtype)
     instead = theory if config.engine == "theory" else None
     if instead:
         rows, curve = predicted_curve(ready, instead)
@@ -89,6 +86,17 @@ def _result(
         frame = with_outside(frame, instead)
     summary = summarise(ready, measured, frame, cuts, verdicts, theory)
     return RunResult(ready.config, frame, summary, verdicts, weight_table(ready))
+
+
+def judge_all(
+    frame: pd.DataFrame, by_curve: Mapping[str, Curves], dtype: str
+) -> dict[str, Verdict]:
+    """A verdict per kind of measured curve. frame, by_curve: from ``to_frame``."""
+    outliers = set(frame.loc[frame["massive"] == 1, "curve"]) & {*GIVEN}
+    return {
+        name: judge(of_curve, dtype, name, massive=name in outliers)
+        for name, of_curve in by_curve.items()
+    }
 
 
 def _measured(

@@ -57,6 +57,31 @@ def summarise(
         **({"special_tokens": ready.special} if ready.special else {}),
         "seeds": list(config.seeds),
         **(ready.checkpoint.identity() if ready.checkpoint else {}),
+        **verdict_values(frame, cuts, verdicts, depth, theory),
+    }
+    if theory:
+        rows, ends = len(theory.rows), theory.ends
+        summary["mean_field"] = {"rows": rows, "ends": ends, "no_gradient": theory.no_gradient}
+    if ready.checkpoint:
+        last = last_sublayer(measured) or 2 * depth
+        if last != 2 * depth:
+            summary["sublayers"] = last
+        tokens = ready.tokens.shape[0], ready.tokens.shape[1]
+        summary |= comparison(frame, tokens, last)
+    if config.gradients:
+        summary |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
+    return summary
+
+
+def verdict_values(
+    frame: pd.DataFrame,
+    cuts: Cuts,
+    verdicts: dict[str, Verdict],
+    depth: int,
+    theory: Prediction | None = None,
+) -> dict[str, Any]:
+    """What a summary says of each kind of curve. depth: the model's blocks."""
+    return {
         "overflow": cuts.overflow,
         "theories": {
             name: {law: asdict(fit) for law, fit in verdict.laws.items()}
@@ -76,16 +101,20 @@ def summarise(
             for name in verdicts
         },
     }
-    if theory:
-        rows, ends = len(theory.rows), theory.ends
-        summary["mean_field"] = {"rows": rows, "ends": ends, "no_gradient": theory.no_gradient}
-    if ready.checkpoint:
-        left = departure(frame)
-        summary["departure"] = asdict(left) if left else None
-        summary["comparison"] = sentences(left, frame, tuple(ready.tokens.shape), depth)
-    if config.gradients:
-        summary |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
-    return summary
+
+
+def comparison(frame: pd.DataFrame, tokens: tuple[int, int], last: int) -> dict[str, Any]:
+    """What a summary says of a given model beside random inits. last: the model's last sublayer."""
+    left = departure(frame)
+    return {
+        "departure": asdict(left) if left else None,
+        "comparison": sentences(left, frame, tokens, last),
+    }
+
+
+def last_sublayer(measured: MeasuredCurves) -> int:
+    """The last sublayer of whole curves; 0 where nothing was measured."""
+    return max((row.sublayer for *_, curve in measured for row in curve.rows), default=0)
 
 
 def plain_exponents(

@@ -1,16 +1,15 @@
-"""``simlab.probe``: the rows of curve.csv for any PyTorch decoder, from hooks on its blocks."""
+"""The curve of any PyTorch decoder, from hooks on its blocks: what ``simlab.probe`` measures with."""
 
 from __future__ import annotations
 
 import sys
-import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,6 @@ from simlab.measurement.batch_checks import (
 )
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
-from simlab.measurement.frame import to_frame
 from simlab.measurement.gradient_taps import GradientTaps, backward_through, loss_of
 from simlab.measurement.layout import Layout, Sublayer, blocks_at, no_blocks, stacks
 from simlab.measurement.layout_probe import LayoutProbe
@@ -39,53 +37,8 @@ NOT_FINITE_FROM = "not_finite_from"
 LAYOUT = "layout"  # likewise: where the residual stream is, in words
 
 
-def probe(
-    model: nn.Module,
-    batch: Batch | None = None,
-    *,
-    layout: Layout | None = None,
-    curve: str = "model",
-    seed: int = 0,
-    gradients: bool = False,
-) -> ModelProbe:
-    """Measure the residual stream of a decoder after its embedding and after every sublayer.
-
-    Example:
-
-        rows = simlab.probe(model, ids).rows()
-
-        with simlab.probe(model) as result:      # or any forward calls of your own
-            model(ids)
-        rows = result.rows()
-
-    Your own calls run in the mode the model is in. They are batches of one curve, of sequences of one
-    length and without padding. No output and no gradient changes. What torch.compile has compiled runs
-    uncompiled meanwhile: it would pass the hooks by.
-
-    Args:
-        model: Any decoder whose blocks pass a stream of shape (batch, length, width).
-        batch: Token ids (batch, length), or a mapping (``model(**batch)``), or a tuple
-            (``model(*batch)``). It is passed through the model at once, without gradients and in eval
-            mode; every submodule's mode is put back.
-        layout: Describes the residual stream; by default it is looked for, and
-            ``rows().attrs["layout"]`` says what was found.
-        curve: The name in the rows' column ``curve``.
-        seed: The number in the rows' column ``seed``.
-        gradients: Also measure the gradient of the model's loss with respect to the stream: of the loss
-            that the model gives, as with labels in the batch, or else that of the next tokens. In a
-            ``with`` block it is the gradient of your own ``loss.backward()``. Parameters get none from
-            a batch that is passed here.
-
-    Raises ConfigError for a model without a list of blocks, or a batch that is none of these.
-    """
-    result = ModelProbe(model, layout, curve, seed, gradients)
-    if batch is not None:
-        result.measure(batch)
-    return result
-
-
 class ModelProbe:
-    """The result of ``probe``: a context manager that measures forward calls, and their rows.
+    """A context manager that measures forward calls of a model.
 
     The blocks' hooks exist only during a forward call of the model, so a block that gradient
     checkpointing runs again in the backward is not counted twice.
@@ -108,6 +61,8 @@ class ModelProbe:
         self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
         self.embedding = Reducer(STATISTICS)
         self.size: tuple[int, int] | None = None  # T, D
+        self.dtype = self.device = ""  # of the stream
+        self.on_block: Callable[[], None] = lambda: None  # called after each block's forward
         self.given, self.stream = layout is not None, Stream({}, False)
         self.outer, self.inner = ExitStack(), ExitStack()  # hooks of the with block, of a call
         self.taps = GradientTaps() if gradients else None
@@ -165,6 +120,7 @@ class ModelProbe:
             self.taps.end_call()
 
     def _ends(self, i: int, block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self.on_block()
         if i + 1 < len(self.probes):
             self.left = i, first_output(out).detach().clone()
 
@@ -215,6 +171,7 @@ class ModelProbe:
                 " have sequences of one length"
             )
         self.size = length, width
+        self.dtype, self.device = str(x.dtype).removeprefix("torch."), str(x.device)
         self.embedding.add(Step(after=wide(x)))
 
     @property
@@ -232,27 +189,11 @@ class ModelProbe:
             blocks.setdefault(how, []).append(i)
         return "; ".join(f"{self.path} {spans(of)}: {how}" for how, of in blocks.items())
 
-    def rows(self) -> pd.DataFrame:
-        """One row per step, with curve.csv's columns; NaN in those that the model doesn't show.
+    def measured(self) -> Measured:
+        """The curve, as ``measure_curves`` gives it.
 
-        A curve that overflows ends before its first non-finite value, with a warning that says where;
-        the rows' ``attrs["not_finite_from"]`` is then that sublayer.
         Raises ConfigError where no forward call was seen, or one that didn't pass every step.
         """
-        measured = self.measured()
-        assert self.size is not None  # measured
-        frame, _, cuts = to_frame(
-            [(self.curve, self.seed, measured)], self.embedding.tokens * self.size[1]
-        )
-        for row in cuts.overflow:
-            place = f"sublayer {row['sublayer']} ({row['kind']})"
-            warnings.warn(f"probe: curve {self.curve} isn't finite from {place} on", stacklevel=2)
-            frame.attrs[NOT_FINITE_FROM] = int(row["sublayer"])
-        frame.attrs[LAYOUT] = self.layout
-        return frame
-
-    def measured(self) -> Measured:
-        """The curve, as ``measure_curves`` gives it. Raises ConfigError as ``rows`` does."""
         if self.size is None:
             raise ConfigError(
                 f"probe: no forward call of {type(self.model).__name__} was seen: call the model"

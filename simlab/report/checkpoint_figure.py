@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from simlab.analysis.curve import given_in
 from simlab.report.colours import COLOURS, LABELS
 from simlab.report.panels import log_ticks, plain
 from simlab.report.style import draw_curves, finish, subplots
@@ -25,7 +26,7 @@ PANELS = {  # column: title, axis, scale
 
 def inside_figure(frame: pd.DataFrame, title: str) -> Figure | None:
     """A panel per statistic, a checkpoint's beside the random inits'. None without a checkpoint."""
-    if not (frame["curve"] == "checkpoint").any():
+    if not given_in(frame):
         return None
     median = frame["mean_square_median"]
     frame = frame.assign(token_ratio=frame["mean_square_max"] / median.where(median > 0))

@@ -32,11 +32,10 @@ from simlab.report.panels import (
     plain,
     write_at,
 )
-from simlab.report.seeds import SeedArray, over_seeds
+from simlab.report.seeds import SeedArray, axis_label, over_seeds
 
 WIDE = 4.0  # the tokens' 95th percentile is within the axis up to this many times the curves' most
 WIDTH, PANELS_HEIGHT = 12.8, 4.9  # inches, of the figure and of its panels without titles
-SUBLAYERS = "sublayer (0: the embedding; a block has two)"
 
 
 def growth_figure(
@@ -77,7 +76,7 @@ def growth_figure(
         _main(figure, steps, own, few, place)
     else:
         _main(figure, steps, left)
-    if "checkpoint" in steps.names and len(steps.names) > 1:
+    if steps.given and len(steps.names) > 1:
         _beside(figure, steps, left, few)
     else:
         _alone(figure, steps, few)
@@ -107,7 +106,9 @@ def _main(
     """
     under = "mean of x² over width and tokens, after each sublayer; linear axis"
     if few:
-        under = "mean of x² over width, of the median token; pale: 90 % of the checkpoint's tokens"
+        under = (
+            f"mean of x² over width, of the median token; pale: 90 % of the {steps.given}'s tokens"
+        )
     ax = panel(figure, (0.65, 0.6, 5.2, 4.1), "Mean square of the residual stream", under)
     shown: dict[str, SeedArray] = {}
     highest: list[float] = []  # of what is drawn, without laws
@@ -117,18 +118,18 @@ def _main(
         shown[name] = over_seeds(np.nanmean, values)
         low, high = over_seeds(np.nanmin, values), over_seeds(np.nanmax, values)
         highest.append(float(np.nanmax(high)))
-        if few and name == "checkpoint":
+        if few and name == steps.given:
             low, high = steps.mean(name, "mean_square_p05"), steps.mean(name, "mean_square_p95")
-        if len(values) > 1 or (few and name == "checkpoint"):
+        if len(values) > 1 or (few and name == steps.given):
             alpha = 0.2 if len(values) > 1 else 0.15
             ax.fill_between(steps.x, low, high, color=COLOURS[name], alpha=alpha, lw=0)
         ax.plot(steps.x, shown[name], color=COLOURS[name], lw=2.8, zorder=2)
     laws = {}
-    if not few or steps.base != "checkpoint":  # such a checkpoint's own laws are about its mean
+    if not few or steps.base != steps.given:  # such a checkpoint's own laws are about its mean
         laws = draw_laws(ax, steps)
         _band(ax, steps)
     tops = [value for value in highest if math.isfinite(value)]
-    wide = float(np.nanmax(steps("checkpoint", "mean_square_p95"))) if few else 0.0
+    wide = float(np.nanmax(steps(steps.given, "mean_square_p95"))) if few else 0.0
     tops += [wide] if wide < WIDE * max(tops) else []
     of_law = {law.name: law for law in laws_in(steps.rows[steps.base])}
     tops += [
@@ -139,14 +140,14 @@ def _main(
     top = 1.08 * max(tops) or 1.0
     last = float(steps.x[-1])
     ax.set(xlim=(0, last or 1), ylim=(0, top))
-    ax.set_xlabel(SUBLAYERS, fontsize=9, color=DIM)
+    ax.set_xlabel(axis_label(pd.concat(steps.rows.values())), fontsize=9, color=DIM)
     names = []
     for name, y in shown.items():
         seeds = steps.rows[name]["seed"].nunique()
         text = LABELS[name] + (f"\n{seeds} seeds, band: least to most" if seeds > 1 else "")
         if name == "theory":
             text += "\nband: ± 2 std of a seed"
-        if few and name == "checkpoint":
+        if few and name == steps.given:
             text += "\nmedian token"
             text += f"; 95th percentile: {_about(wide)}" if wide > top else ""
         text += _ending(steps, y)
@@ -163,7 +164,7 @@ def _main(
             text = law.label + ("\nuntil the first re-norm" if "renorm" in steps.kinds else "")
             names.append((_last(y), text, law.colour, "normal"))
     if few:
-        largest, red = steps.mean("checkpoint", "mean_square_max"), COLOURS["checkpoint"]
+        largest, red = steps.mean(steps.given, "mean_square_max"), COLOURS[steps.given]
         ax.plot(steps.x, largest, color=red, lw=1.1, ls=(0, (1, 1)), zorder=2)
         text = "largest token" + (f"\n{place}" if place else "")
         if (above := float(np.nanmax(largest))) > top:
@@ -334,7 +335,7 @@ def _beside(figure: Figure, steps: Steps, left: Departure | None, few: bool) -> 
     _relative(figure, steps, (LEFT, UP, wide, TALL), left, few)
     if gradient:
         _gradient(figure, steps, (RIGHT, UP, PANEL, TALL))
-    both = (("random", left.random), ("checkpoint", left.checkpoint)) if left else ()
+    both = (("random", left.random), (steps.given, left.checkpoint)) if left else ()
     sums = [(name, split) for name, split in both if split is not None]
     if not sums:
         _added(figure, steps, (LEFT, LOW, RIGHT + PANEL - LEFT, TALL))
@@ -382,10 +383,10 @@ def _relative(
     with np.errstate(divide="ignore", invalid="ignore"):
         draw_seeds(ax, steps, "mean_square", lambda y: np.where(mean > 0, y / mean, np.nan))
         tokens = {
-            part: steps.mean("checkpoint", f"mean_square_{part}") / mean
+            part: steps.mean(steps.given, f"mean_square_{part}") / mean
             for part in ("p05", "p95", "first", "median")
         }
-    red = COLOURS["checkpoint"]
+    red = COLOURS[steps.given]
     ax.fill_between(steps.x, tokens["p05"], tokens["p95"], color=red, alpha=0.14, lw=0)
     ax.plot(steps.x, tokens["first"], color=red, lw=1.1, ls=(0, (1, 1)))
     if few:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from simlab.analysis.curve import basis, laws_in
+from simlab.analysis.curve import basis, given_in, laws_in
 from simlab.analysis.numbers import raised
 from simlab.report.colours import COLOURS
 from simlab.report.seeds import SeedArray, SeedTable, longest, over_seeds, x_of
@@ -34,7 +34,7 @@ def first_teeth(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     if frame.empty:
         return frame, ""
     at = sorted(set(frame.loc[frame["kind"] == "renorm", "sublayer"]))
-    if len(at) <= TEETH or "checkpoint" in set(frame["curve"]):
+    if len(at) <= TEETH or given_in(frame):
         return frame, ""
     note = (
         f"Drawn up to the {TEETH}th of {len(at)} re-norms; curve.csv and report.html have them all."
@@ -48,7 +48,7 @@ class Steps:
     def __init__(self, frame: pd.DataFrame) -> None:
         self.names = list(dict.fromkeys(frame["curve"]))
         self.rows = {name: frame[frame["curve"] == name] for name in self.names}
-        self.base = basis(frame)
+        self.base, self.given = basis(frame), given_in(frame)
         self.tables = {name: SeedTable(rows) for name, rows in self.rows.items()}
         steps = max(map(longest, self.rows.values()), key=len)
         self.kinds = steps["kind"].tolist()

@@ -14,7 +14,7 @@ from simlab.config.names import some
 from simlab.report.colours import COLOURS, LABELS, PALETTE
 from simlab.report.page.payload import FROM_LAW
 from simlab.report.page.quantities import BY_SUBLAYER
-from simlab.report.seeds import x_of
+from simlab.report.seeds import axis_label, x_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,8 +91,7 @@ def plot(
         room = 1.08 + (0.09 * min(named, 5) if named > 1 else 0)  # for a legend above the curves
         ax.set_ylim(0, room * float(values.max()) or 1.0)
     ax.set(
-        xlabel="sublayer (0: the embedding"
-        + ("; a block has two)" if _two_a_block(curves) else ")"),
+        xlabel=axis_label(curves),
         ylabel=known.label if known else quantity,
     )
     ax.grid(color="0.92")
@@ -116,11 +115,6 @@ def _instead(column: str, rows: pd.DataFrame) -> str:
     return (
         nearest(column, names) or f"; there are {some(main + [n for n in names if n not in main])}"
     )
-
-
-def _two_a_block(curves: pd.DataFrame) -> bool:
-    """Whether each block has two sublayers, as a transformer's and not every probed model's."""
-    return "block" in curves and set(curves.groupby("block")["sublayer"].nunique()) == {2}
 
 
 def _line(ax: Axes, rows: pd.DataFrame, quantity: str, name: str, colour: str) -> None:

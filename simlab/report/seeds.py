@@ -17,6 +17,12 @@ def x_of(rows: pd.DataFrame) -> pd.Series:
     return rows["sublayer"] + _LATE * (rows["kind"] == "renorm")
 
 
+def axis_label(frame: pd.DataFrame) -> str:
+    """The name of the axis of sublayers; most models' blocks have two."""
+    two = "block" in frame and frame.groupby("block")["sublayer"].nunique().max() == 2
+    return f"sublayer (0: the embedding{'; a block has two' if two else ''})"
+
+
 def longest(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the seed that has most: the others have ended early."""
     return max((part for _, part in rows.groupby("seed")), key=len)

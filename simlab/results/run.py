@@ -18,7 +18,7 @@ from simlab.analysis.headline import headline
 from simlab.analysis.numbers import short
 from simlab.config import ConfigError
 from simlab.report.console import figure_lines, title_of
-from simlab.report.page.build import command_of, lines, run_page
+from simlab.report.page.build import command_in, lines, run_page
 from simlab.report.plot import plot
 from simlab.report.table import fallen, shown_rows
 
@@ -75,8 +75,8 @@ class Result:
 
     @property
     def command(self) -> str:
-        """The command line that makes it again: "python -m simlab.run model=small depth=12"."""
-        return command_of(self.overrides)
+        """What makes it again: "python -m simlab.run model=small depth=12", or a call in Python."""
+        return command_in(self.summary, self.overrides)
 
     @property
     def theory(self) -> pd.DataFrame:

@@ -205,7 +205,7 @@ def write(
     shows.
     """
     from simlab.report import checkpoint_figure, console, figure, growth_figure, style
-    from simlab.report.page.build import command_of, run_page
+    from simlab.report.page.build import command_in, run_page
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
         clear(folder)  # of an earlier run there
@@ -220,7 +220,7 @@ def write(
     }
     drawn = {name: each for name, each in figures.items() if each}
     files = [f for name, each in drawn.items() for f in style.save(each, folder, name, svg=svg)]
-    page = run_page(curve, summary, title, command_of(overrides), str(date.today()))
+    page = run_page(curve, summary, title, command_in(summary, overrides), str(date.today()))
     write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
     signals.raise_noted()
     write_json(folder / SUMMARY, summary)

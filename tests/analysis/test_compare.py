@@ -37,7 +37,7 @@ def table(checkpoint, seeds, kinds=None):
 
 
 def sentences(found, frame, depth=4):
-    return compare.sentences(found, frame, (1, 3), depth)
+    return compare.sentences(found, frame, (1, 3), 2 * depth)
 
 
 def drawn(rng, count, rows=9):

@@ -87,7 +87,7 @@ def test_comparison_names_the_token(drawn):
     texts = []
     for size in (1e4, 0.0):
         frame = planted(drawn, size, factor=8.0)
-        texts.append(sentences(departure(frame), frame, SHAPE, int(frame["block"].max()) + 1)[0])
+        texts.append(sentences(departure(frame), frame, SHAPE, int(frame["sublayer"].max()))[0])
     ends = r"ends [\d.]+× above them"
     token = r"; one token, at position 13 of sequence 2 \(of 2\), makes [\d.]+ % of the mean"
     assert re.search(rf"{ends}{token} over tokens\.$", texts[0]), texts[0]

@@ -49,12 +49,18 @@ def command_of(overrides: Sequence[str], sweep: bool = False) -> str:
     return " ".join(["python", "-m", "simlab.run", *(["-m"] if sweep else []), *words])
 
 
+def command_in(summary: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """What makes a run again: the command line, or of a probed module the call in Python."""
+    return summary.get("call") or command_of(overrides)
+
+
 def run_page(
     frame: pd.DataFrame, summary: Mapping[str, Any], title: str, command: str, written: str
 ) -> str:
     """The page of one run, as HTML. frame: the rows of curve.csv. summary: that of summary.json.
 
-    command: what makes it again. written: when it was measured, as a text.
+    command: what makes it again, on the command line or in Python. written: when it was measured, as a
+    text.
     """
     data = {
         "title": title,
@@ -86,24 +92,22 @@ def job_data(job: PageJob, drawn: Drawn) -> dict[str, Any]:
 def origin(summary: Mapping[str, Any], command: str, written: str) -> dict[str, Any]:
     """What a page says of where its numbers come from, and the names of what it can draw."""
     s = summary
+    probed = "call" in s  # a module in memory, without a config
+    engine = "simlab.probe" if probed else f"{s['engine']} ({s['engine_reason']})"
+    inputs = "tokens" if probed else f"{s['config']['inputs']['kind']} {s['token_unit']}"
     facts = [
         ("measured", written),
-        ("config hash", s["config_hash"]),
-        (
-            "engine",
-            f"{s['engine']} ({s['engine_reason']}){ENGINES_BESIDE if len(s['engines']) > 1 else ''}",
-        ),
+        *([] if probed else [("config hash", s["config_hash"])]),
+        ("engine", engine + (ENGINES_BESIDE if len(s.get("engines", ())) > 1 else "")),
         ("device", f"{s['device']}, {s['dtype']}"),
         ("parameters", f"{s['parameters']:,}"),
-        (
-            "input",
-            f"{s['tokens'][0]} × {s['tokens'][1]} {s['config']['inputs']['kind']} {s['token_unit']}",
-        ),
+        ("input", f"{s['tokens'][0]} × {s['tokens'][1]} {inputs}"),
         ("seeds", ", ".join(map(str, s["seeds"])) or "none"),
         ("versions", ", ".join(f"{name} {number}" for name, number in s["versions"].items())),
     ]
-    facts += [("init", s["init_origin"])] if s.get("init_origin") else []
-    facts += [("weight hash", s["weight_hash"])] if s.get("weight_hash") else []
+    for key in ("layout", "init_origin", "weight_hash"):
+        if s.get(key):
+            facts.append((key.removesuffix("_origin").replace("_", " "), s[key]))
     return {
         "command": command,
         "facts": facts,

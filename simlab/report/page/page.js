@@ -32,7 +32,7 @@ function tick(v, log) {
 // Curves: one per job and kind, with its colour.
 for (const job of D.jobs) for (const curve of job.curves) curve.steps = D.axes[curve.steps];
 const several = D.jobs.length > 1, kinds = Math.max(...D.jobs.map(job => job.curves.length));
-const COLOURS = {expected: "var(--dim)", got: "var(--c1)", random: "var(--c0)", checkpoint: "var(--c1)", theory: "var(--c2)"};
+const COLOURS = {expected: "var(--dim)", got: "var(--c1)", random: "var(--c0)", checkpoint: "var(--c1)", model: "var(--c1)", theory: "var(--c2)"};
 const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
 const ofJob = ({shade, colour}) => shade == null ? `var(--c${colour})` : `color-mix(in oklab, var(--to) ${Math.round(100 * shade)}%, var(--from))`;
 const seedsOf = curve => curve.count > 1 ? ` (${curve.count} seeds: mean, least to most)` : curve.name === "theory" ? " (± 2 std of a seed)" : "";
@@ -42,6 +42,7 @@ const curves = D.jobs.flatMap((job, i) => job.curves.map(curve => ({
   short: several && D.looks ? job.label + (kinds > 1 ? `: ${curve.label}` : "") : curve.label,
   title: several && D.looks ? job.label + (kinds > 1 ? `: ${curve.label}` : "") : curve.label + seedsOf(curve),
 })));
+const most = list => Math.max(...list), two = curves.every(c => Math.ceil(most(c.steps.sublayer) / 2) === most(c.steps.block));
 const laws = D.jobs.flatMap((job, i) => job.laws.map((law, n) => ({
   ...law, job: i, key: `law/${law.key}`, law: true, title: law.label, short: law.label, steps: job.curves[0].steps,
   color: {sqrt2: "var(--law2)", mean_field: "var(--c2)"}[law.key] || "var(--law)", dash: {sqrt2: "7 4", mean_field: "6 2 1 2"}[law.key] || "2 3",
@@ -146,7 +147,7 @@ function draw() {
     write(X(t), H - bottom + 17, "middle", String(t));
   }
   svg.append(sv("line", {class: "axis", x1: left, x2: W - right, y1: H - bottom, y2: H - bottom}));
-  write((left + W - right) / 2, H - 6, "middle", share ? "share of the model's depth" : byBlock(S.q) ? "block" : "sublayer (0: the embedding; a block has two)");
+  write((left + W - right) / 2, H - 6, "middle", share ? "share of the model's depth" : byBlock(S.q) ? "block" : `sublayer (0: the embedding${two ? "; a block has two" : ""})`);
   const inside = sv("g", {"clip-path": "url(#inside)"});
   svg.append(inside);
   for (const l of list) if (l.low && l.high) inside.append(sv("path", {d: area(l.x, l.low, l.high, X, Y, fits, y0), style: `fill:${l.color};opacity:${several && S.job == null ? .1 : .17}`}));
