@@ -92,7 +92,7 @@ def basis(frame: pd.DataFrame) -> str:
 
 def given_in(frame: pd.DataFrame) -> str:
     """The kind of curve of the given model in a frame, which is also the word for it; empty without."""
-    there = set(frame["curve"].unique())
+    there = set(frame["curve"].unique()) if "curve" in frame else set()
     return next((name for name in GIVEN if name in there), "")
 
 

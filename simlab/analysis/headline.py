@@ -46,7 +46,7 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
         whose = f"The mean square of this {given_in(frame)}'s residual stream"
         return f"{whose} {end} {_times(ratio)} {_drawn(frame)}{more}."
     if left is not None:
-        return _departed(left, whole, given_in(frame))
+        return _departed(left, whole, given_in(frame) or GIVEN[0])
     verdicts = summary["verdict"]
     if not verdicts:
         return "Every curve left the number format's range at the embedding."

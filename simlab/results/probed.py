@@ -40,13 +40,13 @@ class Probed(Result):
     def __init__(self, probe: ModelProbe, inits: MeasuredCurves, call: str) -> None:
         self.probe, self.inits, self.call = probe, inits, call
         self.found: tuple[pd.DataFrame, dict[str, Any]] | None = None
+        self.seen = 0, 0  # tokens forward and back when that was found
 
     def __enter__(self) -> Probed:
         if self.inits:
             raise ConfigError(
                 "probe: random inits have not seen the batches of a with block: pass a batch alone"
             )
-        self.found = None
         self.probe.__enter__()
         return self
 
@@ -54,7 +54,9 @@ class Probed(Result):
         self.probe.__exit__(*error)
 
     def _result(self) -> tuple[pd.DataFrame, dict[str, Any]]:
-        if self.found is None:
+        seen = self.probe.embedding.tokens, self.probe.embedding_gradient.tokens
+        if self.found is None or seen != self.seen:
+            self.seen = seen
             curves, summary = probed_result(self.probe, self.inits, self.call)
             self.found = curves, plain_values(summary)
         return self.found

@@ -202,7 +202,7 @@ def test_probes_keep_no_tensors(how):
         "layout": lambda: (perturbed(Own("post")), Layout("h", POST)),
         "simlab": lambda: (build_model(tiny()), None),
     }[how]()
-    for block in probe(model, IDS, layout=layout).probes:
+    for block in probe(model, IDS, layout=layout).probe.probes:
         held = [block.outputs, block.stream] if how != "simlab" else [block.tensors, block.last]
         assert held == [{}, None]
 
