@@ -27,7 +27,7 @@ from simlab.measurement.layout_gradient import StepTensors
 from simlab.measurement.layout_probe import LayoutProbe
 from simlab.measurement.layout_search import first_argument, first_output
 from simlab.measurement.loss import summed_loss
-from simlab.measurement.model_probe import passed_on, probe
+from simlab.measurement.model_probe import ModelProbe, passed_on
 from simlab.measurement.statistics import GRADIENT_STATISTICS, wide
 
 
@@ -121,7 +121,7 @@ def with_gradients(
     total = torch.zeros((), device=skeleton.device)
     reducers: defaultdict[tuple[int, int], Reducer] = defaultdict(_reducer)
     with skeleton.filled(source, on_unit) as decoder:
-        result = probe(decoder)
+        result = ModelProbe(decoder)
         for ids in batches:
             with torch.enable_grad(), Calls(skeleton) as calls, result:
                 out = decoder(input_ids=ids, use_cache=False)
