@@ -72,6 +72,18 @@ CONFIGS = {
         "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "tie_word_embeddings": True,
     },
+    "phi4_14b": {  # microsoft/phi-4
+        "model_type": "phi3", "vocab_size": 100352, "hidden_size": 5120, "rope_theta": 250000,
+        "intermediate_size": 17920, "num_attention_heads": 40, "num_hidden_layers": 40,
+        "num_key_value_heads": 10, "rms_norm_eps": 1e-5, "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384, "sliding_window": None, "pad_token_id": 100257,
+    },
+    "stablelm_3b": {  # stabilityai/stablelm-3b-4e1t
+        "model_type": "stablelm", "vocab_size": 50304, "hidden_size": 2560, "rope_theta": 10000,
+        "intermediate_size": 6912, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "layer_norm_eps": 1e-5, "max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.25, "use_qkv_bias": False,
+    },
     "mistral_7b": {  # mistralai/Mistral-7B-v0.1
         "model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
         "vocab_size": 32000, "num_key_value_heads": 8, "hidden_size": 4096,
