@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats import open_folder
 from simlab.checkpoints.formats.own_init import OwnInit
-from simlab.checkpoints.storage import READ, StoredTensor, check_pieces
+from simlab.checkpoints.storage import READ, StoredTensor, check_pieces, main_kind
 from simlab.checkpoints.streamed import StreamedLinear, StreamedMatrix, pool, row_runs
 from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
 from simlab.config import ConfigError, ModelConfig
@@ -88,6 +88,18 @@ class Checkpoint(Weights):
     def unread(self) -> str:
         """How the weights are quantised, and what is in or beside the files and isn't measured."""
         return "; ".join(filter(None, (self.opened.stored_as, self.opened.unread)))
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Model type, files' format, the type of most weights, who computes it, what its init is."""
+        opened = self.opened
+        return {
+            "model_type": opened.model_type or opened.format,
+            "format": opened.format,
+            "stored_in": main_kind(opened.tensors.values()),
+            "computed_by": "simlab",
+            "init": "a guess" if self.init.guess else "its own",
+        }
 
     @property
     def init(self) -> OwnInit:

@@ -17,6 +17,7 @@ import stat
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,14 @@ def in_one_piece(
 ) -> StoredTensor:
     """A tensor whose bytes are one run of a file, from ``offset`` on."""
     return StoredTensor(name, shape, dtype, (Piece(file, offset, (0,) * len(shape), shape),))
+
+
+def main_kind(tensors: Iterable[StoredTensor]) -> str:
+    """The type in which most of some tensors' numbers are stored: ``bfloat16``, ``Q4_K``."""
+    numbers = Counter[str]()
+    for tensor in tensors:
+        numbers[tensor.kind] += math.prod(tensor.shape)
+    return numbers.most_common(1)[0][0] if numbers else ""
 
 
 def check_pieces(tensors: Iterable[StoredTensor]) -> None:

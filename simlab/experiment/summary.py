@@ -57,6 +57,7 @@ def summarise(
         **({"special_tokens": ready.special} if ready.special else {}),
         "seeds": list(config.seeds),
         **(ready.checkpoint.identity() if ready.checkpoint else {}),
+        **({"checkpoint": ready.checkpoint.about} if ready.checkpoint else {}),
         **verdict_values(frame, cuts, verdicts, depth, theory),
     }
     if theory:

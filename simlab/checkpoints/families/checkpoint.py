@@ -27,7 +27,7 @@ from simlab.checkpoints.fingerprint import Fingerprints
 from simlab.checkpoints.formats.layouts import INDEX, refuse_beside, unread, unwrapped
 from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.formats.weight_files import tensors, weight_files
-from simlab.checkpoints.storage import READ, StoredTensor, check_pieces
+from simlab.checkpoints.storage import READ, StoredTensor, check_pieces, main_kind
 from simlab.checkpoints.streamed import row_runs
 from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES
 from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
@@ -106,6 +106,17 @@ class FamilyCheckpoint:
         for file in {piece.file for tensor in held for piece in tensor.pieces}:
             file.close()
         self.removal()
+
+    @property
+    def about(self) -> dict[str, str]:
+        """As of ``Checkpoint``."""
+        return {
+            "model_type": self.config.model_type,
+            "format": "hugging_face",
+            "stored_in": main_kind(self.conversion.tensors.values()),
+            "computed_by": "transformers",
+            "init": "a guess" if self.init.guess else "its own",
+        }
 
     @property
     def init(self) -> OwnInit:

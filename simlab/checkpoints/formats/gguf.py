@@ -134,7 +134,7 @@ def open_file(path: Path) -> Opened:
     stored = ", ".join(f"{count} in {name}" for name, count in kinds)
     return Opened(
         "gguf", model, _NAMES[kind], tensors, path, gguf_init(kind),
-        stored_as=f"GGUF: of {len(tensors)} tensors {stored}",
+        stored_as=f"GGUF: of {len(tensors)} tensors {stored}", model_type=kind,
     )  # fmt: skip
 
 

@@ -254,6 +254,7 @@ def open_folder(folder: Path) -> Opened:
     return Opened(
         "hugging_face", model, keys, learned, path, init, other_head=" ".join(heads),
         unread="; ".join(filter(None, lines)),
+        model_type=kind,
     )  # fmt: skip
 
 

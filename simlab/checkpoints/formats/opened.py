@@ -24,6 +24,7 @@ class Opened:
     one that the files hold although it is tied. other_head: tensors of another task's head. unread: a
     line on what is in or beside these files and could be taken for what is measured, but isn't; empty
     where there is nothing. stored_as: a line on how the weights are quantised, of a format that may.
+    model_type: what the config calls this kind of model, of a format whose configs do.
     """
 
     format: str
@@ -36,6 +37,7 @@ class Opened:
     other_head: str = ""
     unread: str = ""
     stored_as: str = ""
+    model_type: str = ""
 
 
 def layers(fields: Fields, key: str, tensors: int) -> int:
