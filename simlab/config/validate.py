@@ -332,7 +332,8 @@ def read(config: DictConfig) -> RunConfig:
     assert isinstance(values, dict)
     top = Fields({str(key): value for key, value in values.items()})
     source, init, inputs = (top.node(key) for key in ("source", "init", "inputs"))
-    text = source.text("text") if source.values.get("kind") == "demo" else None
+    # The demo's, and of +experiment=families.
+    text = source.text("text") if source.values.get("kind") in ("demo", "checkpoint") else None
     checked_source = _source(source)
     model: ModelConfig | None = None
     if checked_source.stored:

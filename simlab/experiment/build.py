@@ -37,6 +37,13 @@ def open_checkpoint(source: SourceConfig) -> Checkpoint | FamilyCheckpoint:
     return checkpoint
 
 
+def refuse_missing(source: SourceConfig) -> None:
+    """Raises ConfigError where a source names a checkpoint that isn't there, readable or not."""
+    from simlab.checkpoints.hub import find  # late: most runs need no hub
+
+    find(source.location, source.revision)
+
+
 @dataclasses.dataclass(frozen=True)
 class Described:
     """A checkpoint on the hub whose weights aren't here: what its small files say."""

@@ -18,29 +18,19 @@ from simlab.analysis.curve import INITS
 from simlab.analysis.decision import HOLDS, UNDECIDED, UNTOLD, decision
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate, t_quantile
-from simlab.config import printable
-from simlab.report.swept import SweptCurve, SweptJob, ends_of, span, swept_curves
+from simlab.report import families_text
+from simlab.report.swept import (
+    SweptCurve,
+    SweptJob,
+    listed,
+    missing_said,
+    of_each,
+    span,
+    swept_curves,
+    theory_said,
+)
 
 NEAR = 0.1  # of a growth exponent that is called near 0; the paper's own figures lie within
-
-
-def _listed(texts: Sequence[str]) -> str:
-    return " and ".join(([", ".join(texts[:-1])] if texts[:-1] else []) + list(texts[-1:]))
-
-
-def _each(
-    curves: Sequence[SweptCurve], text_of: Callable[[SweptCurve], str], whole: bool = False
-) -> str:
-    """``1.99 (7B and 13B) and 2 (32B)``: a text of each curve, equal ones once.
-
-    whole: a text of them all needs no labels.
-    """
-    labels: dict[str, list[str]] = {}
-    for curve in curves:
-        labels.setdefault(text_of(curve), []).append(curve.label)
-    if len(labels) == 1 and whole:
-        return next(iter(labels))
-    return _listed([f"{text} ({_listed(names)})" for text, names in labels.items()])
 
 
 def issue797(jobs: Sequence[SweptJob]) -> str:
@@ -53,8 +43,8 @@ def issue797(jobs: Sequence[SweptJob]) -> str:
     lines = [*_header(alone), *_table(drawn, trained)]
     for norms in dict.fromkeys(c.norms for c in rising):
         lines += _rising([c for c in rising if c.norms == norms], norms)
-    lines += [*_saw_tooth(saws), *_mean(alone), *_lambda(rising, saws), *_theory(alone)]
-    lines += [*_trained(trained), *_missing(jobs, curves)]
+    lines += [*_saw_tooth(saws), *_mean(alone), *_lambda(rising, saws), *theory_said(alone)]
+    lines += [*_trained(trained), *missing_said(jobs, curves)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -65,7 +55,7 @@ def _header(curves: Sequence[SweptCurve]) -> Iterator[str]:
         return
     summary = curves[0].summary
     config, (sequences, length) = summary["config"], summary["tokens"]
-    models = _listed(list(dict.fromkeys(f"{c.label} ({c.model['depth']} blocks)" for c in curves)))
+    models = listed(list(dict.fromkeys(f"{c.label} ({c.model['depth']} blocks)" for c in curves)))
     what = f"{curves[0].steps['count'].max()} random inits each of {models}"
     if curves[0].name == "theory":
         what = f"The predicted curves of {models}"
@@ -106,7 +96,7 @@ def _rising(curves: Sequence[SweptCurve], norms: str) -> Iterator[str]:
     text = f"**`{norms}`{', the norms of OLMo-2' if norms == 'reordered' else ''}:**"
     linear = [c for c in curves if c.verdict["shape"] == "linear"]
     if linear:
-        rate = _each(linear, lambda c: plus_minus(Estimate(**c.verdict["per_sublayer"])))
+        rate = of_each(linear, lambda c: plus_minus(Estimate(**c.verdict["per_sublayer"])))
         text += f" the mean square grows linearly, by {rate} per sublayer{_additive(linear)}."
         for c in linear:
             text += f" {c.label} {_until(c)}." if _until(c) else ""
@@ -121,7 +111,8 @@ def _rising(curves: Sequence[SweptCurve], norms: str) -> Iterator[str]:
 
 def _until(c: SweptCurve) -> str:
     """Where a curve ends, if that is before the model does."""
-    last, whole = int(c.steps["sublayer"].iloc[-1]), 2 * c.model["depth"]
+    last = int(c.steps["sublayer"].iloc[-1])
+    whole = c.summary.get("sublayers") or 2 * c.model["depth"]
     return f"ends after sublayer {last} of {whole}" if last < whole else ""
 
 
@@ -141,7 +132,9 @@ def _additive(curves: Sequence[SweptCurve]) -> str:
         held.setdefault(status, []).append(c)
     if not held:
         return ""
-    said = [words.format(_each(held[k], _law_error)) for k, words in ADDITIVE.items() if k in held]
+    said = [
+        words.format(of_each(held[k], _law_error)) for k, words in ADDITIVE.items() if k in held
+    ]
     how = "because"
     if not {"holds", "same"} & set(held):
         how = "but not as where" if set(held) <= {"fails", "other"} else "as where"
@@ -177,9 +170,9 @@ def _claimed(curves: Sequence[SweptCurve], where: str) -> str:
     curves = [c for c in curves if c.law("sqrt2")["log_error"] is not None]
     if not curves:
         return ""
-    sqrt2 = _each(curves, lambda c: c.claims()[0], whole=True)
-    layer = _each(curves, lambda c: c.claims()[1], whole=True)
-    real = _each(curves, lambda c: c.claims()[2], whole=True)
+    sqrt2 = of_each(curves, lambda c: c.claims()[0], whole=True)
+    layer = of_each(curves, lambda c: c.claims()[1], whole=True)
+    real = of_each(curves, lambda c: c.claims()[2], whole=True)
     return (
         f" √2 per sublayer would have led to {sqrt2} {where}, and “2·√2 per layer” to {layer}; it is "
         f"{real}."
@@ -193,9 +186,9 @@ def _saw_tooth(curves: Sequence[SweptCurve]) -> Iterator[str]:
     def v(c: SweptCurve, rows: Sequence[int]) -> str:
         return span(c.steps["mean_square"][list(rows)])
 
-    every = _each(curves, lambda c: str(c.model["norm"]["every"]), whole=True)
-    back = _each(curves, lambda c: v(c, c.resets), whole=True)
-    peaks = _each(curves, lambda c: v(c, [row - 1 for row in c.resets]))
+    every = of_each(curves, lambda c: str(c.model["norm"]["every"]), whole=True)
+    back = of_each(curves, lambda c: v(c, c.resets), whole=True)
+    peaks = of_each(curves, lambda c: v(c, [row - 1 for row in c.resets]))
     yield (
         f"**A re-norm every {every} blocks** makes a saw-tooth: it sets the mean square back to "
         f"{back}, from peaks of {peaks}.{_claimed(curves, 'at the highest peak')}"
@@ -209,14 +202,14 @@ def _mean(curves: Sequence[SweptCurve]) -> Iterator[str]:
         return
     after = [_after_first(c)["mean"].to_numpy() for c in curves]
     off = [c for c, away in zip(curves, off_zero(after), strict=True) if away]
-    below = _each(
+    below = of_each(
         curves,
         lambda c: f"{(_after_first(c)['mean'] < 0).sum()} of {len(_after_first(c))} inits",
         whole=True,
     )
     text = "is zero but for chance"
     if off:
-        names = _listed(list(dict.fromkeys(f"{c.label} {c.norms}" for c in off)))
+        names = listed(list(dict.fromkeys(f"{c.label} {c.norms}" for c in off)))
         text = f"differs from zero beyond chance for {names}"
     yield (
         f"**The mean** {text} (after the first block it is below zero in {below}); the mean of |x| is "
@@ -256,14 +249,14 @@ def _lambda(rising: Sequence[SweptCurve], saws: Sequence[SweptCurve]) -> Iterato
         for key, words in _LAMBDAS.items():
             texts.append(f"{_exponents(known, key)} {words}{_predicted(known, key)}")
         near = all(abs(c.exponents[key]["value"]) < NEAR for c in known for key in _LAMBDAS)
-        ratio = _each(known, lambda c: short(_ratio(c)))
+        ratio = of_each(known, lambda c: short(_ratio(c)))
         text = "**The exponent λ**"
         if near:
             text = "**λ near 0, as in the paper, is no contradiction:** λ"
         text += f" from the first block to the last is {' and '.join(texts)}"
         text += f", while the mean square changes by a factor of {ratio}"
         if all(c.exponents.get("lambda_token_sqrt2") for c in known):
-            sqrt2 = _each(known, lambda c: short(c.exponents["lambda_token_sqrt2"]))
+            sqrt2 = of_each(known, lambda c: short(c.exponents["lambda_token_sqrt2"]))
             text += f"; √2 per sublayer would make λ {sqrt2}"
         text += ". λ is a logarithm over the number of blocks"
         linear = all(c.verdict["shape"] == "linear" for c in known)
@@ -271,7 +264,7 @@ def _lambda(rising: Sequence[SweptCurve], saws: Sequence[SweptCurve]) -> Iterato
     first = "lambda_from_first"
     both = [c for c in saws if c.exponents.get(first)]
     if both:
-        extremes = _each(both, lambda c: span(pd.Series(c.exponents[first], dtype=float)))
+        extremes = of_each(both, lambda c: span(pd.Series(c.exponents[first], dtype=float)))
         text += f" With re-norms it depends on the block where one stops: {extremes}."
     if text:
         yield text.strip()
@@ -283,42 +276,13 @@ def _ratio(c: SweptCurve) -> float:
 
 
 def _exponents(curves: Sequence[SweptCurve], key: str) -> str:
-    return _each(curves, lambda c: plus_minus(Estimate(**c.exponents[key])))
+    return of_each(curves, lambda c: plus_minus(Estimate(**c.exponents[key])))
 
 
 def _predicted(curves: Sequence[SweptCurve], key: str) -> str:
     if any(c.exponents.get(f"{key}_mean_field") is None for c in curves):
         return ""
-    return f" (theory: {_each(curves, lambda c: short(c.exponents[f'{key}_mean_field']))})"
-
-
-STATUSES = {
-    "agrees": "is what is measured, to chance; largest departure of the mean square: {}",
-    "near": "is near, but beyond chance off by {}",
-    "chance": f"is {UNDECIDED}, off by {{}}, which may be chance",
-    "fails": "fails, off by {}",
-}
-
-
-def _theory(curves: Sequence[SweptCurve]) -> Iterator[str]:
-    """How theory agrees with what is measured; where its curve is short or missing, why."""
-    held: dict[str, list[str]] = {}
-    missing: dict[tuple[str, str], list[str]] = {}
-    for c in curves:
-        who, found = f"{c.label} {c.norms}", c.agreement
-        if found:
-            size = off_by(found.log_error)
-            held.setdefault(STATUSES[found.status], []).append(f"{size} ({who})")
-        if c.ends:
-            known = "ends before the model" if found or c.name == "theory" else "has no curve"
-            missing.setdefault((known, c.ends), []).append(who)
-    said = [words.format(_listed(who)) for words, who in held.items()]
-    said += [f"{known} for {_listed(who)}: {why}" for (known, why), who in missing.items()]
-    if said:
-        yield (
-            "**Theory**, a mean-field recursion that is given the config and the tokens alone, "
-            f"{'. It '.join(said)}."
-        )
+    return f" (theory: {of_each(curves, lambda c: short(c.exponents[f'{key}_mean_field']))})"
 
 
 def _trained(curves: Sequence[SweptCurve]) -> Iterator[str]:
@@ -332,18 +296,7 @@ def _trained(curves: Sequence[SweptCurve]) -> Iterator[str]:
         yield f"**{c.label}, trained:** {' '.join(said)}"
 
 
-def _missing(jobs: Sequence[SweptJob], curves: Sequence[SweptCurve]) -> Iterator[str]:
-    texts = []
-    for each in jobs:
-        if each.summary is None:
-            who = " ".join(str(v) for v in each.values.values() if v is not None)
-            texts.append(f"{who} ({printable(each.error) or 'not finished'})")
-        elif not any(c.summary is each.summary for c in curves):
-            ends = ends_of(each.summary) if each.summary["engine"] == "theory" else None
-            why = f"theory: {ends}" if ends else "its curves overflow at once"
-            texts.append(f"{each.summary['config']['model']['name']} ({why})")
-    if texts:
-        yield f"**Missing here:** {'; '.join(texts)}."
-
-
-WRITERS: dict[str, Callable[[Sequence[SweptJob]], str]] = {"issue797": issue797}
+WRITERS: dict[str, Callable[[Sequence[SweptJob]], str]] = {
+    "issue797": issue797,
+    "families": families_text.answer,
+}

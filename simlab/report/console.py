@@ -22,6 +22,8 @@ from simlab.analysis.verdict import Verdict
 from simlab.config import FamilyConfig, RunConfig
 from simlab.config.title import title
 from simlab.report.colours import LABELS
+from simlab.report.families import Survey
+from simlab.report.families_text import survey_table, without_tables
 from simlab.report.sweep_table import WIDTH, failed_table, jobs_table
 from simlab.report.table import (
     beside_table,
@@ -96,18 +98,24 @@ def show_sweep(
     unfinished: int,
     files: Sequence[Path],
     answer: str | None = None,
+    survey: Survey | None = None,
 ) -> None:
     """A sweep's tables, the files' paths with the first figure last, the answer; last what is missing.
 
     table: a row per job × curve. summaries: by job. same: jobs by the weight hash that they share.
+    survey: of checkpoints beside random inits, whose table then stands in place of the others.
     """
     console = Console(highlight=False)
     console.print(Text(heading, style="bold"))
-    if len(table):
+    if survey:
+        console.print(survey_table(survey, min(console.width, WIDTH)))
+        console.print()
+        answer, failed = without_tables(answer or ""), []
+    elif len(table):
         console.print(jobs_table(table, swept, min(console.width, WIDTH)))
         console.print()
     departures = departures_table(summaries)
-    if departures.row_count > 1:
+    if departures.row_count > 1 and not survey:
         console.print(Text("Checkpoints beside random inits, at their last sublayer", style="bold"))
         console.print(departures)
         console.print()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,13 @@ import numpy as np
 import pandas as pd
 
 from simlab.analysis.agreement import Agreement
-from simlab.analysis.numbers import power_of_ten, short
+from simlab.analysis.decision import UNDECIDED
+from simlab.analysis.numbers import off_by, power_of_ten, short
+from simlab.config import printable
 
-MEANS = ("norm", "mean", "mean_abs", "variance", "mean_square", "law_mean_field")
+MEANS = (
+    "norm", "mean", "mean_abs", "variance", "mean_square", "mean_square_median", "law_mean_field",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,13 @@ class SweptJob:
 class SweptCurve:
     """One kind of curve of a job, as the means over its seeds after each step that all reach.
 
-    name: random, theory or checkpoint.
+    name: random, theory or checkpoint. called: its label, by default after its model.
     """
 
     name: str
     summary: Mapping[str, Any]
     rows: pd.DataFrame
+    called: str = ""
 
     @property
     def stored(self) -> bool:
@@ -56,7 +61,7 @@ class SweptCurve:
     @property
     def label(self) -> str:
         """``7B`` for olmo2_7b; other models by their names."""
-        name = str(self.model["name"])
+        name = self.called or str(self.model["name"])
         size = re.fullmatch(r"olmo2_(\d+b)", name)
         return size[1].upper() if size else name
 
@@ -172,3 +177,67 @@ def swept_curves(jobs: Sequence[SweptJob]) -> Iterator[SweptCurve]:
             curve = SweptCurve(str(name), each.summary, rows)
             if (curve.steps["block"] == 0).any():
                 yield curve
+
+
+def listed(texts: Sequence[str]) -> str:
+    """``A, B and C``."""
+    return " and ".join(([", ".join(texts[:-1])] if texts[:-1] else []) + list(texts[-1:]))
+
+
+def of_each(
+    curves: Sequence[SweptCurve], text_of: Callable[[SweptCurve], str], whole: bool = False
+) -> str:
+    """``1.99 (7B and 13B) and 2 (32B)``: a text of each curve, equal ones once.
+
+    whole: a text of them all needs no labels.
+    """
+    labels: dict[str, list[str]] = {}
+    for curve in curves:
+        labels.setdefault(text_of(curve), []).append(curve.label)
+    if len(labels) == 1 and whole:
+        return next(iter(labels))
+    return listed([f"{text} ({listed(names)})" for text, names in labels.items()])
+
+
+STATUSES = {
+    "agrees": "is what is measured, to chance; largest departure of the mean square: {}",
+    "near": "is near, but beyond chance off by {}",
+    "chance": f"is {UNDECIDED}, off by {{}}, which may be chance",
+    "fails": "fails, off by {}",
+}
+
+
+def theory_said(curves: Sequence[SweptCurve]) -> Iterator[str]:
+    """How theory agrees with what is measured; where its curve is short or missing, why."""
+    held: dict[str, list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
+    for c in curves:
+        who, found = f"{c.label} {c.norms}", c.agreement
+        if found:
+            size = off_by(found.log_error)
+            held.setdefault(STATUSES[found.status], []).append(f"{size} ({who})")
+        if c.ends:
+            known = "ends before the model" if found or c.name == "theory" else "has no curve"
+            missing.setdefault((known, c.ends), []).append(who)
+    said = [words.format(listed(who)) for words, who in held.items()]
+    said += [f"{known} for {listed(who)}: {why}" for (known, why), who in missing.items()]
+    if said:
+        yield (
+            "**Theory**, a mean-field recursion that is given the config and the tokens alone, "
+            f"{'. It '.join(said)}."
+        )
+
+
+def missing_said(jobs: Sequence[SweptJob], curves: Sequence[SweptCurve]) -> Iterator[str]:
+    """A paragraph on the jobs that gave no curve, if there are any: which, and why."""
+    texts = []
+    for each in jobs:
+        if each.summary is None:
+            who = " ".join(str(v) for v in each.values.values() if v is not None)
+            texts.append(f"{who} ({printable(each.error) or 'not finished'})")
+        elif not any(c.summary is each.summary for c in curves):
+            ends = ends_of(each.summary) if each.summary["engine"] == "theory" else None
+            why = f"theory: {ends}" if ends else "its curves overflow at once"
+            texts.append(f"{each.summary['config']['model']['name']} ({why})")
+    if texts:
+        yield f"**Missing here:** {'; '.join(texts)}."

@@ -5,6 +5,7 @@ jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which
 *.png           figures, chosen by what was swept; *.svg where asked for
 report.html     a page with the figure, the jobs and the command
 answer.md       a written answer, where the sweep's config asks for one (``report.answer``)
+families.csv    of answer=families: a row per checkpoint
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -33,9 +34,12 @@ from simlab.store import (
 )
 from simlab.sweep.job import PLAN, RECORD
 
+if TYPE_CHECKING:
+    from simlab.report.swept import SweptJob
+
 READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
 MOST_SHOWN = 40  # characters of a value in the heading
-ANSWER = "answer.md"
+ANSWER, FAMILIES = "answer.md", "families.csv"
 LAMBDAS = (
     "lambda_paper", "lambda_token", "lambda_paper_gradient", "lambda_token_gradient",
 )  # fmt: skip
@@ -212,13 +216,22 @@ def report(folder: Path, *, svg: bool = False) -> bool:
     """
     import matplotlib
 
-    from simlab.report import console, style, sweep_figures
+    from simlab.report import (
+        console,
+        families,
+        families_figure,
+        families_text,
+        style,
+        sweep_figures,
+    )
 
     matplotlib.use("agg")  # seaborn's grids are pyplot's figures: these need no window
     jobs, keys = read_entries(folder)
     done = [each for each in jobs if each.status == "done"]
     failed = [each for each in jobs if each.status == "failed"]
     heading = _title(jobs, keys)
+    name, outcomes = _answer_of(folder), list(map(_outcome, jobs))
+    survey = families.survey(outcomes) if name == "families" else None
     table, files = pd.DataFrame(), []
     if done:
         frame = curves(done)
@@ -226,12 +239,27 @@ def report(folder: Path, *, svg: bool = False) -> bool:
         files = [folder / "sweep.parquet", folder / "jobs.csv"]
         write_atomically(files[0], lambda path: frame.to_parquet(path, index=False))
         write_csv(files[1], table)
-        for name, figure in sweep_figures.figures(frame, table, keys, heading).items():
-            files += style.save(figure, folder, name, svg=svg)
-    answer = _answer(folder, jobs)
+        drawn = sweep_figures.figures(frame, table, keys, heading)
+        if survey:
+            drawn["growth"] = families_figure.families_figure(
+                survey.members, families_text.line(survey)
+            )
+            write_csv(folder / FAMILIES, survey.table)
+            files.append(folder / FAMILIES)
+        for figure_name, figure in drawn.items():
+            files += style.save(figure, folder, figure_name, svg=svg)
+    answer = _answer(folder, name, outcomes)
     files += [folder / ANSWER] if answer else []
     if done:
-        page = _page(folder, done, frame, table, heading, answer)
+        page = _page(
+            folder,
+            done,
+            frame,
+            table,
+            heading,
+            answer,
+            families_text.page_data(survey) if survey else {},
+        )
         write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
         files.insert(2, folder / PAGE)
     summaries = {str(each.number): each.summary for each in done}
@@ -245,29 +273,39 @@ def report(folder: Path, *, svg: bool = False) -> bool:
         len(jobs) - len(done) - len(failed),
         files,
         answer,
+        survey,
     )
     return len(done) == len(jobs)
 
 
-def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
-    """Write the answer that a sweep's plan names, from its jobs' files; None where it names none.
+def _outcome(each: Entry) -> SweptJob:
+    """How a job has ended, as a written answer takes it."""
+    from simlab.report.swept import SweptJob
+
+    if each.status == "done":
+        return SweptJob(each.values, "", read_curve(each.folder), each.summary)
+    return SweptJob(each.values, each.error)
+
+
+def _answer_of(folder: Path) -> str | None:
+    """The name of the answer that a sweep's plan asks for. Raises ConfigError."""
+    from simlab.report.answer import WRITERS
+
+    name = read_object(folder / PLAN).get("answer")
+    if name is not None and name not in WRITERS:
+        raise ConfigError(f"{folder / PLAN}: not what a sweep writes")
+    return name
+
+
+def _answer(folder: Path, name: str | None, outcomes: Sequence[SweptJob]) -> str | None:
+    """Write the answer of this name, from the jobs' files; None where there is none.
 
     Gives the text for the screen, where the report itself says which jobs failed or aren't finished.
     """
     from simlab.report.answer import WRITERS
-    from simlab.report.swept import SweptJob
 
-    name = read_object(folder / PLAN).get("answer")
     if name is None:
         return None
-    if name not in WRITERS:
-        raise ConfigError(f"{folder / PLAN}: not what a sweep writes")
-    outcomes = []
-    for each in jobs:
-        if each.status == "done":
-            outcomes.append(SweptJob(each.values, "", read_curve(each.folder), each.summary))
-        else:
-            outcomes.append(SweptJob(each.values, each.error))
     text = WRITERS[name](outcomes)
     write_atomically(folder / ANSWER, lambda path: write_text(path, text))
     done = [each for each in outcomes if each.summary is not None]
@@ -276,9 +314,12 @@ def _answer(folder: Path, jobs: Sequence[Entry]) -> str | None:
 
 def _page(
     folder: Path, done: Sequence[Entry], frame: pd.DataFrame, table: pd.DataFrame,
-    heading: str, answer: str | None,
+    heading: str, answer: str | None, instead: Mapping[str, Any],
 ) -> str:  # fmt: skip
-    """The sweep's page, of its finished jobs. frame, table: of sweep.parquet and jobs.csv."""
+    """The sweep's page, of its finished jobs. frame, table: of sweep.parquet and jobs.csv.
+
+    instead: entries of the page's data that replace its own.
+    """
     from simlab.report.page.build import PageJob, command_of
     from simlab.report.page.sweep import sweep_page
 
@@ -288,7 +329,7 @@ def _page(
     overrides = read_object(folder / PLAN).get("overrides")
     command = command_of(overrides, True) if isinstance(overrides, list) else str(folder)
     lines = [line for line in told if line and not line.startswith("|")]
-    return sweep_page(shown, table, heading, lines, command, str(date.today()))
+    return sweep_page(shown, table, heading, lines, command, str(date.today()), instead)
 
 
 def _label(each: Entry) -> str:

@@ -40,6 +40,7 @@ DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, whe
 NUMBER = "${hydra.job.num}"  # hydra.sweep.subdir as Hydra has it
 REPORT = (
     "answer.md",
+    "families.csv",
     PAGE,
     "heatmap.*",
     "lambda_*.png",  # of earlier versions, one for each key
@@ -80,11 +81,15 @@ class Sweep:
         self.results = store.Results(Path(self.keep.results))
         self.tokens_of = functools.lru_cache(4)(token_batch)  # jobs often have the same
         folder = Path(hydra.sweep.dir)
-        places, rows = [], []
+        places, rows, refused = [], [], []
         for place, ready in self.look(planned, folder):
             places.append(place)
-            if self.keep.dry_run:
+            if isinstance(ready, ConfigError):
+                refused.append(ready)
+            elif self.keep.dry_run:
                 rows.append(estimated(place.job, ready, place.stored is not None))
+        if len(refused) == len(places):
+            raise refused[0]
         job.tell_spoiled(self.results.spoiled, self.keep)
         if self.keep.dry_run:
             estimates.show_estimates(rows, launch.at_once(self.launcher))
@@ -141,29 +146,48 @@ class Sweep:
                 write_hydra(place)
                 job.use_result(place.stored, place.folder)
 
-    def look(self, planned: SweepPlan, folder: Path) -> Iterator[tuple[Place, Prepared]]:
-        """Prepare every job, as far as this machine can. Raises ConfigError."""
-        from simlab.experiment import prepare
+    def look(
+        self, planned: SweepPlan, folder: Path
+    ) -> Iterator[tuple[Place, Prepared | ConfigError]]:
+        """Prepare every job, as far as this machine can. Raises ConfigError.
 
+        With answer=families a checkpoint that is there and can't be measured isn't the others' end: its
+        error is given, and its job fails with it.
+        """
         local = self.in_process or launch.is_local(self.launcher)
         for each in planned.jobs:
             signals.raise_noted()
             hashes: list[str] = []
+            stored, blocks = None, 0
             for device in possible_devices(each.config, local):
-                ready = prepare(each.config, self.tokens_of, device, download=False)
+                ready = self.prepared(each.config, device)
+                if isinstance(ready, ConfigError):
+                    break
+                blocks = ready.blocks
                 hashes.append(store.config_hash(ready.config))
-                stored = (
-                    job.find_result(job.key_of(ready), ready, self.results)
-                    if self.keep.resume
-                    else None
-                )
+                if self.keep.resume:
+                    stored = job.find_result(job.key_of(ready), ready, self.results)
                 if stored:
                     hashes = hashes[-1:]
                     break
-            if local and not stored and each.config.measures:
+            if local and not stored and each.config.measures and not isinstance(ready, ConfigError):
                 self.refuse(ready.config)
             subdir = self.subdir(each)
-            yield Place(each, folder / subdir, subdir, ready.blocks, stored, tuple(hashes)), ready
+            yield Place(each, folder / subdir, subdir, blocks, stored, tuple(hashes)), ready
+
+    def prepared(self, config: RunConfig, device: str) -> Prepared | ConfigError:
+        """A job's run, or why its checkpoint can't be measured, where that isn't the others' end."""
+        from simlab.experiment import prepare
+
+        try:
+            return prepare(config, self.tokens_of, device, download=False)
+        except ConfigError as error:
+            if self.keep.answer != "families" or self.keep.dry_run:
+                raise
+            from simlab.experiment.build import refuse_missing
+
+            refuse_missing(config.source)
+            return error
 
     def refuse(self, config: RunConfig) -> None:
         """Raise ConfigError for a job that needs more memory than this machine has for each."""

@@ -4,7 +4,7 @@ const $ = id => document.getElementById(id);
 const NS = "http://www.w3.org/2000/svg";
 
 // What is shown; kept in the address, so that a link shows the same.
-const S = {q: D.quantity ?? "mean_square", scale: "", seeds: "band", relative: false, fit: false, share: false, rows: "block", off: null, hide: D.hide ?? [], extra: [], zoom: null, job: D.start ?? null};
+const S = {q: D.quantity ?? "mean_square", scale: "", seeds: "band", relative: false, fit: false, share: D.share ?? false, rows: "block", off: D.off ?? null, hide: D.hide ?? [], extra: [], zoom: null, job: D.start ?? null};
 try { Object.assign(S, JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}")) } catch { /* another's link */ }
 let at = null, sorted = {}, chart = null;
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,12 @@ SHAPES = {
 
 def sweep_page(
     jobs: Sequence[PageJob], table: pd.DataFrame, title: str, lines: Sequence[str], command: str,
-    written: str,
+    written: str, instead: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """The page of a sweep's finished jobs, of which there is at least one, as HTML.
 
     table: the rows of jobs.csv. lines: what is said beside it, such as its written answer. command,
-    written: as of a run's page.
+    written: as of a run's page. instead: entries of the page's data that replace its own.
     """
     drawn, shown = _fitting(jobs)
     said = list(lines)
@@ -78,6 +78,7 @@ def sweep_page(
         **_looks(shown, keys),
         "table": of_jobs,
         **origin(jobs[0].summary, command, written),
+        **(instead or {}),
     }
     return html_of(data)
 
