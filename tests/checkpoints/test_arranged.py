@@ -25,10 +25,12 @@ def assert_rows(tensor, whole, start, stop, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("most", [1 << 20, 64])  # bytes at once: all, or a few of a row's columns
-def test_turned(tmp_path, monkeypatch, dtype, most):
+@pytest.mark.parametrize("most", [1 << 20, 64])  # bytes at once: all, or a few columns' or rows'
+@pytest.mark.parametrize("whole", [1 << 20, 0])  # bytes of a row that is read whole
+def test_turned(tmp_path, monkeypatch, dtype, most, whole):
     monkeypatch.setattr(arranged, "READ_BYTES", most)
     monkeypatch.setattr(arranged, "TURNED_BYTES", most * 4)
+    monkeypatch.setattr(arranged, "WHOLE_BYTES", whole)
     whole = torch.randn(14, 9).bfloat16()
     tensor = arranged.turned(stored(tmp_path, whole.T))
     check_pieces([tensor])
