@@ -28,6 +28,8 @@ class Sublayer:
             if the branch is normed, and as ``sum`` if the stream is (post-norm); the stream is then
             that norm's output.
         multiplier: A number by which the branch is multiplied before it is added (Granite).
+        weights: The submodule that returns attention's weights (batch, heads, length, length) as its
+            second output; by default ``raw``.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Sublayer:
     sum: str | None = None
     norm: str | None = None
     multiplier: float = 1.0
+    weights: str | None = None
 
     @property
     def raws(self) -> tuple[str, ...]:

@@ -101,7 +101,9 @@ class LayoutProbe(BlockProbe):
     def _adopt(self, sublayers: tuple[Sublayer, ...]) -> None:
         self.sublayers = sublayers
         where = f"{self.name} ({type(self.block).__name__})"
-        paths = {n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm) if n}
+        paths = {
+            n for s in sublayers for n in (*s.raws, *s.branches, s.sum, s.norm, s.weights) if n
+        }
         self.modules = {path: submodule(self.block, path, where) for path in sorted(paths)}
         self.set_steps(
             [s.kind for s in sublayers] or ["block"], [s.normalises for s in sublayers] or [None]
@@ -118,6 +120,8 @@ class LayoutProbe(BlockProbe):
             self._first_after(self.modules[path], partial(self._hold, path))
         for path in sorted({path for s in self.sublayers for path in outputs(s)}):
             self._after(self.modules[path], partial(self._keep, path))
+        for path in sorted({s.weights for s in self.sublayers if s.weights}):
+            self._after(self.modules[path], partial(self._weigh, path))
         for i, sublayer in enumerate(self.sublayers):
             if sublayer.sum is None:
                 continue  # the block's output
@@ -184,10 +188,11 @@ class LayoutProbe(BlockProbe):
         y = as_stream(first_output(out), self.shape)
         if y is not None and path not in self.held and (norm := self.record.around(path, y)):
             self.held[path] = self.held[norm]
-        self.record.end(path, type(module).__name__, y, path in self.held)
         if y is not None:
             self._tap(path, "gives", first_output(out))
             self.attention[path] = attention_weights(out)
+        attends = bool(self.attention.get(path))
+        self.record.end(path, type(module).__name__, y, path in self.held, attends)
 
     def _keep(self, path: str, _: Any, out: Any) -> None:
         y = first_output(out)
@@ -199,6 +204,9 @@ class LayoutProbe(BlockProbe):
     def _hold_light(self, path: str, module: nn.Module, y: Any) -> None:
         if self.record is not None and is_light(module) and as_stream(y, self.shape) is not None:
             self.held[path] = held_by(module)
+
+    def _weigh(self, path: str, _: Any, out: Any) -> None:
+        self.attention[path] = attention_weights(out)
 
     def _hold(self, path: str, module: nn.Module, _: Any) -> None:
         assert self.sublayers is not None
@@ -303,7 +311,7 @@ class LayoutProbe(BlockProbe):
             # Of a norm on the way in, as in ``observe``: what a norm of the branch would divide by.
             of = norm.moment if sublayer.normalises else RMSNorm.moment
             moment = of(total if sublayer.normalises == "stream" else raw)
-        weights = [self.attention[path] for path in sublayer.raws]
+        weights = [self.attention.get(path) for path in (sublayer.weights, *sublayer.raws) if path]
         step = Step(
             after=after,
             skip=skip,

@@ -38,7 +38,7 @@ class Call:
     """One call of a submodule: when it began and ended, what it got and what it gave (B, T, D).
 
     x and y are None where they aren't like the stream. name: of the submodule's class. light: as
-    ``is_light`` says.
+    ``is_light`` says. attends: it gave attention's weights too.
     """
 
     path: str
@@ -48,6 +48,7 @@ class Call:
     x: Tensor | None
     y: Tensor | None
     light: bool
+    attends: bool
 
     @property
     def out(self) -> Tensor:
@@ -81,12 +82,12 @@ class CallRecord:
         within = (call for call in self.calls if call.began > began and call.light)
         return next((c.path for c in within if same(c.x, x) and same(c.y, y)), None)
 
-    def end(self, path: str, name: str, y: Tensor | None, light: bool) -> None:
+    def end(self, path: str, name: str, y: Tensor | None, light: bool, attends: bool) -> None:
         """The submodule that began last under this path gives y."""
         self.clock += 1
         began, x = self.begun[path][-1]
         kept = None if y is None else y.detach().clone()
-        self.calls.append(Call(path, name, began, self.clock, x, kept, light))
+        self.calls.append(Call(path, name, began, self.clock, x, kept, light, attends))
 
     def once(self) -> list[Call]:
         """The calls of the submodules that are called once."""
@@ -99,7 +100,7 @@ class FoundStep:
 
     total: the submodule that gets the sum, None if the block gives it. normed: the stream after the
     step is what ``total`` gives. raws: what gave the branches before any norm. norm_in: the norm on
-    the way in.
+    the way in. attends: what gave attention's weights, if it's not a raw.
     """
 
     raws: tuple[Call, ...]
@@ -108,6 +109,7 @@ class FoundStep:
     total: Call | None
     normed: bool
     norm_in: Call | None
+    attends: Call | None
 
 
 def add_up(terms: list[Tensor]) -> Tensor:
@@ -218,7 +220,8 @@ class _Search:
         for branches, multiplier in self._sums(free, stream, total):
             raws = tuple(_raw(branch, before) for branch in branches)
             if not any(raw.light for raw in raws):  # else what the sublayer gave isn't known
-                yield FoundStep(raws, branches, multiplier, call, False, norm_in)
+                attends = _attends(raws, before)
+                yield FoundStep(raws, branches, multiplier, call, False, norm_in, attends)
 
     def _used(self, call: Call, before: list[Call], total: Call | None) -> bool:
         """True for an output that a later submodule got, or that is its parent's output too."""
@@ -284,6 +287,14 @@ def _raw(branch: Call, before: list[Call]) -> Call:
     return branch
 
 
+def _attends(raws: tuple[Call, ...], before: list[Call]) -> Call | None:
+    """The call around or beside the raws, none of which gave attention's weights, that did."""
+    if any(raw.attends for raw in raws):
+        return None
+    within = {raw.path.split(".")[0] for raw in raws}
+    return next((c for c in before if c.attends and c.path.split(".")[0] in within), None)
+
+
 def _sublayer(add: FoundStep) -> Sublayer:
     """A step's submodules by name."""
     branches = tuple(branch.path for branch in add.branches)
@@ -302,6 +313,7 @@ def _sublayer(add: FoundStep) -> Sublayer:
         sum=total,
         norm=norm,
         multiplier=add.multiplier,
+        weights=add.attends.path if add.attends else None,
     )
 
 

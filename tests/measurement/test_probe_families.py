@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from conftest import PARITY
-from families import found_in
+from families import found_in, tiny
+
+import simlab
 
 PAGE = Path(__file__).parents[2] / "docs" / "probe.md"
 TABLE = {  # what must be found, by family
@@ -39,3 +42,22 @@ def test_families(family):
         assert row["mean_square_first"] == pytest.approx(
             x[:, 0].square().mean().item(), rel=PARITY["rtol"]
         )
+
+
+@pytest.mark.parametrize("family", ["bert", "bloom"])
+def test_attention_weights_of_another_submodule(family):
+    """Given beside or around the one whose output is added; on the first batch and on later ones."""
+    model, ids = tiny(family), torch.arange(3, 36).view(3, 11)
+    with torch.no_grad(), simlab.probe(model) as probed:
+        weights = [
+            model(ids[i:], output_attentions=True, use_cache=False).attentions for i in (0, 2)
+        ]
+    rows = probed.rows()
+    rows = rows[rows["attention_entropy"].notna()]
+    assert set(rows["kind"]) == {"attention"}
+    for of, (_, row) in zip(zip(*weights, strict=True), rows.iterrows(), strict=True):
+        weight = torch.cat(of).double()
+        entropy = torch.special.entr(weight).sum(-1).mean().item()
+        assert row["attention_entropy"] == pytest.approx(entropy, rel=PARITY["rtol"])
+        first = weight[:, :, 1:, 0].mean().item()
+        assert row["attention_first"] == pytest.approx(first, rel=PARITY["rtol"])
