@@ -90,10 +90,7 @@ class Experts(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        p_NE = self.router(x_BTD).flatten(0, 1).float().softmax(-1)
-        p_NK, expert_NK = p_NE.topk(self.chosen)
-        if self.renormalise:
-            p_NK = p_NK / p_NK.sum(-1, keepdim=True)
+        p_NK, expert_NK = self.route(self.router(x_BTD).flatten(0, 1))
         x_ND = x_BTD.flatten(0, 1)
         out_ND = torch.zeros_like(x_ND)
         for number, expert in enumerate(self.experts):
@@ -102,6 +99,13 @@ class Experts(nn.Module):
                 branch = p_NK[token, place, None] * expert(x_ND[token])
                 out_ND.index_add_(0, token, branch.to(out_ND.dtype))
         return out_ND.view_as(x_BTD)
+
+    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """p of each token's experts, in float32, and the experts' numbers: (N, K) both."""
+        p_NK, expert_NK = logits_NE.float().softmax(-1).topk(self.chosen)
+        if self.renormalise:
+            p_NK = p_NK / p_NK.sum(-1, keepdim=True)
+        return p_NK, expert_NK
 
 
 MLPS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {

@@ -8,6 +8,7 @@ the same seed, so the samples are compared in pairs: what the embedding varies f
 
 import contextlib
 import dataclasses
+import re
 import sys
 from functools import partial
 from statistics import NormalDist
@@ -21,6 +22,7 @@ from torch import nn
 
 from simlab.config import InitConfig
 from simlab.measurement.engine import measure_curves
+from simlab.model.mlp import Experts
 from simlab.schemes.init import distribution
 from simlab.weights import rng, weightless
 from simlab.weights.base import Columns
@@ -119,7 +121,8 @@ def measured(weights):
 
 def sample(engine, config, seeds=SEEDS):
     """The curves of a number of seeds."""
-    batches = np.split(np.arange(seeds), seeds // TOGETHER)
+    together = 1 if config.shape.experts else TOGETHER
+    batches = np.split(np.arange(seeds), seeds // together)
     return np.concatenate(
         [measured(engine(config.shape, config.init, *b.tolist())) for b in batches]
     )
@@ -253,3 +256,32 @@ def test_gemma(width):
         "model.full_every=2", "model.rope_local_theta=30", "model.rope_linear=8",
     ]  # fmt: skip
     assert engines_agree(shape("peri", width, *overrides))
+
+
+def at_random(self, logits):
+    """Experts that the router doesn't pick, with the shares that it gives them."""
+    p = logits.float().softmax(-1)
+    chosen = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).topk(self.chosen)[1]
+    return p.gather(-1, chosen), chosen
+
+
+class OneExpert(DenseWeights):
+    """Experts that are all the first one."""
+
+    def stack(self, name, *shape):
+        return super().stack(re.sub(r"experts\.\d+", "experts.0", name), *shape)
+
+
+@pytest.mark.parametrize(("width", "renormalise", "seeds"), [(32, "false", 120), (16, "true", 80)])
+def test_experts(width, renormalise, seeds):
+    """Width 16 is below the batch's tokens and above an expert's. Other routing, or one expert in all
+    places, is seen.
+    """
+    asked = ["model.experts=4", "model.experts_per_token=2", "d_ff=20", "depth=1"]
+    config = shape("pre", width, *asked, f"model.renormalise_experts={renormalise}")
+    weightless = sample(GaussianWeights, config, seeds)
+    assert agree(sample(DenseWeights, config, seeds), weightless)
+    if renormalise == "false":
+        assert not agree(sample(OneExpert, config, 40), weightless[:40])
+        with mock.patch.object(Experts, "route", at_random):
+            assert not agree(sample(DenseWeights, config, 40), weightless[:40])
