@@ -181,7 +181,7 @@ STREAM = (
     Mutation(
         "one_base_taken_as_two",
         "x and N(x) are added as if uncorrelated",
-        edit(KernelStep.add, "one.base == other.base", "one is other"),
+        edit(KernelStep.total, "self.between(one.base, other.base)", "None"),
         "adding_the_stream_twice",
     ),
     Mutation(

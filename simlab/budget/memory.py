@@ -124,10 +124,7 @@ def _forward(curve: Curve) -> float:
     for matrix in describe(curve.model).matrices:
         if matrix.name in traced.matrices:
             moments.append(n * traced.matrices[matrix.name] + _product(curve, matrix))
-    streams = (
-        curve.model.depth if curve.gradients else 1
-    )  # the backward needs the stream before every block
-    return _weights(curve) + _normals(curve) + max(moments) + (streams + 1) * curve.stream
+    return _weights(curve) + _normals(curve) + max(moments) + _states(curve, 1)
 
 
 def _backward(curve: Curve) -> float:
@@ -148,7 +145,7 @@ def _backward(curve: Curve) -> float:
         block += n * max(matrix.d_in for matrix in matrices) * (curve.size + 4)
     if curve.model.attention_softcap is not None:  # attention's matrices, made and kept
         block += 16 * curve.model.heads * curve.together * curve.length**2
-    streams = (curve.model.depth + 3) * curve.stream
+    streams = _states(curve, 3)
     moment = max(block, _attention_statistics(curve))
     return _weights(curve) + _normals(curve) + normals + streams + moment
 
@@ -164,7 +161,14 @@ def _loss(curve: Curve) -> int:
         total += 32 * n * n if n < model.width else 0  # Gram matrix and factor, as in ``_product``
     else:
         total += columns * model.width * (size + 4)  # the head's rows
-    return total + (model.depth + 1) * curve.stream
+    return total + _states(curve, 1)
+
+
+def _states(curve: Curve, more: int) -> int:
+    """The states before every block, which the backward needs, or before one; and some more."""
+    traced = trace(curve.model, curve.dtype, curve.gradients)
+    kept = curve.model.depth if curve.gradients else 1
+    return (kept * traced.fresh + more * traced.state) * curve.stream
 
 
 def needed(config: RunConfig, threads: int) -> int:

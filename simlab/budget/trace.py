@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from simlab.config import ModelConfig
 from simlab.model.attention import Attend
 from simlab.model.describe import PaperLinear, first_block, paper_block
-from simlab.model.placement import ResidualStep
+from simlab.model.placement import ResidualStep, State, start, tensors
 from simlab.model.transformer import Block
 
 TOKENS = 8  # so that a token's share of a norm's float32 gain, which no token adds to, is small
@@ -82,7 +82,8 @@ class Trace:
     returns. step: bytes at the end of a residual step, with the tensors that a probe holds. backward:
     peak bytes with gradients, those that autograd keeps included; 0 in a run without gradients.
     written: entries that the forward writes, without the matrices' products. pair: operations of
-    attention's products for one query and one key, forward.
+    attention's products for one query and one key, forward. state: tensors of the size of the stream
+    in a state; fresh: those of them that a block makes, not hands on.
     """
 
     forward: float
@@ -92,6 +93,8 @@ class Trace:
     backward: float
     written: float
     pair: float
+    state: int
+    fresh: int
 
 
 def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
@@ -102,8 +105,9 @@ def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
 @functools.lru_cache(1024)
 def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
     block, one = paper_block(model, dtype)
-    x = one.repeat(TOKENS, 1, 1)  # sequences of one token: none is longer than a window
-    backward = _backward(block, x.clone()) if gradients else 0
+    x = start(one.repeat(TOKENS, 1, 1), model)  # sequences of one token: none beyond a window
+    backward = _backward(block, x) if gradients else 0
+    after = x
     moments: dict[str, list[int]] = {"attention": [], "step": []}
     matrices: dict[str, float] = {}
     linears = {n: m for n, m in block.named_modules() if isinstance(m, PaperLinear)}
@@ -116,7 +120,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         def reached(name: str) -> None:
             matrices[name] = count.now / TOKENS
 
-        def hold(module: nn.Module, args: Any, out: Tensor) -> None:
+        def hold(module: nn.Module, args: Any, out: State) -> None:
             held.append((args, out))
 
         for name, linear in linears.items():
@@ -127,9 +131,8 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
             elif isinstance(module, ResidualStep):
                 module.sublayer.register_forward_hook(hold)
                 module.add.register_forward_hook(hold)
-        start = x
         for _, step in block.steps():
-            x = step(x, start)
+            after = step(after)
             note("step")()
             held.clear()
     products = sum(len(linears[name].weight) for name in matrices)
@@ -140,24 +143,35 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         step=max(moments["step"]) / TOKENS,
         backward=backward / TOKENS,
         written=count.written / TOKENS - products,
-        pair=_operations(block, one) / TOKENS**2,
+        pair=_operations(block, start(one.repeat(1, TOKENS, 1), model)) / TOKENS**2,
+        state=len(storages(x)),
+        fresh=len(storages(after) - storages(x)),
     )
 
 
 @torch.no_grad()
-def _operations(block: Block, one: Tensor) -> int:
+def _operations(block: Block, x: State) -> int:
     """Operations of attention on one sequence: its products as plain ones, which torch can count."""
     with sdpa_kernel(SDPBackend.MATH), Counter() as count:
-        block(one.repeat(1, TOKENS, 1))
+        block(x)
     return count.operations
 
 
 @torch.enable_grad()
-def _backward(block: Block, x: Tensor) -> int:
+def _backward(block: Block, x: State) -> int:
     """The most bytes at a time while the gradient goes through a block, as the engine takes it."""
-    passed, gradient = [x.requires_grad_()], torch.zeros_like(x)
+    leaves = tuple(each.clone().requires_grad_() for each in tensors(x))
+    passed: list[State] = [leaves if isinstance(x, tuple) else leaves[0]]
+    gradient = tuple(torch.zeros_like(each) for each in leaves)
     with Counter() as count:
         for _, step in block.steps():
-            passed.append(step(passed[-1], passed[0]))
-        torch.autograd.grad(passed[-1], passed[:-1], gradient)
+            passed.append(step(passed[-1]))
+        *before, out = passed
+        wanted = [each for state in before for each in tensors(state)]
+        torch.autograd.grad(tensors(out), wanted, gradient, allow_unused=True)
     return count.peak
+
+
+def storages(state: State) -> set[int]:
+    """The places of a state's tensors in memory."""
+    return {each.untyped_storage().data_ptr() for each in tensors(state)}

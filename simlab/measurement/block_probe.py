@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from simlab.measurement.statistics import (
 )
 from simlab.model.attention import Attend, Attention
 from simlab.model.norms import RMSNorm
-from simlab.model.placement import Renorm, ResidualStep
+from simlab.model.placement import Renorm, ResidualStep, State
 from simlab.model.transformer import Block
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class Probe(BlockProbe):
         kinds, self.steps = zip(*block.steps(), strict=True)
         normalises = [step.normalises for step in self.steps]
         super().__init__(block, kinds, normalises, block.attention.options.gain, curves)
+        self.watch = block.placement.watch
         self.tensors: dict[str, Tensor] = {}
         self.last: tuple[Tensor, Tensor] | None = None  # the stream after a step, and wide
         self.attention: dict[str, Tensor] | None = None
@@ -169,10 +170,11 @@ class Probe(BlockProbe):
                 skip = self.last[1]
             self.tensors |= {"skip": skip, "branch": branch, "sum": out}
 
-        def on_step(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            observed = observe(step, args[0], out, self.tensors, self.attention)
-            self.add(i, observed, self.tap(out))
-            self.last = None if step is self.steps[-1] else (out, observed.wide)
+        def on_step(module: nn.Module, args: Any, out: State) -> None:
+            after: Tensor = self.watch(out)
+            observed = observe(step, args[0], after, self.tensors, self.attention)
+            self.add(i, observed, self.tap(after))
+            self.last = None if step is self.steps[-1] else (after, observed.wide)
             self.tensors, self.attention = {}, None
 
         if isinstance(step, ResidualStep):

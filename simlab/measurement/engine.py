@@ -18,7 +18,9 @@ from simlab.config import ConfigError
 from simlab.measurement.block_probe import Probe, Reducer, StepResult
 from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
+from simlab.model.placement import State, start, tensors
 from simlab.model.transformer import Block
+from simlab.schemes.placement import Scheme, placement_of
 from simlab.weights.base import Weights
 
 
@@ -44,6 +46,9 @@ class Row:
         """The row of curve number ``curve`` (0 … S − 1)."""
         gradient = None if self.gradient is None else self.gradient[curve]
         return replace(self, values=self.values[curve], gradient=gradient)
+
+
+Gradients = tuple[Tensor, ...]  # with respect to a state's vectors
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,10 @@ def measure_curves(
         for _ in range(weights.curves):
             on_block()
 
-    rows, streams = forward(weights, ids, device, dtype, gradients, passed)
+    rows, states = forward(weights, ids, device, dtype, gradients, passed)
     if not gradients:
         return [Measured([row.of(i) for row in rows]) for i in range(weights.curves)]
-    losses, values = backward(weights, ids, streams, passed)
+    losses, values = backward(weights, ids, states, passed)
     rows = [replace(row, gradient=value) for row, value in zip(rows, values, strict=True)]
     return [Measured([row.of(i) for row in rows], loss) for i, loss in enumerate(losses)]
 
@@ -135,50 +140,51 @@ def forward(
     dtype: torch.dtype,
     keep: bool,
     on_block: Callable[[], None],
-) -> tuple[list[Row], list[list[Tensor]]]:
-    """The rows, and the streams in batches of sequences: before every block if ``keep``, and last."""
+) -> tuple[list[Row], list[list[State]]]:
+    """The rows, and the states in batches of sequences: before every block if ``keep``, and last."""
     model, curves = weights.model, weights.curves
-    embedded = weights.embedded(ids, device, dtype)
-    streams = list(embedded.split(weights.tokens_at_once // ids.shape[-1] or 1))
-    del embedded
-    embedding = Reducer(STATISTICS, curves)
-    for stream in streams:
-        embedding.add(Step(after=stream))
+    parts = weights.embedded(ids, device, dtype).split(weights.tokens_at_once // ids.shape[-1] or 1)
+    states = [start(part, model) for part in parts]
+    del parts
+    embedding, watch = Reducer(STATISTICS, curves), placement_of(model).watch
+    for state in states:
+        embedding.add(Step(after=watch(state)))
     blocks: list[list[StepResult]] = []
-    before: list[list[Tensor]] = []
+    before: list[list[State]] = []
     for layer in range(model.depth):
         if keep:
-            before.append(list(streams))
+            before.append(list(states))
         block = weights.block(layer, device, dtype)
         with Probe(block, curves) as probe:
-            for i, stream in enumerate(streams):
-                streams[i] = block(stream)
+            for i, state in enumerate(states):
+                states[i] = block(state)
         blocks.append(probe.results())
         del block, probe  # before the next one is made: one block's weights at a time
         on_block()
-    return rows_of(embedding.result(), blocks), [*before, streams]
+    return rows_of(embedding.result(), blocks), [*before, states]
 
 
 def backward(
-    weights: Weights, ids: Tensor, streams: list[list[Tensor]], on_block: Callable[[], None]
+    weights: Weights, ids: Tensor, states: list[list[State]], on_block: Callable[[], None]
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses (S,), and the gradient's statistics for every row, embedding first.
 
-    streams: as ``forward`` returns them; the list is emptied. The gradient of the summed loss is
+    states: as ``forward`` returns them; the list is emptied. The gradient of the summed loss is
     multiplied by a power of two that brings its largest entry near 1, since float16 would lose small
     entries; ``scale`` takes that out again.
     """
-    last, curves = streams.pop(), weights.curves
-    loss, top = next_token(weights, torch.cat(last), ids)
+    last, curves, placement = states.pop(), weights.curves, placement_of(weights.model)
+    loss, top = next_token(weights, torch.cat([placement.finish(state) for state in last]), ids)
     scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
     scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
-    gradients = list(scaled.split([len(stream) for stream in last]))
+    parts = scaled.split([len(tensors(state)[0]) for state in last])
+    gradients = [_through_finish(placement, *pair) for pair in zip(last, parts, strict=True)]
     reducer = Reducer(GRADIENT_STATISTICS, curves)
-    for stream, gradient in zip(last, gradients, strict=True):
-        reducer.add(gradient_step(stream, gradient, scale))
+    for state, gradient in zip(last, gradients, strict=True):
+        reducer.add(_watched(placement, state, gradient, scale))
     values = [reducer.result()]
     for layer in reversed(range(weights.model.depth)):
-        before = streams.pop()
+        before = states.pop()
         reducers = _back_through(
             weights.block(layer, top.device, top.dtype), before, gradients, scale
         )
@@ -198,23 +204,56 @@ def near_one(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def _back_through(
-    block: Block, streams: list[Tensor], gradients: list[Tensor], scale: Tensor
+    block: Block, states: list[State], gradients: list[Gradients], scale: Tensor
 ) -> list[Reducer]:
     """Run a block again and replace ``gradients`` by those before the block; a reducer per step.
 
     The block and the tensors that autograd saved are freed when this call returns.
     """
     reducers = [Reducer(GRADIENT_STATISTICS, len(scale)) for _ in block.steps()]
-    for i, stream in enumerate(streams):
-        passed = [stream.requires_grad_()]
+    for i, state in enumerate(states):
+        passed = [apart(state)]
         for _, step in block.steps():
-            passed.append(step(passed[-1], passed[0]))
+            passed.append(named(step(passed[-1])))
         *before, out = passed
-        gradients_before = torch.autograd.grad(out, before, gradients[i])
-        gradients[i] = gradients_before[0]
-        for reducer, x, gradient in zip(reducers, before, gradients_before, strict=True):
-            reducer.add(gradient_step(x, gradient, scale))
+        wanted = [x for each in before for x in tensors(each)]
+        found = iter(
+            torch.autograd.grad(tensors(out), wanted, gradients[i], materialize_grads=True)
+        )
+        by_step = [tuple(next(found) for _ in tensors(each)) for each in before]
+        gradients[i] = by_step[0]
+        for reducer, each, gradient in zip(reducers, before, by_step, strict=True):
+            reducer.add(_watched(block.placement, each, gradient, scale))
     return reducers
+
+
+def apart(state: State) -> State:
+    """The same numbers as leaves of autograd's graph, one for each vector of the state."""
+    if not isinstance(state, tuple):
+        return state.requires_grad_()
+    return tuple(x.detach().requires_grad_() for x in state)
+
+
+def named(state: State) -> State:
+    """The state, with a tensor of its own for what a step hands on: it has a gradient of its own."""
+    return tuple(x.view_as(x) for x in state) if isinstance(state, tuple) else state
+
+
+@torch.enable_grad()
+def _through_finish(placement: type[Scheme], state: State, gradient: Tensor) -> Gradients:
+    """The gradients with respect to the last state, from that with respect to what the norm gets."""
+    if not isinstance(state, tuple):
+        return (gradient,)
+    leaves = apart(state)
+    out: Tensor = placement.finish(leaves)
+    return torch.autograd.grad(out, tensors(leaves), gradient, materialize_grads=True)
+
+
+def _watched(placement: type[Scheme], state: State, gradient: Gradients, scale: Tensor) -> Step:
+    """The stream, and the gradient with respect to a shift of it by a write."""
+    if not isinstance(state, tuple):
+        return gradient_step(state, gradient[0], scale)
+    return gradient_step(placement.watch(state), placement.pull(gradient), scale)
 
 
 def gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
+from simlab.model.placement import start
 from simlab.model.transformer import Block
 
 LARGEST = 1 << 20  # a dimension above which one token's activations aren't made
@@ -111,7 +112,7 @@ def first_block(model: ModelConfig) -> ModelConfig:
 
 
 def paper_block(model: ModelConfig, dtype: torch.dtype) -> tuple[Block, Tensor]:
-    """A first block that can run without weights, and its input of one token, (1, 1, d_model).
+    """A first block that can run without weights, and its stream of one token, (1, 1, d_model).
 
     On the CPU, where that takes a few milliseconds; on ``meta``, for which torch first imports its
     compiler (0.8 s), only where a token's activations are too large to be made.
@@ -150,5 +151,5 @@ def _describe(model: ModelConfig) -> Description:
                 lambda layer, args, name=name: used(name, layer, args[0])
             )
     with torch.no_grad():
-        block(x)
+        block(start(x, model))
     return Description(tuple(matrices))

@@ -8,7 +8,24 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.norms import NORMS, RMSNorm
-from simlab.schemes.placement import Scheme
+from simlab.schemes.placement import Scheme, placement_of
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def tensors(state: State) -> tuple[Tensor, ...]:
+    """A state's tensors: the residual stream, or all that a placement carries from step to step."""
+    return state if isinstance(state, tuple) else (state,)
+
+
+def start(x: Tensor, config: ModelConfig) -> State:
+    """The state before the first block, of the embedding (B, T, D)."""
+
+    def norm(x: Tensor) -> Tensor:
+        out: Tensor = RMSNorm(config.width, config.norm.eps).to(x.device)(x)
+        return out
+
+    return placement_of(config).start(x, norm, config)
 
 
 class ResidualAdd(nn.Module):
@@ -46,10 +63,10 @@ class ResidualStep(nn.Module):
         """The scheme's norms by name, in the order they act."""
         return {name: getattr(self, name) for name in self.scheme.norms}
 
-    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D). start: the stream before the block; None: x."""
-        first = {"start": x if start is None else start} if self.scheme.parallel else {}
-        return self.scheme.step(x, self.sublayer, self.add, **first, **self.norms)
+    def forward(self, state: State) -> State:
+        """(B, T, D) to (B, T, D), or a state to a state."""
+        out: State = self.scheme.step(state, self.sublayer, self.add, **self.norms)
+        return out
 
 
 class Renorm(nn.Module):
@@ -61,7 +78,7 @@ class Renorm(nn.Module):
         super().__init__()
         self.norm_out = NORMS[config.norm.type](config.width, config.norm.eps)
 
-    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         out: Tensor = self.norm_out(x)
         return out

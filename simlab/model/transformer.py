@@ -12,8 +12,8 @@ from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
 from simlab.model.mlp import feed_forward
 from simlab.model.norms import NORMS
-from simlab.model.placement import Renorm, ResidualStep
-from simlab.schemes.placement import at, renorm_after
+from simlab.model.placement import Renorm, ResidualStep, State, start
+from simlab.schemes.placement import at, placement_of, renorm_after
 
 
 def dense_linear(d_in: int, d_out: int, bias: bool = False) -> nn.Module:
@@ -35,6 +35,7 @@ class Block(nn.Module):
         self.attention = ResidualStep(attention, at(config, layer, "attention"), config)
         self.mlp = ResidualStep(mlp, at(config, layer, "mlp"), config)
         self.renorm = Renorm(config) if renorm_after(config, layer) else None
+        self.placement = placement_of(config)
 
     def steps(self) -> Iterator[tuple[str, ResidualStep | Renorm]]:
         """The block's residual steps with their kind, in the order they happen."""
@@ -43,12 +44,11 @@ class Block(nn.Module):
         if self.renorm is not None:
             yield "renorm", self.renorm
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        start = x
+    def forward(self, state: State) -> State:
+        """(B, T, D) to (B, T, D), or a state to a state."""
         for _, step in self.steps():
-            x = step(x, start)
-        return x
+            state = step(state)
+        return state
 
 
 class Transformer(nn.Module):
@@ -57,6 +57,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, linear: Linear = dense_linear) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.config = config
         self.embedding_scale, self.logit_softcap = config.embedding_scale, config.logit_softcap
         self.position = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, i, linear) for i in range(config.depth))
@@ -72,10 +73,10 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to logits (B, T, vocabulary)."""
-        x = self.embed(ids)
+        state = start(self.embed(ids), self.config)
         for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
+            state = block(state)
+        logits: Tensor = self.head(self.norm(placement_of(self.config).finish(state)))
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits

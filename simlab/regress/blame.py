@@ -16,7 +16,7 @@ import pandas as pd
 
 from simlab.analysis.verdict import ROUNDING
 from simlab.config import ModelConfig
-from simlab.schemes.placement import at
+from simlab.schemes.placement import at, placement_of
 
 TEN_ROUNDINGS = 10  # a norm takes about as many operations in the dtype
 _ATTENTION_QUANTITIES = {"attention_entropy", "attention_max_logit", "attention_first"}
@@ -57,13 +57,20 @@ def norms_of(model: ModelConfig) -> NormsOf:
         scheme = at(model, block, kind)
         inside = kind == "attention" and model.qk_norm != "none"
         before, last = "norm_in" in scheme.norms or inside, scheme.normalises
-        as_they_are = dict.fromkeys(scheme.norms, lambda x: x)
-        of_x = scheme.step(
-            1.0, lambda x: 0.0 * x, lambda skip, branch: skip + branch, **as_they_are
-        )
-        return Norms(before, last, model.norm.gain, last != "stream" and of_x == 1.0)
+        placement = placement_of(model)
+        state = placement.start(1.0, _same, model)
+        for each in ("attention", "mlp")[: 1 + (kind == "mlp")]:  # of branches that are 0
+            one, stream = at(model, block, each), placement.watch(state)
+            as_they_are = dict.fromkeys(one.norms, _same)
+            state = one.step(state, lambda x: 0.0 * x, lambda x, branch: x + branch, **as_they_are)
+        sums = placement.watch(state) == stream
+        return Norms(before, last, model.norm.gain, last != "stream" and sums)
 
     return norms
+
+
+def _same(x: float) -> float:
+    return x
 
 
 def first_row_off(rows: Iterable[int], names: Sequence[str]) -> int:

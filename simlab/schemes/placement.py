@@ -10,7 +10,7 @@ To add a placement, write a class here and its entry in ``PLACEMENTS``; CONTRIBU
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -18,8 +18,9 @@ from simlab.config import ModelConfig
 
 
 class Vector(Protocol):
-    """A residual stream as formulas use it: a number can scale it."""
+    """A residual stream as formulas use it: a number can scale it, and two can be mixed."""
 
+    def __add__(self, other: Self, /) -> Self: ...
     def __rmul__(self, scale: float, /) -> Self: ...
     def __truediv__(self, scale: float, /) -> Self: ...
 
@@ -29,18 +30,24 @@ Map = Callable[[V], V]  # a sublayer, or a norm
 Add = Callable[[V, V], V]  # add(skip, branch)
 
 
+def vectors(state: Any) -> tuple[Any, ...]:
+    """A state's vectors: between two steps there is the stream, or a tuple of it and others."""
+    return state if isinstance(state, tuple) else (state,)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One residual step: ``step(x, F, add, **norms)`` is the stream after it.
 
     Subclasses write ``step`` and name the norms that it takes. Two equal schemes compute the same.
+    A placement may carry more than the stream from step to step: x is then a state, a tuple of vectors,
+    which ``start`` makes of the embedding. ``watch`` says which vector is the stream, the one that
+    ``add`` writes to, and ``finish`` what the final norm gets; both only add and scale.
 
     layer: the block that the step is in, counted from 0. alpha: the scheme's constant, as
     ``alpha_of`` computes it. norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
     ``stream`` after, or None where the branch is added as it comes. The additive law needs it.
-    parallel: True if ``step`` also takes ``start``, the stream before the block; the step before it is
-    then the block's first, and only adds to the stream.
     """
 
     layer: int
@@ -48,11 +55,33 @@ class Scheme:
 
     norms: ClassVar[tuple[str, ...]] = ()
     normalises: ClassVar[str | None] = None
-    parallel: ClassVar[bool] = False
 
     def step(self, *args: Any, **norms: Any) -> Any:
         """The formula. Every subclass has its own."""
         raise NotImplementedError
+
+    @staticmethod
+    def start(x: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """The state before the first block, of the embedding. norm: to rms 1, without a gain."""
+        return x
+
+    @staticmethod
+    def watch(state: Any) -> Any:
+        """The residual stream."""
+        return vectors(state)[0]
+
+    @staticmethod
+    def pull(gradients: Sequence[V]) -> V:
+        """The gradient with respect to what a step adds, of those of the state's vectors.
+
+        Of a stream that is the vectors' mean or sum, and of a write to all, it is their sum.
+        """
+        return gradients[0]
+
+    @staticmethod
+    def finish(state: Any) -> Any:
+        """What the final norm gets."""
+        return vectors(state)[0]
 
     @classmethod
     def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
@@ -279,12 +308,22 @@ class HybridNormStar(HybridNorm):
         return super().select(config, layer, kind) if layer else Pre
 
 
+class Starting(Scheme):
+    """(x + F(N(x)), x)."""
+
+    norms = ("norm_in",)
+
+    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> tuple[V, V]:
+        return add(x, F(norm_in(x))), x
+
+
 class FromStart(Scheme):
-    """x + F(N(x₀)), x₀ the stream before the block."""
+    """x + F(N(x₀)) of (x, x₀), x₀ the stream before the block."""
 
-    norms, parallel = ("norm_in",), True
+    norms = ("norm_in",)
 
-    def step(self, x: V, F: Map[V], add: Add[V], start: V, norm_in: Map[V]) -> V:
+    def step(self, state: tuple[V, V], F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
+        x, start = state
         return add(x, F(norm_in(start)))
 
 
@@ -294,7 +333,7 @@ class Parallel(Scheme):
     @classmethod
     def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
         """Attention is pre-norm, and the MLP reads what attention does."""
-        return Pre if kind == "attention" else FromStart
+        return Starting if kind == "attention" else FromStart
 
 
 PLACEMENTS: dict[str, type[Scheme]] = {
@@ -323,6 +362,11 @@ def at(config: ModelConfig, layer: int, kind: str) -> Scheme:
     """The scheme of one sublayer: of block ``layer`` (from 0), its ``attention`` or ``mlp``."""
     scheme = PLACEMENTS[config.norm.placement].select(config, layer, kind)
     return scheme(layer, scheme.alpha_of(config))
+
+
+def placement_of(config: ModelConfig) -> type[Scheme]:
+    """The placement's class, which has ``start``, ``watch`` and ``finish``."""
+    return PLACEMENTS[config.norm.placement]
 
 
 def renorm_after(config: ModelConfig, layer: int) -> bool:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simlab.budget.trace import Counter, trace
 from simlab.model.describe import describe
+from simlab.model.placement import tensors
 from simlab.model.transformer import Block
 from simlab.schemes.placement import PLACEMENTS
 
@@ -49,8 +50,9 @@ def test_bytes_of_many_tokens(overrides):
     passed = [x.requires_grad_()]
     with Counter() as count:
         for _, step in block.steps():
-            passed.append(step(passed[-1], passed[0]))
-        torch.autograd.grad(passed[-1], passed[:-1], torch.ones_like(x))
+            passed.append(step(passed[-1]))
+        wanted = [y for state in passed[:-1] for y in tensors(state)]
+        torch.autograd.grad(passed[-1], wanted, torch.ones_like(x))
     assert count.peak == pytest.approx(BATCH * traced.backward, rel=0.1)
 
 

@@ -11,7 +11,8 @@ from simlab.config import ConfigError
 from simlab.experiment import prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import GRADIENT_STATISTICS
-from simlab.schemes.placement import PLACEMENTS
+from simlab.model.placement import start, tensors
+from simlab.schemes.placement import PLACEMENTS, placement_of
 from simlab.weights.dense import RandomWeights
 
 CPU = torch.device("cpu")
@@ -19,13 +20,17 @@ CPU = torch.device("cpu")
 
 def by_autograd(model, ids):
     """The loss, and for every row of the curve the stream and the gradient: plain backward()."""
-    streams = [model.embedding(ids).detach().requires_grad_()]
+    placement = placement_of(model.config)
+    made = start(model.embed(ids).detach(), model.config)
+    vectors = [x.clone().requires_grad_() for x in tensors(made)]
+    state = tuple(vectors) if isinstance(made, tuple) else vectors[0]
+    streams = [placement.watch(state)]
     for block in model.blocks:
-        start = streams[-1]
         for _, step in block.steps():
-            streams.append(step(streams[-1], start))
+            state = step(state)
+            streams.append(placement.watch(state))
             streams[-1].retain_grad()
-    logits = model.head(model.norm(streams[-1]))
+    logits = model.head(model.norm(placement.finish(state)))
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 from conftest import placed, tiny
 
-from simlab.schemes.placement import PLACEMENTS, at, renorm_after
+from simlab.schemes.placement import PLACEMENTS, at, placement_of, renorm_after
 
 V0, B = 0.25, 0.3  # the embedding's mean square; a branch's, of an input of mean square 1
 
@@ -23,8 +23,11 @@ class Kernel:
         return (1 / scale) * self
 
     def __add__(self, other):
-        assert not self.terms.keys() & other.terms.keys()
-        return Kernel(self.terms | other.terms)
+        both = {
+            k: (self.terms[k][0] + other.terms[k][0], self.terms[k][1])
+            for k in self.terms.keys() & other.terms.keys()
+        }
+        return Kernel(self.terms | other.terms | both)
 
     @property
     def mean_square(self):
@@ -43,17 +46,15 @@ def sublayer(x):
 def mean_squares(*overrides):
     """v at the embedding and after every step of the config's model, from its schemes alone."""
     config = tiny(*overrides).shape
-    x = Kernel({object(): (1.0, V0)})
-    v = [x.mean_square]
+    placement = placement_of(config)
+    x = placement.start(Kernel({object(): (1.0, V0)}), norm, config)
+    v = [placement.watch(x).mean_square]
     for layer in range(config.depth):
-        start = x
         for kind in ("attention", "mlp"):
             scheme = at(config, layer, kind)
             norms = dict.fromkeys(scheme.norms, norm)
-            if scheme.parallel:
-                norms["start"] = start
             x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **norms)
-            v.append(x.mean_square)
+            v.append(placement.watch(x).mean_square)
         if renorm_after(config, layer):
             x = norm(x)
             v.append(x.mean_square)

@@ -328,7 +328,7 @@ def test_the_band_without_feedback_telescopes():
         step = KernelStep(state, width, 1e-6, 1.0)
         x = step.x
         out = step.add(x, step.feed(lambda v: Fixed())(step.norm(x)))
-        steps.append((step, out.terms))
+        steps.append((step, [out.terms]))
         kernels.append(out.kernel)
         state = state_of(out)
     expected = [math.sqrt(2 * (kernel**2).sum() / width) / tokens for kernel in kernels]

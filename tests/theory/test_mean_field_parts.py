@@ -190,13 +190,13 @@ def test_sublayer(name):
     assert abs(error.diagonal().mean()) < 0.03
     assert np.sqrt(np.square(error).mean()) < 0.045
 
-    pulled = Pullback(step, out.terms, np.eye(TOKENS)[None] / TOKENS)
+    pulled = Pullback(step, [out.terms], np.eye(TOKENS)[None] / TOKENS)
     product = pulled.functionals[0] @ step.start.kernel
     variance = pulled.covariance[0, 0] + 2 * (product * product.T).sum() / WIDTH
     measured = outputs.square().mean((1, 2)).std().item()
     assert math.sqrt(variance) == pytest.approx(measured, rel=0.08)  # measured: 5 %; draws: 2 %
 
-    gradient = pull_gradient(step, out.terms, UPSTREAM)
+    gradient = pull_gradient(step, [out.terms], UPSTREAM)
     expected = mean_kernel(gradients)
     sizes = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
     error = (gradient - expected) / sizes
@@ -254,7 +254,7 @@ def test_norm_of_gaussian_vectors(kind):
     normed = step.norm(step.x)
     assert normed.kernel[0, 0] == pytest.approx(squares.mean().item(), rel=0.003)
     assert normed.total_square[0, 0] == pytest.approx(squares.var().item(), rel=0.1)
-    pulled = Pullback(step, normed.terms, np.ones((1, 1, 1))).functionals
+    pulled = Pullback(step, [normed.terms], np.ones((1, 1, 1))).functionals
     assert 2 * pulled[0, 0, 0] ** 2 / width == pytest.approx(squares.var().item(), rel=0.1)
 
 
@@ -263,7 +263,7 @@ def test_gradient_of_a_norm():
     width = 48
     step = KernelStep(wishart_state(np.ones((1, 1)), width), width, 1e-6, 1.0)
     normed = step.norm(step.x)
-    found = pull_gradient(step, normed.terms, np.ones((1, 1)))[0, 0]
+    found = pull_gradient(step, [normed.terms], np.ones((1, 1)))[0, 0]
     assert found == pytest.approx(normed_vectors("rms", width, 1e-6)[1], rel=0.008)
 
 
@@ -323,7 +323,7 @@ def test_band_of_a_sum():
 
     step = KernelStep(wishart_state(kernel), WIDTH, 1e-6, 1.0)
     out = step.add(step.x, step.feed(lambda _: Given())(step.x))
-    pulled = Pullback(step, out.terms, np.eye(TOKENS)[None] / TOKENS)
+    pulled = Pullback(step, [out.terms], np.eye(TOKENS)[None] / TOKENS)
     product = pulled.functionals[0] @ kernel
     variance = pulled.covariance[0, 0] + 2 * (product * product.T).sum() / WIDTH
     expected = 2 * ((kernel + Given.kernel) ** 2).sum() / WIDTH / TOKENS**2

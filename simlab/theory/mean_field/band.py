@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY, KernelStep, State, Term
+from simlab.theory.mean_field.kernels import TINY, KernelStep, State, Term, pairs_of
 
 # Of a row's functional, in units of its std: what leaving out directions of the basis may change.
 CUT = 1e-5
@@ -49,45 +49,56 @@ def traces(left: Any, right: Any) -> Array:
 class Pullback:
     """Pulls functionals (J, N, N) of a step's output back to its input, and adds up their covariance.
 
-    own: functionals of a base's Gram matrix. pairs: of two bases' cross Gram matrix, which the
-    symmetric functional has twice. logs: derivatives in the logarithms of a norm's factors (J, N).
+    outs: the vectors after the step; of n of them, functionals (J, nN, nN) of their joint Gram matrix,
+    and such ones come out if several vectors came in. own: functionals of a base's Gram matrix. pairs:
+    of two bases' cross Gram matrix, which the symmetric functional has twice. logs: derivatives in the
+    logarithms of a norm's factors (J, N).
     """
 
-    def __init__(self, step: KernelStep, out: Terms, functionals: Any) -> None:
+    def __init__(self, step: KernelStep, outs: Sequence[Terms], functionals: Any) -> None:
         self.step = step
         self.covariance = np.zeros((len(functionals), len(functionals)))
         self.own: dict[int, Any] = {}
         self.pairs: dict[tuple[int, int], Any] = {}
         self.logs: defaultdict[int, Any] = defaultdict(int)
-        self._terms(out, functionals)
+        for a, b, one, other in pairs_of(outs, len(step.start.kernel)):
+            self._pair(one, other, functionals[:, a, b])
         for kind, index in reversed(step.events):
             if kind == "norm":
                 self._norm(index)
             else:
                 self._branch(index)
-        self.functionals = self.own.pop(0, None)
-        if self.functionals is None:
-            self.functionals = np.zeros_like(functionals)
+        self.functionals = self._joint(np.zeros((len(functionals), *step.start.kernel.shape)))
 
-    def _terms(self, terms: Terms, functionals: Any) -> None:
-        """From a vector's Gram matrix to the bases', and to the factors of its norms."""
-        factors = [self.step.factor(term) for term in terms]
-        for i, one in enumerate(terms):
-            for j, other in enumerate(terms):
-                if one.base > other.base:
+    def _joint(self, nothing: Any) -> Any:
+        """The functionals (J, nN, nN) of the incoming vectors' joint Gram matrix."""
+        starts = range(self.step.starts)
+        own = [self.own.get(base, nothing) for base in starts]
+        if len(own) == 1:
+            return own[0]
+        pair = {(a, b): self.pairs.get((a, b), nothing) for b in starts for a in range(b)}
+        pair |= {(b, a): block.swapaxes(1, 2) for (a, b), block in pair.items()}
+        return np.block([[own[a] if a == b else pair[a, b] for b in starts] for a in starts])
+
+    def _pair(self, first: Terms, second: Terms, functionals: Any) -> None:
+        """From the cross Gram matrix of two vectors, or of one, to bases' and to norms' factors."""
+        for one in first:
+            for other in second:
+                kernel = self.step.between(one.base, other.base) if one.norms else None
+                if one.base > other.base and kernel is None:
                     continue
-                scaled = functionals * (factors[i][:, None] * factors[j][None, :])
-                if one.base != other.base:
-                    key = one.base, other.base
-                    self.pairs[key] = self.pairs[key] + scaled if key in self.pairs else scaled
-                    continue
-                if one.norms:
-                    kernel = self.step.kernels[one.base]
+                factors = self.step.factor(one)[:, None] * self.step.factor(other)[None, :]
+                scaled = functionals * factors
+                if kernel is not None:
                     moved = 2 * np.einsum("rij,ij->ri", scaled, kernel)
                     for norm in one.norms:
                         self.logs[norm] = self.logs[norm] + moved
-                present = self.own.get(one.base)
-                self.own[one.base] = scaled if present is None else present + scaled
+                key = one.base, other.base
+                if one.base < other.base:
+                    self.pairs[key] = self.pairs[key] + scaled if key in self.pairs else scaled
+                elif one.base == other.base:
+                    present = self.own.get(one.base)
+                    self.own[one.base] = scaled if present is None else present + scaled
 
     def _norm(self, index: int) -> None:
         """δ ln factor = −½·δm/(m + eps), m a multiple of the input's mean square."""
@@ -98,17 +109,19 @@ class Pullback:
         rate = -0.5 * self.step.moment / norm.divisor
         diagonal = np.zeros((*moved.shape, moved.shape[-1]))
         add_diagonal(diagonal, moved * rate)
-        self._terms(norm.terms, diagonal)
+        self._pair(norm.terms, norm.terms, diagonal)
 
     def _branch(self, index: int) -> None:
         """The variance that the branch's fresh matrices add, and on to its input."""
         branch, terms = self.step.branches[index]
-        kernels, width = self.step.kernels, self.step.width
-        for earlier in range(index):
-            cross = self.pairs.pop((earlier, index), None)
-            if cross is not None:
-                left, right = kernels[earlier] @ cross, products(cross, branch.kernel)
-                self.covariance += 4 / width * traces(left, right)
+        width = self.step.width
+        crosses = {base: self.pairs.pop((base, index), None) for base in range(index)}
+        for base, cross in crosses.items():
+            for other, beside in crosses.items():
+                kernel = self.step.between(other, base)
+                if cross is not None and beside is not None and kernel is not None:
+                    left, right = kernel @ cross, products(beside, branch.kernel)
+                    self.covariance += 4 / width * traces(left, right)
         functionals = self.own.pop(index, None)
         if functionals is None:
             return
@@ -116,7 +129,7 @@ class Pullback:
         wishart = 2 * traces(product, product.swapaxes(1, 2))
         self.covariance += wishart * (1 / width + 1 / branch.units)
         self.covariance += branch.covariance(functionals)
-        self._terms(terms, branch.pull(functionals))
+        self._pair(terms, terms, branch.pull(functionals))
 
 
 def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
@@ -125,9 +138,7 @@ def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:
     A direction counts by what it says of K̂, so entries are weighed by their std between seeds. By
     singular values of the rows, each of size 1; what is left out is at most CUT of a row.
     """
-    spread = state.cross + np.abs(state.square)
-    np.fill_diagonal(spread, state.square.diagonal())
-    weighed = (basis * np.sqrt(spread)).reshape(len(basis), -1)
+    weighed = (basis * np.sqrt(state.spread)).reshape(len(basis), -1)
     lengths = np.sqrt(np.maximum(np.vecdot(weighed, weighed), TINY))
     weighed /= lengths[:, None]
     values, vectors = np.linalg.eigh(weighed @ weighed.T)
@@ -156,32 +167,37 @@ def _joined(parts: Sequence[tuple[Array, Any]]) -> tuple[Array, Any]:
 
 
 def band(
-    steps: list[tuple[KernelStep, Terms]], start: Array, ids: NDArray[np.int64], fourth: float,
-    width: int, on_step: Callable[[], None] = lambda: None,
+    steps: Sequence[tuple[KernelStep, Sequence[Terms]]], start: Array, ids: NDArray[np.int64],
+    fourth: float, width: int, on_step: Callable[[], None] = lambda: None,
     others: Sequence[tuple[NDArray[np.int64], float]] = (),
+    watched: Sequence[Sequence[float]] | None = None,
+    first: tuple[KernelStep, Sequence[Terms]] | None = None,
 ) -> Array:  # fmt: skip
     """Std between seeds of every row's mean square, (rows,), the embedding's first.
 
+    watched: each row's stream as a sum of the state's vectors, by their numbers; None: there is one.
+    first: the step that makes the first state of the embedding, None where that is the embedding.
     start: the embedding's kernel (N, N). ids (N,). fourth: (κ − 3)·σ⁴ of an embedding's entries, κ
     their kurtosis. on_step: called after each step, from the last to the first. others: of
     further embeddings that are added, as of positions, ids (N,) and what fourth is of theirs.
     """
-    tokens, rows = len(start), len(steps) + 1
-    mean_square = np.eye(tokens)[None] / tokens
-    own = np.ones((1, 1)), mean_square  # a row's coefficients, and what it is asked
-    coefficients, basis = own
-    variance, later = np.zeros(rows), []
-    for taken, (step, out) in enumerate(reversed(steps), 1):
-        pulled = Pullback(step, out, basis)
-        here = slice(taken - len(coefficients), taken)
-        variance[here] += ((coefficients @ pulled.covariance) * coefficients).sum(1)
-        later.append((coefficients, pulled.functionals))
-        if taken < len(steps) and steps[-taken - 1][0].start is step.start:
-            coefficients, basis = own  # the step before is beside this one: no later row passes it
-        else:
-            coefficients, basis = reduced(*_joined([*later, own]), step.start)
-            later = []
+    rows = len(steps) + 1
+
+    def asked(row: int) -> tuple[Array, Any]:  # a row's coefficients, and its functional
+        weights = [1.0] if watched is None else watched[row]
+        mean_square = np.kron(np.outer(weights, weights), np.eye(len(start)) / len(start))
+        return np.ones((1, 1)), mean_square[None]
+
+    coefficients, basis = asked(rows - 1)
+    variance = np.zeros(rows)
+    for taken, (step, outs) in enumerate(reversed(steps), 1):
+        pulled = Pullback(step, outs, basis)
+        variance[:taken] += ((coefficients @ pulled.covariance) * coefficients).sum(1)
+        both = [(coefficients, pulled.functionals), asked(rows - 1 - taken)]
+        coefficients, basis = reduced(*_joined(both), step.start)
         on_step()
+    if first is not None:
+        basis = Pullback(*first, basis).functionals
     functionals = np.tensordot(coefficients, basis, 1)
     product = products(functionals, start)
     variance += 2 * np.einsum("rij,rji->r", product, product) / width

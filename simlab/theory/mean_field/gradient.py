@@ -9,13 +9,17 @@ are fresh, so what comes back through it is uncorrelated with what passes by it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simlab.config import ModelConfig
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY, KernelStep, Term
+from simlab.theory.mean_field.kernels import TINY, KernelStep, Term, pairs_of
+
+Terms = tuple[Term, ...]
 
 
 def loss_gradient(state: Array, model: ModelConfig, head: float, ids: NDArray[np.int64]) -> Array:
@@ -66,27 +70,38 @@ def own_probability(state: Array, model: ModelConfig, head: float, own: Array) -
     return out
 
 
-def pull_gradient(step: KernelStep, out: tuple[Term, ...], gradient: Array) -> Array:
-    """G (N, N) before a step, from that after it."""
-    by_base: dict[int, Array] = {}
+def pull_gradient(step: KernelStep, outs: Sequence[Terms], gradient: Array) -> Array:
+    """G (nN, nN) before a step of n incoming vectors, from that after it, of those in ``outs``."""
+    by_bases: dict[tuple[int, int], Array] = {}
+    starts = range(step.starts)
 
-    def through(terms: tuple[Term, ...], upstream: Array) -> None:
-        for base in {term.base for term in terms}:
-            own = [term for term in terms if term.base == base]
-            factor = np.sum([step.factor(term) for term in own], axis=0)
-            passed = _norms(step, own[-1], upstream * np.outer(factor, factor))
-            by_base[base] = by_base.get(base, 0.0) + passed
+    def through(first: Terms, second: Terms, upstream: Array) -> None:
+        for left, right in product(_by_base(first), _by_base(second)):
+            bases = left[-1].base, right[-1].base
+            if bases[0] != bases[1] and not {*bases} <= {*starts}:
+                continue  # two fresh matrices', or one's and the stream's: uncorrelated
+            factors = [np.sum([step.factor(term) for term in own], axis=0) for own in (left, right)]
+            common = [norm for norm in left[-1].norms if norm in right[-1].norms]
+            passed = _norms(step, common, upstream * np.outer(*factors))
+            by_bases[bases] = by_bases.get(bases, 0.0) + passed
 
-    through(out, gradient)
+    for a, b, one, other in pairs_of(outs, len(step.start.kernel)):
+        through(one, other, gradient[a, b])
     for kind, index in reversed(step.events):
-        if kind == "branch" and index in by_base:
+        if kind == "branch" and (index, index) in by_bases:
             branch, terms = step.branches[index]
-            through(terms, branch.pull_gradient(by_base.pop(index)))
-    return by_base[0]
+            through(terms, terms, branch.pull_gradient(by_bases.pop((index, index))))
+    nothing = np.zeros_like(step.start.kernel)
+    blocks = [[by_bases.get((a, b), nothing) for b in starts] for a in starts]
+    return np.block(blocks) if len(starts) > 1 else blocks[0][0]
 
 
-def _norms(step: KernelStep, term: Term, gradient: Array) -> Array:
-    for index in term.norms:
+def _by_base(terms: Terms) -> list[list[Term]]:
+    return [[t for t in terms if t.base == base] for base in {term.base for term in terms}]
+
+
+def _norms(step: KernelStep, norms: Sequence[int], gradient: Array) -> Array:
+    for index in norms:
         norm = step.norms[index]
         spread = np.minimum(norm.spread * norm.saturation**2, 1.0)
         gradient = gradient * (1 - 1 / step.width)

@@ -16,9 +16,10 @@ Shapes: N tokens; (N, N) kernels, (N,) diagonals, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -168,6 +169,9 @@ class KernelVector:
     def __truediv__(self, scale: float) -> KernelVector:
         return (1 / scale) * self
 
+    def __add__(self, other: KernelVector) -> KernelVector:
+        return self.step.total(self, other)
+
     @cached_property
     def total_square(self) -> Array:
         """S (N, N): Cov(K̂_ii, K̂_jj) between seeds."""
@@ -206,13 +210,45 @@ class UsedNorm:
     spread: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
-    """The stream between two steps: its kernel, and ``square`` and ``cross`` as a vector has them."""
+    """The stream between two steps: its kernel, and ``square`` and ``cross`` as a vector has them.
+
+    others: further vectors that are carried along. between: for each two of all, a < b, the cross
+    kernel E⟨x_a,i, x_b,j⟩/d (N, N).
+    """
 
     kernel: Array
     square: Array
     cross: Array
+    others: tuple[State, ...] = ()
+    between: Mapping[tuple[int, int], Array] = field(default_factory=dict)
+
+    @property
+    def vectors(self) -> tuple[State, ...]:
+        """Each vector alone."""
+        return (self, *self.others)
+
+    @property
+    def arrays(self) -> Iterator[Array]:
+        """All numbers."""
+        for one in self.vectors:
+            yield from (one.kernel, one.square, one.cross)
+        yield from self.between.values()
+
+    @property
+    def spread(self) -> Array:
+        """Variances (nN, nN) of the joint Gram matrix's entries; roughly, of cross kernels."""
+        parts = []
+        for one in self.vectors:
+            own = one.cross + np.abs(one.square)
+            np.fill_diagonal(own, one.square.diagonal())
+            parts.append(own)
+        if len(parts) == 1:
+            return parts[0]
+        roots = [np.sqrt(own) for own in parts]
+        out: Array = np.block([[one * other for other in roots] for one in roots])
+        return out
 
 
 @dataclass
@@ -236,22 +272,55 @@ class KernelStep:
     added: Array | None = None  # the kernel of what was added last
 
     def __post_init__(self) -> None:
-        self.kernels = [self.start.kernel]
+        self.kernels = [one.kernel for one in self.start.vectors]
+        self.starts = len(self.kernels)
 
     @property
     def x(self) -> KernelVector:
-        """The incoming stream, base vector 0."""
+        """The incoming stream, base vector 0, where nothing else is carried along."""
         nothing = np.zeros_like(self.start.kernel)
         lean = np.ones(len(nothing))
-        return KernelVector(
-            self,
-            (Term(0, 1.0),),
-            self.start.kernel,
-            nothing,
-            nothing,
-            lean,
-            np.sqrt(self.start.cross),
+        root = np.sqrt(self.start.cross)
+        return KernelVector(self, (Term(0, 1.0),), self.start.kernel, nothing, nothing, lean, root)
+
+    @property
+    def state(self) -> Any:
+        """The incoming state, as a scheme takes it: ``x``, or several vectors.
+
+        Of several, each has all its noise as its own: how branches lean on it, of order 1/d and
+        small behind a norm, is left out.
+        """
+        if self.starts == 1:
+            return self.x
+        nothing = np.zeros_like(self.start.kernel)
+        return tuple(
+            KernelVector(
+                self, (Term(base, 1.0),), one.kernel, one.square, one.cross, nothing[0], nothing
+            )
+            for base, one in enumerate(self.start.vectors)
         )
+
+    def between(self, one: int, other: int) -> Array | None:
+        """E⟨b_one,i, b_other,j⟩/d (N, N) of two base vectors; None where they are uncorrelated."""
+        if one == other:
+            return self.kernels[one]
+        kernel = self.start.between.get((min(one, other), max(one, other)))
+        return kernel if kernel is None or one < other else kernel.T
+
+    def shares(self, v: KernelVector) -> tuple[float, ...]:
+        """v as a sum of the incoming vectors: their numbers, of a v that is no more than that."""
+        scales = [(term.base, term.scale) for term in v.terms]
+        return tuple(sum(scale for base, scale in scales if base == i) for i in range(self.starts))
+
+    def cross_kernel(self, v: KernelVector, w: KernelVector) -> Array:
+        """E⟨v_i, w_j⟩/d (N, N)."""
+        out = np.zeros_like(self.start.kernel)
+        for one in v.terms:
+            for other in w.terms:
+                shared = self.between(one.base, other.base)
+                if shared is not None:
+                    out += np.outer(self.factor(one), self.factor(other)) * shared
+        return out
 
     def norm(self, v: KernelVector) -> KernelVector:
         """g·v/√(m + eps), with m = ``moment`` times the mean square."""
@@ -294,21 +363,31 @@ class KernelStep:
         return apply
 
     def add(self, skip: KernelVector, branch: KernelVector) -> KernelVector:
-        """skip + branch. Two vectors without a common base are uncorrelated."""
+        """skip + branch."""
         self.added = branch.kernel
+        return self.total(skip, branch)
+
+    def total(self, skip: KernelVector, branch: KernelVector) -> KernelVector:
+        """The sum of two vectors. Without a common base they are uncorrelated."""
         kernel = skip.kernel + branch.kernel
         for one in skip.terms:
             for other in branch.terms:
-                if one.base == other.base:
+                known = self.between(one.base, other.base)
+                if known is not None:
                     factors = np.outer(self.factor(one), self.factor(other))
-                    shared = factors * self.kernels[one.base]
+                    shared = factors * known
                     kernel = kernel + shared + shared.T
         a, b = skip.kernel, branch.kernel
         ends = np.outer(a.diagonal(), b.diagonal())
+        square = skip.square + branch.square + 4 * a * b / self.width
+        cross = skip.cross + branch.cross + (ends + ends.T + 2 * a * b) / self.width
+        if self.starts > 1:  # what they share, as of Gaussian vectors
+            apart = a + b
+            square = square + 2 * (kernel**2 - apart**2) / self.width
+            more = outer_square(kernel) - outer_square(apart) + kernel**2 - apart**2
+            cross = np.maximum(cross + more / self.width, 0)
         return KernelVector(
-            self, skip.terms + branch.terms, kernel,
-            skip.square + branch.square + 4 * a * b / self.width,
-            skip.cross + branch.cross + (ends + ends.T + 2 * a * b) / self.width,
+            self, skip.terms + branch.terms, kernel, square, cross,
             skip.lean + branch.lean, skip.lean_cross + branch.lean_cross,
         )  # fmt: skip
 
@@ -320,6 +399,17 @@ class KernelStep:
         return factor
 
 
-def state_of(v: KernelVector) -> State:
-    """The stream with which the next step starts."""
-    return State(v.kernel, v.total_square, v.total_cross)
+def pairs_of(
+    vectors: Sequence[tuple[Term, ...]], tokens: int
+) -> Iterator[tuple[slice, slice, tuple[Term, ...], tuple[Term, ...]]]:
+    """For each two of n vectors, as rows and as columns: their blocks of (nN, nN), and their terms."""
+    places = [slice(i * tokens, (i + 1) * tokens) for i in range(len(vectors))]
+    for (a, one), (b, other) in product(zip(places, vectors, strict=True), repeat=2):
+        yield a, b, one, other
+
+
+def state_of(*v: KernelVector) -> State:
+    """The stream with which the next step starts, and what is carried along."""
+    first, *others = (State(one.kernel, one.total_square, one.total_cross) for one in v)
+    between = {(a, b): v[a].step.cross_kernel(v[a], v[b]) for b in range(len(v)) for a in range(b)}
+    return replace(first, others=tuple(others), between=between)

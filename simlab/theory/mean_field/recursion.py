@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 
 from simlab.config import FamilyConfig, InitConfig, ModelConfig
 from simlab.schemes.init import Gaussian, table
-from simlab.schemes.placement import Scheme, at, renorm_after
+from simlab.schemes.placement import at, placement_of, renorm_after, vectors
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.averages import saturation
@@ -31,6 +31,7 @@ from simlab.theory.mean_field.kernels import (
     Branch,
     Input,
     KernelStep,
+    KernelVector,
     State,
     Term,
     correlation,
@@ -72,13 +73,19 @@ class PredictedRow:
 
 @dataclass(frozen=True, eq=False)
 class Passed:
-    """A step that was taken: its record, its output, its place, and what its last norm acts on."""
+    """A step that was taken: its record, its output, its place, and what its last norm acts on.
+
+    outs: the vectors after it. state: all of them; stream: the one that is reported, of which the
+    state's vectors have these shares.
+    """
 
     step: KernelStep
-    out: tuple[Term, ...]
+    outs: tuple[tuple[Term, ...], ...]
     state: State
+    stream: State
+    shares: tuple[float, ...]
     kind: str
-    block: int
+    block: int | None
     normalises: str | None
 
 
@@ -158,50 +165,55 @@ def predict(
     laws = table(model, init)
     places = np.tile(np.arange(ids.shape[1]), len(ids)) if model.positions else None
     start, fourth = _start(laws["embedding"], flat, places, model)
-    kernel = start.kernel
+    first = _first(model, start)
     passed, ends = [], None
-    rows = [_row(0, None, "embedding", start, ids, model.width, None)]
-    for one in _steps(context, init, start):
+    rows = [_row(0, None, "embedding", first.stream, ids, model.width, None)]
+    for one in _steps(context, init, first.state):
         sublayer = rows[-1].sublayer + (one.kind != "renorm")
-        if not all(np.isfinite(part).all() for part in vars(one.state).values()):
+        if not all(np.isfinite(part).all() for part in one.state.arrays):
             ends = f"from sublayer {sublayer} on its numbers are beyond the range of floats"
             break
-        if relative_std(one.state) > SPREAD:
+        if relative_std(one.stream) > SPREAD:
             ends = _rare_seeds(sublayer)
             break
         passed.append(one)
         place = sublayer, one.block, one.kind
-        rows.append(_row(*place, one.state, ids, model.width, one.step, one.normalises))
+        rows.append(_row(*place, one.stream, ids, model.width, one.step, one.normalises))
         if one.kind == "mlp":
             on_block()
     values = [dict(vars(row)) for row in rows]
     if with_band:
-        steps, done = [(one.step, one.out) for one in passed], reversed(passed)
+        steps, done = [(one.step, one.outs) for one in passed], reversed(passed)
 
         def on_step() -> None:
             if next(done).kind == "attention":
                 on_block()
 
         others = () if places is None else ((places, fourth / model.embedding_scale**4),)
-        stds = band(steps, kernel, flat, fourth, model.width, on_step, others)
+        stds = band(
+            steps, start.kernel, flat, fourth, model.width, on_step, others,
+            [one.shares for one in (first, *passed)],
+            None if first.state is start else (first.step, first.outs),
+        )  # fmt: skip
         for value, std in zip(values, stds, strict=True):
             value["band"] = float(std)
         # The adjoint knows what the forward estimate leaves out: the band that attention hands on.
         wide = [value["band"] > SPREAD * value["mean_square"] for value in values]
         if any(wide):
-            first = wide.index(True)
-            ends = _rare_seeds(values[first]["sublayer"])
-            del values[first:]
+            worst = wide.index(True)
+            ends = _rare_seeds(values[worst]["sublayer"])
+            del values[worst:]
     no_gradient = "the predicted curve ends early" if gradients and ends else None
     if gradients and ends is None:
         head = laws["embedding" if model.tied else "head"].std
-        if model.tied and _tied_head_knows(model, passed, head):
+        last = Ending(model, (first, *passed)[-1].state)
+        if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
-        elif loss_error(passed[-1].state.kernel, model, head) > LOSS_ERROR:
+        elif loss_error(last.out.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
         else:
-            pulled = _gradients(context, passed, head, ids, on_block)
+            pulled = _gradients(model, passed, last, head, ids, on_block)
             for value, squares in zip(values, pulled, strict=True):
                 roots = np.sqrt(np.maximum(squares, 0))
                 value["gradient_rms"] = math.sqrt(np.square(roots).mean())
@@ -249,72 +261,100 @@ def relative_std(state: State) -> float:
     return math.sqrt(max(state.square.mean(), 0)) / mean
 
 
+def _first(model: ModelConfig, start: State) -> Passed:
+    """The step from the embedding to the state before the first block."""
+    step = KernelStep(start, model.width, model.norm.eps, 1.0)
+    state = placement_of(model).start(step.x, step.norm, model)
+    return _passed(model, step, state, "embedding", None, None)
+
+
 def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]:
     model, norm = context.model, context.model.norm
     moment = 1 - 1 / model.width if norm.centred else 1.0
     for layer in range(model.depth):
         stds = {role: law.std for role, law in table(model, init, layer).items()}
-        first = state
-        known: tuple[Scheme, Branch] | None = None  # the block's first step, and what it added
-        for kind in ("attention", "mlp"):
+        sublayers: dict[str, Callable[[Input], Branch]] = {
+            "attention": AttentionKernel(context, layer, stds), "mlp": MLPKernel(model, stds),
+        }  # fmt: skip
+        for kind, sublayer in sublayers.items():
             scheme = at(model, layer, kind)
-            step = KernelStep(
-                first if scheme.parallel else state, model.width, norm.eps, norm.gain, moment
-            )
-            sublayers: dict[str, Callable[[Input], Branch]] = {
-                "attention": AttentionKernel(context, layer, stds), "mlp": MLPKernel(model, stds),
-            }  # fmt: skip
+            step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
             norms = dict.fromkeys(scheme.norms, step.norm)
-            x, start = step.x, {}
-            if scheme.parallel:  # both steps as one, from the block's start
-                assert known is not None
-                earlier, branch = known
-                start = {"start": x}
-                again = step.feed(functools.partial(_same, branch))
-                x = earlier.step(x, again, step.add, **dict.fromkeys(earlier.norms, step.norm))
-            out = scheme.step(x, step.feed(sublayers[kind]), step.add, **start, **norms)
-            state, known = state_of(out), (scheme, step.branches[len(step.kernels) - 1][0])
-            yield Passed(step, out.terms, state, kind, layer, scheme.normalises)
+            out = scheme.step(step.state, step.feed(sublayer), step.add, **norms)
+            passed = _passed(model, step, out, kind, layer, scheme.normalises)
+            state = passed.state
+            yield passed
         if renorm_after(model, layer):
             step = KernelStep(state, model.width, norm.eps, 1.0, moment)
-            out = step.norm(step.x)
-            state = state_of(out)
-            yield Passed(step, out.terms, state, "renorm", layer, "stream")
+            passed = _passed(model, step, step.norm(step.x), "renorm", layer, "stream")
+            state = passed.state
+            yield passed
 
 
-def _same(branch: Branch, _: Input) -> Branch:
-    return branch
+def _passed(
+    model: ModelConfig, step: KernelStep, out: Any, kind: str, block: int | None,
+    normalises: str | None,
+) -> Passed:  # fmt: skip
+    outs = vectors(out)
+    same = (
+        len(outs) == 1 and outs[0].terms == step.x.terms
+    )  # as an embedding is where nothing changes
+    state = step.start if same else state_of(*outs)
+    after = KernelStep(state, step.width, step.eps, 1.0)
+    watched = placement_of(model).watch(after.state)
+    shares = after.shares(watched)
+    alone = [one for one, share in zip(state.vectors, shares, strict=True) if share == 1]
+    stream = alone[0] if sum(map(abs, shares)) == len(alone) == 1 else state_of(watched)
+    terms = tuple(one.terms for one in outs)
+    return Passed(step, terms, state, stream, shares, kind, block, normalises)
+
+
+class Ending:
+    """From the last state to what the final norm gets, ``out``."""
+
+    def __init__(self, model: ModelConfig, state: State) -> None:
+        self.step = KernelStep(state, model.width, model.norm.eps, 1.0)
+        self.out: KernelVector = placement_of(model).finish(self.step.state)
 
 
 def _gradients(
-    context: Context, passed: list[Passed], head: float, ids: NDArray[np.int64],
+    model: ModelConfig, passed: list[Passed], last: Ending, head: float, ids: NDArray[np.int64],
     on_block: Callable[[], None],
 ) -> list[Array]:  # fmt: skip
     """Every row's mean squares of the gradient (N,), the embedding's first."""
-    gradient, aside = loss_gradient(passed[-1].state.kernel, context.model, head, ids), None
-    squares = [gradient.diagonal()]
-    pulled = gradient
-    for one, earlier in zip(reversed(passed), [*reversed(passed[:-1]), None], strict=True):
-        if one.step.start is not aside:
-            pulled = pull_gradient(one.step, one.out, gradient)
-        aside = one.step.start if earlier and earlier.step.start is one.step.start else None
-        if aside is None:
-            gradient = (
-                pulled  # else the step before adds beside this one, and its sum gets the same
-            )
-        squares.append(gradient.diagonal())
+    gradient = loss_gradient(last.out.kernel, model, head, ids)
+    gradient = pull_gradient(last.step, [last.out.terms], gradient)
+    squares = [_of_writes(model, last.step, gradient)]
+    for one in reversed(passed):
+        gradient = pull_gradient(one.step, one.outs, gradient)
+        squares.append(_of_writes(model, one.step, gradient))
         if one.kind == "attention":
             on_block()
     return squares[::-1]
 
 
-def _tied_head_knows(model: ModelConfig, passed: list[Passed], head: float) -> bool:
+def _of_writes(model: ModelConfig, step: KernelStep, gradient: Array) -> Array:
+    """The mean squares (N,) of the gradient with respect to a write, from G (nN, nN) before a step."""
+    shares, tokens = (
+        step.shares(placement_of(model).pull(vectors(step.state))),
+        len(step.kernels[0]),
+    )
+    if shares == (1.0,):
+        return gradient.diagonal()
+    blocks = gradient.reshape(len(shares), tokens, len(shares), tokens)
+    out: Array = np.einsum("a,b,aibi->i", shares, shares, blocks)
+    return out
+
+
+def _tied_head_knows(model: ModelConfig, passed: list[Passed], last: Ending, head: float) -> bool:
     """True where a tied head gives tokens themselves more than OWN_PROBABILITY."""
-    last = passed[-1].state.kernel
-    own = np.full(len(last), model.embedding_scale)
-    for one in passed:  # the stream's share in what each step gives
-        own = own * np.sum([one.step.factor(term) for term in one.out if term.base == 0], axis=0)
-    return bool(own_probability(last, model, head, own).max() > OWN_PROBABILITY)
+    own = [np.full(len(last.out.kernel), model.embedding_scale)]
+    for step, outs in [*((one.step, one.outs) for one in passed), (last.step, [last.out.terms])]:
+        own = [  # the embedding's share in what each step gives
+            np.sum([step.factor(t) * own[t.base] for t in out if t.base < step.starts], axis=0)
+            for out in outs
+        ]
+    return bool(own_probability(last.out.kernel, model, head, own[0]).max() > OWN_PROBABILITY)
 
 
 def _row(
