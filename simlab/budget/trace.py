@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from simlab.config import ModelConfig
 from simlab.model.attention import Attend
 from simlab.model.describe import PaperLinear, first_block, paper_block
-from simlab.model.placement import ResidualStep, State, start, tensors
+from simlab.model.placement import Carried, ResidualStep, start, tensors_of
 from simlab.model.transformer import Block
 
 TOKENS = 8  # so that a token's share of a norm's float32 gain, which no token adds to, is small
@@ -120,7 +120,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         def reached(name: str) -> None:
             matrices[name] = count.now / TOKENS
 
-        def hold(module: nn.Module, args: Any, out: State) -> None:
+        def hold(module: nn.Module, args: Any, out: Carried) -> None:
             held.append((args, out))
 
         for name, linear in linears.items():
@@ -150,7 +150,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
 
 
 @torch.no_grad()
-def _operations(block: Block, x: State) -> int:
+def _operations(block: Block, x: Carried) -> int:
     """Operations of attention on one sequence: its products as plain ones, which torch can count."""
     with sdpa_kernel(SDPBackend.MATH), Counter() as count:
         block(x)
@@ -158,20 +158,20 @@ def _operations(block: Block, x: State) -> int:
 
 
 @torch.enable_grad()
-def _backward(block: Block, x: State) -> int:
+def _backward(block: Block, x: Carried) -> int:
     """The most bytes at a time while the gradient goes through a block, as the engine takes it."""
-    leaves = tuple(each.clone().requires_grad_() for each in tensors(x))
-    passed: list[State] = [leaves if isinstance(x, tuple) else leaves[0]]
+    leaves = tuple(each.clone().requires_grad_() for each in tensors_of(x))
+    passed: list[Carried] = [leaves if isinstance(x, tuple) else leaves[0]]
     gradient = tuple(torch.zeros_like(each) for each in leaves)
     with Counter() as count:
         for _, step in block.steps():
             passed.append(step(passed[-1]))
         *before, out = passed
-        wanted = [each for state in before for each in tensors(state)]
-        torch.autograd.grad(tensors(out), wanted, gradient, allow_unused=True)
+        wanted = [each for state in before for each in tensors_of(state)]
+        torch.autograd.grad(tensors_of(out), wanted, gradient, allow_unused=True)
     return count.peak
 
 
-def storages(state: State) -> set[int]:
+def storages(state: Carried) -> set[int]:
     """The places of a state's tensors in memory."""
-    return {each.untyped_storage().data_ptr() for each in tensors(state)}
+    return {each.untyped_storage().data_ptr() for each in tensors_of(state)}

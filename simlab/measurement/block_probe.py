@@ -22,7 +22,7 @@ from simlab.measurement.statistics import (
 )
 from simlab.model.attention import Attend, Attention
 from simlab.model.norms import RMSNorm
-from simlab.model.placement import Renorm, ResidualStep, State
+from simlab.model.placement import Carried, Renorm, ResidualStep
 from simlab.model.transformer import Block
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Probe(BlockProbe):
                 skip = self.last[1]
             self.tensors |= {"skip": skip, "branch": branch, "sum": out}
 
-        def on_step(module: nn.Module, args: Any, out: State) -> None:
+        def on_step(module: nn.Module, args: Any, out: Carried) -> None:
             after: Tensor = self.watch(out)
             observed = observe(step, args[0], after, self.tensors, self.attention)
             self.add(i, observed, self.tap(after))

@@ -18,7 +18,7 @@ from simlab.config import ConfigError
 from simlab.measurement.block_probe import Probe, Reducer, StepResult
 from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
-from simlab.model.placement import State, start, tensors
+from simlab.model.placement import Carried, start, tensors_of
 from simlab.model.transformer import Block
 from simlab.schemes.placement import Scheme, placement_of
 from simlab.weights.base import Weights
@@ -140,7 +140,7 @@ def forward(
     dtype: torch.dtype,
     keep: bool,
     on_block: Callable[[], None],
-) -> tuple[list[Row], list[list[State]]]:
+) -> tuple[list[Row], list[list[Carried]]]:
     """The rows, and the states in batches of sequences: before every block if ``keep``, and last."""
     model, curves = weights.model, weights.curves
     parts = weights.embedded(ids, device, dtype).split(weights.tokens_at_once // ids.shape[-1] or 1)
@@ -150,7 +150,7 @@ def forward(
     for state in states:
         embedding.add(Step(after=watch(state)))
     blocks: list[list[StepResult]] = []
-    before: list[list[State]] = []
+    before: list[list[Carried]] = []
     for layer in range(model.depth):
         if keep:
             before.append(list(states))
@@ -165,7 +165,7 @@ def forward(
 
 
 def backward(
-    weights: Weights, ids: Tensor, states: list[list[State]], on_block: Callable[[], None]
+    weights: Weights, ids: Tensor, states: list[list[Carried]], on_block: Callable[[], None]
 ) -> tuple[Tensor, list[Tensor]]:
     """The losses (S,), and the gradient's statistics for every row, embedding first.
 
@@ -177,7 +177,7 @@ def backward(
     loss, top = next_token(weights, torch.cat([placement.finish(state) for state in last]), ids)
     scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
     scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
-    parts = scaled.split([len(tensors(state)[0]) for state in last])
+    parts = scaled.split([len(tensors_of(state)[0]) for state in last])
     gradients = [_through_finish(placement, *pair) for pair in zip(last, parts, strict=True)]
     reducer = Reducer(GRADIENT_STATISTICS, curves)
     for state, gradient in zip(last, gradients, strict=True):
@@ -204,7 +204,7 @@ def near_one(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def _back_through(
-    block: Block, states: list[State], gradients: list[Gradients], scale: Tensor
+    block: Block, states: list[Carried], gradients: list[Gradients], scale: Tensor
 ) -> list[Reducer]:
     """Run a block again and replace ``gradients`` by those before the block; a reducer per step.
 
@@ -212,44 +212,44 @@ def _back_through(
     """
     reducers = [Reducer(GRADIENT_STATISTICS, len(scale)) for _ in block.steps()]
     for i, state in enumerate(states):
-        passed = [apart(state)]
+        passed = [as_leaves(state)]
         for _, step in block.steps():
-            passed.append(named(step(passed[-1])))
+            passed.append(with_own_names(step(passed[-1])))
         *before, out = passed
-        wanted = [x for each in before for x in tensors(each)]
+        wanted = [x for each in before for x in tensors_of(each)]
         found = iter(
-            torch.autograd.grad(tensors(out), wanted, gradients[i], materialize_grads=True)
+            torch.autograd.grad(tensors_of(out), wanted, gradients[i], materialize_grads=True)
         )
-        by_step = [tuple(next(found) for _ in tensors(each)) for each in before]
+        by_step = [tuple(next(found) for _ in tensors_of(each)) for each in before]
         gradients[i] = by_step[0]
         for reducer, each, gradient in zip(reducers, before, by_step, strict=True):
             reducer.add(_watched(block.placement, each, gradient, scale))
     return reducers
 
 
-def apart(state: State) -> State:
+def as_leaves(state: Carried) -> Carried:
     """The same numbers as leaves of autograd's graph, one for each vector of the state."""
     if not isinstance(state, tuple):
         return state.requires_grad_()
     return tuple(x.detach().requires_grad_() for x in state)
 
 
-def named(state: State) -> State:
+def with_own_names(state: Carried) -> Carried:
     """The state, with a tensor of its own for what a step hands on: it has a gradient of its own."""
     return tuple(x.view_as(x) for x in state) if isinstance(state, tuple) else state
 
 
 @torch.enable_grad()
-def _through_finish(placement: type[Scheme], state: State, gradient: Tensor) -> Gradients:
+def _through_finish(placement: type[Scheme], state: Carried, gradient: Tensor) -> Gradients:
     """The gradients with respect to the last state, from that with respect to what the norm gets."""
     if not isinstance(state, tuple):
         return (gradient,)
-    leaves = apart(state)
+    leaves = as_leaves(state)
     out: Tensor = placement.finish(leaves)
-    return torch.autograd.grad(out, tensors(leaves), gradient, materialize_grads=True)
+    return torch.autograd.grad(out, tensors_of(leaves), gradient, materialize_grads=True)
 
 
-def _watched(placement: type[Scheme], state: State, gradient: Gradients, scale: Tensor) -> Step:
+def _watched(placement: type[Scheme], state: Carried, gradient: Gradients, scale: Tensor) -> Step:
     """The stream, and the gradient with respect to a shift of it by a write."""
     if not isinstance(state, tuple):
         return gradient_step(state, gradient[0], scale)

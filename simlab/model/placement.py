@@ -10,15 +10,15 @@ from simlab.config import ModelConfig
 from simlab.model.norms import NORMS, RMSNorm
 from simlab.schemes.placement import Scheme, placement_of
 
-State = Tensor | tuple[Tensor, ...]
+Carried = Tensor | tuple[Tensor, ...]
 
 
-def tensors(state: State) -> tuple[Tensor, ...]:
+def tensors_of(state: Carried) -> tuple[Tensor, ...]:
     """A state's tensors: the residual stream, or all that a placement carries from step to step."""
     return state if isinstance(state, tuple) else (state,)
 
 
-def start(x: Tensor, config: ModelConfig) -> State:
+def start(x: Tensor, config: ModelConfig) -> Carried:
     """The state before the first block, of the embedding (B, T, D)."""
 
     def norm(x: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ class ResidualStep(nn.Module):
         """The scheme's norms by name, in the order they act."""
         return {name: getattr(self, name) for name in self.scheme.norms}
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Carried) -> Carried:
         """(B, T, D) to (B, T, D), or a state to a state."""
-        out: State = self.scheme.step(state, self.sublayer, self.add, **self.norms)
+        out: Carried = self.scheme.step(state, self.sublayer, self.add, **self.norms)
         return out
 
 

@@ -12,7 +12,7 @@ from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
 from simlab.model.mlp import feed_forward
 from simlab.model.norms import NORMS
-from simlab.model.placement import Renorm, ResidualStep, State, start
+from simlab.model.placement import Carried, Renorm, ResidualStep, start
 from simlab.schemes.placement import at, placement_of, renorm_after
 
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
         if self.renorm is not None:
             yield "renorm", self.renorm
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Carried) -> Carried:
         """(B, T, D) to (B, T, D), or a state to a state."""
         for _, step in self.steps():
             state = step(state)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simlab.budget.trace import Counter, trace
 from simlab.model.describe import describe
-from simlab.model.placement import tensors
+from simlab.model.placement import tensors_of
 from simlab.model.transformer import Block
 from simlab.schemes.placement import PLACEMENTS
 
@@ -51,7 +51,7 @@ def test_bytes_of_many_tokens(overrides):
     with Counter() as count:
         for _, step in block.steps():
             passed.append(step(passed[-1]))
-        wanted = [y for state in passed[:-1] for y in tensors(state)]
+        wanted = [y for state in passed[:-1] for y in tensors_of(state)]
         torch.autograd.grad(passed[-1], wanted, torch.ones_like(x))
     assert count.peak == pytest.approx(BATCH * traced.backward, rel=0.1)
 

@@ -11,7 +11,7 @@ from simlab.config import ConfigError
 from simlab.experiment import prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import GRADIENT_STATISTICS
-from simlab.model.placement import start, tensors
+from simlab.model.placement import start, tensors_of
 from simlab.schemes.placement import PLACEMENTS, placement_of
 from simlab.weights.dense import RandomWeights
 
@@ -22,7 +22,7 @@ def by_autograd(model, ids):
     """The loss, and for every row of the curve the stream and the gradient: plain backward()."""
     placement = placement_of(model.config)
     made = start(model.embed(ids).detach(), model.config)
-    vectors = [x.clone().requires_grad_() for x in tensors(made)]
+    vectors = [x.clone().requires_grad_() for x in tensors_of(made)]
     state = tuple(vectors) if isinstance(made, tuple) else vectors[0]
     streams = [placement.watch(state)]
     for block in model.blocks:

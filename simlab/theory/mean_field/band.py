@@ -21,12 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY, KernelStep, State, Term, pairs_of
+from simlab.theory.mean_field.kernels import TINY, KernelStep, State, Terms, pairs_of
 
 # Of a row's functional, in units of its std: what leaving out directions of the basis may change.
 CUT = 1e-5
-
-Terms = tuple[Term, ...]
 
 
 def add_diagonal(functionals: Any, diagonal: Any) -> None:

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from simlab.config import ModelConfig
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY, KernelStep, Term, pairs_of
-
-Terms = tuple[Term, ...]
+from simlab.theory.mean_field.kernels import TINY, KernelStep, Term, Terms, pairs_of
 
 
 def loss_gradient(state: Array, model: ModelConfig, head: float, ids: NDArray[np.int64]) -> Array:

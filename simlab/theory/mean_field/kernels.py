@@ -141,6 +141,9 @@ class Term:
     norms: tuple[int, ...] = ()
 
 
+Terms = tuple[Term, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class KernelVector:
     """A vector per token, as in the module's docstring.
@@ -150,7 +153,7 @@ class KernelVector:
     """
 
     step: KernelStep
-    terms: tuple[Term, ...]
+    terms: Terms
     kernel: Array
     square: Array
     cross: Array
@@ -203,7 +206,7 @@ class UsedNorm:
     variance of m between seeds.
     """
 
-    terms: tuple[Term, ...]
+    terms: Terms
     factor: Array
     divisor: Array
     saturation: Array
@@ -266,7 +269,7 @@ class KernelStep:
     moment: float = 1.0
     norms: list[UsedNorm] = field(default_factory=list)
     kernels: list[Array] = field(init=False)  # of the base vectors; the first is x's
-    branches: dict[int, tuple[Branch, tuple[Term, ...]]] = field(default_factory=dict)
+    branches: dict[int, tuple[Branch, Terms]] = field(default_factory=dict)
     raw_spread: Array | None = None  # relative variance of the last sublayer's output
     events: list[tuple[str, int]] = field(default_factory=list)
     added: Array | None = None  # the kernel of what was added last
@@ -399,9 +402,7 @@ class KernelStep:
         return factor
 
 
-def pairs_of(
-    vectors: Sequence[tuple[Term, ...]], tokens: int
-) -> Iterator[tuple[slice, slice, tuple[Term, ...], tuple[Term, ...]]]:
+def pairs_of(vectors: Sequence[Terms], tokens: int) -> Iterator[tuple[slice, slice, Terms, Terms]]:
     """For each two of n vectors, as rows and as columns: their blocks of (nN, nN), and their terms."""
     places = [slice(i * tokens, (i + 1) * tokens) for i in range(len(vectors))]
     for (a, one), (b, other) in product(zip(places, vectors, strict=True), repeat=2):

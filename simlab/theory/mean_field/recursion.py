@@ -33,7 +33,7 @@ from simlab.theory.mean_field.kernels import (
     KernelStep,
     KernelVector,
     State,
-    Term,
+    Terms,
     correlation,
     state_of,
 )  # fmt: skip
@@ -80,7 +80,7 @@ class Passed:
     """
 
     step: KernelStep
-    outs: tuple[tuple[Term, ...], ...]
+    outs: tuple[Terms, ...]
     state: State
     stream: State
     shares: tuple[float, ...]
