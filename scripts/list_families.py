@@ -28,13 +28,14 @@ Which decoders `source=checkpoint` measures, by `model_type` in their config.jso
 own model computes it, with gradients and theory, and its random inits at true size by the
 [weightless engine](weightless.md). *Streamed*: transformers {version} computes it, one block in memory
 at a time; said is how far the last stream is from the whole model's, relative to its rms, in float32.
-*Rows*: what [`simlab.probe`](probe.md) finds in a block. Other model types that transformers knows are
-tried in the same way.
+*Gradients*: if `gradients=true` is measured of the streamed model. *Rows*: what
+[`simlab.probe`](probe.md) finds in a block. Of a multimodal model it is the text decoder, on token ids.
+Other model types that transformers knows are tried in the same way.
 
 `python scripts/list_families.py docs/families.md` writes this page, from tiny random models.
 
-| model type | native, weightless | streamed | rows of a block |
-|---|---|---|---|
+| model type | native, weightless | streamed | gradients | rows of a block |
+|---|---|---|---|---|
 """
 
 
@@ -61,8 +62,8 @@ def main() -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def tried(folder: Path, whole: Any) -> tuple[str, str]:
-    """The cells of a model type: how far streamed is from whole, and the kinds of its rows."""
+def tried(folder: Path, whole: Any) -> tuple[str, str, str]:
+    """A model type's cells: how far streamed is from whole, gradients, and the kinds of its rows."""
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     checkpoint = FamilyCheckpoint(str(folder))
     skeleton = checkpoint.skeleton
@@ -70,15 +71,20 @@ def tried(folder: Path, whole: Any) -> tuple[str, str]:
         ours = decoder(input_ids=ids, use_cache=False)[0]
         theirs = whole.get_submodule(skeleton.path)(input_ids=ids, use_cache=False)[0]
     off = ((ours - theirs).abs().amax() / theirs.square().mean().sqrt()).item()
+    said, gradients = f"{off:.0e}" if off else "equal", "yes"
     try:
-        rows = streamed(skeleton, checkpoint.stored(skeleton), ids).rows
-    except ConfigError as error:
-        return f"{off:.0e}" if off else "equal", f"none: {str(error).partition(';')[0]}"
+        rows = streamed(skeleton, checkpoint.stored(skeleton), ids, gradients=True).rows
+    except ConfigError:
+        gradients = "no"
+        try:
+            rows = streamed(skeleton, checkpoint.stored(skeleton), ids).rows
+        except ConfigError as error:
+            return said, gradients, f"none: {str(error).partition(';')[0]}"
     blocks = dict.fromkeys(
         ", ".join(row.kind for row in rows if row.block == block)
         for block in range(checkpoint.model.depth)
     )
-    return f"{off:.0e}" if off else "equal", "; or ".join(blocks)
+    return said, gradients, "; or ".join(blocks)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """A user's mistake, in one line: the key, its value, and the allowed values."""
 
 
+class NotComputed(ConfigError):
+    """A value that means something, but not to simlab's own model."""
+
+
 def printable(text: str) -> str:
     """A text without control codes: it may be a stranger's, and goes to a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from simlab.config.errors import ConfigError
+from simlab.config.errors import ConfigError, NotComputed
 from simlab.config.names import nearest
 
 Default = TypeVar("Default")
@@ -166,7 +166,8 @@ class Fields:
         """Refuse a field with another value than the one given here.
 
         That value is the one for which simlab computes the model as its authors do. Null stands for it
-        too, except for true: null counts as false where a library asks if the field is set.
+        too, except for true: null counts as false where a library asks if the field is set. Raises
+        NotComputed.
         """
         for key, allowed in wanted.items():
             value = self.values.get(key)
@@ -174,7 +175,16 @@ class Fields:
                 continue
             if isinstance(value, bool) != isinstance(allowed, bool) or value != allowed:
                 why = f"not supported; allowed: {as_typed(allowed)}"
-                raise self.fail(key, value, why)
+                raise NotComputed(str(self.fail(key, value, why)))
+
+    def computed(self, key: str, allowed: Iterable[str], default: str = REQUIRED) -> str:
+        """One of the texts that simlab computes; another text is NotComputed."""
+        try:
+            return self.choice(key, allowed, default)
+        except ConfigError as error:
+            if isinstance(self.values.get(key), str):
+                raise NotComputed(str(error)) from None
+            raise
 
     def done(self) -> None:
         """Refuse the fields that nobody has taken."""

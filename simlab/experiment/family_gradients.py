@@ -68,8 +68,8 @@ class Calls:
         x = first_argument(args, kwargs)
         if any(one.requires_grad and one is not x for one in _tensors([args, kwargs])):
             raise ConfigError(
-                f"{self.skeleton.where}: gradients=true: {path} gets more than the stream of what the "
-                "model computes from its embedding, and simlab goes back along the stream alone"
+                f"{self.skeleton.where}: gradients=true: {path} gets, beside the stream, more that "
+                "is computed from the embedding; simlab goes back along the stream alone"
             )
         self.arguments.append((args, kwargs))
         if isinstance(x, Tensor):

@@ -23,6 +23,19 @@ ROUTED = {
 }
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+# Multimodal: the text decoder is measured, beside a tiny vision tower.
+SEEING = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}
+QWEN_SEEING = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+    "patch_size": 14,
+}
+QWEN_TEXT = SMALL_HEADS | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}
+
 FAMILIES: dict[str, dict] = {
     "apertus": COMMON,
     "arcee": COMMON,
@@ -54,6 +67,8 @@ FAMILIES: dict[str, dict] = {
     "gemma": SMALL_HEADS,
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
+    "gemma3": {"text_config": WINDOW, "vision_config": SEEING, "mm_tokens_per_image": 4},
+    "gemma4_text": WINDOW | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
     "glm": SMALL_HEADS,
     "glm4": SMALL_HEADS,
     "glm4_moe": SMALL_HEADS | ROUTED,
@@ -80,12 +95,27 @@ FAMILIES: dict[str, dict] = {
     },
     "jetmoe": COMMON | {"kv_channels": 8, "num_local_experts": 4},
     "lfm2": COMMON | {"layer_types": ["conv", "full_attention", "conv"]},
+    "llama4": {
+        "text_config": SMALL_HEADS | {
+            "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 16,
+        },
+        "vision_config": SEEING | {
+            "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
+        },
+    },
     "llama4_text": SMALL_HEADS | {
         "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 16,
     },
+    "llava": {"text_config": COMMON | {"model_type": "llama"}, "vision_config": SEEING | {
+        "model_type": "clip_vision_model",
+    }, "image_token_index": 96, "image_token_id": 96},
     "mamba": {"vocab_size": 97, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 3},
     "minimax": SMALL_HEADS | {"num_local_experts": 4, "block_size": 8},
     "mistral": COMMON,
+    "mistral3": {
+        "text_config": COMMON | {"model_type": "mistral", "head_dim": 8},
+        "vision_config": SEEING | {"model_type": "pixtral", "head_dim": 8}, "image_token_id": 96,
+    },
     "mixtral": COMMON | {"num_local_experts": 4},
     "mpt": {"vocab_size": 97, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
     "nanochat": COMMON,
@@ -101,7 +131,13 @@ FAMILIES: dict[str, dict] = {
     "phi3": COMMON,
     "phimoe": COMMON | {"num_local_experts": 4},
     "qwen2": COMMON,
+    "qwen2_5_vl": {"text_config": QWEN_TEXT, "vision_config": QWEN_SEEING | {
+        "fullatt_block_indexes": [0],
+    }},
     "qwen2_moe": COMMON | EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_vl": {"text_config": QWEN_TEXT, "vision_config": QWEN_SEEING | {
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 4,
+    }},
     "qwen3_moe": SMALL_HEADS | EXPERTS,
     "seed_oss": SMALL_HEADS,
     "smollm3": COMMON,
@@ -121,10 +157,12 @@ def write_family(folder, kind: str):
     import torch
     import transformers
 
+    from simlab.checkpoints.families.skeleton import auto_class
+
     torch.manual_seed(1)
     config = transformers.CONFIG_MAPPING[kind](**FAMILIES.get(kind, COMMON))
     config.architectures = None
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = auto_class(config).from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():  # gains away from 1, biases from 0
             if parameter.ndim > 1:

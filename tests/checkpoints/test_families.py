@@ -3,13 +3,14 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import PARITY, STANDARD_ERRORS, assert_parity, edit_json, in_process, write_olmo
-from family_table import FAMILIES, write_family
+from family_table import COMMON, FAMILIES, write_family
 from safetensors.torch import load_file, save_file
 
 from simlab import ConfigError
@@ -17,7 +18,10 @@ from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.checkpoints.families import sources
 from simlab.checkpoints.families.checkpoint import FamilyCheckpoint, build
 from simlab.checkpoints.families.config import is_family, read_family_config
-from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES
+from simlab.checkpoints.families.skeleton import auto_class
+from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES, TEXT_PARTS
+from simlab.config import SourceConfig
+from simlab.experiment.build import open_checkpoint
 from simlab.experiment.families import streamed
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
@@ -28,6 +32,8 @@ CPU, FLOAT = torch.device("cpu"), torch.float32
 IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
 # What transformers calls hidden states isn't its blocks' outputs.
 OTHER_STATES = {"mamba"}
+FORWARD_ONLY = {"gemma4_text"}  # every block gets something of the embedding
+MULTIMODAL = {kind for kind, config in FAMILIES.items() if "text_config" in config}
 # Its _init_weights leaves parameters to constructors.
 UNDRAWN = {"apertus"}
 
@@ -88,9 +94,10 @@ def one_graph(whole, blocks, middle):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_streamed_is_whole(tmp_path, kind):
     whole = write_family(tmp_path, kind)
-    assert is_family(tmp_path) == (kind not in MODEL_TYPES)
+    assert is_family(tmp_path) == (kind not in {*MODEL_TYPES, *TEXT_PARTS})
     checkpoint = FamilyCheckpoint(str(tmp_path))
-    assert not checkpoint.unread
+    assert ("outside of the decoder" in checkpoint.unread) == (kind in MULTIMODAL)
+    assert kind in MULTIMODAL or not checkpoint.unread
     skeleton = checkpoint.skeleton
     most, empty = checkpoint.model.block_parameters, skeleton.empty
 
@@ -113,12 +120,18 @@ def test_streamed_is_whole(tmp_path, kind):
         for ours, other in zip([*states[:-1], last], out.hidden_states[1:], strict=True):
             assert_parity(ours, other, kind)
     assert all(skeleton.model.get_parameter(n) is one for n, one in empty.items())  # dropped again
-    curve = streamed(skeleton, checkpoint.stored(skeleton), IDS, gradients=True)
-    assert curve.loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+    if kind in FORWARD_ONLY:
+        with pytest.raises(ConfigError, match=r"layers\.0 gets, beside the stream, more that"):
+            streamed(skeleton, checkpoint.stored(skeleton), IDS, gradients=True)
+    back = kind not in FORWARD_ONLY
+    curve = streamed(skeleton, checkpoint.stored(skeleton), IDS, gradients=back)
     rows = curve.rows
     ends = {row.block: row.values[list(STATISTICS).index("mean_square")] for row in rows}
     for block, state in enumerate(theirs):  # a block's last row is its output
         assert ends[block].item() == pytest.approx(state.double().square().mean().item(), rel=1e-5)
+    if not back:
+        return
+    assert curve.loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
     if kind not in MIDDLE:
         rows = list({row.block: row for row in rows}.values())
     assert len(rows) == len(streams)
@@ -221,16 +234,19 @@ def unlike(drawn, whole):
 def test_random_init_is_the_familys(tmp_path, kind):
     skeleton, config = family_skeleton(tmp_path, kind)
     torch.manual_seed(0)
-    whole = transformers.AutoModelForCausalLM.from_config(config)
+    whole = auto_class(config).from_config(config)
     drawn = drawn_weights(skeleton)
-    assert drawn.keys() == {n for n, _ in whole.named_parameters(remove_duplicate=False)}
+    parts = tuple(f"{path}." for path in (skeleton.path, skeleton.head))
+    names = {n for n, _ in whole.named_parameters(remove_duplicate=False) if n.startswith(parts)}
+    assert drawn.keys() == names
+    assert kind in MULTIMODAL or names == skeleton.empty.keys()
     assert not unlike(drawn, whole)
 
 
 def test_random_init_of_another_range_is_seen(tmp_path):
     skeleton, _ = family_skeleton(tmp_path, "gpt2", initializer_range=0.03)
     _, config = family_skeleton(tmp_path, "gpt2")
-    whole = transformers.AutoModelForCausalLM.from_config(config)
+    whole = auto_class(config).from_config(config)
     assert "transformer.h.1.mlp.c_proj.weight" in unlike(drawn_weights(skeleton), whole)
 
 
@@ -269,6 +285,37 @@ def test_streamed_is_simlabs_own(tmp_path):
             torch.testing.assert_close(
                 a, b, **PARITY, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+BEYOND = {  # what simlab's own model lacks of its own model types
+    "llama": ({"attention_bias": True}, "attention_bias=True"),
+    "qwen3": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "olmo2": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_parameters.rope_type='linear'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_what_the_own_model_lacks(tmp_path, kind, monkeypatch):
+    changes, said = BEYOND[kind]
+    for name, more in (("own", {}), ("beyond", changes)):
+        monkeypatch.setitem(FAMILIES, kind, COMMON | more)
+        whole = write_family(tmp_path / name, kind)
+    source = SourceConfig("checkpoint", path=str(tmp_path / "own"))
+    assert isinstance(open_checkpoint(source), Checkpoint)
+    checkpoint = open_checkpoint(replace(source, path=str(tmp_path / "beyond")))
+    assert checkpoint.unread.startswith(f"simlab's own model doesn't compute {said}: ")
+    assert checkpoint.unread.endswith(": transformers does")
+    last = streamed(checkpoint.skeleton, checkpoint.stored(checkpoint.skeleton), IDS).rows[-1]
+    blocks = [whole.get_submodule(path) for path in checkpoint.skeleton.blocks()]
+    state = outputs(blocks, lambda: whole(IDS))[0][-1]
+    mean_square = last.values[list(STATISTICS).index("mean_square")]
+    assert mean_square.item() == pytest.approx(state.double().square().mean().item(), rel=1e-5)
+    edit_json(tmp_path / "beyond/config.json", frobnicate=3, **dict.fromkeys(changes))
+    with pytest.raises(ConfigError, match="frobnicate=3: not supported"):
+        open_checkpoint(replace(source, path=str(tmp_path / "beyond")))
 
 
 def test_list_of_families():

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 import xxhash
 
-from simlab.checkpoints.families.config import CONFIG_ERRORS, one_line, read_family_config
+from simlab.checkpoints.families.config import (
+    CONFIG_ERRORS,
+    beyond_own,
+    one_line,
+    read_family_config,
+)
 from simlab.checkpoints.families.conversion import Conversion
 from simlab.checkpoints.families.skeleton import Skeleton, transformers_of
 from simlab.checkpoints.families.sources import (
@@ -24,6 +29,7 @@ from simlab.checkpoints.families.sources import (
     take_in,
 )
 from simlab.checkpoints.fingerprint import Fingerprints
+from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES, TEXT_PARTS
 from simlab.checkpoints.formats.layouts import INDEX, refuse_beside, unread, unwrapped
 from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.formats.weight_files import tensors, weight_files
@@ -92,9 +98,12 @@ class FamilyCheckpoint:
         self.same = dict(self._tied())
         self.wanted = list(self._wanted())
         index = [] if None in files.values() else [INDEX]
+        native = self.config.model_type in {*MODEL_TYPES, *TEXT_PARTS}
+        own = beyond_own(self.path) if native else ""
+        why = f"simlab's own model doesn't compute {own}: transformers does" if own else ""
         beside = unread(self.folder, [*index, *(file.name for file in files)])
         unnamed = _unnamed(unknown, self.skeleton.model)
-        self.unread = "; ".join(filter(None, [beside, *self._unused(), *unnamed]))
+        self.unread = "; ".join(filter(None, [why, beside, *self._unused(), *unnamed]))
         self.model = _shape(self.config, self.skeleton, self.folder)
         self.reader = ThreadPoolExecutor(1)
         self.fingerprints = Fingerprints(statistics)
@@ -282,10 +291,18 @@ def _own_init(config: Any) -> OwnInit:
 
 def _shape(config: Any, skeleton: Skeleton, folder: Path) -> FamilyConfig:
     """The sizes of a model, 0 for one that its config doesn't say. Raises ConfigError."""
+    from transformers.integrations.heterogeneity import configuration_utils
+
     text = config.get_text_config()
 
+    def one(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except configuration_utils.AmbiguousGlobalPerLayerAttributeError:  # differs between layers
+            return None
+
     def size(*names: str) -> int:
-        found = (getattr(text, name, None) for name in names)
+        found = map(one, names)
         return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), 0)
 
     blocks = [

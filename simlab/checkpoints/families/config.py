@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from simlab.checkpoints.families.skeleton import transformers_of
 from simlab.checkpoints.formats import olmo_core
+from simlab.checkpoints.formats.hugging_face import read_config
 from simlab.checkpoints.formats.hugging_face_keys import (
     ELSEWHERE,
     IGNORED,
@@ -21,6 +23,7 @@ from simlab.checkpoints.formats.hugging_face_keys import (
 )
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError
+from simlab.config.errors import NotComputed
 from simlab.config.fields import brief
 
 # A key with one of these parts counts layers, blocks or experts: transformers makes as many modules.
@@ -48,7 +51,8 @@ CONFIG_ERRORS = (
 def is_family(folder: Path) -> bool:
     """True for a folder in Hugging Face's layout of a model type that transformers reads for simlab.
 
-    False for simlab's own formats and model types, and for what nobody reads, which they refuse.
+    False for simlab's own formats and model types, unless ``beyond_own`` says why not, and for what
+    nobody reads, which they refuse.
     Raises ConfigError where transformers would be needed and isn't there, and for a model type of a
     repository's own code.
     """
@@ -57,8 +61,10 @@ def is_family(folder: Path) -> bool:
         return False
     values = read_json(path)
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind in {*MODEL_TYPES, *TEXT_PARTS, *ELSEWHERE}:
+    if not isinstance(kind, str) or kind in ELSEWHERE:
         return False
+    if kind in {*MODEL_TYPES, *TEXT_PARTS}:
+        return bool(beyond_own(path))
     transformers = transformers_of(path)
     if kind in transformers.CONFIG_MAPPING:
         return True
@@ -70,6 +76,22 @@ def is_family(folder: Path) -> bool:
             "repository computes with its own code; simlab doesn't run that",
         )
     return False
+
+
+def beyond_own(path: Path) -> str:
+    """What simlab's own model doesn't compute of a config of its own model types, in words.
+
+    "" where it computes all, where the config is refused for another reason, and where transformers
+    isn't installed: simlab's own reader then says what is wrong.
+    """
+    try:
+        read_config(path, _MOST_COUNTED)
+    except NotComputed as error:
+        if find_spec("transformers"):
+            return str(error).removeprefix(fields_of({}, path).prefix)
+    except ConfigError:
+        pass
+    return ""
 
 
 def read_family_config(path: Path, tensors: int) -> tuple[Any, list[str]]:
@@ -84,7 +106,7 @@ def read_family_config(path: Path, tensors: int) -> tuple[Any, list[str]]:
         if values.get(key):
             raise fields.fail(key, values[key], why)
     for key, value, listed in _numbers(values):
-        counts = any(part in key for part in _COUNTED)
+        counts = any(part in key for part in _COUNTED) and "vocab" not in key
         most = _MOST_COUNTED if counts else _MOST_LISTED if listed else value
         if value > (tensors if key == "num_hidden_layers" else most):
             raise ConfigError(f"{path}: {brief(key)}={value}: more than is plausible")

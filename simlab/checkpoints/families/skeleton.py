@@ -73,7 +73,7 @@ class Skeleton:
         transformers = transformers_of(Path(where))
         self.where, self.dtype, self.device = where, dtype, device
         with torch.device("meta"), _few_modules(where):
-            self.model = transformers.AutoModelForCausalLM.from_config(
+            self.model = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
             )
         self.model.eval().requires_grad_(False)
@@ -258,6 +258,16 @@ class _Rows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds a config's model with a head for next tokens."""
+    import transformers
+
+    images = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if config.get_text_config() is not config and type(config) in images:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
 def initialize(model: Any, module: nn.Module) -> None:
     """Draw a module's parameters, and fill its buffers, by its family's own ``_init_weights``.
 
@@ -277,10 +287,12 @@ def initialize(model: Any, module: nn.Module) -> None:
 
 
 def _decoder(model: Any, kind: type) -> nn.Module:
-    """The part of a causal language model below its head."""
+    """The part of a causal language model below its head; of a multimodal model its text decoder."""
     found: nn.Module = model.get_decoder()
     if found is model:  # it doesn't know its part
         found = next((child for child in model.children() if isinstance(child, kind)), model)
+    elif getattr(found, "lm_head", None) is not None:  # Llama 4's is a causal language model itself
+        return _decoder(found, kind)
     return found
 
 

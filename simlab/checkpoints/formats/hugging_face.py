@@ -32,6 +32,7 @@ from simlab.checkpoints.storage import StoredTensor, check_pieces
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES
 from simlab.config import ConfigError, ModelConfig, NormConfig
+from simlab.config.errors import NotComputed
 from simlab.config.fields import Fields, brief
 from simlab.schemes.rope import inverse_frequencies
 
@@ -171,7 +172,7 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
     its = ARCHITECTURES[kind]
     defaults = {"head_dim": its.head_dim, "sliding_window": its.window}
     fields = fields_of({k: v for k, v in defaults.items() if v} | values, path)
-    fields.choice("hidden_act", ("silu",), "silu")
+    fields.computed("hidden_act", ("silu",), "silu")
     heads = read_heads(
         fields,
         ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -186,10 +187,11 @@ def read_config(path: Path, tensors: int) -> tuple[ModelConfig, dict[str, str], 
         fields, its.theta, by_layer=kind == "olmo3", partial=its.rotary is not None
     )
     if not its.scaled and (yarn or llama3):
-        raise ConfigError(f"{path}: scaled RoPE is not supported for {kind}")
+        raise NotComputed(f"{path}: scaled RoPE is not supported for {kind}")
     # simlab scales full attention alone.
     if window and kind in ("mistral", "mixtral") and (yarn or llama3):
-        raise fields.fail("sliding_window", window, "not supported with scaled RoPE; allowed: null")
+        why = "not supported with scaled RoPE; allowed: null"
+        raise NotComputed(str(fields.fail("sliding_window", window, why)))
     eps = fields.number(its.eps_key, 0.0, default=its.eps) if its.eps_key else its.eps
     routed = read_experts(fields, kind, tensors)
     qkv_bias = fields.boolean("use_qkv_bias", its.qkv_bias)

@@ -67,7 +67,7 @@ def _names(*parts: Mapping[str, str]) -> dict[str, str]:
 def _read(kind: str, fields: Fields, name: str, tensors: int) -> tuple[ModelConfig, dict[str, str]]:
     """The model of a config.json, and its key map. Raises ConfigError."""
     fields.values = {**_DEFAULTS, **_OWN_DEFAULTS[kind], **fields.values}
-    fields.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    fields.computed("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     heads = read_heads(
         fields, ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )

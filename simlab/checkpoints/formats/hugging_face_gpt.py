@@ -89,7 +89,7 @@ def _gpt2(fields: Fields, name: str, tensors: int) -> tuple[ModelConfig, dict[st
         qk_norm="none",
         rope_theta=10_000.0,  # of no effect
         tied=fields.boolean("tie_word_embeddings", True),
-        mlp=_GELU[fields.choice("activation_function", _GELU, "gelu_new")],
+        mlp=_GELU[fields.computed("activation_function", _GELU, "gelu_new")],
         bias=True,
         rotary=0.0,
         positions=fields.integer("n_positions", default=1024),
@@ -121,7 +121,7 @@ def _gpt_neox(fields: Fields, name: str, tensors: int) -> tuple[ModelConfig, dic
         yarn=yarn,
         llama3=llama3,
         tied=fields.boolean("tie_word_embeddings", False),
-        mlp=_GELU[fields.choice("hidden_act", _GELU, "gelu")],
+        mlp=_GELU[fields.computed("hidden_act", _GELU, "gelu")],
         bias=True,
         rotary=read_rotary(fields, "rotary_pct", 0.25, heads["head_dim"]),
     )

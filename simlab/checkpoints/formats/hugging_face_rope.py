@@ -138,7 +138,7 @@ def _kind(section: Fields) -> str:
     """A section's type of RoPE, after a check of its keys. Raises ConfigError."""
     section.must_be(truncate=True, mscale=None, mscale_all_dim=None)
     named = [key for key in ("rope_type", "type") if section.values.get(key) is not None]
-    kinds = [section.choice(key, ROPE_KEYS) for key in named]
+    kinds = [section.computed(key, ROPE_KEYS) for key in named]
     if len(set(kinds)) > 1:
         raise section.fail("type", kinds[1], f"must be rope_type={kinds[0]}, or not be there")
     kind = kinds[0] if kinds else "default"
