@@ -19,7 +19,7 @@ import torch
 
 from simlab import ConfigError
 from simlab.checkpoints.families.checkpoint import FamilyCheckpoint
-from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES
+from simlab.checkpoints.formats.hugging_face_keys import MODEL_TYPES, TEXT_PARTS
 from simlab.experiment.families import streamed
 
 HEAD = """# Model types
@@ -56,7 +56,7 @@ def main() -> None:
     for kind in sorted({*FAMILIES, *others}):
         with tempfile.TemporaryDirectory() as folder:
             whole = write_family(Path(folder), kind)
-            native = "yes" if kind in MODEL_TYPES else "–"
+            native = "yes" if kind in {*MODEL_TYPES, *TEXT_PARTS} else "–"
             lines.append(f"| {kind} | {native} | {' | '.join(tried(Path(folder), whole))} |")
     page = HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n"
     path.write_text(page, encoding="utf-8")

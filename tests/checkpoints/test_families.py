@@ -323,7 +323,7 @@ def test_list_of_families():
     listed = re.findall(r"^\| (\w+) \| (yes|–) \|", page, flags=re.M)
     native = {kind for kind, word in listed if word == "yes"}
     assert {kind for kind, _ in listed} == {*FAMILIES} | native
-    assert native <= {*MODEL_TYPES}
+    assert native <= {*MODEL_TYPES, *TEXT_PARTS}
 
 
 @pytest.fixture(scope="module")
