@@ -22,6 +22,7 @@ from simlab.report import families_text
 from simlab.report.swept import (
     SweptCurve,
     SweptJob,
+    around_text,
     listed,
     missing_said,
     of_each,
@@ -62,7 +63,7 @@ def _header(curves: Sequence[SweptCurve]) -> Iterator[str]:
     rule, std = config["init"]["rule"], config["init"]["std"]
     init = f"init {rule}{f'({std:g})' if std is not None else ''}"
     tokens = f"{sequences} × {length} {config['inputs']['kind']} {summary['token_unit']}"
-    tokens += f" with {special}" if (special := summary.get("special_tokens")) else ""
+    tokens += around_text(summary)
     yield f"{title} {what}: {init}, {tokens}."
 
 

@@ -14,7 +14,7 @@ from simlab.analysis.massive import massive_sentences
 from simlab.analysis.numbers import short
 from simlab.report.families import Survey, Surveyed, survey
 from simlab.report.sweep_table import WIDTH
-from simlab.report.swept import SweptJob, listed, missing_said, theory_said
+from simlab.report.swept import SweptJob, around_text, listed, missing_said, theory_said
 
 NAME = 20  # characters that a name has at least, before columns of LEAST give way, in this order
 LEAST = ("theory", "median")
@@ -28,7 +28,7 @@ GROWTH = "Growth is the mean square after the last block over that after the fir
 LEAVES = "leaves: from which block on it is outside its random inits' band for good"
 MASSIVE = (
     "massive: the first and the last block with massive activations, the largest |x| over the median "
-    "|x|, and its token"
+    "|x| of its step, and its token"
 )
 
 
@@ -176,8 +176,7 @@ def _tokens(summary: Mapping[str, Any]) -> str:
         return f"{size} {kind} tokens"
     if summary["token_unit"] == "bytes":
         return f"{size} bytes of the text, for want of a tokenizer"
-    special = summary.get("special_tokens")
-    return f"{size} tokens of the text by its own tokenizer{f', with {special}' if special else ''}"
+    return f"{size} tokens of the text by its own tokenizer{around_text(summary)}"
 
 
 def line(found: Survey) -> str:

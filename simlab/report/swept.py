@@ -179,6 +179,12 @@ def swept_curves(jobs: Sequence[SweptJob]) -> Iterator[SweptCurve]:
                 yield curve
 
 
+def around_text(summary: Mapping[str, Any]) -> str:
+    """`` with \\<s> first``: the special tokens around a job's text, in Markdown; or nothing."""
+    special = str(summary.get("special_tokens") or "")
+    return f" with {special}".replace("<", "\\<") if special else ""
+
+
 def listed(texts: Sequence[str]) -> str:
     """``A, B and C``."""
     return " and ".join(([", ".join(texts[:-1])] if texts[:-1] else []) + list(texts[-1:]))

@@ -325,7 +325,8 @@ def _page(
 
     by_job = dict(list(frame.groupby("job", sort=False)))
     shown = [PageJob(_label(e), by_job[e.number], e.summary, e.values) for e in done]
-    told = [" ".join(line.replace("**", "").split()) for line in (answer or "").split("\n\n")]
+    plain = (answer or "").replace("**", "").replace("\\<", "<")
+    told = [" ".join(line.split()) for line in plain.split("\n\n")]
     overrides = read_object(folder / PLAN).get("overrides")
     command = command_of(overrides, True) if isinstance(overrides, list) else str(folder)
     lines = [line for line in told if line and not line.startswith("|")]
