@@ -262,7 +262,7 @@ def mutate(folder, rng, marker):
         return mutate_safetensors(path, rng)
     if path.name == ".metadata" and rng.random() < 0.7:
         return path.write_bytes(mutate_pickle(path.read_bytes(), rng, marker)) and None
-    if path.suffix == ".pt" and rng.random() < 0.6:
+    if path.suffix in (".pt", ".bin") and rng.random() < 0.6:
         return path.write_bytes(mutate_archive(path.read_bytes(), rng, marker)) and None
     if path.suffix == ".distcp" and rng.random() < 0.5:
         return mutate_distcp(path, folder, rng, marker)
@@ -318,7 +318,7 @@ def put_pickle(folder, data):
         if path.name == ".metadata":
             path.write_bytes(data)
             yield path.name
-        elif path.suffix == ".pt":
+        elif path.suffix in (".pt", ".bin"):
             path.write_bytes(
                 rezip(whole, lambda r: ((n, data if n.endswith("data.pkl") else c) for n, c in r))
             )

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import refused, write_olmo
 from evil_pickles import evil
 from strangers import rezip
@@ -34,7 +35,10 @@ CONFIG = OLMO2 | {
     "d_model": 12, "n_heads": 2, "n_kv_heads": 1, "mlp_hidden_size": 32, "n_layers": 2,
     "embedding_size": 19, "vocab_size": 17,
 }  # fmt: skip
-FORMATS = ("hugging_face", "sharded", "olmo_core", "legacy_pt", "legacy_safetensors", "gguf")
+FORMATS = (
+    "hugging_face", "sharded", "gpt2", "pickled", "olmo_core", "legacy_pt", "legacy_safetensors",
+    "gguf",
+)  # fmt: skip
 COUNT = 100
 
 
@@ -50,6 +54,14 @@ def write(kind, folder, scratch, written):
         write_legacy(
             folder, fused(write_olmo(scratch, **TINY)), CONFIG, kind.removeprefix("legacy_")
         )
+    elif kind in ("gpt2", "pickled"):
+        rope = {"rope_type": "default", "partial_rotary_factor": 0.4}  # a pair of 6 channels
+        own = {} if kind == "gpt2" else {"rope_parameters": rope}
+        model = write_olmo(folder, "GPTNeoX" if own else "GPT2", **TINY, **own)
+        (folder / "generation_config.json").unlink()
+        if kind == "pickled":
+            (folder / "model.safetensors").unlink()
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
     else:
         write_olmo(folder, kind="Olmo3", shards="3KB" if kind == "sharded" else "5GB", **TINY)
         (folder / "generation_config.json").unlink()
@@ -76,7 +88,8 @@ def test_mutations(tmp_path, written):
         # Mutations matter, and aren't all of one kind: some change what isn't read, or a weight.
         assert result["refused"] > COUNT // 2
         assert result["opened"] > 0
-        assert result["pickled"] == (len(evil("x")) if kind in ("olmo_core", "legacy_pt") else 0)
+        pickles = kind in ("olmo_core", "legacy_pt", "pickled")
+        assert result["pickled"] == (len(evil("x")) if pickles else 0)
 
 
 @pytest.mark.parametrize("name", [name for name in evil("x") if name.startswith("runs")])
