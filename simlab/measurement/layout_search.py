@@ -23,7 +23,9 @@ from simlab.measurement.statistics import wide
 ROUNDINGS = 4  # of the terms' magnitudes: casts, a product, and sums of up to four terms
 ADDED_AT_ONCE = 4  # outputs that are added at once, at most
 DEEPEST = 3  # dots in the path of a submodule that is tried
-VISIBLE = 64  # roundings of the stream that a branch with a fitted multiplier must exceed somewhere
+# A branch with a fitted multiplier must exceed so many roundings of the stream at so many entries: each
+# of them shows the branch to 4/64, so that no other fits them all.
+VISIBLE, ENTRIES = 64, 32
 KIND_NAMES = {  # by the path of a submodule, then by its class
     "attention": (re.compile(r"attn|attention", re.IGNORECASE), re.compile("Attention")),
     "mlp": (
@@ -159,6 +161,17 @@ def imbalance(
     return (add_up(terms) - total).abs(), ROUNDINGS * rounding * add_up([t.abs() for t in terms])
 
 
+def fit(change: Tensor, branch: Tensor, size: Tensor) -> Tensor:
+    """The multiplier of least squares, entries weighed by their rounding, which goes with their size.
+
+    It is as good as the rounding of the stream allows: of 33 tokens of a Granite of width 48 it was off
+    by 1e-8 in float32, 3e-5 in float16 and 2e-4 in bfloat16. A number of the block's own that is near
+    is taken instead.
+    """
+    weight = size.clamp(min=0.01 * size.mean().item()).square().reciprocal()
+    return (weight * change * branch).sum() / (weight * branch.square()).sum()
+
+
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether both hold the same numbers; one token mostly settles it."""
     if a is None or b is None or a.dtype != b.dtype:
@@ -251,10 +264,9 @@ class _Search:
             outputs = [c.out for c in group]
             coarse = max(rounding, *(torch.finfo(y.dtype).eps for y in outputs))
             branch = add_up([wide(y) for y in outputs])
-            fitted = ((whole - skip) * branch).sum() / branch.square().sum()
-            if not fitted.isfinite() or (
-                (fitted * branch).abs().amax() < VISIBLE * coarse * skip.abs().amax()
-            ):
+            fitted = fit(whole - skip, branch, skip.abs() + whole.abs())
+            visible = (fitted * branch).abs() > VISIBLE * coarse * skip.abs()
+            if not fitted.isfinite() or visible.sum() < ENTRIES:
                 continue
             named = [c for c in self.constants if abs(c - fitted.item()) < 0.01 * abs(c)]
             for multiplier in [*named, fitted.item()]:

@@ -1,5 +1,7 @@
 """Models whose residual stream a layout names; and a wrong layout gives no numbers."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
@@ -135,6 +137,25 @@ def test_a_residual_multiplier():
     assert row["branch_raw_mean_square"] == pytest.approx(raw)
     assert row["branch_mean_square"] == pytest.approx(0.22**2 * raw)
     assert row["mean_square"] == pytest.approx(x.double().square().mean().item())
+
+
+def test_multipliers_in_bfloat16():
+    """Found of branches far below the stream too; none where channels have their own multipliers."""
+    config = transformers.GraniteConfig(
+        **SHAPE | {"num_hidden_layers": 6}, residual_multiplier=0.22
+    )
+    model = perturbed(transformers.GraniteForCausalLM(config)).bfloat16()
+    found = probe(model, IDS)
+    assert "layers 0-5: attention: x + 0.22 · self_attn" in found.layout
+    for layer in model.model.layers:
+        layer.residual_multiplier = torch.full((48,), 0.22).bfloat16()
+    measured = probe(model, IDS)
+    multipliers = [float(m) for m in re.findall(r"x \+ (\S+) ·", measured.layout)]
+    assert multipliers == pytest.approx([0.22] * len(multipliers), rel=2e-3)  # 0.22 is rounded too
+    assert len(multipliers) >= 2
+    for layer in model.model.layers:
+        layer.residual_multiplier[::2] *= 0.8
+    assert probe(model, IDS).layout == "model.layers 0-5: block"
 
 
 def test_models_without_blocks():
