@@ -9,12 +9,13 @@ import pytest
 from conftest import in_process, write_olmo
 from family_table import write_family
 from rich.console import Console
+from rich.markdown import Markdown
 from safetensors.torch import load_file, save_file
 
 from simlab.report.families import Survey, Surveyed, survey, told_apart
 from simlab.report.families_figure import families_figure
 from simlab.report.families_text import line, survey_table
-from simlab.report.swept import SweptJob
+from simlab.report.swept import SweptJob, around_text
 
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG"  # of ids below 91, as bytes
 LABELS = ["native", "streamed"]
@@ -161,6 +162,14 @@ def test_labels():
     assert told_apart(["a/m", "b/m/"], [None] * 2) == ["a/m", "b/m"]
     assert told_apart(["o/m", "o/m"], ["r", "s"]) == ["m@r", "m@s"]
     assert told_apart(["m", "m"], [None] * 2) == ["m (0)", "m (1)"]
+
+
+def test_special_tokens_are_no_tags():
+    """Markdown takes <s> for HTML and leaves it out."""
+    console = Console(width=60, file=io.StringIO())
+    console.print(Markdown(f"text{around_text({'special_tokens': '<s> first'})}."))
+    assert console.file.getvalue().strip() == "text with <s> first."
+    assert around_text({}) == ""
 
 
 def test_sentence_of_several():
