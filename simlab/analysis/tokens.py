@@ -88,7 +88,10 @@ def token_apart(frame: pd.DataFrame, tokens: tuple[int, int]) -> Apart:
     ends = bool(ratio[-1] > SKEWED)
     at = -1 if ends else int(np.nan_to_num(ratio, nan=0.0, posinf=math.inf).argmax())
     token, every = (values[at] for values in largest(rows, sequences, length))
-    row, all_of_them = rows.iloc[at], bool(every and sequences > 1)
-    own = row["mean_square_first"] * sequences if all_of_them else row["mean_square_max"]
-    share = float(own / (row["mean_square"] * sequences * length))
+    all_of_them = bool(every and sequences > 1)
+    own = rows["mean_square_max"].where(rows["max_token"] == rows["max_token"].iloc[at])
+    if all_of_them:
+        own = rows["mean_square_first"] * sequences
+    shares = own / (rows["mean_square"] * sequences * length)
+    share = float(shares.iloc[at] if ends else shares.max())  # "up to": over all rows
     return Apart(token_place(int(token), all_of_them, *tokens), all_of_them, share, ends)

@@ -109,6 +109,11 @@ def test_share_of_the_mean(drawn):
     for column in ("mean_square", "mean_square_max"):
         erased.loc[own & (frame["sublayer"] > 2), column] = last["mean_square_median"]
     assert "makes up to 99.9 % of the mean" in token_apart(erased, SHAPE).sentence
+    # A median that is small besides doesn't make a share of its row the largest one.
+    skewest = own & (frame["sublayer"] == 1)
+    erased.loc[skewest, "mean_square_median"] /= 1e6
+    erased.loc[skewest, "mean_square"] *= 2
+    assert "makes up to 99.9 % of the mean" in token_apart(erased, SHAPE).sentence
     frame["mean_square"] *= 10
     few = token_apart(frame, SHAPE)
     assert few.share == pytest.approx(share / 10)
