@@ -11,26 +11,52 @@ if TYPE_CHECKING:
     from simlab.budget.cost import Curve
 
 CODE = 160 * MIB  # transformers' modules and the model's, once imported, measured
-DRAWN = 4.0  # Rates.number of a number that torch's own generator draws, on one thread
+AUTOGRAD = 20 * MIB  # what torch imports for its first gradient
+PIECE = 16 * MIB  # rows of the head that are in memory at a time, in float32
+# Rates.number of a number that torch's generator draws, with what is written for it: measured, 1.15. A
+# family that cuts its normals takes five times as long.
+DRAWN = 1.2
+READ = 3  # passes over a weight that is read
+STEP_PASSES, ATTENTION_PASSES = (
+    24,
+    5,
+)  # of a block's statistics, over the stream and attention's matrices
 STREAM_BYTES = 100  # of an entry of the stream: a block's activations, copies in float64
 
 
 def family_peak(curve: Curve, model: FamilyConfig) -> int:
     """Peak bytes beyond INTERPRETER: two blocks, the tokens' rows, the stream, attention's matrices.
 
-    Measured beyond CODE, for 64 tokens: 1.45 blocks of a Mistral (64 MiB each), 1.9 of a Mixtral, whose
-    experts are fused as they are read; drawn 1.5 and 1.6.
+    Of the sequences that pass together. Measured beyond CODE, for 64 tokens: 1.45 blocks of a Mistral
+    (64 MiB each), 1.9 of a Mixtral, whose experts are fused as they are read; drawn 1.5 and 1.6. On
+    five runs of four model types of width 1024 (64 or 1024 tokens, three with gradients) it was 0.97 to
+    1.22 of the peak beyond INTERPRETER, 286 to 657 MB.
     """
+    tokens = curve.together * curve.length
     numbers = 4 if not curve.stored else curve.size  # random inits are drawn in float32
     blocks = model.block_parameters * (curve.size + numbers)
-    rows = min(curve.tokens, model.vocab_size) * model.width * (curve.size + 4)
-    hidden = 4 * curve.tokens * model.d_ff * curve.size
-    attention = 3 * curve.batch * model.heads * curve.length**2 * (curve.size + 4)
-    return CODE + blocks + rows + hidden + attention + STREAM_BYTES * curve.tokens * model.width
+    rows = min(tokens, model.vocab_size) * model.width * (curve.size + 4)
+    hidden = 4 * tokens * model.d_ff * curve.size
+    attention = 3 * curve.together * model.heads * curve.length**2 * (curve.size + 4)
+    stream = STREAM_BYTES * tokens * model.width
+    if curve.gradients:  # logits of a piece of the head, and every stream
+        columns = min(model.vocab_size, PIECE // (4 * model.width))
+        stream += AUTOGRAD + 3 * PIECE + 12 * tokens * columns
+        stream += (model.depth + 3) * tokens * model.width * curve.size
+    return CODE + blocks + rows + hidden + attention + stream
 
 
 def family_seconds(curve: Curve, model: FamilyConfig, rates: Rates) -> float:
-    """Seconds of measuring all seeds: each weight is read or drawn once, and multiplied as if dense."""
-    made = 2 * rates.entry if curve.stored else DRAWN * rates.number
-    products = 2 * curve.tokens * rates.product
-    return curve.seeds * model.parameters * (made + products)
+    """Seconds of measuring all seeds: blocks are read or drawn once for each group of sequences, with
+    gradients twice, and the head twice. Products are counted as if dense, with all experts.
+    On the same runs it was 0.85 to 1.30 of the processor's time, 2.4 to 10.8 s.
+    """
+    groups, back = -(-curve.batch // curve.together), int(curve.gradients)
+    blocks, table = model.depth * model.block_parameters, model.vocab_size * model.width
+    weights = groups * (1 + back) * blocks + (1 + 2 * back * groups) * table
+    made = READ * rates.entry if curve.stored else DRAWN * rates.number
+    products = 2 * curve.tokens * ((1 + 2 * back) * blocks + 3 * back * table)
+    entries = STEP_PASSES * model.width + ATTENTION_PASSES * model.heads * curve.length
+    entries *= model.depth * curve.tokens * (1 + back)
+    one = weights * made + products * rates.product + entries * rates.entry
+    return curve.seeds * one

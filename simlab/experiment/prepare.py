@@ -72,6 +72,11 @@ class Prepared:
         """
         drawn = len(self.config.seeds) if self.config.engine != "theory" else 0
         curves, backward = drawn + self.config.source.stored, int(self.config.gradients)
+        if isinstance(self.config.shape, FamilyConfig):
+            from simlab.budget.cost import curves_to_measure
+
+            one = curves_to_measure(self.config, 1)[0]  # each group passes through all blocks
+            curves *= -(-one.batch // one.together)
         predicted = bool(self.config.seeds) and not self.unpredicted
         return self.config.shape.depth * (curves * (1 + backward) + predicted * (2 + backward))
 
