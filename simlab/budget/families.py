@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from simlab.budget.cost import Curve
 
 CODE = 160 * MIB  # transformers' modules and the model's, once imported, measured
-AUTOGRAD = 20 * MIB  # what torch imports for its first gradient
-PIECE = 16 * MIB  # rows of the head that are in memory at a time, in float32
+_AUTOGRAD = 20 * MIB  # what torch imports for its first gradient
+_PIECE = 16 * MIB  # rows of the head that are in memory at a time, in float32
 # Rates.number of a number that torch's generator draws, with what is written for it: measured, 1.15. A
 # family that cuts its normals takes five times as long.
 DRAWN = 1.2
-READ = 3  # passes over a weight that is read
-STEP_PASSES, ATTENTION_PASSES = (
+_READ = 3  # passes over a weight that is read
+_STEP_PASSES, _ATTENTION_PASSES = (
     24,
     5,
 )  # of a block's statistics, over the stream and attention's matrices
@@ -40,8 +40,8 @@ def family_peak(curve: Curve, model: FamilyConfig) -> int:
     attention = 3 * curve.together * model.heads * curve.length**2 * (curve.size + 4)
     stream = STREAM_BYTES * tokens * model.width
     if curve.gradients:  # logits of a piece of the head, and every stream
-        columns = min(model.vocab_size, PIECE // (4 * model.width))
-        stream += AUTOGRAD + 3 * PIECE + 12 * tokens * columns
+        columns = min(model.vocab_size, _PIECE // (4 * model.width))
+        stream += _AUTOGRAD + 3 * _PIECE + 12 * tokens * columns
         stream += (model.depth + 3) * tokens * model.width * curve.size
     return CODE + blocks + rows + hidden + attention + stream
 
@@ -54,9 +54,9 @@ def family_seconds(curve: Curve, model: FamilyConfig, rates: Rates) -> float:
     groups, back = -(-curve.batch // curve.together), int(curve.gradients)
     blocks, table = model.depth * model.block_parameters, model.vocab_size * model.width
     weights = groups * (1 + back) * blocks + (1 + 2 * back * groups) * table
-    made = READ * rates.entry if curve.stored else DRAWN * rates.number
+    made = _READ * rates.entry if curve.stored else DRAWN * rates.number
     products = 2 * curve.tokens * ((1 + 2 * back) * blocks + 3 * back * table)
-    entries = STEP_PASSES * model.width + ATTENTION_PASSES * model.heads * curve.length
+    entries = _STEP_PASSES * model.width + _ATTENTION_PASSES * model.heads * curve.length
     entries *= model.depth * curve.tokens * (1 + back)
     one = weights * made + products * rates.product + entries * rates.entry
     return curve.seeds * one
