@@ -14,6 +14,7 @@ from simlab.checkpoints.formats.hugging_face import ARCHITECTURES, read_config
 from simlab.checkpoints.formats.hugging_face_gpt import READERS
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import STATISTICS
+from simlab.model.placement import start
 from simlab.schemes.rope import inverse_frequencies
 
 LLAMA3 = {
@@ -163,11 +164,12 @@ def sublayer_states(reference, ids, norms_out=True):
 def our_states(folder, ids):
     model = build_model(compose(["source=checkpoint", f"source.path={folder}", "device=cpu"]))
     with torch.no_grad():
-        states = [model.embed(ids)]
+        state = start(model.embed(ids), model.config)
+        states = [state]
         for block in model.blocks:
-            start = states[-1]
             for _, step in block.steps():
-                states.append(step(states[-1], start))
+                state = step(state)
+                states.append(block.placement.watch(state))
         return states, model(ids)
 
 
