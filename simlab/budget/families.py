@@ -17,10 +17,8 @@ _PIECE = 16 * MIB  # rows of the head that are in memory at a time, in float32
 # family that cuts its normals takes five times as long.
 DRAWN = 1.2
 _READ = 3  # passes over a weight that is read
-_STEP_PASSES, _ATTENTION_PASSES = (
-    24,
-    5,
-)  # of a block's statistics, over the stream and attention's matrices
+_STEP_PASSES = 24  # of a block's statistics, over the stream
+_ATTENTION_PASSES = 5  # of the attention matrices' statistics
 STREAM_BYTES = 100  # of an entry of the stream: a block's activations, copies in float64
 
 
