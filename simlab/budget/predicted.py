@@ -12,6 +12,7 @@ from simlab.config import ConfigError, RunConfig
 STEP, ENTRY, CUBE = 4e-3, 7e-7, 3.2e-9
 GRADIENT_STEP, GRADIENT_ENTRY = 0.03, 2e-6  # further seconds, with gradients
 KERNELS = 22  # float64 arrays (N, N) that a sublayer leaves for the band
+ROUTED = 5  # more of them with experts: nine of every second sublayer, counted
 WITHOUT_TORCH = 140 * MIB  # resident once pandas and matplotlib are imported
 
 
@@ -22,7 +23,8 @@ def prediction_cost(config: RunConfig) -> tuple[int, float]:
     seconds = STEP + ENTRY * tokens**2 + CUBE * tokens**3
     if config.gradients:
         seconds += GRADIENT_STEP + GRADIENT_ENTRY * tokens**2
-    return 8 * KERNELS * steps * tokens**2, steps * seconds
+    kernels = KERNELS + ROUTED * bool(config.shape.experts)
+    return 8 * kernels * steps * tokens**2, steps * seconds
 
 
 def refuse_prediction(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import band
 from simlab.theory.mean_field.drawing import Context
+from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.gradient import (
     loss_error,
     loss_gradient,
@@ -125,8 +126,9 @@ def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
         return f"theory has no formula of transformers' {model.family}"
     if model.mlp not in UNITS:
         return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
-    if model.experts:
-        return "theory has no formula of experts (model.experts)"
+    layers = range(model.depth)
+    if model.experts and any("norm_in" not in at(model, i, "mlp").norms for i in layers):
+        return "theory has experts (model.experts) only behind a norm, as norm=pre places them"
     if ids.size > MOST_TOKENS:
         return (
             f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size} "
@@ -273,9 +275,11 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
     moment = 1 - 1 / model.width if norm.centred else 1.0
     for layer in range(model.depth):
         stds = {role: law.std for role, law in table(model, init, layer).items()}
+        mlp = MLPKernel(model, stds)
         sublayers: dict[str, Callable[[Input], Branch]] = {
-            "attention": AttentionKernel(context, layer, stds), "mlp": MLPKernel(model, stds),
-        }  # fmt: skip
+            "attention": AttentionKernel(context, layer, stds),
+            "mlp": ExpertsKernel(mlp) if model.experts else mlp,
+        }
         for kind, sublayer in sublayers.items():
             scheme = at(model, layer, kind)
             step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
