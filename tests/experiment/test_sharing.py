@@ -65,6 +65,7 @@ def test_shared_if_rows_are_equal(placement, rule, engine):
         (["model.window=4", "model.full_every=2"], (2, 5), True),
         (["model.window=4", "model.full_every=2"], (3, 5), False),
         (["init.std=3e18"], (1, 3), True),  # overflows
+        (["model.experts=3", "model.experts_per_token=2"], (2, 3), True),
     ],
 )
 def test_options_that_depend_on_depth(overrides, depths, shared):
