@@ -35,6 +35,7 @@ from simlab.checkpoints.formats.own_init import OwnInit
 from simlab.checkpoints.formats.weight_files import tensors, weight_files
 from simlab.checkpoints.storage import READ, StoredTensor, check_pieces, main_kind
 from simlab.checkpoints.streamed import row_runs
+from simlab.checkpoints.untrusted.files import read_json
 from simlab.checkpoints.untrusted.safetensors import WHOLE_DTYPES
 from simlab.checkpoints.untrusted.tokenizer_files import find_tokenizer
 from simlab.config import ConfigError, FamilyConfig, InitConfig, NormConfig
@@ -86,6 +87,8 @@ class FamilyCheckpoint:
 
         found = find(path, revision)
         self.commit = found.commit
+        if found.missing:
+            describe_family(found.folder)  # refused before gigabytes come
         self.folder, self.removal = found.fetch_for(self, keep)
         self.path = self.folder / "config.json"
         refuse_beside(self.folder)
@@ -103,7 +106,9 @@ class FamilyCheckpoint:
         why = f"simlab's own model doesn't compute {own}: transformers does" if own else ""
         beside = unread(self.folder, [*index, *(file.name for file in files)])
         unnamed = _unnamed(unknown, self.skeleton.model)
-        self.unread = "; ".join(filter(None, [why, beside, *self._unused(), *unnamed]))
+        code = "not used: auto_map in config.json, code of the repository's own"
+        code = code if read_json(self.path).get("auto_map") else ""
+        self.unread = "; ".join(filter(None, [why, beside, *self._unused(), *unnamed, code]))
         self.model = _shape(self.config, self.skeleton, self.folder)
         self.reader = ThreadPoolExecutor(1)
         self.fingerprints = Fingerprints(statistics)

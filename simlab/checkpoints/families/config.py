@@ -7,6 +7,7 @@ code of a repository is ever run.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from simlab.checkpoints.formats.hugging_face_keys import (
 from simlab.checkpoints.untrusted.files import fields_of, read_json
 from simlab.config import ConfigError
 from simlab.config.errors import NotComputed
-from simlab.config.fields import brief
+from simlab.config.fields import Fields, brief
 
 # A key with one of these parts counts layers, blocks or experts: transformers makes as many modules.
 _COUNTED, _MOST_COUNTED = ("layer", "block", "expert", "_depth"), 100_000
@@ -119,7 +120,28 @@ def read_family_config(path: Path, tensors: int) -> tuple[Any, list[str]]:
         config = transformers.CONFIG_MAPPING[kind].from_dict(_with_floats(plain))
     except errors as error:
         raise ConfigError(f"{path}: transformers refuses it: {one_line(error)}") from error
+    if values.get("auto_map"):
+        _refuse_their_code(values["auto_map"], config, fields)
     return config, sorted(_unknown(config, plain))
+
+
+def _refuse_their_code(auto_map: object, config: Any, fields: Fields) -> None:
+    """Refuse a repository's own classes, but for those that transformers has under their names.
+
+    Many repositories are older than their model type in transformers. Raises ConfigError.
+    """
+    package = sys.modules[type(config).__module__.rpartition(".")[0]]
+    known = {name.lower() for name in dir(package)}
+    given = auto_map if isinstance(auto_map, dict) else {"AutoModel": auto_map}
+    for key, name in given.items():
+        last = str(name).rpartition(".")[2]
+        if key.startswith(("AutoConfig", "AutoModel")) and last.lower() not in known:
+            raise fields.fail(
+                "auto_map",
+                auto_map,
+                f"transformers' {config.model_type} has no {brief(last)}, and simlab doesn't run the "
+                "repository's own code",
+            )
 
 
 def _unknown(config: Any, values: dict[str, Any]) -> Iterator[str]:
