@@ -56,7 +56,16 @@ def assert_parity(ours: torch.Tensor, theirs: torch.Tensor, what: str = "") -> N
 SHAPE = ["depth=3", "width=48", "heads=6", "kv_heads=2", "d_ff=80", "vocab_size=97"]
 INPUTS = ["inputs.batch=2", "inputs.length=11"]
 
-OWN_KEYS = {"swin_renorm": ["norm.every=2"], "mix_ln": ["norm.fraction=0.4"]}
+OWN_KEYS = {
+    "swin_renorm": ["norm.every=2"],
+    "mix_ln": ["norm.fraction=0.4"],
+    "scaled": [
+        "norm.stream_scale=[0.9,1.2]", "norm.start_scale=[0.3,-0.1]", "norm.branch_scale=[0.5,0.8]",
+        "norm.start_normed=true",
+    ],
+    "nanochat": ["norm.branch_scale=0.7"],
+    "laurel_rw": ["norm.stream_scale=0.8", "norm.branch_scale=1.3"],
+}  # fmt: skip
 
 
 def placed(norm: str) -> list[str]:

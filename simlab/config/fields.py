@@ -99,6 +99,16 @@ class Fields:
             raise self.fail(key, value, allowed)
         return float(value)
 
+    def ends(self, key: str) -> tuple[float, float]:
+        """Two numbers, of a list of them or of one number that is both."""
+        value = self.take(key)
+        both = value if isinstance(value, list) else [value, value]
+        numbers = [x for x in both if isinstance(x, int | float) and not isinstance(x, bool)]
+        if len(both) != 2 or len(numbers) != 2 or not all(abs(x) <= 1e6 for x in numbers):
+            allowed = "allowed: a number, or two as [first,last], between -1e6 and 1e6"
+            raise self.fail(key, value, allowed)
+        return float(both[0]), float(both[1])
+
     def integer(
         self, key: str, low: int = 1, high: int = LARGEST_INTEGER, *, default: Default = REQUIRED
     ) -> int | Default:

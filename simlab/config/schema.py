@@ -35,7 +35,8 @@ class NormConfig:
 
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
     are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head.
-    Each is None for a placement whose file in conf/norm doesn't have it.
+    stream_scale … ramp: of ``scaled``; the scales of the first and the last block. Each is None for a
+    placement whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -47,6 +48,14 @@ class NormConfig:
     fraction: float | None = None
     base_depth: int | None = None
     qkv_norm: bool | None = None
+    stream_scale: tuple[float, float] | None = None
+    start_scale: tuple[float, float] | None = None
+    branch_scale: tuple[float, float] | None = None
+    mlp_branch_scale: tuple[float, float] | None = None
+    scale_once: bool | None = None
+    skip_normed: bool | None = None
+    start_normed: bool | None = None
+    ramp: float | None = None
 
     @property
     def centred(self) -> bool:

@@ -31,9 +31,16 @@ def title(config: RunConfig) -> str:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
     own = {k: v for k, v in asdict(model.norm).items() if k not in COMMON_NORM_KEYS}
-    own = {
-        k: as_typed(v) if isinstance(v, bool) else f"{v:g}" for k, v in own.items() if v is not None
-    }
+    own = {k: _written(v) for k, v in own.items() if v is not None}
     constants = "".join(f" {key} {value}" for key, value in own.items())
     drawn = "random init" if config.source.stored else "init"
     return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"
+
+
+def _written(value: float | tuple[float, ...]) -> str:
+    """A placement's constant: two ends that are one number as that number."""
+    if isinstance(value, bool):
+        return as_typed(value)
+    ends = dict.fromkeys(value if isinstance(value, tuple) else [value])
+    text = ",".join(f"{end:g}" for end in ends)
+    return f"[{text}]" if len(ends) > 1 else text

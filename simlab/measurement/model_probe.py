@@ -128,6 +128,8 @@ class ModelProbe:
         self, path: str, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_argument(args, kwargs)
+        if isinstance(block, Block) and isinstance(x, tuple):  # simlab's own, which carries a state
+            x = block.placement.watch(x)
         if self.path not in (None, path):
             raise ConfigError(
                 f"probe: {type(self.model).__name__} has blocks at {self.path}, {path}: probe one of"

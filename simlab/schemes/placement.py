@@ -45,13 +45,15 @@ class Scheme:
     ``add`` writes to, and ``finish`` what the final norm gets; both only add and scale.
 
     layer: the block that the step is in, counted from 0. alpha: the scheme's constant, as
-    ``alpha_of`` computes it. norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both.
+    ``alpha_of`` computes it. scales: numbers that differ from step to step, by ``scales_of``.
+    norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
     ``stream`` after, or None where the branch is added as it comes. The additive law needs it.
     """
 
     layer: int
     alpha: float
+    scales: tuple[float, ...] = ()
 
     norms: ClassVar[tuple[str, ...]] = ()
     normalises: ClassVar[str | None] = None
@@ -95,6 +97,11 @@ class Scheme:
     def alpha_of(config: ModelConfig) -> float:
         """``alpha``: all that ``step`` knows of the depth and of the placement's own keys."""
         return 1.0
+
+    @staticmethod
+    def scales_of(config: ModelConfig, layer: int, kind: str) -> tuple[float, ...]:
+        """``scales``: what ``step`` knows of its layer, and of attention or MLP, besides."""
+        return ()
 
     @staticmethod
     def init_scale(role: str, depth: int) -> float:
@@ -336,6 +343,55 @@ class Parallel(Scheme):
         return Starting if kind == "attention" else FromStart
 
 
+class Scaled(Scheme):
+    """λx + μx₀ + βF(N(x)), x₀ the embedding.
+
+    With ``norm.scale_once`` x ← λx + μx₀ before each block, then x + βF(N(x)); with
+    ``norm.skip_normed`` λn + μx₀ + βF(n), n = N(x). λ, μ and β are numbers, or linear over the blocks.
+    The files nanochat, modded_nanogpt, minimax, granite, prores and laurel_rw of conf/norm have those
+    of their sources.
+    """
+
+    norms = ("norm_in",)
+
+    @staticmethod
+    def start(x: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """(x₀, x₀), or the embedding alone where no step adds it."""
+        x = norm(x) if config.norm.start_normed else x
+        return (x, x) if any(config.norm.start_scale or ()) else x
+
+    def step(self, state: Any, F: Map[Any], add: Add[Any], norm_in: Map[Any]) -> Any:
+        x, *start = vectors(state)
+        stream, of_start, branch, before, of_normed = self.scales
+
+        def mixed(y: Any) -> Any:
+            return stream * y + of_start * start[0] if of_start else stream * y
+
+        x = mixed(x) if before else x
+        normed = norm_in(x)
+        skip = x if before else mixed(normed if of_normed else x)
+        out = add(skip, branch * F(normed))
+        return (out, *start) if start else out
+
+    @staticmethod
+    def scales_of(config: ModelConfig, layer: int, kind: str) -> tuple[float, ...]:
+        """λ, μ, β; 1.0 where λ and μ act before the block; 1.0 where the skip is normed."""
+        norm, at_mlp = config.norm, kind == "mlp"
+        share = layer / max(config.depth - 1, 1)
+
+        def linear(ends: tuple[float, float] | None) -> float:
+            first, last = ends or (1.0, 1.0)
+            return first + (last - first) * share
+
+        branch = linear(norm.mlp_branch_scale if at_mlp else norm.branch_scale)
+        if norm.ramp is not None:  # the block's T_l is its share of the last one's T
+            branch *= min(norm.ramp * config.depth / (layer + 1), 1.0)
+        stream, start = linear(norm.stream_scale), linear(norm.start_scale)
+        if norm.scale_once and at_mlp:
+            stream, start = 1.0, 0.0
+        return stream, start, branch, float(norm.scale_once or 0), float(norm.skip_normed or 0)
+
+
 PLACEMENTS: dict[str, type[Scheme]] = {
     "reordered": Reordered,
     "swin_renorm": SwinRenorm,
@@ -354,6 +410,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "pre_post": PrePost,
     "hybrid_norm": HybridNorm,
     "hybrid_norm_star": HybridNormStar,
+    "scaled": Scaled,
     "parallel": Parallel,
 }
 
@@ -361,7 +418,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
 def at(config: ModelConfig, layer: int, kind: str) -> Scheme:
     """The scheme of one sublayer: of block ``layer`` (from 0), its ``attention`` or ``mlp``."""
     scheme = PLACEMENTS[config.norm.placement].select(config, layer, kind)
-    return scheme(layer, scheme.alpha_of(config))
+    return scheme(layer, scheme.alpha_of(config), scheme.scales_of(config, layer, kind))
 
 
 def placement_of(config: ModelConfig) -> type[Scheme]:

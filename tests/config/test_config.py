@@ -72,7 +72,9 @@ def test_kv_heads_follow_heads():
 
 
 def test_every_choice_composes():
-    assert set(options("norm")) - {"from_checkpoint"} == set(PLACEMENTS)
+    others = set(options("norm")) - {"from_checkpoint"} - set(PLACEMENTS)
+    assert {compose([f"norm={name}"]).shape.norm.placement for name in others} == {"scaled"}
+    assert set(PLACEMENTS) <= set(options("norm"))
     assert set(options("init")) - {"from_checkpoint"} == set(RULES)
     assert tuple(MLPS) == config.MLP_NAMES
     assert len(PLACEMENTS) >= max(len(RULES), len(MLPS))  # each of the others comes at least once
@@ -162,6 +164,7 @@ UNKNOWN = {
     "dpeth=3": "dpeth=3: no such key; did you mean depth?",
     "nrom=pre": "nrom=pre: no such key; did you mean norm?",
     "norm=swinrenorm": "; did you mean swin_renorm?",
+    "norm.placement=nanochat": "norm.placement=nanochat: allowed: complete_p, ",
     "norm=null": "norm=null: allowed: complete_p, ",
     "init=true": "init=true: allowed: fan_in, ",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
@@ -179,6 +182,13 @@ def test_unknown_names_get_one_line(override, monkeypatch):
         simlab.compose([override])
     assert UNKNOWN[override] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["[1,2,3]", "abc", "[1,true]", "1e9"])
+def test_scales_are_a_number_or_two(value):
+    with pytest.raises(ConfigError, match=r"^norm.stream_scale=.*: allowed: a number, or two"):
+        compose(["norm=scaled", f"norm.stream_scale={value}"])
+    assert compose(["norm=scaled", "norm.stream_scale=2"]).shape.norm.stream_scale == (2.0, 2.0)
 
 
 def test_missing_pieces():

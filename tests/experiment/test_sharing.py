@@ -60,6 +60,8 @@ def test_shared_if_rows_are_equal(placement, rule, engine):
         # Post-norm blocks by a half: 1 of 2 and of 3, 2 of 4.
         (["norm=mix_ln", "norm.fraction=0.5"], (2, 3), True),
         (["norm=mix_ln", "norm.fraction=0.5"], (2, 4), False),
+        (["norm=minimax"], (2, 3), True),
+        (["norm=nanochat"], (2, 3), False),  # its scales are linear up to the last block
         (["norm.type=layer", "model.qk_norm=per_head", "dtype=bfloat16"], (1, 4), True),
         # The last layer of a model with windows sees everything; elsewhere it has a window.
         (["model.window=4", "model.full_every=2"], (2, 5), True),

@@ -22,7 +22,7 @@ def by_autograd(model, ids):
     """The loss, and for every row of the curve the stream and the gradient: plain backward()."""
     placement = placement_of(model.config)
     made = start(model.embed(ids).detach(), model.config)
-    vectors = [x.clone().requires_grad_() for x in tensors_of(made)]
+    vectors = [x.detach().clone().requires_grad_() for x in tensors_of(made)]
     state = tuple(vectors) if isinstance(made, tuple) else vectors[0]
     streams = [placement.watch(state)]
     for block in model.blocks:

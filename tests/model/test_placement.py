@@ -9,10 +9,11 @@ from conftest import placed, tiny
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from simlab import build_model
-from simlab.model.placement import ResidualAdd
+from simlab.config.validate import options
+from simlab.model.placement import ResidualAdd, start
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
-from simlab.schemes.placement import PLACEMENTS, Scheme, at
+from simlab.schemes.placement import PLACEMENTS, Scheme, at, placement_of
 from simlab.schemes.rope import inverse_frequencies
 from simlab.theory.size import parameters_on_paper
 
@@ -57,31 +58,57 @@ def sublayers(block, norm, heads=6, kv_heads=2):
     return attention, mlp
 
 
-# update(x, F, N_in, N_out, n: block from 1, L: depth): the formula of the placement.
+def linear(first, last, n, L):
+    return first + (last - first) * (n - 1) / (L - 1)
+
+
+def nanochat(x, F, i, o, n, L, z):
+    if F.__name__ == "attention":
+        x = linear(1.15, 1.05, n, L) * x + linear(0.2, 0.05, n, L) * z
+    return x + 0.7 * F(i(x))
+
+
+def scaled(x, F, i, o, n, L, z):
+    skip = linear(0.9, 1.2, n, L) * x + linear(0.3, -0.1, n, L) * z
+    return skip + linear(0.5, 0.8, n, L) * F(i(x))
+
+
+# update(x, F, N_in, N_out, n: block from 1, L: depth, z: embedding): the placement's formula.
 FORMULAS = {
-    "reordered": lambda x, F, i, o, n, L: x + o(F(x)),
-    "swin_renorm": lambda x, F, i, o, n, L: x + o(F(x)),
-    "pre": lambda x, F, i, o, n, L: x + F(i(x)),
-    "post": lambda x, F, i, o, n, L: o(x + F(x)),
-    "peri": lambda x, F, i, o, n, L: x + o(F(i(x))),
-    "lns": lambda x, F, i, o, n, L: x + F(i(x) / n**0.5),
-    "deepnorm": lambda x, F, i, o, n, L: o((2 * L) ** 0.25 * x + F(x)),
-    "none": lambda x, F, i, o, n, L: x + F(x),
-    "residual_scale": lambda x, F, i, o, n, L: (
+    "reordered": lambda x, F, i, o, n, L, z: x + o(F(x)),
+    "swin_renorm": lambda x, F, i, o, n, L, z: x + o(F(x)),
+    "pre": lambda x, F, i, o, n, L, z: x + F(i(x)),
+    "post": lambda x, F, i, o, n, L, z: o(x + F(x)),
+    "peri": lambda x, F, i, o, n, L, z: x + o(F(i(x))),
+    "lns": lambda x, F, i, o, n, L, z: x + F(i(x) / n**0.5),
+    "deepnorm": lambda x, F, i, o, n, L, z: o((2 * L) ** 0.25 * x + F(x)),
+    "none": lambda x, F, i, o, n, L, z: x + F(x),
+    "residual_scale": lambda x, F, i, o, n, L, z: (
         math.sqrt(1 - 2 / (2 * L)) * x + math.sqrt(2 / (2 * L)) * F(i(x))
     ),
-    "rezero": lambda x, F, i, o, n, L: x + 0.0 * F(i(x)),
-    "layerscale": lambda x, F, i, o, n, L: x + 0.1 * F(i(x)),
-    "mix_ln": lambda x, F, i, o, n, L: o(x + F(x)) if n <= 0.4 * L else x + F(i(x)),
-    "pre_post": lambda x, F, i, o, n, L: x + F(i(x)) if F.__name__ == "attention" else o(x + F(x)),
-    "parallel": lambda x, F, i, o, n, L: x + F(i(x)),  # i of the block's start
-    "complete_p": lambda x, F, i, o, n, L: x + 2 / L * F(i(x)),
-    "keel": lambda x, F, i, o, n, L: o(2 * L * x + F(i(x))),
-    "hybrid_norm": lambda x, F, i, o, n, L: (
+    "rezero": lambda x, F, i, o, n, L, z: x + 0.0 * F(i(x)),
+    "layerscale": lambda x, F, i, o, n, L, z: x + 0.1 * F(i(x)),
+    "mix_ln": lambda x, F, i, o, n, L, z: o(x + F(x)) if n <= 0.4 * L else x + F(i(x)),
+    "pre_post": lambda x, F, i, o, n, L, z: (
+        x + F(i(x)) if F.__name__ == "attention" else o(x + F(x))
+    ),
+    "parallel": lambda x, F, i, o, n, L, z: x + F(i(x)),  # i of the block's start
+    "complete_p": lambda x, F, i, o, n, L, z: x + 2 / L * F(i(x)),
+    "keel": lambda x, F, i, o, n, L, z: o(2 * L * x + F(i(x))),
+    "hybrid_norm": lambda x, F, i, o, n, L, z: (
         x + F(x) if F.__name__ == "attention" else i(x) + F(i(x))
     ),
-    "hybrid_norm_star": lambda x, F, i, o, n, L: FORMULAS["pre" if n == 1 else "hybrid_norm"](
-        x, F, i, o, n, L
+    "scaled": scaled,
+    "nanochat": nanochat,
+    "modded_nanogpt": lambda x, F, i, o, n, L, z: (
+        1.1**0.5 * x + (F(i(x)) if F.__name__ == "attention" else 0)
+    ),
+    "minimax": lambda x, F, i, o, n, L, z: 160**0.25 * i(x) + F(i(x)),
+    "granite": lambda x, F, i, o, n, L, z: x + 0.22 * F(i(x)),
+    "prores": lambda x, F, i, o, n, L, z: x + min(0.5 / (n / L), 1) * F(i(x)),
+    "laurel_rw": lambda x, F, i, o, n, L, z: 0.8 * x + 1.3 * F(i(x)),
+    "hybrid_norm_star": lambda x, F, i, o, n, L, z: FORMULAS["pre" if n == 1 else "hybrid_norm"](
+        x, F, i, o, n, L, z
     ),
 }
 
@@ -104,26 +131,30 @@ def test_formula(placement, kind):
     )
     model, norm = with_random_gains(build_model(config)), NORMS[kind]
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
-    x = expected = model.embedding(ids)
+    state = start(model.embedding(ids), config.shape)
+    z = expected = placement_of(config.shape).watch(state)
+    if config.shape.norm.start_normed:
+        torch.testing.assert_close(z, rms_norm(model.embedding(ids), (48,), None, EPS))
     with torch.no_grad():
         for n, block in enumerate(model.blocks, start=1):
-            x, start = block(x), expected
+            state, before = block(state), expected
+            x = placement_of(config.shape).watch(state)
             for step, F in zip((block.attention, block.mlp), sublayers(block, norm), strict=True):
 
-                def i(y, step=step, start=start):
-                    return norm(start if placement == "parallel" else y, step.norm_in.weight)
+                def i(y, step=step, before=before):
+                    return norm(before if placement == "parallel" else y, step.norm_in.weight)
 
                 def o(y, step=step):
                     return norm(y, step.norm_out.weight)
 
-                expected = FORMULAS[placement](expected, F, i, o, n, 5)
+                expected = FORMULAS[placement](expected, F, i, o, n, 5, z)
             if placement == "swin_renorm" and n in (2, 4):
                 expected = norm(expected, block.renorm.norm_out.weight)
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
 
 
 def test_every_placement_has_a_formula_here():
-    assert set(FORMULAS) == set(PLACEMENTS)
+    assert set(FORMULAS) == {*options("norm")} - {"from_checkpoint"} >= set(PLACEMENTS)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

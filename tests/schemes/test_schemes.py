@@ -87,9 +87,26 @@ LAWS = {
 }
 
 
+def scaled(v, n, kind):
+    """λ²v + 2λμc + μ² + β²B, c = ⟨x, x₀⟩/d: branches are uncorrelated with x₀, of mean square 1."""
+
+    def at(n):
+        return [a + (b - a) * (n - 1) / 3 for a, b in ((0.9, 1.2), (0.3, -0.1), (0.5, 0.8))]
+
+    c = 1.0
+    for step in range(2 * (n - 1) + (kind == "mlp")):
+        stream, start, _ = at(step // 2 + 1)
+        c = stream * c + start
+    stream, start, branch = at(n)
+    return stream**2 * v + 2 * stream * start * c + start**2 + branch**2 * B
+
+
+LAWS["scaled"] = scaled
+
+
 @pytest.mark.parametrize("placement", LAWS)
 def test_the_formula_gives_its_law(placement):
-    expected = [V0]
+    expected = [1.0 if placement == "scaled" else V0]  # its start is normed
     for block in (1, 2, 3, 4):
         for kind in ("attention", "mlp"):
             expected.append(LAWS[placement](expected[-1], block, kind))

@@ -166,6 +166,7 @@ SETTINGS = [
      "model.embedding_scale=3", "model.query_pre_attn_scalar=2", "model.attention_softcap=1",
      "model.window=4", "model.full_every=2", "model.rope_local_theta=30", "model.rope_linear=8"),
     ("norm=parallel", "init=fan_in", "model.mlp=gelu_exact", "model.rotary=0.5"),
+    (*placed("scaled"), "init=fan_in"), (*placed("nanochat"),), ("norm=minimax", "init=fan_in"),
     ("norm=hybrid_norm", "init=fan_in"), ("norm=hybrid_norm_star",),
     ("norm=keel", "init=fan_in"), ("norm=complete_p", "init=fan_in"),
     ("norm=pre", "init=gpt2", "model.qk_norm=none", "model.rotary=0", "model.positions=64",

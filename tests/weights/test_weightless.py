@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, tiny
+from conftest import PARITY, placed, tiny
 from torch import nn
 
 from simlab.config import InitConfig
@@ -238,8 +238,9 @@ def test_more_tokens_than_dimensions():
         ),
         (["norm=parallel", "model.mlp=gelu_exact"], {}),
         (["norm=hybrid_norm_star"], {}),
+        (placed("scaled"), {}),
     ],
-    ids=["other norms", "other init", "GPT", "parallel", "values normed"],
+    ids=["other norms", "other init", "GPT", "parallel", "values normed", "two vectors"],
 )
 def test_variants(overrides, init):
     """A tied head, whose shown rows are known; other norms, MLPs, positions; an init without one σ."""
