@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +36,7 @@ from simlab.config import (
     nearest,
 )
 from simlab.config.fields import REQUIRED, Fields
+from simlab.config.norm import read_scales
 from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
@@ -72,22 +73,6 @@ def _placement_of(name: str) -> str:
     return str(OmegaConf.load(CONF_DIR / "norm" / f"{name}.yaml").placement)
 
 
-def _scales(reader: Fields) -> dict[str, Any]:
-    """The keys of ``scaled``, of a config that has them."""
-    if "stream_scale" not in reader.values:
-        return {}
-    branch = reader.ends("branch_scale")
-    of_mlp = reader.take("mlp_branch_scale")
-    return {
-        "stream_scale": reader.ends("stream_scale"),
-        "start_scale": reader.ends("start_scale"),
-        "branch_scale": branch,
-        "mlp_branch_scale": branch if of_mlp is None else reader.ends("mlp_branch_scale"),
-        **{key: reader.boolean(key) for key in ("scale_once", "skip_normed", "start_normed")},
-        "ramp": reader.number("ramp", 0.0, default=None),
-    }
-
-
 def _norm(reader: Fields) -> NormConfig:
     if reader.values.get("placement", "") is None:
         raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
@@ -104,7 +89,7 @@ def _norm(reader: Fields) -> NormConfig:
         fraction=reader.number("fraction", 0.0, 1.0) if "fraction" in reader.values else None,
         base_depth=reader.integer("base_depth") if "base_depth" in reader.values else None,
         qkv_norm=reader.boolean("qkv_norm") if "qkv_norm" in reader.values else None,
-        **_scales(reader),
+        **read_scales(reader),
     )
     reader.done()
     return norm

@@ -1,0 +1,23 @@
+"""Checks the keys of norm placements that have many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simlab.config.fields import Fields
+
+
+def read_scales(reader: Fields) -> dict[str, Any]:
+    """The keys of ``scaled``, of a config that has them."""
+    if "stream_scale" not in reader.values:
+        return {}
+    branch = reader.ends("branch_scale")
+    of_mlp = reader.take("mlp_branch_scale")
+    return {
+        "stream_scale": reader.ends("stream_scale"),
+        "start_scale": reader.ends("start_scale"),
+        "branch_scale": branch,
+        "mlp_branch_scale": branch if of_mlp is None else reader.ends("mlp_branch_scale"),
+        **{key: reader.boolean(key) for key in ("scale_once", "skip_normed", "start_normed")},
+        "ramp": reader.number("ramp", 0.0, default=None),
+    }
