@@ -20,7 +20,8 @@ from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.model.placement import Carried, start, tensors_of
 from simlab.model.transformer import Block
-from simlab.schemes.placement import Scheme, placement_of
+from simlab.schemes.placement import placement_of
+from simlab.schemes.scheme import Scheme
 from simlab.weights.base import Weights
 
 

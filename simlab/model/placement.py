@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.norms import NORMS, RMSNorm
-from simlab.schemes.placement import Scheme, placement_of
+from simlab.schemes.placement import placement_of
+from simlab.schemes.scheme import Scheme
 
 Carried = Tensor | tuple[Tensor, ...]
 

@@ -13,8 +13,9 @@ from simlab.config.validate import options
 from simlab.model.placement import ResidualAdd, start
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
-from simlab.schemes.placement import PLACEMENTS, Scheme, at, placement_of
+from simlab.schemes.placement import PLACEMENTS, at, placement_of
 from simlab.schemes.rope import inverse_frequencies
+from simlab.schemes.scheme import Scheme
 from simlab.theory.size import parameters_on_paper
 
 EPS = 1e-3

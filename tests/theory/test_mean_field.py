@@ -13,7 +13,8 @@ from scipy.integrate import quad
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from simlab.experiment import prepare, run
-from simlab.schemes.placement import PLACEMENTS, Scheme
+from simlab.schemes.placement import PLACEMENTS
+from simlab.schemes.scheme import Scheme
 from simlab.theory.mean_field import predict, recursion, unpredictable
 from simlab.theory.mean_field.averages import DEGREE, at_nodes, expand, gelu, saturation, silu
 from simlab.theory.mean_field.kernels import Input, KernelStep, State, state_of

@@ -14,7 +14,8 @@ from threadpoolctl import ThreadpoolController
 
 from simlab.config import FamilyConfig, InitConfig, ModelConfig
 from simlab.schemes.init import Gaussian, table
-from simlab.schemes.placement import at, placement_of, renorm_after, vectors
+from simlab.schemes.placement import at, placement_of, renorm_after
+from simlab.schemes.scheme import vectors
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.averages import saturation
