@@ -132,6 +132,14 @@ def probe(
 
     if isinstance(random, bool) or not isinstance(random, int) or random < 0:
         raise ConfigError(f"probe: random={random!r}: must be a number of random inits, from 0")
+    wanted = {"curve": (curve, str), "seed": (seed, int), "gradients": (gradients, bool)}
+    for name, (value, kind) in wanted.items():
+        if not isinstance(value, kind):
+            raise ConfigError(f"probe: {name}={value!r}: must be of type {kind.__name__}")
+    if factory is not None and not callable(factory):
+        raise ConfigError(
+            f"probe: factory is a {type(factory).__name__}: must be a function that gives a new model"
+        )
     if factory is not None and not random:
         raise ConfigError("probe: factory makes random inits: say how many, as random=8")
     if random and (batch is None or curve == "random"):

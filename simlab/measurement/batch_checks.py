@@ -17,6 +17,8 @@ NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's 
 RELATED = (
     0.1  # cosine of a stream with the embedding from which it began: tiny, where they're unrelated
 )
+# Parts of the names of what has a number for each token, too. Training scripts pass it in any order.
+NO_IDS = ("mask", "position", "type", "segment", "label", "target")
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
 
 
@@ -37,8 +39,40 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def named_arguments(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a forward call by name."""
-    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    """The arguments of a forward call by name, in the order of its signature."""
+    names = inspect.signature(model.forward).parameters
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return {name: given[name] for name in names if name in given} | given
+
+
+def token_ids(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The token ids (B, T) among what a model gets, by name; None where it gets none."""
+    found = [
+        x
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.ndim == 2 and not any(part in name for part in NO_IDS)
+        if not x.is_floating_point() and x.dtype != torch.bool
+    ]
+    ids = inputs.get("input_ids")
+    return ids if any(x is ids for x in found) else next(iter(found), None)
+
+
+def refuse_cache(inputs: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a model of transformers gets a cache of earlier tokens, as in generation.
+
+    They would be missing in the rows, and the first token that it gets isn't the sequence's first.
+    """
+    for name in ("past_key_values", "cache_params"):
+        given = inputs.get(name)
+        cache = getattr(given, "self_attention_cache", given)  # of an encoder and a decoder
+        for layer in getattr(cache, "layers", cache if isinstance(cache, tuple) else ()):
+            length = getattr(layer, "get_seq_length", lambda layer=layer: isinstance(layer, tuple))
+            state = getattr(layer, "has_previous_state", {})
+            if length() or any(state.values() if isinstance(state, dict) else [state]):
+                raise ConfigError(
+                    f"probe: {name} holds earlier tokens, which the statistics would miss: pass whole"
+                    " sequences, without a cache"
+                )
 
 
 def refuse_padding(inputs: Mapping[str, Any]) -> None:
@@ -95,8 +129,7 @@ class Stream:
 
     def __init__(self, inputs: Mapping[str, Any], longer: bool) -> None:
         self.longer = longer
-        tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.ndim == 2]
-        self.ids = next((x for x in tensors if not x.is_floating_point()), None)
+        self.ids = token_ids(inputs)
         self.embedded: Tensor | None = None  # of the ids (B, T, D)
         self.began = False
 

@@ -30,6 +30,7 @@ class Tap:
         self.dtype, self.taps = x.dtype, taps
         self.value: Tensor | None = None
         self.reducer: Reducer | None = None
+        self.received = False
         self.edge: GradientEdge | None = None
         if x.requires_grad:
             self.edge = get_gradient_edge(x)
@@ -42,6 +43,8 @@ class Tap:
     @torch.no_grad()
     def receive(self, gradient: Tensor) -> None:
         """Autograd gives the gradient."""
+        self.taps.repeated |= self.received
+        self.received = True
         if self.value is not None and self.reducer is not None:
             scale = torch.full((1, 1, 1, 1), self.taps.scale, device=gradient.device)
             self.reducer.add(gradient_step(self.value, gradient.reshape(self.value.shape), scale))
@@ -51,11 +54,13 @@ class GradientTaps:
     """The taps of a model's forward calls, in the order of its steps.
 
     scale: the number by which the loss is multiplied before its backward. start: the place of the
-    embedding in autograd's graph, from a forward call's begin until ``clear``.
+    embedding in autograd's graph, from a forward call's begin until ``clear``. repeated: whether two
+    backwards went through one forward call.
     """
 
     def __init__(self) -> None:
         self.scale = 1.0
+        self.repeated = False
         self.start: GradientEdge | None = None
         self.all: list[Tap] = []  # of this call
         self.followed: list[Tap] = []  # of this call: the last three

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -20,12 +20,13 @@ from simlab.measurement.batch_checks import (
     arguments,
     evaluated,
     named_arguments,
+    refuse_cache,
     refuse_padding,
 )
 from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
 from simlab.measurement.engine import Measured, rows_of
 from simlab.measurement.gradient_taps import GradientTaps, backward_through, loss_of
-from simlab.measurement.layout import Layout, Sublayer, blocks_at, no_blocks, stacks
+from simlab.measurement.layout import Layout, Sublayer, blocks_at, inside, no_blocks, stacks
 from simlab.measurement.layout_probe import LayoutProbe
 from simlab.measurement.layout_search import first_argument, first_output
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
@@ -54,6 +55,10 @@ class ModelProbe:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"probe: model is a {type(model).__name__}: must be an nn.Module")
+        if not isinstance(layout, (Layout, type(None))):
+            raise ConfigError(
+                f"probe: layout is a {type(layout).__name__}: must be a simlab.Layout, or left out"
+            )
         self.model, self.curve, self.seed = model, curve, seed
         self.stacks = block_probes(model, layout)
         # The decoder's: the only one, or else the one that the first call passes through.
@@ -75,7 +80,9 @@ class ModelProbe:
     def measure(self, batch: Batch) -> ModelProbe:
         """Pass a batch through the model in eval mode, and with gradients its loss back. Itself."""
         args, kwargs = arguments(batch)
-        with evaluated(self.model), torch.set_grad_enabled(self.taps is not None), self:
+        back = self.taps is not None
+        recording = torch.inference_mode(False) if back else nullcontext()
+        with evaluated(self.model), recording, torch.set_grad_enabled(back), self:
             out = self.model(*args, **kwargs)
             if self.taps is not None and self.size is not None:
                 self.loss = loss_of(out, self.stream.ids, self.size[1])
@@ -100,6 +107,7 @@ class ModelProbe:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = named_arguments(model, args, kwargs)
         refuse_padding(inputs)
+        refuse_cache(inputs)
         self.stream = Stream(inputs, self.given)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it is slow to import
             self.inner.enter_context(torch.compiler.set_stance("force_eager"))
@@ -136,7 +144,7 @@ class ModelProbe:
                 " the models it is made of, or pass a layout"
             )
         self.path = path
-        refuse_padding(kwargs)
+        refuse_padding(named_arguments(inside(block), args, kwargs))
         if i == 0:
             self._embedded(x)
             if self.taps and torch.is_grad_enabled():
@@ -226,6 +234,11 @@ class ModelProbe:
                     " forward call;"
                     " reentrant gradient checkpointing (use_reentrant=True) hides steps"
                 )
+        if self.taps.repeated:  # as often as another call had none
+            raise ConfigError(
+                "probe: gradients=True: two backwards went through one forward call: call"
+                " loss.backward() once for each forward call"
+            )
         values = [reducer.result()[0].cpu() for reducer in gradients]
         rows = [replace(row, gradient=g) for row, g in zip(rows, values, strict=True)]
         return Measured(rows, self.loss)

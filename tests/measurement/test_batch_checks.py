@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from simlab import ConfigError
-from simlab.measurement.batch_checks import Stream, refuse_padding
+from simlab.measurement.batch_checks import Stream, refuse_padding, token_ids
 
 B, T = 2, 5
 CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
@@ -88,3 +88,20 @@ def test_streams_that_are_no_stream_of_the_ids():
             ConfigError, match="must be \\(batch, length, width\\), a token for each"
         ):
             Stream({"input_ids": ids}, longer).begin(torch.zeros(shape))
+
+
+def test_token_ids_are_told_from_what_goes_with_them():
+    """In any order: a training script's mapping may begin with the mask."""
+    ids = torch.arange(B * T).view(B, T)
+    beside = {
+        "attention_mask": ONES,
+        "position_ids": ids,
+        "token_type_ids": ONES,
+        "labels": ONES,
+        "seen": ONES.bool(),
+        "weights": torch.ones(B, T),
+    }
+    assert token_ids(beside) is None
+    for name in ("input_ids", "idx"):
+        assert token_ids(beside | {name: ids}) is ids
+    assert token_ids({"draft": ONES, "input_ids": ids}) is ids

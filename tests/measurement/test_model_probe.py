@@ -244,6 +244,43 @@ def test_padding_hidden_by_query_and_key():
         assert "attention_mask hides 2 of 33 tokens" in refused(model, batch)
 
 
+class Hidden(Own):
+    """Its blocks get, by position, a mask of tokens, which the model makes of lengths."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.h:
+            block.forward = lambda x, mask, of=block.forward: of(x)
+
+    def forward(self, ids, lengths):
+        x = self.wte(ids)
+        for block in self.h:
+            x = block(x, torch.arange(ids.shape[1]) < lengths[:, None])
+        return x
+
+
+def test_padding_hidden_by_a_mask_by_position():
+    model = perturbed(Hidden())
+    assert len(probe(model, (IDS, torch.tensor([11, 11, 11]))).rows()) == 7
+    assert "mask hides 6 of 33 tokens" in refused(model, (IDS, torch.tensor([5, 11, 11])))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mamba"])
+def test_generation_is_refused(kind):
+    """From one token on its batches are of one length, and lack what the cache holds."""
+    model = theirs(kind)
+    with (
+        pytest.raises(ConfigError, match="holds earlier tokens"),
+        torch.no_grad(),
+        probe(model),
+    ):
+        model.generate(IDS[:, :1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert not hooks(model)
+    cache = model(IDS, use_cache=True)
+    for name in {"past_key_values", "cache_params"} & cache.keys():
+        assert "holds earlier tokens" in refused(model, {"input_ids": IDS, name: cache[name]})
+
+
 def test_norms_are_recognised_under_autocast():
     """The branch is bfloat16 where the stream is float32, and so is what its norm gives."""
     model = theirs("Olmo2")

@@ -220,6 +220,25 @@ def test_no_backward_and_two():
     loss.backward()
     with pytest.raises(ConfigError, match="66 of 33"):
         probed.rows()
+    with probe(model, gradients=True) as probed:
+        seen, _ = model(IDS).mean(), model(IDS)
+    for _ in range(2):  # 66 of 66, those of one call twice
+        seen.backward(retain_graph=True)
+    with pytest.raises(ConfigError, match="two backwards went through one forward call"):
+        probed.rows()
+
+
+def test_the_loss_is_of_the_ids():
+    """Whatever comes before them in the batch, and whatever mode is on."""
+    model = small_gpt2()
+    expected = probe(model, BATCH, gradients=True).rows()
+    ones = torch.ones_like(IDS)
+    with torch.inference_mode():
+        rows = probe(model, {"attention_mask": ones} | BATCH, gradients=True).rows()
+    pd.testing.assert_frame_equal(rows, expected)
+    vectors = {"inputs_embeds": model.transformer.wte(IDS).detach(), "attention_mask": ones}
+    with pytest.raises(ConfigError, match="no token ids to predict"):
+        probe(model, vectors, gradients=True)
 
 
 class Beside(OwnBlock):

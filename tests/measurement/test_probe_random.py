@@ -203,6 +203,10 @@ WRONG = {
     "no number": ({"random": True}, "must be a number"),
     "negative": ({"random": -1, "factory": Own}, "must be a number"),
     "a name that is taken": ({"random": 2, "factory": Own, "curve": "random"}, "another curve="),
+    "no function": ({"random": 2, "factory": 3}, "factory is a int: must be a function"),
+    "no name": ({"curve": None}, "curve=None: must be of type str"),
+    "no seed": ({"seed": "x"}, "seed='x': must be of type int"),
+    "no layout": ({"layout": "h"}, "layout is a str: must be a simlab.Layout"),
     "no module": ({"random": 2, "factory": dict}, "must give an nn.Module"),
     "other steps": (
         {"random": 2, "factory": lambda: shallow()},
