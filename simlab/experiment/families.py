@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from simlab.config import FROM_CHECKPOINT, ConfigError, RunConfig
 from simlab.config.cli_errors import out_of_memory
 from simlab.experiment.family_gradients import with_gradients
 from simlab.measurement.engine import Measured
-from simlab.measurement.model_probe import ModelProbe
+from simlab.measurement.model_probe import ModelProbe, whole_blocks
 from simlab.weights.base import Weights
 
 if TYPE_CHECKING:
@@ -43,10 +43,17 @@ def family_curves(
 
     stored = checkpoint.stored(skeleton)
     back = config.gradients
-    curves = [("checkpoint", config.seed, streamed(skeleton, stored, ids, read, back))]
+    own = streamed(skeleton, stored, ids, read, back)
+    curves = [("checkpoint", config.seed, own)]
     for seed in config.seeds:
         drawn = checkpoint.drawn(skeleton, seed)
-        curves.append(("random", seed, streamed(skeleton, drawn, ids, passed, back)))
+        found = streamed(skeleton, drawn, ids, passed, back, whole_blocks(own))
+        if [row.kind for row in found.rows] != [row.kind for row in own.rows]:
+            raise ConfigError(
+                f"{checkpoint.path}: other steps are found in the random init of seed {seed} than in"
+                " the checkpoint: seeds=0 measures the checkpoint alone"
+            )
+        curves.append(("random", seed, found))
     return curves
 
 
@@ -70,20 +77,22 @@ def streamed(
     ids: torch.Tensor,
     on_unit: Callable[[str], None] = lambda path: None,
     gradients: bool = False,
+    whole: Collection[int] = (),
 ) -> Measured:
     """One curve: the decoder's forward call on ids (B, T), its weights from a source.
 
     Whole sequences pass in groups of at most Weights.tokens_at_once tokens, each through all blocks:
     memory holds one group's activations, and every weight is read or drawn once for each of them.
+    whole: as of ``ModelProbe``.
     Raises ConfigError where no layout describes its blocks, or where its code can't run without all
     of its weights.
     """
     batches = ids.split(max(1, Weights.tokens_at_once // ids.shape[1]))
     try:
         if gradients:
-            return with_gradients(skeleton, source, batches, on_unit)
+            return with_gradients(skeleton, source, batches, on_unit, whole)
         with skeleton.filled(source, on_unit) as decoder:
-            result = ModelProbe(decoder)
+            result = ModelProbe(decoder, whole=whole)
             for batch in batches:
                 with torch.no_grad(), result:
                     decoder(input_ids=batch, use_cache=False)

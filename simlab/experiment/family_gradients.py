@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -109,9 +109,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def with_gradients(
-    skeleton: Skeleton, source: Source, batches: Sequence[Tensor], on_unit: Callable[[str], None]
+    skeleton: Skeleton,
+    source: Source,
+    batches: Sequence[Tensor],
+    on_unit: Callable[[str], None],
+    whole: Collection[int],
 ) -> Measured:
     """A curve with its loss and gradients. batches: token ids (B, T) of whole sequences.
+
+    whole: as of ``ModelProbe``.
 
     Each batch passes forward and back before the next one does. The loss is the mean over the tokens
     of all that have a predecessor. Raises ConfigError, also for a head that can't be read by rows.
@@ -121,7 +127,7 @@ def with_gradients(
     total = torch.zeros((), device=skeleton.device)
     reducers: defaultdict[tuple[int, int], Reducer] = defaultdict(_reducer)
     with skeleton.filled(source, on_unit) as decoder:
-        result = ModelProbe(decoder)
+        result = ModelProbe(decoder, whole=whole)
         for ids in batches:
             with torch.enable_grad(), Calls(skeleton) as calls, result:
                 out = decoder(input_ids=ids, use_cache=False)

@@ -26,7 +26,7 @@ from simlab.measurement.batch_checks import Batch
 from simlab.measurement.engine import Measured
 from simlab.measurement.frame import to_frame
 from simlab.measurement.layout import Layout
-from simlab.measurement.model_probe import ModelProbe
+from simlab.measurement.model_probe import ModelProbe, whole_blocks
 
 Factory = Callable[[], nn.Module]
 
@@ -43,7 +43,8 @@ def random_curves(
     curves: MeasuredCurves = []
     for seed in range(count):
         made = drawn(make, probe.model, seed)
-        other = ModelProbe(made, layout, gradients=probe.taps is not None)
+        whole = whole_blocks(whose)
+        other = ModelProbe(made, layout, gradients=probe.taps is not None, whole=whole)
         other.on_block = probe.on_block
         found = other.measure(batch).measured()
         del made, other  # before the next one is drawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -52,7 +52,9 @@ class ModelProbe:
         curve: str = "model",
         seed: int = 0,
         gradients: bool = False,
+        whole: Collection[int] = (),
     ) -> None:
+        """whole: Of which blocks only the output is measured: another curve's ``whole_blocks``."""
         if not isinstance(model, nn.Module):
             raise ConfigError(f"probe: model is a {type(model).__name__}: must be an nn.Module")
         if not isinstance(layout, (Layout, type(None))):
@@ -60,7 +62,7 @@ class ModelProbe:
                 f"probe: layout is a {type(layout).__name__}: must be a simlab.Layout, or left out"
             )
         self.model, self.curve, self.seed = model, curve, seed
-        self.stacks = block_probes(model, layout)
+        self.stacks = block_probes(model, layout, whole)
         # The decoder's: the only one, or else the one that the first call passes through.
         self.path = next(iter(self.stacks)) if len(self.stacks) == 1 else None
         self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
@@ -244,7 +246,17 @@ class ModelProbe:
         return Measured(rows, self.loss)
 
 
-def block_probes(model: nn.Module, layout: Layout | None) -> dict[str, list[BlockProbe]]:
+def whole_blocks(measured: Measured) -> list[int]:
+    """The blocks in which no steps were found: of a curve beside this one they are measured so, too.
+
+    A residual scale that is 1 at init is found then, and no longer when it is trained (Doge).
+    """
+    return [row.block for row in measured.rows if row.kind == "block" and row.block is not None]
+
+
+def block_probes(
+    model: nn.Module, layout: Layout | None, whole: Collection[int]
+) -> dict[str, list[BlockProbe]]:
     """A probe for each block in order, by the path of every list that may be the decoder's."""
     if layout is not None:
         lists = {layout.blocks: blocks_at(model, layout.blocks)}
@@ -261,7 +273,7 @@ def block_probes(model: nn.Module, layout: Layout | None) -> dict[str, list[Bloc
         path: [
             Probe(block)
             if layout is None and isinstance(block, Block)
-            else LayoutProbe(block, f"{path}.{i}", steps, found)
+            else LayoutProbe(block, f"{path}.{i}", () if i in whole else steps, found)
             for i, block in enumerate(blocks)
         ]
         for path, blocks in lists.items()

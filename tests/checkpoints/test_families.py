@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -351,6 +352,18 @@ def test_run(gemma, tmp_path, no_figures):
     assert len(curve) == 1 + 3 * 7
     weights = (tmp_path / "out/weights.csv").read_text().splitlines()
     assert len(weights) == 1 + len(load_file(gemma / "model.safetensors"))
+
+
+def test_inits_have_the_checkpoints_steps(tmp_path, no_figures):
+    """A Doge's residual scales are 1 at init: its steps are found then, and not when it's trained."""
+    write_family(tmp_path / "model", "doge")
+    run = ["source=checkpoint", f"source.path={tmp_path / 'model'}", "seeds=2", "hydra.run.dir=out"]
+    done = in_process(*run, "gradients=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    curve = pd.read_csv(tmp_path / "out/curve.csv")
+    kinds = curve.groupby(["curve", "seed"])["kind"].agg(list)
+    assert len(kinds) == 3
+    assert all(of == ["embedding", "block", "block", "block"] for of in kinds)
 
 
 WRONG = [

@@ -197,6 +197,28 @@ def test_blocks_of_one_step():
     assert ax.get_xlabel() == "sublayer (0: the embedding)"
 
 
+class Scaled(Own):
+    """The residual stream of each block is multiplied by a parameter, 1 at init."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.h:
+            block.scale = torch.nn.Parameter(torch.ones(()))
+            block.forward = lambda x, of=block: (of.scale - 1) * x + type(of).forward(of, x)
+
+
+def test_inits_have_the_models_steps():
+    """Where training has left no sum to find, inits beside it are measured by blocks, too."""
+    model = Scaled()
+    assert set(probe(model, IDS).curves["kind"]) == {"embedding", "attention", "mlp"}
+    model.h[1].scale.data.fill_(1.2)
+    result = probe(model, IDS, random=2, factory=Scaled)
+    kinds = result.curves.groupby(["curve", "seed"])["kind"].agg(list)
+    assert len(kinds) == 3
+    assert all(of == ["embedding", *STEPS, "block", *STEPS] for of in kinds)
+
+
+STEPS = ["attention", "mlp"]
 WRONG = {
     "no factory": ({"random": 2}, "how a Own is drawn: give factory"),
     "of nothing": ({"factory": Own}, "say how many"),
