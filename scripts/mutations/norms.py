@@ -81,7 +81,7 @@ NORM = (
     Mutation(
         "final_norm_forgotten",
         "no norm before the head",
-        edit(Transformer.forward, "self.head(self.norm(x))", "self.head(x)"),
+        edit(Transformer.forward, "self.head(self.norm(", "self.head(("),
         same="the curve ends before it",
     ),
 )

@@ -243,7 +243,7 @@ ENGINE = (
     Mutation(
         "block_twice",
         "every block is run twice",
-        edit(FORWARD, "block(stream)", "block(block(stream))"),
+        edit(FORWARD, "block(state)", "block(block(state))"),
     ),
     Mutation(
         "block_weights_off_by_one",
@@ -253,7 +253,7 @@ ENGINE = (
     Mutation(
         "stream_before_the_add",
         "what is measured is the stream before a sublayer",
-        edit(Probe._listen, "observe(step, args[0], out,", "observe(step, args[0], args[0],"),
+        edit(Probe._listen, "observe(step, args[0], after,", "observe(step, args[0], args[0],"),
     ),
     Mutation(
         "loss_over_all_tokens",
