@@ -207,6 +207,11 @@ def _direction(of: Split) -> str:
     return f"point {'slightly ' if abs(share) < 0.5 else ''}{'along' if share > 0 else 'against'}"
 
 
+def _percent(share: float) -> str:
+    """A share in per cent: two digits, and whole beyond 100, where two would need an exponent."""
+    return f"{100 * share:{'.2g' if abs(share) < 0.995 else '.0f'}}"
+
+
 def _terms(own: Split, drawn: Split | None) -> str:
     """A sentence on how the branches' alignment changes the growth, beside that of random inits."""
 
@@ -217,10 +222,10 @@ def _terms(own: Split, drawn: Split | None) -> str:
     where, share = _direction(own), own.alignment / own.branches
     as_drawn = drawn is not None and drawn.low <= share * drawn.branches <= drawn.high
     if drawn is not None and as_drawn and abs(share) >= ALIGNED:
-        low, high = (f"{100 * x / drawn.branches:.2g}" for x in (drawn.low, drawn.high))
+        low, high = (_percent(x / drawn.branches) for x in (drawn.low, drawn.high))
         return (
             "branches lie to the stream as those of random inits do: their alignment "
-            f"{change(own, f'the {short(own.branches)} of their size')}, {100 * share:.2g} % of it, "
+            f"{change(own, f'the {short(own.branches)} of their size')}, {_percent(share)} % of it, "
             f"where single seeds have {low} to {high} %."
         )
     if where.startswith("are"):

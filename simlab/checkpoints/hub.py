@@ -131,7 +131,8 @@ def find(path: str, revision: str | None) -> Found:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) or folder.parent.is_dir():
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
         hint = nearest(folder.name, (entry.name for entry in beside))
-        raise ConfigError(f"source.path={path}: no such folder{hint}")
+        what = "file" if folder.suffix == ".gguf" else "folder"
+        raise ConfigError(f"source.path={path}: no such {what}{hint}")
     return _snapshot(Repository(path, revision))
 
 

@@ -141,8 +141,9 @@ def _cosine(step: Step) -> Tensor:
 
 
 def _gradient_cosine(step: Step) -> Tensor:
-    """0 where the gradient is 0, as it is at a sequence's last token, which predicts nothing."""
-    return torch.where(step.branch_square == 0, 0.0, _cosine(step))
+    """0 where x is 0, as a padding token's embedding, or g, as at a sequence's last token."""
+    cosine = torch.where(step.branch_square == 0, 0.0, _cosine(step))
+    return cosine if step.wide_skip is None else torch.where(step.wide_skip.any(-1), cosine, 0.0)
 
 
 def _raw_mean_square(step: Step) -> Tensor:

@@ -201,7 +201,7 @@ def test_sizes_and_alignment_in_words(alignment, said):
     wide = sentences(replace(found, random=Split(45.0, 0.0, -60.0, 60.0)), frame)[1]
     apart = abs(alignment) > 0.05 * 19  # else they are at right angles
     assert ("as those of random inits do" in wide) == apart
-    assert ("single seeds have -1.3e+02 to 1.3e+02 %." in wide) == apart
+    assert ("single seeds have -133 to 133 %." in wide) == apart
 
 
 def test_a_checkpoint_of_zeros():

@@ -307,8 +307,8 @@ def test_what_the_own_model_lacks(tmp_path, kind, monkeypatch):
     source = SourceConfig("checkpoint", path=str(tmp_path / "own"))
     assert isinstance(open_checkpoint(source), Checkpoint)
     checkpoint = open_checkpoint(replace(source, path=str(tmp_path / "beyond")))
-    assert checkpoint.unread.startswith(f"simlab's own model doesn't compute {said}: ")
-    assert checkpoint.unread.endswith(": transformers does")
+    why = f"transformers computes it, since simlab's own model doesn't have {said}: "
+    assert checkpoint.unread.startswith(why)
     last = streamed(checkpoint.skeleton, checkpoint.stored(checkpoint.skeleton), IDS).rows[-1]
     blocks = [whole.get_submodule(path) for path in checkpoint.skeleton.blocks()]
     state = outputs(blocks, lambda: whole(IDS))[0][-1]
@@ -404,6 +404,14 @@ BAD = {
     "fewer layers": (
         {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
         ["model.layers.2.", "is not part of transformers' vaultgemma"],
+    ),
+    "encoder": (
+        {"model_type": "bert", "layer_types": None},
+        ["model_type='bert': with is_decoder=false"],
+    ),
+    "no decoder": (
+        {"model_type": "t5", "layer_types": None},
+        ["model_type='t5': transformers has no"],
     ),
     "listed": ({"eos_token_id": [10**12]}, ["'eos_token_id'=1000000000000"]),
     "heads": ({"num_attention_heads": "four"}, ["transformers refuses it"]),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ids_of, placed, tiny, write_olmo
 
-from simlab import build_model
+from simlab import build_model, probe
 from simlab.checkpoints.checkpoint import Checkpoint
 from simlab.config import ConfigError
 from simlab.experiment import prepare, run
@@ -148,3 +148,16 @@ def test_loss_at_init():
     variance = 512 * 0.03**2
     # The targets' logits dominate: 62 per seed, 12 seeds, nearly independent.
     assert abs(loss - np.log(20000) - variance / 2) < 4 * np.sqrt(variance / (12 * 62))
+
+
+def test_gradients_beside_a_token_of_zeros():
+    """A padding token's embedding is zeros: its cosine counts as 0, and no gradient is emptied."""
+    torch.manual_seed(0)
+    config = tiny("init.std=0.1")
+    model, ids = build_model(config), ids_of(config)
+    with torch.no_grad():
+        model.embedding.weight[ids[0, 3]] = 0
+    frame = probe(model, ids, gradients=True).rows()
+    _, streams, gradients = by_autograd(model, ids)
+    for column, truth in expected(streams, gradients).items():
+        agree(column, frame[column], truth)

@@ -103,7 +103,9 @@ class FamilyCheckpoint:
         index = [] if None in files.values() else [INDEX]
         native = self.config.model_type in {*MODEL_TYPES, *TEXT_PARTS}
         own = beyond_own(self.path) if native else ""
-        why = f"simlab's own model doesn't compute {own}: transformers does" if own else ""
+        why = (
+            f"transformers computes it, since simlab's own model doesn't have {own}" if own else ""
+        )
         beside = unread(self.folder, [*index, *(file.name for file in files)])
         unnamed = _unnamed(unknown, self.skeleton.model)
         code = "not used: auto_map in config.json, code of the repository's own"

@@ -122,6 +122,7 @@ def read_family_config(path: Path, tensors: int) -> tuple[Any, list[str]]:
         raise ConfigError(f"{path}: transformers refuses it: {one_line(error)}") from error
     if values.get("auto_map"):
         _refuse_their_code(values["auto_map"], config, fields)
+    _refuse_encoders(config, transformers, fields)
     return config, sorted(_unknown(config, plain))
 
 
@@ -142,6 +143,24 @@ def _refuse_their_code(auto_map: object, config: Any, fields: Fields) -> None:
                 f"transformers' {config.model_type} has no {brief(last)}, and simlab doesn't run the "
                 "repository's own code",
             )
+
+
+def _refuse_encoders(config: Any, transformers: Any, fields: Fields) -> None:
+    """Refuse models that predict no next tokens, and those whose tokens see later ones.
+
+    Raises ConfigError.
+    """
+    kinds = (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+    if not any(type(config) in kind for kind in kinds):
+        why = "transformers has no model of it that predicts next tokens, and simlab measures decoders"
+        raise fields.fail("model_type", config.model_type, why)
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if masked and getattr(config, "is_decoder", True) is False:  # GPT-NeoX's is False, too
+        why = "with is_decoder=false tokens see later ones, and simlab measures decoders"
+        raise fields.fail("model_type", config.model_type, why)
 
 
 def _unknown(config: Any, values: dict[str, Any]) -> Iterator[str]:
