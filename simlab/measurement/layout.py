@@ -109,6 +109,11 @@ def inside(block: nn.Module) -> nn.Module:
     return block
 
 
+def unwrapped(name: str) -> str:
+    """A parameter's name without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 def submodules(parent: nn.Module) -> dict[str, nn.Module]:
     """The submodules by dotted path, each once: what wrappers hold, by the path without them."""
     paths, found = {"": ""}, {"": parent}

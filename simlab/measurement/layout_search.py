@@ -29,7 +29,9 @@ VISIBLE, ENTRIES = 64, 32
 KIND_NAMES = {  # by the path of a submodule, then by its class
     "attention": (re.compile(r"attn|attention", re.IGNORECASE), re.compile("Attention")),
     "mlp": (
-        re.compile(r"mlp|ffn|feed_?forward|moe|expert|^(ff|fc)\d?\b|^output\b", re.IGNORECASE),
+        re.compile(
+            r"mlp|ffn|feed_?forward|moe|expert|^(ff|fc|linear)\d?\b|^output\b", re.IGNORECASE
+        ),
         re.compile("(MLP|MoE)$"),
     ),
 }
@@ -102,7 +104,9 @@ class FoundStep:
 
     total: the submodule that gets the sum, None if the block gives it. normed: the stream after the
     step is what ``total`` gives. raws: what gave the branches before any norm. norm_in: the norm on
-    the way in. attends: what gave attention's weights, if it's not a raw.
+    the way in. attends: what gave attention's weights, if it's not a raw. beside: False where the
+    raws got different tensors, one of them neither the stream nor a norm's of it: they may be one
+    after the other, with a norm that is a function or called twice.
     """
 
     raws: tuple[Call, ...]
@@ -112,6 +116,7 @@ class FoundStep:
     normed: bool
     norm_in: Call | None
     attends: Call | None
+    beside: bool
 
 
 def add_up(terms: list[Tensor]) -> Tensor:
@@ -234,7 +239,12 @@ class _Search:
             raws = tuple(_raw(branch, before) for branch in branches)
             if not any(raw.light for raw in raws):  # else what the sublayer gave isn't known
                 attends = _attends(raws, before)
-                yield FoundStep(raws, branches, multiplier, call, False, norm_in, attends)
+                got = [raw.x for raw in raws if raw.x is not None]
+                known = [stream, *(c.out for c in before if c.changes and same(c.x, stream))]
+                beside = all(same(x, got[0]) for x in got) or all(
+                    any(same(x, each) for each in known) for x in got
+                )
+                yield FoundStep(raws, branches, multiplier, call, False, norm_in, attends, beside)
 
     def _used(self, call: Call, before: list[Call], total: Call | None) -> bool:
         """True for an output that a later submodule got, or that is its parent's output too."""
@@ -319,7 +329,7 @@ def _sublayer(add: FoundStep) -> Sublayer:
     else:
         norm = add.norm_in.path if add.norm_in else None
     return Sublayer(
-        kind=_kind(add.raws),
+        kind=_kind(add.raws, add.beside),
         raw=raws[0] if len(raws) == 1 else raws,
         branch=None if branches == raws else branches[0] if len(branches) == 1 else branches,
         sum=total,
@@ -329,9 +339,12 @@ def _sublayer(add: FoundStep) -> Sublayer:
     )
 
 
-def _kind(raws: tuple[Call, ...]) -> str:
-    """``attention``, ``mlp``, else the submodule's name; ``parallel`` for several kinds."""
-    kinds = {
+def _kind(raws: tuple[Call, ...], beside: bool) -> str:
+    """``attention``, ``mlp``, else the submodule's name; ``parallel`` for several kinds.
+
+    ``attention+mlp`` where they may be one after the other.
+    """
+    kinds = [
         next(
             (
                 kind
@@ -342,5 +355,6 @@ def _kind(raws: tuple[Call, ...]) -> str:
             raw.path.split(".")[0],
         )
         for raw in raws
-    }
-    return kinds.pop() if len(kinds) == 1 else "parallel"
+    ]
+    kinds = list(dict.fromkeys(kinds))
+    return kinds[0] if len(kinds) == 1 else "parallel" if beside else "+".join(kinds)

@@ -175,6 +175,8 @@ class ModelProbe:
             raise ConfigError(
                 f"probe: the first block gets a tensor of shape {shape}: must be (batch, length, width)"
             )
+        if not x.numel():
+            raise ConfigError(f"probe: a batch of shape {tuple(x.shape)}: holds no token")
         self.stream.begin(x)
         length, width = x.shape[1:]
         if self.size not in (None, (length, width)):

@@ -242,3 +242,14 @@ def test_steps_that_start_at_zero():
             model(IDS)
         kinds = probed.rows()["kind"].tolist()
         assert kinds[1:3] == (["attention", "mlp"] if how == "pre" else ["parallel"] * 2)
+
+
+@pytest.mark.parametrize(("how", "kind"), [("pre", "attention+mlp"), ("parallel", "parallel")])
+def test_steps_that_may_be_one_after_the_other(how, kind):
+    """A norm that is called twice hides the stream between two steps: they aren't called parallel."""
+    model = Own(how)
+    for block in model.h:
+        block.ln_2 = block.ln_1
+    found = probe(model, IDS)
+    assert found.rows()["kind"].tolist() == ["embedding", kind, kind, kind]
+    assert found.layout == f"h 0-2: {kind}: x + attn + mlp"

@@ -214,6 +214,7 @@ def test_refused_batches():
     mask[0, -2:] = 0
     for batch in ({"input_ids": IDS, "attention_mask": mask}, (IDS, mask)):
         assert "attention_mask hides 2 of 33 tokens" in refused(model, batch)
+    assert "shape (0, 11, 32): holds no token" in refused(Own(), IDS[:0])
     assert "batch is a list: must be a tensor" in refused(model, IDS.tolist())
     with torch.no_grad(), probe(model) as probing:
         model(IDS)

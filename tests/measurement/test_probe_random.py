@@ -48,8 +48,14 @@ def test_random_inits_of_a_family_are_its_own(make):
     assert result.summary["loss"].keys() == {"model", "random"}
 
 
-def test_dtype_is_the_models():
-    rows = probe(gpt2().to(torch.bfloat16), IDS, random=1)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_dtype_is_the_models(wrapped):
+    """Of a compiled model, too, of which compiling each layer gives other names to its parameters."""
+    model = gpt2().to(torch.bfloat16)
+    if wrapped:
+        model.transformer.h[1] = torch.compile(model.transformer.h[1], backend="eager")
+        model = torch.compile(model, backend="eager")
+    rows = probe(model, IDS, random=1)
     assert rows.summary["dtype"] == "bfloat16"
     drawn = rows.curves[rows.curves["curve"] == "random"].reset_index(drop=True)
     config = gpt2().config
