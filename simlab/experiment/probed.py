@@ -25,7 +25,7 @@ from simlab.experiment.summary import (
 from simlab.measurement.batch_checks import Batch
 from simlab.measurement.engine import Measured
 from simlab.measurement.frame import to_frame
-from simlab.measurement.layout import Layout, inside, unwrapped
+from simlab.measurement.layout import Layout, inside, without_wrappers
 from simlab.measurement.model_probe import ModelProbe, whole_blocks
 
 Factory = Callable[[], nn.Module]
@@ -108,7 +108,7 @@ def own_factory(model: nn.Module) -> Factory:
 
 def drawn(make: Factory, model: nn.Module, seed: int) -> nn.Module:
     """A random init on the device and in the dtypes of the model's parameters. Raises ConfigError."""
-    own = {unwrapped(name): p for name, p in model.named_parameters()}
+    own = {without_wrappers(name): p for name, p in model.named_parameters()}
     first = next(iter(own.values()), None)
     with seeded(seed, first):
         made = make()
@@ -120,7 +120,7 @@ def drawn(make: Factory, model: nn.Module, seed: int) -> nn.Module:
     if first is not None:
         made.to(first.device)
     for name, p in made.named_parameters():
-        like = own.get(unwrapped(name))
+        like = own.get(without_wrappers(name))
         if p.is_floating_point() and like is not None and like.is_floating_point():
             p.data = p.data.to(like.device, like.dtype)
     return made

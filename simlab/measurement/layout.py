@@ -109,7 +109,7 @@ def inside(block: nn.Module) -> nn.Module:
     return block
 
 
-def unwrapped(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """A parameter's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
