@@ -295,6 +295,14 @@ BEYOND = {  # what simlab's own model lacks of its own model types
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         "rope_parameters.rope_type='linear'",
     ),
+    "gemma3_text": (
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+            }
+        },
+        "rope_parameters.sliding_attention.rope_type='linear'",
+    ),
 }
 
 

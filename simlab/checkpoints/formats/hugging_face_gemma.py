@@ -19,6 +19,7 @@ from simlab.checkpoints.formats.hugging_face_rope import (
 from simlab.checkpoints.formats.opened import layers, read_heads
 from simlab.checkpoints.storage import StoredTensor
 from simlab.config import ConfigError, ModelConfig, NormConfig
+from simlab.config.errors import NotComputed
 from simlab.config.fields import Fields
 
 _PARTS = {  # ours to theirs
@@ -77,7 +78,7 @@ def _read(kind: str, fields: Fields, name: str, tensors: int) -> tuple[ModelConf
     if kind == "gemma2":
         theta, *scalings = read_transformers_rope(fields, 10_000.0)
         if any(scalings):  # which would be of every layer
-            raise ConfigError(f"{fields.prefix}rope_parameters: scaled RoPE is not supported")
+            raise NotComputed(f"{fields.prefix}rope_parameters: scaled RoPE is not supported")
     else:
         every = fields.integer("sliding_window_pattern", default=6)
         theta, local, linear = read_layered_rope(fields)

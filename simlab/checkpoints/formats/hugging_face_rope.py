@@ -102,7 +102,7 @@ def read_layered_rope(fields: Fields) -> tuple[float, float, float | None]:
         kinds = {section.values.get(key) for key in ("rope_type", "type")} - {None}
         allowed = ("default", "linear") if section is full else ("default",)
         for key in ("rope_type", "type"):
-            section.choice(key, allowed, "default")
+            section.computed(key, allowed, "default")
         if len(kinds) > 1:
             raise section.fail("type", section.values["type"], "must be what rope_type is")
         scaled = "factor" if "linear" in kinds else ""
