@@ -26,6 +26,8 @@ def tune_process() -> None:
     os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
     # pyarrow's own allocator takes a GB of addresses, of which ulimit -v has few.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    # transformers' advice (kernels to install, ids beyond the vocabulary) isn't about what is measured.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     gc.set_threshold(GARBAGE)
     atexit.register(gc.freeze)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

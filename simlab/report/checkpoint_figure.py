@@ -38,6 +38,8 @@ def inside_figure(frame: pd.DataFrame, title: str) -> Figure | None:
             for name, of in rows.groupby("curve", sort=False):
                 typical = of.groupby("sublayer")["median_abs"].mean()
                 ax.plot(typical.index, typical, color=COLOURS[str(name)], ls=(0, (1, 1)), lw=1.6)
+        if rows.empty:
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=".35")
         low, high = rows[column].min(), rows[column].max()
         if scale == "log" and low > 0 and high > 8 * low:  # less than a decade has no round ticks
             ax.set_yscale("log")

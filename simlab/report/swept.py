@@ -218,7 +218,8 @@ def theory_said(curves: Sequence[SweptCurve]) -> Iterator[str]:
     held: dict[str, list[str]] = {}
     missing: dict[tuple[str, str], list[str]] = {}
     for c in curves:
-        who, found = f"{c.label} {c.norms}", c.agreement
+        who = c.label if c.norms in c.label.split() else f"{c.label} {c.norms}"
+        found = c.agreement
         if found:
             size = off_by(found.log_error)
             held.setdefault(STATUSES[found.status], []).append(f"{size} ({who})")
