@@ -123,14 +123,17 @@ def looks(mask: Tensor) -> Tensor:
 class Stream:
     """The stream of one forward call against its token ids (B, T): the order of dimensions, and once.
 
-    inputs: what the model gets, by name; ids are looked for there. longer: whether a sequence may have
-    more tokens in the stream than it has ids.
+    inputs: what the model gets, by name; ids are looked for there, else ``inputs_embeds`` (B, T, D).
+    longer: whether a sequence may have more tokens in the stream than it has ids.
     """
 
     def __init__(self, inputs: Mapping[str, Any], longer: bool) -> None:
         self.longer = longer
         self.ids = token_ids(inputs)
         self.embedded: Tensor | None = None  # of the ids (B, T, D)
+        given = inputs.get("inputs_embeds")
+        if self.ids is None and isinstance(given, Tensor):
+            self.embedded = given.detach().clone()
         self.began = False
 
     @contextmanager
@@ -163,11 +166,10 @@ class Stream:
                 " both calls"
             )
         self.began = True
-        if self.ids is None:
+        tokens = self.embedded if self.ids is None else self.ids
+        if tokens is None:
             return
-        other = x.shape[0] != self.ids.shape[0] or (
-            x.shape[1] != self.ids.shape[1] and not self.longer
-        )
+        other = x.shape[0] != tokens.shape[0] or (x.shape[1] != tokens.shape[1] and not self.longer)
         if self.embedded is not None and self.embedded.shape == x.shape:
             e = self.embedded
             as_is, turned = (
@@ -177,7 +179,7 @@ class Stream:
             other = turned > max(as_is, RELATED)
         if other:
             raise ConfigError(
-                f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(self.ids.shape)}:"
+                f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(tokens.shape[:2])}:"
                 " must be (batch, length, width), a token for each id"
             )
 

@@ -82,7 +82,10 @@ def test_streams_that_are_no_stream_of_the_ids():
     ids = torch.arange(B * T).view(B, T)
     Stream({"input_ids": ids}, longer=False).begin(torch.zeros(B, T, 3))
     Stream({"input_ids": ids}, longer=True).begin(torch.zeros(B, T + 1, 3))
-    Stream({"inputs_embeds": torch.zeros(B, T, 3)}, longer=False).begin(torch.zeros(T, B, 3))
+    vectors = {"inputs_embeds": torch.zeros(B, T, 3)}
+    Stream(vectors, longer=False).begin(torch.zeros(B, T, 3))
+    with pytest.raises(ConfigError, match="must be \\(batch, length, width\\), a token for each"):
+        Stream(vectors, longer=False).begin(torch.zeros(T, B, 3))
     for shape, longer in (((T, B, 3), False), ((T, B, 3), True), ((B, T + 1, 3), False)):
         with pytest.raises(
             ConfigError, match="must be \\(batch, length, width\\), a token for each"
