@@ -47,7 +47,8 @@ def family_peak(curve: Curve, model: FamilyConfig) -> int:
 def family_seconds(curve: Curve, model: FamilyConfig, rates: Rates) -> float:
     """Seconds of measuring all seeds: blocks are read or drawn once for each group of sequences, with
     gradients twice, and the head twice. Products are counted as if dense, with all experts.
-    On the same runs it was 0.85 to 1.30 of the processor's time, 2.4 to 10.8 s.
+    On the same runs it was 0.85 to 1.30 of the processor's time, 2.4 to 10.8 s. Random inits of a
+    family that cuts its normals (``trunc_normal_``) take up to five times as long as this says.
     """
     groups, back = -(-curve.batch // curve.together), int(curve.gradients)
     blocks, table = model.depth * model.block_parameters, model.vocab_size * model.width

@@ -152,8 +152,8 @@ FAMILIES: dict[str, dict] = {
 # fmt: on
 
 
-def write_family(folder, kind: str):
-    """A random checkpoint of a model type, written by transformers, with nothing at its init."""
+def new_family(kind: str):
+    """A model type's tiny model, as transformers draws it."""
     import torch
     import transformers
 
@@ -162,7 +162,17 @@ def write_family(folder, kind: str):
     torch.manual_seed(1)
     config = transformers.CONFIG_MAPPING[kind](**FAMILIES.get(kind, COMMON))
     config.architectures = None
-    model = auto_class(config).from_config(config, attn_implementation="eager")
+    return auto_class(config).from_config(config, attn_implementation="eager")
+
+
+def write_family(folder, kind: str, model=None):
+    """A random checkpoint of a model type, written by transformers, with nothing at its init.
+
+    model: What ``new_family`` has just given, or None.
+    """
+    import torch
+
+    model = new_family(kind) if model is None else model
     with torch.no_grad():
         for parameter in model.parameters():  # gains away from 1, biases from 0
             if parameter.ndim > 1:

@@ -2,8 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import PARITY, STANDARD_ERRORS, assert_parity, edit_json, in_process, write_olmo
-from family_table import COMMON, FAMILIES, write_family
+from family_table import COMMON, FAMILIES, new_family, write_family
 from safetensors.torch import load_file, save_file
 
 from simlab import ConfigError
@@ -92,11 +93,38 @@ def one_graph(whole, blocks, middle):
     return states, out, streams
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_streamed_is_whole(tmp_path, kind):
-    whole = write_family(tmp_path, kind)
-    assert is_family(tmp_path) == (kind not in {*MODEL_TYPES, *TEXT_PARTS})
-    checkpoint = FamilyCheckpoint(str(tmp_path))
+@dataclass(frozen=True)
+class Family:
+    """A model type's tiny model, the weights that it had at its init, and its checkpoint."""
+
+    kind: str
+    whole: torch.nn.Module
+    init: dict[str, torch.Tensor]
+    checkpoint: FamilyCheckpoint
+
+
+@pytest.fixture(scope="module")
+def family(request, tmp_path_factory):
+    """Made once for the tests of a model type, which pytest runs one after another."""
+    folder = tmp_path_factory.mktemp(request.param)
+    whole = new_family(request.param)
+    init = weights_of(whole)
+    write_family(folder, request.param, whole)
+    checkpoint = FamilyCheckpoint(str(folder))
+    yield Family(request.param, whole, init, checkpoint)
+    checkpoint.release()
+    shutil.rmtree(folder)
+
+
+def weights_of(model):
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach().clone() for name, parameter in named}
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_streamed_is_whole(family):
+    kind, whole, checkpoint = family.kind, family.whole, family.checkpoint
+    assert is_family(checkpoint.folder) == (kind not in {*MODEL_TYPES, *TEXT_PARTS})
     assert ("outside of the decoder" in checkpoint.unread) == (kind in MULTIMODAL)
     assert kind in MULTIMODAL or not checkpoint.unread
     skeleton = checkpoint.skeleton
@@ -218,11 +246,11 @@ def drawn_weights(skeleton, seed=3):
     return drawn | {f"{skeleton.head}.{name}": rows for name, rows in head.items()}
 
 
-def unlike(drawn, whole):
+def unlike(drawn, init):
     """The names whose mean or spread differs: of standard errors of two Gaussian samples."""
     names = []
     for name, ours in drawn.items():
-        a, b = ours.double().flatten(), whole.get_parameter(name).double().flatten()
+        a, b = ours.double().flatten(), init[name].double().flatten()
         spread = max(a.std(correction=0), b.std(correction=0))
         error = STANDARD_ERRORS * spread * (2 / len(a)) ** 0.5
         off = max((a.mean() - b.mean()).abs(), (a.std(correction=0) - b.std(correction=0)).abs())
@@ -231,24 +259,24 @@ def unlike(drawn, whole):
     return names
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in UNDRAWN])
-def test_random_init_is_the_familys(tmp_path, kind):
-    skeleton, config = family_skeleton(tmp_path, kind)
-    torch.manual_seed(0)
-    whole = auto_class(config).from_config(config)
+@pytest.mark.parametrize(
+    "family", [kind for kind in FAMILIES if kind not in UNDRAWN], indirect=True
+)
+def test_random_init_is_the_familys(family):
+    skeleton = family.checkpoint.skeleton
     drawn = drawn_weights(skeleton)
     parts = tuple(f"{path}." for path in (skeleton.path, skeleton.head))
-    names = {n for n, _ in whole.named_parameters(remove_duplicate=False) if n.startswith(parts)}
+    names = {name for name in family.init if name.startswith(parts)}
     assert drawn.keys() == names
-    assert kind in MULTIMODAL or names == skeleton.empty.keys()
-    assert not unlike(drawn, whole)
+    assert family.kind in MULTIMODAL or names == skeleton.empty.keys()
+    assert not unlike(drawn, family.init)
 
 
 def test_random_init_of_another_range_is_seen(tmp_path):
     skeleton, _ = family_skeleton(tmp_path, "gpt2", initializer_range=0.03)
     _, config = family_skeleton(tmp_path, "gpt2")
     whole = auto_class(config).from_config(config)
-    assert "transformer.h.1.mlp.c_proj.weight" in unlike(drawn_weights(skeleton), whole)
+    assert "transformer.h.1.mlp.c_proj.weight" in unlike(drawn_weights(skeleton), weights_of(whole))
 
 
 def test_random_init_that_is_left_out(tmp_path):
