@@ -135,15 +135,16 @@ class Step:
 
 
 def _cosine(step: Step) -> Tensor:
+    """0 where x is 0, as a padding token's embedding; NaN where b alone is, as all of ReZero's."""
     if step.wide_skip is None:
         return step.nan
-    return step.cross / (vector_norm(step.wide_skip, dim=-1) * step.branch_square.sqrt())
+    size = vector_norm(step.wide_skip, dim=-1)
+    return torch.where(size == 0, 0.0, step.cross / (size * step.branch_square.sqrt()))
 
 
 def _gradient_cosine(step: Step) -> Tensor:
-    """0 where x is 0, as a padding token's embedding, or g, as at a sequence's last token."""
-    cosine = torch.where(step.branch_square == 0, 0.0, _cosine(step))
-    return cosine if step.wide_skip is None else torch.where(step.wide_skip.any(-1), cosine, 0.0)
+    """0 where x is 0, or g, as it is at a sequence's last token, which predicts nothing."""
+    return torch.where(step.branch_square == 0, 0.0, _cosine(step))
 
 
 def _raw_mean_square(step: Step) -> Tensor:

@@ -161,3 +161,8 @@ def test_gradients_beside_a_token_of_zeros():
     _, streams, gradients = by_autograd(model, ids)
     for column, truth in expected(streams, gradients).items():
         agree(column, frame[column], truth)
+    x, y = (stream.detach().double() for stream in streams[:2])
+    cosine = torch.cosine_similarity(x, y - x, dim=-1)  # 0 where x is
+    assert (x.norm(dim=-1) == 0).any()
+    # y − x has the rounding of y in float32, some 1e-7 of it.
+    assert frame["cosine"][1] == pytest.approx(cosine.mean().item(), abs=1e-6)
