@@ -24,6 +24,9 @@ from simlab.theory.laws import Array
 
 ALPHA = 0.01  # the rate at which a right theory is rejected
 MATTERS = 0.05  # relative: a smaller difference is no difference to anybody who looks at growth
+# In logs: a factor that fewer than MIN_SEEDS seeds can tell from chance, if they lie close together. A
+# smaller one needs the sign-flip test, which takes no law of the seeds' chance for granted.
+FAR = math.log(2)
 # The least relative departure of a component that can be blamed for one of the stream: a branch is an
 # average over fewer numbers than the stream, and theory's own error in it is some 2 %.
 BLAMED = 0.05

@@ -13,8 +13,10 @@ from simlab.analysis.agreement import MATTERS
 from simlab.analysis.resampling import MIN_SEEDS
 
 HOLDS, OFF, UNDECIDED = "holds", "off", "not decided"
-UNTOLD = f"fewer than {MIN_SEEDS} seeds can't tell from chance"
-NOT_DECIDED = f"chance may explain it; fewer than {MIN_SEEDS} seeds don't test the additive law."
+UNTOLD = f"so few seeds can't tell from chance ({MIN_SEEDS} needed)"
+NOT_DECIDED = (
+    f"chance may explain it; fewer than {MIN_SEEDS} seeds tell a factor of 2 or more only."
+)
 
 
 def decision(curve: str, status: str, log_error: float | None) -> str | None:

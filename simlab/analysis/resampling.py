@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simlab.theory.laws import Array
 
@@ -89,6 +90,23 @@ def limit(maxima: Array, alpha: float) -> float:
     if above < 1:
         raise ValueError(f"{len(maxima)} relabelings are too few for alpha = {alpha:g}")
     return float(maxima[above] * (1 + TIE))
+
+
+def few_apart(logs: Array, alpha: float) -> NDArray[np.bool_]:
+    """The rows (R,) where the ln of S curves over their expected value, (S, R), isn't 0 but for chance.
+
+    |mean| > t·s/√S, Student's t at Bonferroni's limit, and s < ln 2: wider seeds may be of a heavy
+    tail, whose mean ln is far below 0. For few seeds, of which the sign-flip test can't reach alpha.
+    Rows with NaN or an infinity aren't apart, and aren't counted; one curve has no spread: none are.
+    """
+    seeds, known = len(logs), np.isfinite(logs).all(0)
+    apart: NDArray[np.bool_] = np.zeros(logs.shape[1], bool)
+    if seeds < 2 or not known.any():
+        return apart
+    logs = logs[:, known]
+    spread, t = logs.std(0, ddof=1), t_quantile(1 - alpha / (2 * logs.shape[1]), seeds - 1)
+    apart[known] = (spread < math.log(2)) & (np.abs(logs.mean(0)) > t * spread / math.sqrt(seeds))
+    return apart
 
 
 def sign_flip(differences: Array, floor: Array) -> float:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simlab.analysis.agreement import ALPHA, MATTERS, Agreement, enough_seeds
+from simlab.analysis.agreement import ALPHA, FAR, MATTERS, Agreement, enough_seeds
 from simlab.analysis.curve import GIVEN, Curves
 from simlab.analysis.decision import HOLDS, UNDECIDED, UNTOLD, decision
 from simlab.analysis.growth_clause import growth_clause, row_place, sublayer_of
 from simlab.analysis.numbers import off_by, percent, power_of_ten, short
-from simlab.analysis.resampling import MIN_SEEDS, t_quantile
+from simlab.analysis.resampling import MIN_SEEDS, few_apart, t_quantile
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
 
@@ -45,8 +45,10 @@ def main_sentences(
     if name in GIVEN:
         text += " (one curve: no intervals)"
     elif name == "random" and curves.count < MIN_SEEDS:
-        seeds = "1 seed is" if curves.count == 1 else f"{curves.count} seeds are"
-        text += f" ({seeds} too few for intervals and tests of laws: {MIN_SEEDS} needed)"
+        few = "1 seed is too few for intervals and tests"
+        if curves.count > 1:
+            few = f"{curves.count} seeds are too few for intervals and close tests"
+        text += f" ({few} of laws: {MIN_SEEDS} needed)"
     yield f"{text[0].upper()}{text[1:]}."
 
 
@@ -203,7 +205,7 @@ def _held(gradients: Array, predicted: Array) -> str:
     """A clause: how far theory's gradient rms (R,) is off that of S seeds (S, R), and if by chance.
 
     Student's t of the seeds' mean in the row that is furthest off, at ALPHA over all rows. Theory has
-    no band for gradients, so fewer than MIN_SEEDS seeds decide nothing.
+    no band for gradients, so fewer than MIN_SEEDS seeds decide nothing less than FAR.
     """
     seeds, mean = len(gradients), gradients.mean(0)
     with np.errstate(divide="ignore"):  # a prediction of 0 is off by any factor
@@ -213,7 +215,9 @@ def _held(gradients: Array, predicted: Array) -> str:
     if errors[row] < math.log1p(2 * MATTERS):
         return f"predicts it to {size}"
     if seeds < MIN_SEEDS:
-        return f"is {UNDECIDED}, off by {size}, which {UNTOLD}"
+        with np.errstate(divide="ignore"):
+            told = few_apart(np.log(gradients / predicted), ALPHA)[row] and errors[row] >= FAR
+        return f"is off by {size}" if told else f"is {UNDECIDED}, off by {size}, which {UNTOLD}"
     noise = float(gradients[:, row].std(ddof=1)) / math.sqrt(seeds)
     limit = t_quantile(1 - ALPHA / (2 * int(np.isfinite(predicted).sum())), seeds - 1)
     if abs(mean[row] - predicted[row]) > limit * noise:

@@ -3,7 +3,8 @@
 Each sentence says what the numbers bear out and no more (``shape``: the word for the growth;
 ``agreement``: theory's prediction; ``hold``: a law). ``holds`` needs both that a test doesn't reject
 the law and that it is off by less than MATTERS; off by more without a rejection is not decided
-(``decision``), with the number of seeds that would tell.
+(``decision``), with the number of seeds that would tell. Fewer than MIN_SEEDS seeds, but more than one,
+reject a law only where it is off by FAR or more (``few_apart``).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simlab.analysis.agreement import ALPHA, MATTERS, Agreement, agreement, enough_seeds
+from simlab.analysis.agreement import ALPHA, FAR, MATTERS, Agreement, agreement, enough_seeds
 from simlab.analysis.curve import Curves
 from simlab.analysis.fit import Growth, growth
-from simlab.analysis.resampling import MIN_SEEDS, Estimate, sign_flip
+from simlab.analysis.resampling import MIN_SEEDS, Estimate, few_apart, sign_flip
 from simlab.analysis.shape import GrowthShape, shape_of
 from simlab.theory.laws import LAWS, Array
 from simlab.theory.mean_field import Prediction
@@ -81,14 +82,16 @@ def hold(curves: Curves, law_log: Array, dtype: str) -> Fit:
         mean_v = np.log(v.mean(0))
         errors = np.abs(np.where(mean_law == mean_v, 0.0, mean_law - mean_v))
     error, worst = float(errors.max()), int(errors.argmax())
-    if curves.count < MIN_SEEDS:
-        return Fit(error, None, "unknown", MIN_SEEDS)
     # Row by row in units of the larger of the two: the test doesn't see units, and nothing overflows.
     with np.errstate(divide="ignore"):
         log_v = np.log(v)
     unit = np.maximum(log_v.max(0), top)
     unit[np.isinf(unit)] = 0.0  # both are zero throughout
     gap = np.exp(log_v - unit) - np.exp(law - unit)
+    if curves.count < MIN_SEEDS:
+        if (few_apart(log_v - law, ALPHA) & (errors >= FAR)).any():
+            return Fit(error, None, "fails")
+        return Fit(error, None, "unknown", MIN_SEEDS)
     p_value = sign_flip(gap, np.maximum(ROUNDING[dtype] * np.exp(mean_v - unit), 1e-300))
     if p_value < ALPHA:
         return Fit(error, p_value, "fails")

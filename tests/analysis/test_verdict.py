@@ -10,7 +10,7 @@ from simlab.analysis.agreement import agreement, enough_seeds
 from simlab.analysis.curve import Curves
 from simlab.analysis.numbers import gigabytes, off_by, percent, plus_minus, power_of_ten
 from simlab.analysis.resampling import Estimate, sign_flip
-from simlab.analysis.verdict import ALPHA, judge
+from simlab.analysis.verdict import ALPHA, hold, judge
 from simlab.experiment import run
 from simlab.theory.mean_field import PredictedRow, Prediction
 
@@ -137,16 +137,39 @@ def test_a_law_that_chance_hides():
 
 
 def test_too_few_seeds():
-    for seeds, text in ((7, "7 seeds are too few"), (1, "1 seed is too few")):
+    texts = {
+        7: "7 seeds are too few for intervals and close",
+        1: "1 seed is too few for intervals and",
+    }
+    for seeds, text in texts.items():
         verdict = judge(additive_curves(seeds, np.random.default_rng(0)), "float32")
-        assert f"({text} for intervals and tests of laws: 8 needed)" in verdict.sentence
+        assert f"({text} tests of laws: 8 needed)" in verdict.sentence
         assert "the additive law is not decided, off by" in verdict.sentence
-        assert {fit.status for fit in verdict.laws.values()} == {"unknown"}
+        statuses = {name: fit.status for name, fit in verdict.laws.items()}
+        sqrt2 = "fails" if seeds > 1 else "unknown"  # off by far, but one curve has no spread
+        assert statuses == {"additive": "unknown", "sqrt2": sqrt2, "mean_field": "unknown"}
         assert {fit.p_value for fit in verdict.laws.values()} == {None}
     checkpoint = judge(additive_curves(1, np.random.default_rng(0)), "float32", "checkpoint")
     assert "too few" not in checkpoint.sentence
     assert "(one curve: no intervals)" in checkpoint.sentence
     assert "√2" not in checkpoint.sentence
+
+
+@pytest.mark.parametrize("seeds", [2, 4, 7])
+def test_few_seeds_tell_what_is_far_off(seeds):
+    """Off by a factor of 3 isn't chance where the seeds' spread is 2 %; a large spread is.
+
+    The negative control: 2000 runs of a true law, each seed's whole curve off by a lognormal factor.
+    """
+    verdict = judge(additive_curves(seeds, np.random.default_rng(0), bias=2, noise=0.02), "float32")
+    assert verdict.laws["additive"].status == "fails"
+    assert "the additive law fails, off by a factor of 3" in verdict.sentence
+    generator, law, found = np.random.default_rng(1), np.arange(1.0, 18), []
+    for sigma in generator.choice([0.3, 1.0, 2.0, 4.0], 2000):
+        factor = np.exp(sigma * generator.standard_normal((seeds, 1)) - sigma**2 / 2)
+        logs = np.log(np.tile(law, (seeds, 1)))
+        found.append(hold(made(law * factor), logs, "float32").status)
+    assert found.count("fails") < ALPHA * 2000
 
 
 def test_constant_and_rounding():
@@ -281,7 +304,14 @@ def test_gradient_sentence():
 
 
 GRADIENTS = {  # how far off, if so few seeds tell, and if chance may be it
-    (1, 0.0): "theory is not decided, off by 20 %, which fewer than 8 seeds can't tell from chance",
+    (
+        1,
+        0.0,
+    ): "theory is not decided, off by 20 %, which so few seeds can't tell from chance (8 needed)",
+    (
+        2,
+        0.02,
+    ): "theory is not decided, off by 20 %, which so few seeds can't tell from chance (8 needed)",
     (8, 0.3): "theory is not decided, off by 20 %, which may be chance",
     (8, 0.02): "theory is off by 20 %",
 }

@@ -274,9 +274,7 @@ def test_why_growth_is_linear_where_no_test_tells(tmp_path):
     assert np.abs(np.log(means["law_additive"] / means["mean_square"])).max() < 1e-4
     assert re.search(r"because .* law gives the predicted curve to less than 0.01 % \(1B\)\)", text)
     text, means = answer_of(tmp_path, "seeds=2", "init.std=0.3")
-    said = (
-        r"as where .* is not decided, off by ([\d.]+) % \(1B\), which fewer than 8 seeds can't tell"
-    )
+    said = r"as where .* is not decided, off by ([\d.]+) % \(1B\), which so few seeds can't tell"
     (found,) = re.findall(said, text)
     error = np.abs(np.log(means["law_additive"] / means["mean_square"])).max()
     assert float(found) == float(f"{100 * np.expm1(error):.2g}")

@@ -124,7 +124,7 @@ def test_laws_have_one_decision_in_every_table():
         assert (line[start:], row[law]) == said
         assert "no shape" in line
         assert row[growth] == "no shape"
-    told = "chance may explain it; fewer than 8 seeds don't test the additive law."
+    told = "chance may explain it; fewer than 8 seeds tell a factor of 2 or more only."
     assert " ".join(lines[-2:]) == f"?: not decided, {told}"
 
 
