@@ -210,7 +210,7 @@ def jump(curve: Curve, found: re.Match[str], start: int) -> bool:
     return ends and steps.max() >= 0.8 * steps.sum() and int(steps.argmax()) + start + 1 == row
 
 
-@check(r"goes from # to # in no simple shape")
+@check(r"goes from # at sublayer \d+ to # in no simple shape")
 def no_shape(curve: Curve, found: re.Match[str], start: int) -> bool:
     """No line through v or ln v, nor a constant, fits."""
     rows = points(curve, start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -11,7 +10,7 @@ import pandas as pd
 
 from simlab.analysis.curve import GIVEN, basis, given_in
 from simlab.analysis.massive import massive_sentences, place
-from simlab.analysis.numbers import short
+from simlab.analysis.numbers import beside, short
 from simlab.analysis.resampling import MIN_SEEDS, t_quantile
 from simlab.analysis.tokens import skewed, token_apart
 from simlab.theory.laws import Array
@@ -180,12 +179,7 @@ def _where(left: Departure, end: str) -> str:
     if left.sublayer is None:
         back = f"is back inside when {end}" if end else "ends within it"
         return f"leaves the random inits' band at {_step(left.first)}, and {back}"
-    if left.ratio in (0, math.inf):
-        side = f"far {'above' if left.ratio else 'below'}"
-    else:
-        side = (
-            f"{short(left.ratio)}× above" if left.ratio > 1 else f"{short(1 / left.ratio)}× below"
-        )
+    side = beside(left.ratio)
     step = place(left.sublayer, left.block, str(left.kind))
     again = ""
     if left.first != left.sublayer:

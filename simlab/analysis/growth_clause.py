@@ -181,10 +181,11 @@ def _jump(curves: Curves, mean: Array, verdict: Verdict) -> str:
 
 
 def _none(curves: Curves, mean: Array, verdict: Verdict) -> str:
-    start = verdict.shape.start
+    start, last = verdict.shape.start, short(mean[-1])
     return (
-        f"goes from {short(mean[start])} to {short(mean[-1])} in no simple shape: neither constant, "
-        "linear, exponential, a power nor saturating" + _faster(mean[start:])
+        f"goes from {short(mean[start])} at sublayer {sublayer_of(curves, start)} to {last} in "
+        "no simple shape: neither constant, linear, exponential, a power nor saturating"
+        + _faster(mean[start:])
     )
 
 
@@ -211,7 +212,8 @@ def _faster(v: Array) -> str:
 def _unknown(curves: Curves, mean: Array, verdict: Verdict) -> str:
     if len(mean) == 1:
         return f"is {short(mean[0])} at the embedding, and there is no sublayer to speak of"
-    return f"goes from {short(mean[0])} to {short(mean[-1])}, in too few rows to name a shape"
+    first, last = short(mean[0]), short(mean[-1])
+    return f"goes from {first} at the embedding to {last}, in too few rows to name a shape"
 
 
 _CLAUSES = {

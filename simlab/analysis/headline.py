@@ -11,7 +11,7 @@ import pandas as pd
 from simlab.analysis.compare import Departure, departure, end_ratio, of_median_token
 from simlab.analysis.curve import GIVEN, INITS, basis, given_in
 from simlab.analysis.decision import HOLDS, OFF, decision
-from simlab.analysis.numbers import off_by, plus_minus, short
+from simlab.analysis.numbers import beside, off_by, plus_minus, short
 from simlab.analysis.resampling import MIN_SEEDS, Estimate
 from simlab.analysis.tokens import skewed, token_apart
 
@@ -39,12 +39,12 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
         if few:
             both = frame[frame["sublayer"] <= last]
             apart = f"; {token_apart(both, summary['tokens']).sentence}"
-            return f"{_median_token(frame, end)}{apart}, which {end} {_times(ratio)} theirs."
+            return f"{_median_token(frame, end)}{apart}, which {end} {beside(ratio)} theirs."
         more = ""
         if frame.loc[frame["curve"] == "random", "seed"].nunique() in range(1, MIN_SEEDS):
             more = f"; {MIN_SEEDS} would tell whether that is chance"
         whose = f"The mean square of this {given_in(frame)}'s residual stream"
-        return f"{whose} {end} {_times(ratio)} {_drawn(frame)}{more}."
+        return f"{whose} {end} {beside(ratio)} {_drawn(frame)}{more}."
     if left is not None:
         return _departed(left, whole, given_in(frame) or GIVEN[0])
     verdicts = summary["verdict"]
@@ -60,9 +60,13 @@ def headline(frame: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     if name in GIVEN and (rows["massive"] == 1).any():  # the verdict is on the median token
         whose, column = f"The mean square of this {name}'s median token", "mean_square_median"
     ends = rows.groupby("seed").tail(1)[column].mean()
-    starts = rows.groupby("seed").head(1)[column].mean()
+    fit = verdicts[name]["fit"]
+    first = rows.groupby("seed").nth(
+        0 if fit["word"] == "unknown" else fit["start"]
+    )  # the verdict's
+    starts, where = first[column].mean(), _at(int(first["sublayer"].iloc[0]))
     depth = int(rows["block"].max()) + 1 if rows["block"].notna().any() else 0
-    says = _grows(verdicts[name], float(starts), float(ends), depth)
+    says = _grows(verdicts[name], float(starts), where, float(ends), depth)
     return f"{whose} {says}{_sqrt2(verdicts[name], summary['theories'][name], name)}{apart}."
 
 
@@ -75,20 +79,11 @@ def _drawn(frame: pd.DataFrame) -> str:
     return "one random init" if seeds == 1 else f"the mean of {seeds} random inits"
 
 
-def _times(ratio: float) -> str:
-    """``4× above``, ``1.06× below``, ``far above``."""
-    if math.isnan(ratio):  # both are 0
-        return "no larger than"
-    if ratio in (0, math.inf):
-        return f"far {'above' if ratio else 'below'}"
-    return f"{short(ratio)}× above" if ratio > 1 else f"{short(1 / ratio)}× below"
-
-
 def _median_token(frame: pd.DataFrame, end: str) -> str:
     """A checkpoint's median token beside those of random inits, or beside a predicted mean square."""
     median = of_median_token(frame)
     whose = f"The mean square of this {given_in(frame)}'s median token"
-    size = _times(end_ratio(median)[0])
+    size = beside(end_ratio(median)[0])
     left: Departure | None = departure(median)
     if left is None:
         return f"{whose} {end} {size} {_drawn(frame)}"
@@ -101,22 +96,18 @@ def _median_token(frame: pd.DataFrame, end: str) -> str:
 
 def _departed(left: Mapping[str, Any], last: int, given: str) -> str:
     """A checkpoint beside random inits: how far it ends from them, and from where on."""
-    ratio, end = left["ratio"], "ends" if left["last"] == last else f"is at sublayer {left['last']}"
+    end = "ends" if left["last"] == last else f"is at sublayer {left['last']}"
+    size = beside(math.inf if left["ratio"] is None else left["ratio"])  # JSON has no infinity
     if left["first"] is None:
         return (
             f"This {given}'s residual stream is as large as a random init's at every sublayer "
-            f"(mean square: {short(ratio)}× their mean at the end)."
+            f"(at the end its mean square is {size} their mean)."
         )
     if left["sublayer"] is None:
         return (
             f"This {given}'s residual stream leaves the random inits' band at "
             f"{_at(left['first'])} and {end} within it."
         )
-    size = f"{short(ratio)}× above" if ratio is not None and ratio > 1 else "far below"
-    if ratio is None:  # JSON has no infinity
-        size = "far above"
-    elif 0 < ratio <= 1:
-        size = f"{short(1 / ratio)}× below"
     return (
         f"The mean square of this {given}'s residual stream {end} {size} a random init's; it is "
         f"outside their band for good from {_at(left['sublayer'])} on."
@@ -127,8 +118,11 @@ def _at(sublayer: int) -> str:
     return f"sublayer {sublayer}" if sublayer else "the embedding"
 
 
-def _grows(verdict: Mapping[str, Any], starts: float, ends: float, depth: int) -> str:
-    """The verb and its numbers, by the verdict's word for the shape."""
+def _grows(verdict: Mapping[str, Any], starts: float, where: str, ends: float, depth: int) -> str:
+    """The verb and its numbers, by the verdict's word for the shape.
+
+    starts, where: the mean square of the first row that the word is about, and that row.
+    """
     fit = verdict["fit"]
     word, teeth = fit["word"], fit["teeth"]
     after = f"it is {short(ends)} after {depth} block{'s' if depth != 1 else ''}"
@@ -160,7 +154,10 @@ def _grows(verdict: Mapping[str, Any], starts: float, ends: float, depth: int) -
         return f"is a saw-tooth: {norm} sets it back to {reset}, from peaks of up to {peak}"
     if word == "jump":
         return f"moves in one jump; {after}"
-    return f"goes from {short(starts)} to {short(ends)} in no simple shape"
+    if word == "unknown" and not depth:
+        return f"is {short(ends)} at the embedding"
+    shape = "too few rows to name a shape" if word == "unknown" else "no simple shape"
+    return f"goes from {short(starts)} at {where} to {short(ends)} in {shape}"
 
 
 def _sqrt2(verdict: Mapping[str, Any], laws: Mapping[str, Mapping[str, Any]], name: str) -> str:

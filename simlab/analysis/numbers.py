@@ -51,6 +51,18 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
+def beside(ratio: float) -> str:
+    """How large one value is beside another: ``4× above``, ``2 % below``, ``far above``."""
+    if math.isnan(ratio):  # both are 0
+        return "no larger than"
+    if ratio in (0, math.inf):
+        return f"far {'above' if ratio else 'below'}"
+    side = "above" if ratio > 1 else "below"
+    if 1 / 1.1 < ratio < 1.1:
+        return "equal to" if abs(ratio - 1) < 1e-4 else f"{percent(abs(ratio - 1))} {side}"
+    return f"{short(max(ratio, 1 / ratio))}× {side}"
+
+
 def power_of_ten(log10: float) -> str:
     """A number by its decimal logarithm: ``65.2``, ``4·10¹⁹``; three digits from 10^-3 to 10^4."""
     if -3 <= log10 < 4:

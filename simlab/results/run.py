@@ -190,7 +190,8 @@ class Result:
 
     def __repr__(self) -> str:
         """Two lines: what it is about, and the answer."""
-        return f"<simlab run: {self.title}\n {self.headline}>"
+        what = "probe" if "call" in self.summary else "run"  # of a module in memory, or of a config
+        return f"<simlab {what}: {self.title}\n {self.headline}>"
 
     def _repr_html_(self) -> str:
         figure = figure_html(lambda ax: self.plot(ax=ax))
