@@ -28,7 +28,7 @@ def families_figure(members: Sequence[Surveyed], line: str) -> Figure:
     them. line: the answer in one sentence.
     """
     heads = textwrap.wrap(line, 100)
-    height = PANELS + 0.6 + 0.28 * len(heads)
+    height = PANELS + 0.9 + 0.28 * len(heads)
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
     for i, text in enumerate(heads):
         write_at(figure, 0.25, height - 0.38 - 0.28 * i, text, size=14, weight="bold")

@@ -26,6 +26,7 @@ from simlab.report.panels import (
     draw_laws,
     draw_seeds,
     first_teeth,
+    free_place,
     log_ticks,
     name_ends,
     panel,
@@ -231,12 +232,13 @@ def _leaves(ax: Axes, left: Departure, last: float) -> None:
     if left.sublayer is None:
         return
     red, at = COLOURS["checkpoint"], left.sublayer
+    end = at > 0.55 * last
+    x, height = free_place(ax, at, -1 if end else 1)
     ax.axvline(at, color=red, lw=1.1, ls=(0, (5, 3)), zorder=1)
     since = f"sublayer {at}" if at else "the embedding"
     where = f"outside the random inits' band\nfor good from {since} on"
-    end = at > 0.55 * last
     label = ax.annotate(
-        where, (at, 0.86), (-6 if end else 6, 0), xycoords=("data", "axes fraction"), va="top",
+        where, (x, height), (-6 if end else 6, 0), xycoords=("data", "axes fraction"), va="top",
         textcoords="offset points", ha="right" if end else "left", fontsize=9, color=red, zorder=6,
     )  # fmt: skip
     # A line passes behind the letters alone: a box would cut it.

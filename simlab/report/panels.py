@@ -14,7 +14,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from simlab.analysis.curve import basis, given_in, laws_in
 from simlab.analysis.numbers import raised
@@ -125,9 +132,11 @@ def panel(
     return ax
 
 
-def log_locator(low: float, high: float) -> LogLocator:
-    """Round ticks for a log axis from ``low`` to ``high``, also where it spans less than a decade."""
+def log_locator(low: float, high: float) -> Locator:
+    """Round ticks for a log axis from ``low`` to ``high``, two or more also within a decade."""
     decades = math.log10(high / low)
+    if decades < 0.4:  # there may be one of subs alone: as on a linear axis
+        return MaxNLocator(4, steps=[1, 2, 5, 10])
     subs: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     if decades > 0.8:
         subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0)
@@ -135,8 +144,12 @@ def log_locator(low: float, high: float) -> LogLocator:
 
 
 def log_ticks(ax: Axes) -> None:
-    """Round ticks for whatever a log axis now spans."""
-    ax.yaxis.set_major_locator(log_locator(*ax.get_ylim()))
+    """Round ticks for what a log axis now spans: 5 % or more, so that three digits tell them apart."""
+    low, high = ax.get_ylim()
+    if high < 1.05 * low:
+        middle = math.sqrt(low * high)
+        low, high = ax.set_ylim(middle / 1.025, middle * 1.025)
+    ax.yaxis.set_major_locator(log_locator(low, high))
 
 
 def apart(at: Sequence[float], heights: Sequence[float], top: float) -> list[float]:
@@ -151,6 +164,30 @@ def apart(at: Sequence[float], heights: Sequence[float], top: float) -> list[flo
         places[i] = min(places[i], top)
         top = places[i] - (heights[i] + heights[i - 1]) / 2
     return places
+
+
+LABEL = (0.44, 0.09)  # width and height of a label's two lines, of the large panel's axes: measured
+
+
+def free_place(ax: Axes, at: float, side: int) -> tuple[float, float]:
+    """Where a LABEL beside ``at`` begins, and its top as a share of the axes: no line passes it.
+
+    The axes are linear, from 0. The nearest place to ``at`` and of these the highest, below the curves'
+    names; at the line itself where none is free. side: 1 for a label to the right of ``at``, or −1.
+    """
+    (_, last), (_, top) = ax.get_xlim(), ax.get_ylim()
+    wide, high = LABEL[0] * last, LABEL[1]
+    for start in at + side * last * np.arange(0, 0.5, 0.05):
+        x = np.linspace(start, start + side * wide, 50)
+        if not 0 <= x[-1] <= last:
+            break
+        lines = [
+            np.interp(x, *line.get_xydata().T, np.nan, np.nan) / top for line in ax.get_lines()
+        ]
+        for y in (0.86, 0.74, 0.62, 0.5, 0.38, 0.26):
+            if not any(((y - high < line) & (line < y + 0.01)).any() for line in lines):
+                return float(start), y
+    return at, 0.86
 
 
 def name_ends(ax: Axes, names: Sequence[tuple[float, str, str, str]]) -> None:
