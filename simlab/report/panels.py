@@ -182,7 +182,7 @@ def free_place(ax: Axes, at: float, side: int) -> tuple[float, float]:
         if not 0 <= x[-1] <= last:
             break
         drawn = (np.asarray(line.get_data(), np.float64) for line in ax.get_lines())
-        lines = [np.interp(x, *each, np.nan, np.nan) / top for each in drawn]
+        lines = [np.interp(x, each[0], each[1], np.nan, np.nan) / top for each in drawn]
         for y in (0.86, 0.74, 0.62, 0.5, 0.38, 0.26):
             if not any(((y - high < line) & (line < y + 0.01)).any() for line in lines):
                 return float(start), y

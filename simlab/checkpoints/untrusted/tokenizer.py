@@ -75,7 +75,8 @@ def encode(path: Path, text: str, most: int, special: bool | None = None) -> Enc
         given = f", gguf_file={path.name!r}" if path.suffix == ".gguf" else ""
         raise ConfigError(
             f"{path}: a text needs the tokenizer, and simlab reads it from a {TOKENIZER} only; "
-            f"transformers makes one: AutoTokenizer.from_pretrained(DIR{given}).save_pretrained(DIR)"
+            f"transformers makes one: AutoTokenizer.from_pretrained(DIR{given}).save_pretrained(DIR); "
+            "or inputs=random measures on random tokens"
         )
     beside = read_beside(path)
     _, encoded, does = _ask(path, text, most, beside)
