@@ -85,5 +85,6 @@ def _curves(checked: Checked) -> dict[str, Any]:
         "curves": curves,
         "laws": [],
         "depth": depth,
+        "sublayers": int(checked.got["sublayer"].max()),
         "departure": None,
     }

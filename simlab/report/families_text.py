@@ -129,7 +129,9 @@ def page_data(found: Survey) -> dict[str, Any]:
     """What report.html has in place of another sweep's: all inits shown, depths aligned."""
     heads, *rows = _cells(found)
     table = {"heads": heads, "rows": rows}
-    return {"headline": line(found), "table": table, "off": [], "share": True}
+    return {
+        "headline": line(found), "table": table, "off": [], "share": True, "noun": "checkpoint",
+    }  # fmt: skip
 
 
 def without_tables(text: str) -> str:

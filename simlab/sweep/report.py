@@ -35,6 +35,7 @@ from simlab.store import (
 from simlab.sweep.job import PLAN, RECORD
 
 if TYPE_CHECKING:
+    from simlab.report.families import Survey
     from simlab.report.swept import SweptJob
 
 READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
@@ -258,6 +259,7 @@ def report(folder: Path, *, svg: bool = False) -> bool:
             table,
             heading,
             answer,
+            _labels(jobs, outcomes, survey),
             families_text.page_data(survey) if survey else {},
         )
         write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
@@ -314,23 +316,36 @@ def _answer(folder: Path, name: str | None, outcomes: Sequence[SweptJob]) -> str
 
 def _page(
     folder: Path, done: Sequence[Entry], frame: pd.DataFrame, table: pd.DataFrame,
-    heading: str, answer: str | None, instead: Mapping[str, Any],
+    heading: str, answer: str | None, labels: dict[int, str], instead: Mapping[str, Any],
 ) -> str:  # fmt: skip
     """The sweep's page, of its finished jobs. frame, table: of sweep.parquet and jobs.csv.
 
-    instead: entries of the page's data that replace its own.
+    labels: of jobs that have another name than their swept values. instead: entries of the page's data
+    that replace its own.
     """
     from simlab.report.page.build import PageJob, command_of
     from simlab.report.page.sweep import sweep_page
 
     by_job = dict(list(frame.groupby("job", sort=False)))
-    shown = [PageJob(_label(e), by_job[e.number], e.summary, e.values) for e in done]
+    shown = [
+        PageJob(labels.get(e.number) or _label(e), by_job[e.number], e.summary, e.values)
+        for e in done
+    ]
     plain = (answer or "").replace("**", "").replace("\\<", "<")
     told = [" ".join(line.split()) for line in plain.split("\n\n")]
     overrides = read_object(folder / PLAN).get("overrides")
     command = command_of(overrides, True) if isinstance(overrides, list) else str(folder)
     lines = [line for line in told if line and not line.startswith("|")]
     return sweep_page(shown, table, heading, lines, command, str(date.today()), instead)
+
+
+def _labels(
+    jobs: Sequence[Entry], outcomes: Sequence[SweptJob], survey: Survey | None
+) -> dict[int, str]:
+    """The names in families.csv of the jobs that it has; outcomes: the jobs'."""
+    found = list(zip(jobs, outcomes, strict=True))
+    members = survey.members if survey else []
+    return {e.number: m.label for m in members for e, job in found if job.frame is m.frame}
 
 
 def _label(each: Entry) -> str:

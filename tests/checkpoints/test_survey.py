@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -111,6 +112,29 @@ def test_text(swept):
     assert screen.count(times(table["growth_trained"][0])) == 1  # the answer's table is left out
     page = (swept / "out" / "report.html").read_text()
     assert "Both checkpoints end outside their random inits" in page
+
+
+def test_page(swept):
+    """Jobs have the names of families.csv; facts and config are all jobs' or say whose they are."""
+    page = (swept / "out" / "report.html").read_text()
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S)[1])
+    assert [job["label"] for job in data["jobs"]] == LABELS
+    assert [job["sublayers"] for job in data["jobs"]] == [10, 3]  # attention and MLP in parallel
+    summaries = [of_job(swept, number)[1] for number in (0, 1)]
+    facts = dict(data["facts"])
+    counts = [f"{each['parameters']:,}" for each in summaries]
+    assert facts["parameters"] == f"native: {counts[0]}\nstreamed: {counts[1]}"
+    assert facts["seeds"] == "0, 1, 2, 3, 4, 5, 6, 7"
+    config = json.loads(data["config"])
+    assert (config["all jobs"]["model"]["vocab_size"], config["all jobs"]["seed"]) == (97, 0)
+    for summary, own in zip(summaries, config["by job"], strict=True):
+        assert merged(config["all jobs"], own) == summary["config"] | {"job": own["job"]}
+
+
+def merged(one, other):
+    """Two nested dicts that share no value, in one."""
+    both = one.keys() & other.keys()
+    return one | other | {key: merged(one[key], other[key]) for key in both}
 
 
 def jobs_of(swept, *numbers):

@@ -57,7 +57,7 @@ const hidden = c => S.job == null && D.keys && D.keys.some(({name}, k) => S.hide
 const on = c => !S.off.includes(c.key) && (!hidden(c) || S.extra.includes(c.key)) && (S.job == null || c.job === S.job);
 const depths = new Set(D.jobs.map(job => job.depth));
 function xs(c, q) {
-  const last = byBlock(q) ? D.jobs[c.job].depth : 2 * D.jobs[c.job].depth;
+  const last = byBlock(q) ? D.jobs[c.job].depth : D.jobs[c.job].sublayers;
   const x = byBlock(q) ? c.mean[q].map((_, i) => i + 2) : c.steps.x;
   return S.share && depths.size > 1 ? x.map(v => v / last) : x;
 }

@@ -158,4 +158,5 @@ def job_values(frame: pd.DataFrame, summary: Mapping[str, Any], drawn: Drawn) ->
         "curves": curves,
         "laws": law_values(frame, blocks, model["width"]),
         "depth": model["depth"],
+        "sublayers": summary.get("sublayers") or 2 * model["depth"],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,10 +78,49 @@ def sweep_page(
         ],
         **_looks(shown, keys),
         "table": of_jobs,
-        **origin(jobs[0].summary, command, written),
+        **_origin(jobs, command, written),
         **(instead or {}),
     }
     return html_of(data)
+
+
+def _origin(jobs: Sequence[PageJob], command: str, written: str) -> dict[str, Any]:
+    """Of the jobs' ``origin`` what all have, and with each job's label what differs.
+
+    Of more than FEW_JOBS the facts that differ are left out.
+    """
+    of_jobs = [origin(job.summary, command, written) for job in jobs]
+    facts = []
+    for name in dict.fromkeys(name for each in of_jobs for name, _ in each["facts"]):
+        said = [dict(each["facts"]).get(name, "none") for each in of_jobs]
+        if len(set(said)) == 1:
+            facts.append((name, said[0]))
+        elif len(jobs) <= FEW_JOBS:
+            rows = [f"{job.label}: {text}" for job, text in zip(jobs, said, strict=True)]
+            facts.append((name, "\n".join(rows)))
+    shared, own = _shared([job.summary["config"] for job in jobs])
+    by_job = [{"job": job.label, **each} for job, each in zip(jobs, own, strict=True)]
+    config = {"all jobs": shared, "by job": by_job} if any(own) else shared
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    return {**of_jobs[0], "facts": facts, "config": text}
+
+
+def _shared(configs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What nested configs have in common, and of each the rest."""
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in configs]
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = [config[key] for config in configs if key in config]
+        if len(values) == len(configs) and all(value == values[0] for value in values):
+            shared[key] = values[0]
+        elif len(values) == len(configs) and all(isinstance(value, Mapping) for value in values):
+            shared[key], rest = _shared(values)
+            for each, part in zip(own, rest, strict=True):
+                each |= {key: part} if part else {}
+        else:
+            for each, config in zip(own, configs, strict=True):
+                each |= {key: config[key]} if key in config else {}
+    return shared, own
 
 
 def sweep_headline(jobs: Sequence[PageJob], table: pd.DataFrame, keys: Sequence[str]) -> str:
