@@ -53,19 +53,23 @@ class Apart:
     """A checkpoint's largest token at its end, or where mean and median differ most if not there.
 
     place: as in ``token_place``. every: position 0 of every sequence is about as large. share: of the
-    mean over tokens, of all these tokens together. ends: at the curve's end.
+    mean over tokens, of all these tokens together. ends: at the curve's end. others: at least so many
+    more tokens are large, above SKEWED medians, there or at some step: else the mean would be smaller.
     """
 
     place: str
     every: bool
     share: float
     ends: bool
+    others: int = 0
 
     @property
     def subject(self) -> str:
-        """``one token, at position 13,`` or ``position 0 of every sequence``."""
+        """``one token, at position 13,`` or ``position 0 of every sequence``, and if there are more."""
         if self.every:
-            return self.place
+            return self.place + (f" (at least {self.others} more large)" if self.others else "")
+        if self.others:
+            return f"the largest of at least {1 + self.others} large tokens, at {self.place},"
         return f"{'one' if self.share > 0.5 else 'the largest'} token, at {self.place},"
 
     @property
@@ -94,4 +98,11 @@ def token_apart(frame: pd.DataFrame, tokens: tuple[int, int]) -> Apart:
         own = rows["mean_square_first"] * sequences
     shares = own / (rows["mean_square"] * sequences * length)
     share = float(shares.iloc[at] if ends else shares.max())  # "up to": over all rows
-    return Apart(token_place(int(token), all_of_them, *tokens), all_of_them, share, ends)
+    # No other token is larger than the largest, and one of SKEWED medians isn't large.
+    rest = rows["mean_square"] * sequences * length - own
+    usual = SKEWED * rows["mean_square_median"] * (sequences * length - 1)
+    more = ((rest - usual) / rows["mean_square_max"]).to_numpy(np.float64)
+    most = float(more[at] if ends else np.nanmax(more))
+    others = max(0, math.ceil(most - 1e-6)) if math.isfinite(most) else 0
+    place = token_place(int(token), all_of_them, *tokens)
+    return Apart(place, all_of_them, share, ends, others)

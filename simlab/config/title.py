@@ -26,7 +26,8 @@ def title(config: RunConfig) -> str:
         differences = [k if is_dataclass(v) else f"{k} {as_typed(v)}" for k, v in other.items()]
         shape = f"{model.name} with {', '.join(differences)}"
     if isinstance(model, FamilyConfig):
-        return f"{shape}, {model.family}" + (", random init as transformers'" * bool(config.seeds))
+        family = "" if model.family == model.name else f", {model.family}"
+        return shape + family + ", random init as transformers draws it" * bool(config.seeds)
     if not config.seeds:
         return f"{shape}, norm {model.norm.placement}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")

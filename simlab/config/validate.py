@@ -370,11 +370,13 @@ def read(config: DictConfig) -> RunConfig:
 
 def _refuse_shape(top: Fields, kind: str) -> None:
     """With a checkpoint, nothing that its own config decides may be given."""
-    shape = {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
+    model, norm = top.take("model") or {}, top.take("norm")
+    # A preset is named as it was chosen, before the keys that it sets.
+    shape = {"model": model.get("name"), "norm": norm.get("placement")}
+    shape |= {key: top.take(key) for key in ("depth", "width", "heads", "kv_heads", "d_ff")}
     shape["vocab_size"] = top.take("vocab_size")
-    shape |= {f"norm.{key}": value for key, value in top.take("norm").items()}
-    model = top.take("model")
-    shape |= {f"model.{key}": value for key, value in (model or {}).items()}
+    shape |= {f"norm.{key}": value for key, value in norm.items()}
+    shape |= {f"model.{key}": value for key, value in model.items()}
     for key, value in shape.items():
         if value is not None:
             raise ConfigError(f"{key}={value}: with source={kind} it is read from the checkpoint")

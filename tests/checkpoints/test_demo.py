@@ -160,6 +160,11 @@ def test_sweep_table_of_checkpoints(capsys):
         (["source=demo", "source.step=10"], "allowed: 0, 100, 1000, final; did you mean 100?"),
         (["source=demo", "source.step=null"], "source.step=null: allowed: 0, 100, 1000, final"),
         (["source=demo", "depth=3"], "depth=3: with source=demo it is read from the checkpoint"),
+        (["source=demo", "model=gemma3_27b"], "model=gemma3_27b: with source=demo it is read from"),
+        (
+            ["source=demo", "norm=post"],
+            "norm=post: with source=demo it is read from the checkpoint",
+        ),
         (["source.step=0"], "source.step=0: only with source=demo"),
         (["source=deno"], "did you mean demo?"),
     ],

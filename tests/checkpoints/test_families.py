@@ -376,10 +376,15 @@ def test_run(gemma, tmp_path, no_figures):
     done = in_process(*given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "computed by transformers' vaultgemma" in done.stdout
-    assert "Theory predicts no curve here: theory has no formula of transformers' vaultgemma" in (
+    assert "Theory predicts no curve here: theory has no formula for transformers' vaultgemma" in (
         " ".join(done.stdout.split())
     )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
+    name = summary["config"]["model"]["name"]
+    twice = "" if name == "vaultgemma" else ", vaultgemma"
+    assert summary["title"].startswith(f"{name}: depth ")
+    assert summary["title"].endswith(f"{twice}, random init as transformers draws it")
+    assert summary["title"].count("vaultgemma") == name.count("vaultgemma") + bool(twice)
     assert summary["engines"] == {"checkpoint": "dense", "random": "dense"}
     assert summary["config"]["model"]["transformers"] == transformers.__version__
     model = transformers.AutoModelForCausalLM.from_pretrained(gemma)

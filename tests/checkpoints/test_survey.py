@@ -104,7 +104,7 @@ def test_text(swept):
     assert (rows[1][5], rows[1][9]) == ("–", "none")
     assert "2 × 16 bytes of the text, for want of a tokenizer." in answer
     assert "**Together:** Both checkpoints end outside their random inits' band; 1 of 2" in answer
-    assert "theory has no formula of transformers' cohere2" in answer
+    assert "theory has no formula for transformers' cohere2" in answer
     why = "holds no checkpoint: no config.json"
     assert f"**Missing here:** empty ({swept / 'empty'}: {why}" in answer
     screen = " ".join((swept / "stdout").read_text().split())

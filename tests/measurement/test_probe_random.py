@@ -125,6 +125,7 @@ def test_the_result_is_a_runs(trained, tmp_path):
     )
     folder = trained.save(tmp_path / "probed")
     again = simlab.load_run(folder)
+    assert repr(again) == repr(trained)  # the model's class, as of a probe
     assert (again.headline, again.verdict) == (trained.headline, trained.verdict)
     names = {path.name for path in folder.iterdir()}
     assert names == {

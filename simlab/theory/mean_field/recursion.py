@@ -124,7 +124,7 @@ class Prediction:
 def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
     """Why there is no prediction for these tokens (B, T), or None where there is."""
     if isinstance(model, FamilyConfig):
-        return f"theory has no formula of transformers' {model.family}"
+        return f"theory has no formula for transformers' {model.family}"
     if model.mlp not in UNITS:
         return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
     layers = range(model.depth)
