@@ -202,6 +202,37 @@ def test_jobs_one_by_one(look):
     assert drawn(page) == together
 
 
+def test_blocks_of_other_sublayers(look, made):
+    """A row per block has each model's own end of it; what models don't share isn't said of both."""
+    frame, summary = read(made / "run")
+    frame = frame[frame["seed"] == 0]
+    parallel = frame[frame["kind"] != "attention"]
+    parallel = parallel.assign(sublayer=(parallel["sublayer"] + 1) // 2)
+    models = {"serial": frame[frame["sublayer"] < 5], "parallel": parallel}
+    jobs = [build.PageJob(name, rows, summary, {"model": name}) for name, rows in models.items()]
+    table = pd.DataFrame({"job": [0, 1], "curve": "random", "mean_square": 1.0, "shape": "none"})
+    table["model"] = list(models)
+    (made / "mixed").mkdir()
+    html = sweep.sweep_page(jobs, table, "t", [], "c", "w")
+    (made / "mixed" / "report.html").write_text(html, encoding="utf-8")
+    page = look("mixed")
+
+    def rows():
+        cells = "all => all.map(r => [...r.children].map(c => c.textContent))"
+        return page.eval_on_selector_all("#table tbody tr", cells)
+
+    _, *blocks = rows()
+    ends = frame.loc[frame["kind"] == "mlp", "mean_square"].to_numpy()
+    np.testing.assert_allclose([float(row[4]) for row in blocks], ends, rtol=6e-4)  # four digits
+    np.testing.assert_allclose([float(row[3]) for row in blocks[:2]], ends[:2], rtol=6e-4)
+    assert blocks[2][3] == ""
+    assert [row[:3] for row in rows()] == [
+        ["0", "", "embedding"], ["", "1", "mlp"], ["", "2", "mlp"], ["3", "3", "mlp"],
+    ]  # fmt: skip
+    page.click("[data-rows=sublayer]")
+    assert [row[:3] for row in rows()][:2] == [["0", "", "embedding"], ["1", "1", ""]]
+
+
 @pytest.mark.parametrize("name", ["demo", "run", "sweep"])
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_fits_and_is_readable(look, name, width, scheme):

@@ -292,12 +292,16 @@ function table() {
   const wide = shown.filter(c => !c.law).length <= 2;
   const heads = byBlock(S.q) ? ["block"] : ["sublayer", "block", "after"], rows = [], first = heads.length;
   for (const c of shown) heads.push(c.short, ...(wide && c.low[S.q] ? ["least", "most"] : []));
-  const longest = shown.reduce((a, c) => !a || c.mean[S.q].length > a.mean[S.q].length ? c : a, null);
+  const blocks = !byBlock(S.q) && S.rows === "block", size = c => c.mean[S.q].length + (blocks ? 1e6 * most(c.steps.block) : 0);
+  const longest = shown.reduce((a, c) => !a || size(c) > size(a) ? c : a, null), {sublayer, kind, block} = longest?.steps ?? {};
+  // Models with other sublayers in a block, as parallel ones: their block's last step, and only what they share is named.
+  const alike = new Set(shown.filter(c => c.steps.block.every((b, n) => n >= block.length || (b === block[n] && c.steps.kind[n] === kind[n]))));
   for (let i = 0; longest && i < longest.mean[S.q].length; i++) {
-    const {sublayer, kind, block} = longest.steps;
-    if (!byBlock(S.q) && S.rows === "block" && block[i] && block[i] === block[i + 1]) continue;
-    const cells = byBlock(S.q) ? [i + 2] : [sublayer[i], block[i] || null, kind[i]];
-    for (const c of shown) cells.push(c.mean[S.q][i], ...(wide && c.low[S.q] ? [c.low[S.q][i], c.high[S.q][i]] : []));
+    if (blocks && block[i] && block[i] === block[i + 1]) continue;
+    const at = c => blocks && !alike.has(c) ? c.steps.block.lastIndexOf(block[i]) : i;
+    const shared = list => shown.every(c => [undefined, longest.steps[list][i]].includes(c.steps[list][at(c)])) ? longest.steps[list][i] : null;
+    const cells = byBlock(S.q) ? [i + 2] : [shared("sublayer"), shared("block") || null, shared("kind")];
+    for (const c of shown) cells.push(c.mean[S.q][at(c)], ...(wide && c.low[S.q] ? [c.low[S.q][at(c)], c.high[S.q][at(c)]] : []));
     rows.push({cells, at: i});
   }
   $("table-title").textContent = `By ${byBlock(S.q) || S.rows === "block" ? "block" : "sublayer"}: ${info().label}`;
