@@ -109,6 +109,8 @@ def show_sweep(
     console.print(Text(heading, style="bold"))
     if survey:
         console.print(survey_table(survey, min(console.width, WIDTH)))
+        for line in survey.failed:  # their paths and commands aren't cut, to be copied
+            console.print(Text(_indented(line, console.width)), soft_wrap=True)
         console.print()
         answer, failed = without_tables(answer or ""), []
     elif len(table):

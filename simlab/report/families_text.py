@@ -69,7 +69,7 @@ def _explained(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def survey_table(found: Survey, width: int = WIDTH) -> Table:
-    """Three lines per checkpoint, for a terminal; the caption explains, and says what failed.
+    """Three lines per checkpoint, for a terminal; the caption explains.
 
     width: of the terminal; columns of LEAST give way.
     """
@@ -92,7 +92,7 @@ def survey_table(found: Survey, width: int = WIDTH) -> Table:
     notes += [f"No room for {listed(without)}; families.csv has all."] if without else []
     table = Table(
         box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold",
-        caption=Text("\n".join([*notes, *found.failed])), caption_justify="left",
+        caption=Text("\n".join(notes)), caption_justify="left",
     )  # fmt: skip
     table.add_column("checkpoint", max_width=max(room, 9), overflow="fold")
     for name in shown:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from safetensors.torch import load_file, save_file
 
+from simlab.report.console import show_sweep
 from simlab.report.families import Survey, Surveyed, survey, told_apart
 from simlab.report.families_figure import families_figure
 from simlab.report.families_text import line, survey_table
@@ -216,6 +217,18 @@ def test_sentence_of_several():
     )
     unknown = ("c", None, None, 0)
     assert of(unknown, unknown) == "None of 2 checkpoints has massive activations."
+
+
+def test_what_failed_is_copied_whole(swept, monkeypatch, capsys):
+    """A path or a command that is longer than the terminal is on one line."""
+    monkeypatch.setenv("COLUMNS", "60")
+    path, call = f"{'long/' * 20}m.gguf", f"AutoTokenizer.from_pretrained({'DIR' * 20})"
+    failed = SweptJob({"source.path": path}, f"{path}: a text needs the tokenizer: {call} [a]")
+    show_sweep("t", pd.DataFrame(), {}, {}, {}, [], 0, [], "", survey([*jobs_of(swept, 0), failed]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(path in line for line in lines)
+    assert any(call in line for line in lines)
+    assert any("a text needs the tokenizer" in line and len(line) <= 60 for line in lines)
 
 
 @pytest.mark.parametrize(
