@@ -52,9 +52,10 @@ def token_place(token: int, every: bool, sequences: int, length: int) -> str:
 class Apart:
     """A checkpoint's largest token at its end, or where mean and median differ most if not there.
 
-    place: as in ``token_place``. every: position 0 of every sequence is about as large. share: of the
-    mean over tokens, of all these tokens together. ends: at the curve's end. others: at least so many
-    more tokens are large, above SKEWED medians, there or at some step: else the mean would be smaller.
+    place: as in ``token_place``. every: position 0 of every sequence is about as large. share: the part
+    of the mean over tokens that these tokens make together. ends: True if it is so at the curve's end.
+    others: a lower bound on the number of further tokens above SKEWED medians, at the end or at some
+    step, without which the mean would be smaller.
     """
 
     place: str

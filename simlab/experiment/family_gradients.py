@@ -83,7 +83,7 @@ class Calls:
             self.streams.append(last)
 
     def again(self, i: int, x: Tensor) -> Tensor:
-        """What block i gives for the stream x, with its other arguments as they were."""
+        """The output of block i for the stream x (B, T, D), other arguments as in its first call."""
         args, kwargs = self.arguments[i]
         if args:
             args = (x, *args[1:])

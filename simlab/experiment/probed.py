@@ -78,7 +78,7 @@ def refuse_other(found: Measured, whose: Measured, seed: int) -> None:
 
 
 def own_factory(model: nn.Module) -> Factory:
-    """What makes a random init of a transformers model, by its class's own init.
+    """A function that makes a random init of a transformers model, by its class's own init.
 
     Raises ConfigError for another model.
     """

@@ -81,7 +81,7 @@ def verdict_values(
     depth: int,
     theory: Prediction | None = None,
 ) -> dict[str, Any]:
-    """What a summary says of each kind of curve. depth: the model's blocks."""
+    """The part of a summary that describes each kind of curve. depth: the number of blocks."""
     return {
         "overflow": cuts.overflow,
         "theories": {
@@ -105,7 +105,7 @@ def verdict_values(
 
 
 def comparison(frame: pd.DataFrame, tokens: tuple[int, int], last: int) -> dict[str, Any]:
-    """What a summary says of a given model beside random inits. last: the model's last sublayer."""
+    """The part of a summary that compares a given model with random inits. last: its last sublayer."""
     left = departure(frame)
     return {
         "departure": asdict(left) if left else None,

@@ -23,8 +23,8 @@ from simlab.measurement.statistics import wide
 ROUNDINGS = 4  # of the terms' magnitudes: casts, a product, and sums of up to four terms
 ADDED_AT_ONCE = 4  # outputs that are added at once, at most
 DEEPEST = 3  # dots in the path of a submodule that is tried
-# A branch with a fitted multiplier must exceed so many roundings of the stream at so many entries: each
-# of them shows the branch to 4/64, so that no other fits them all.
+# A branch with a fitted multiplier must exceed VISIBLE roundings of the stream in ENTRIES entries or
+# more. Each entry shows the branch with an error of 4/64 at most, so no other branch fits all of them.
 VISIBLE, ENTRIES = 64, 32
 KIND_NAMES = {  # by the path of a submodule, then by its class
     "attention": (re.compile(r"attn|attention", re.IGNORECASE), re.compile("Attention")),

@@ -55,7 +55,7 @@ class Scheme:
     normalises: ClassVar[str | None] = None
 
     def step(self, *args: Any, **norms: Any) -> Any:
-        """The formula. Every subclass has its own."""
+        """The formula. Every placement writes its own; ``Scheme`` is none, so it raises."""
         raise NotImplementedError
 
     @staticmethod

@@ -80,9 +80,9 @@ def is_family(folder: Path) -> bool:
 
 
 def beyond_own(path: Path) -> str:
-    """What simlab's own model doesn't compute of a config of its own model types, in words.
+    """The value in a config of a native model type that simlab's own model lacks, as a sentence.
 
-    "" where it computes all, where the config is refused for another reason, and where transformers
+    "" where it lacks none, where the config is refused for another reason, and where transformers
     isn't installed: simlab's own reader then says what is wrong.
     """
     try:

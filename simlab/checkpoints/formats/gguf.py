@@ -265,7 +265,9 @@ def _packing(kind: int, what: str) -> Packing:
         quantised = GGMLQuantizationType(kind)
         entries, size = GGML_QUANT_SIZES[quantised]
         quants.dequantize(np.zeros((1, size), np.uint8), quantised)
-    except (ValueError, KeyError, NotImplementedError):  # no such type; no size; no code for it
+    # The enum raises ValueError of a number that it lacks, the table of sizes KeyError, and dequantize
+    # NotImplementedError of a type that the library knows but can't unpack.
+    except (ValueError, KeyError, NotImplementedError):
         raise ConfigError(
             f"{what} is of ggml's type {kind}, which the installed gguf library can't dequantise"
         ) from None

@@ -66,7 +66,7 @@ def gemma_model(
 
 
 def _linear(fields: Fields) -> float | None:
-    """What RoPE's angles are divided by in layers without a window. Raises ConfigError."""
+    """The divisor of RoPE's angles in layers without a window; None for 1. Raises ConfigError."""
     kind = fields.choice("rope.scaling.type", ("none", "linear"), "linear")
     factor = fields.number("rope.scaling.factor", 1.0, default=1.0)
     return factor if kind == "linear" and factor != 1 else None

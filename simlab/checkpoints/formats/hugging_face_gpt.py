@@ -37,27 +37,39 @@ _GPT_NEOX_PARTS = {
     "mlp.sublayer.up_proj": "mlp.dense_h_to_4h",
     "mlp.sublayer.down_proj": "mlp.dense_4h_to_h",
 }
-_GPT2 = {
-    "embedding.weight": "transformer.wte.weight",
-    "position.weight": "transformer.wpe.weight",
-    "norm.weight": "transformer.ln_f.weight",
-    "norm.bias": "transformer.ln_f.bias",
-    "head.weight": "lm_head.weight",
-} | {
-    f"blocks.{{}}.{ours}.{end}": f"transformer.h.{{}}.{theirs}.{end}"
-    for ours, theirs in _GPT2_PARTS.items()
-    for end in _ENDS
-}
-_GPT_NEOX = {
-    "embedding.weight": "gpt_neox.embed_in.weight",
-    "norm.weight": "gpt_neox.final_layer_norm.weight",
-    "norm.bias": "gpt_neox.final_layer_norm.bias",
-    "head.weight": "embed_out.weight",
-} | {
-    f"blocks.{{}}.{ours}.{end}": f"gpt_neox.layers.{{}}.{theirs}.{end}"
-    for ours, theirs in _GPT_NEOX_PARTS.items()
-    for end in _ENDS
-}
+
+
+def _keys(ends: dict[str, str], parts: dict[str, str], blocks: str) -> dict[str, str]:
+    """Our keys to theirs: of the model's ends as they stand, and of every block's parts."""
+    of_blocks = {
+        f"blocks.{{}}.{ours}.{end}": f"{blocks}.{{}}.{theirs}.{end}"
+        for ours, theirs in parts.items()
+        for end in _ENDS
+    }
+    return ends | of_blocks
+
+
+_GPT2 = _keys(
+    {
+        "embedding.weight": "transformer.wte.weight",
+        "position.weight": "transformer.wpe.weight",
+        "norm.weight": "transformer.ln_f.weight",
+        "norm.bias": "transformer.ln_f.bias",
+        "head.weight": "lm_head.weight",
+    },
+    _GPT2_PARTS,
+    "transformer.h",
+)
+_GPT_NEOX = _keys(
+    {
+        "embedding.weight": "gpt_neox.embed_in.weight",
+        "norm.weight": "gpt_neox.final_layer_norm.weight",
+        "norm.bias": "gpt_neox.final_layer_norm.bias",
+        "head.weight": "embed_out.weight",
+    },
+    _GPT_NEOX_PARTS,
+    "gpt_neox.layers",
+)
 # The GELUs by transformers' names. The first three are one formula with as many digits of √(2/π).
 _GELU = {
     "gelu_new": "gelu",
