@@ -104,14 +104,6 @@ class Found:
         return folder
 
 
-def locate(path: str, revision: str | None) -> Path:
-    """The checkpoint's local folder; of a hub id, the snapshot in the hub's cache, downloaded.
-
-    Raises ConfigError for a folder that isn't there or a hub id that can't be downloaded.
-    """
-    return find(path, revision).fetch()
-
-
 def find(path: str, revision: str | None) -> Found:
     """The checkpoint's folder, without its weights where those have to be downloaded.
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from simlab import compose
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.checkpoints.hub import locate
+from simlab.checkpoints.hub import find
 from simlab.config import ConfigError
 from simlab.experiment import prepare
 
@@ -173,9 +173,9 @@ def hub(tmp_path, monkeypatch, checkpoint):
 
 
 def test_hub_id_offline(hub):
-    assert locate("some-org/olmo", None).name == "a" * 40
-    assert locate("some-org/olmo", "stage1-step10-tokens1B").name == "b" * 40
-    assert locate("some-org/olmo", "b" * 40).name == "b" * 40
+    assert find("some-org/olmo", None).fetch().name == "a" * 40
+    assert find("some-org/olmo", "stage1-step10-tokens1B").fetch().name == "b" * 40
+    assert find("some-org/olmo", "b" * 40).fetch().name == "b" * 40
     config = compose(["source=checkpoint", "source.path=some-org/olmo", "seeds=0"])
     assert prepare(config).config.shape.depth == 5
 
@@ -183,20 +183,20 @@ def test_hub_id_offline(hub):
 def test_missing_hub_id(hub):
     for path, revision in (("some-org/other", None), ("some-org/olmo", "nope")):
         with pytest.raises(ConfigError, match="not in the local hub cache") as caught:
-            locate(path, revision)
+            find(path, revision).fetch()
         assert path in str(caught.value)
         assert "\n" not in str(caught.value)
     (hub / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="not in the local hub cache"):
-        locate("some-org/olmo", None)
+        find("some-org/olmo", None).fetch()
 
 
 def test_missing_paths(tmp_path, checkpoint):
     with pytest.raises(ConfigError, match="no such folder; did you mean olmo"):
-        locate(str(tmp_path / "olmp"), None)
+        find(str(tmp_path / "olmp"), None).fetch()
     with pytest.raises(ConfigError, match="is a file"):
-        locate(str(checkpoint / "config.json"), None)
+        find(str(checkpoint / "config.json"), None).fetch()
     with pytest.raises(ConfigError, match="revisions are for hub ids"):
-        locate(str(checkpoint), "main")
+        find(str(checkpoint), "main").fetch()
     with pytest.raises(ConfigError, match="no such folder"):
-        locate("a/b/c", None)
+        find("a/b/c", None).fetch()

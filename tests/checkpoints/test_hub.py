@@ -11,7 +11,7 @@ from test_legacy_olmo import OLMO2, fused, write_legacy
 
 from simlab import compose
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.checkpoints.hub import find, locate
+from simlab.checkpoints.hub import find
 from simlab.config import ConfigError
 from simlab.experiment import prepare
 
@@ -44,13 +44,13 @@ def on(ending, answer):
 
 def test_whole_then_from_the_cache(hub, pushed, cache, capfd, caplog):
     caplog.set_level("INFO")  # as Hydra's in a launcher's process
-    folder = locate(REPO, None)
+    folder = find(REPO, None).fetch()
     same(folder, pushed)
     assert (cache / "refs" / "main").read_text() == folder.name
     tokens = {path.split("/")[1]: token for path, token in hub.tokens.items()}
     assert tokens == {"api": f"Bearer {TOKEN}", "org": f"Bearer {TOKEN}", "lfs": None}
     asked = len(hub.asked)
-    assert locate(REPO, None) == folder == locate(REPO, folder.name)
+    assert find(REPO, None).fetch() == folder == find(REPO, folder.name).fetch()
     assert len(hub.asked) == asked
     assert capfd.readouterr().err == ""
     assert not caplog.records
@@ -126,7 +126,7 @@ def test_cut_and_resumed(hub, pushed, cache, capfd, monkeypatch):
         return False
 
     hub.fault = cuts
-    same(locate(REPO, None), pushed)
+    same(find(REPO, None).fetch(), pushed)
     parts = [part for method, path, part in hub.asked if method == "GET" and "/lfs/" in path]
     third = len(data) // 3 // 1000 * 1000
     assert parts == [None, f"bytes={third}-", f"bytes={2 * third}-"]
@@ -152,18 +152,18 @@ def test_interrupted_and_resumed(hub, cache, tmp_path, monkeypatch):
 
     hub.fault = break_off
     with pytest.raises(ConfigError, match="answers 403"):
-        locate(REPO, None)
+        find(REPO, None).fetch()
     kept = next(cache.rglob("*.incomplete"))
     assert kept.read_bytes() == shards[1][:30_000]
     hub.fault, asked = lambda handler, path: False, len(hub.asked)
-    same(locate(REPO, None), tmp_path / "m")
+    same(find(REPO, None).fetch(), tmp_path / "m")
     gets = [(path, part) for method, path, part in hub.asked[asked:] if method == "GET"]
     large = [get for get in gets if "/lfs/" in get[0]]
     assert large[0] == (place, "bytes=30000-")
     assert len(large) == len(shards) - 1  # the first was whole
     assert not [path for path, _ in gets if path.endswith(("config.json", "index.json"))]
     assert not list(cache.rglob("*.incomplete"))
-    assert locate(REPO, None).name == commit
+    assert find(REPO, None).fetch().name == commit
 
 
 @pytest.mark.parametrize("left", [b"x" * 500, b"x" * 10_000_000, None])
@@ -173,7 +173,7 @@ def test_what_was_left_is_checked(hub, pushed, cache, left, capfd):
     part = cache / "blobs" / f"{hashlib.sha256(data).hexdigest()}.incomplete"
     part.parent.mkdir(parents=True)
     part.write_bytes(data if left is None else left)
-    same(locate(REPO, None), pushed)
+    same(find(REPO, None).fetch(), pushed)
     ranges = [part for method, path, part in hub.asked if method == "GET" and "/lfs/" in path]
     assert ranges == {500: ["bytes=500-", None], 10_000_000: [None]}.get(len(left or b""), [])
 
@@ -192,7 +192,7 @@ def test_stored_in_xet(hub, pushed, cache, monkeypatch):
     """As most of the hub is: its files come by HTTP, whether hf_xet is installed or not."""
     xet = {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{hub.url}/api/xet-read-token"}
     monkeypatch.setattr(hub, "more", xet)
-    same(locate(REPO, None), pushed)
+    same(find(REPO, None).fetch(), pushed)
     assert not [path for _, path, _ in hub.asked if "xet" in path]
     assert len(hub.gets(hashlib.sha256((pushed / WEIGHTS).read_bytes()).hexdigest())) == 1
     assert constants.HF_HUB_DISABLE_XET is False  # of others in this process
@@ -258,7 +258,7 @@ def test_refusals(hub, pushed, cache, capfd, case):
     assert expected in line(capfd)
     assert not list(cache.rglob(WEIGHTS))
     hub.fault = lambda handler, path: False  # nothing wrong was left behind
-    same(locate(REPO, None), pushed)
+    same(find(REPO, None).fetch(), pushed)
 
 
 def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
@@ -304,19 +304,19 @@ def test_no_more_is_fetched_than_can_be_read(hub, pushed, cache, capfd):
     for number, (expected, files) in enumerate(cases.items()):
         hub.repos[f"org/bad{number}"] = {"main": "c" * 40}, {"c" * 40: files}
         with pytest.raises(ConfigError) as caught:
-            locate(f"org/bad{number}", None)
+            find(f"org/bad{number}", None).fetch()
         text = str(caught.value)
         assert expected in text
         assert "\n" not in text
         with pytest.raises(ConfigError) as again:  # now from the cache
-            locate(f"org/bad{number}", None)
+            find(f"org/bad{number}", None).fetch()
         assert expected in str(again.value)
     assert not [path for _, path, _ in hub.asked if "/lfs/" in path]
     assert capfd.readouterr().err == ""
 
 
 def test_offline(hub, pushed, cache, monkeypatch, capfd):
-    folder = locate(REPO, None)
+    folder = find(REPO, None).fetch()
     (folder / WEIGHTS).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)

@@ -7,7 +7,7 @@ from conftest import write_olmo
 from test_legacy_olmo import OLMO2, fused, write_legacy
 
 from simlab.checkpoints.checkpoint import Checkpoint
-from simlab.checkpoints.hub import locate
+from simlab.checkpoints.hub import find
 from simlab.config import ConfigError
 
 
@@ -31,19 +31,19 @@ def hub(tmp_path, monkeypatch):
 def test_olmo_core(hub, written):
     folder = hub("core")
     shutil.copytree(written / "olmo2", folder)
-    assert locate("org/core", None) == folder
+    assert find("org/core", None).fetch() == folder
     assert Checkpoint("org/core").opened.format == "olmo_core"
     (folder / "model_and_optim" / "__0_0.distcp").unlink()
     with pytest.raises(ConfigError, match="not in the local hub cache"):
-        locate("org/core", None)
+        find("org/core", None).fetch()
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 def test_legacy(hub, tmp_path, kind):
     folder = hub("legacy")
     write_legacy(folder, fused(write_olmo(tmp_path / "hf")), OLMO2, kind)
-    assert locate("org/legacy", "a" * 40) == folder
+    assert find("org/legacy", "a" * 40).fetch() == folder
     assert Checkpoint("org/legacy").opened.format == "legacy_olmo"
     (folder / f"model.{kind}").unlink()
     with pytest.raises(ConfigError, match="not in the local hub cache"):
-        locate("org/legacy", None)
+        find("org/legacy", None).fetch()
