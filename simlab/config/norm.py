@@ -1,4 +1,4 @@
-"""Checks the keys of norm placements that have many."""
+"""Checks the keys of norm placements that have their own."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def read_scales(reader: Fields) -> dict[str, Any]:
         **{key: reader.boolean(key) for key in ("scale_once", "skip_normed", "start_normed")},
         "ramp": reader.number("ramp", 0.0, default=None),
     }
+
+
+def read_parts(reader: Fields) -> dict[str, Any]:
+    """The keys of residual steps' parts, of a config that has them."""
+    keys = ("laurel_rank",)
+    return {key: reader.integer(key) for key in keys if key in reader.values}

@@ -7,7 +7,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
+from simlab.model.attention import Linear
 from simlab.model.norms import NORMS, RMSNorm
+from simlab.model.parts import PARTS
 from simlab.schemes.placement import placement_of
 from simlab.schemes.scheme import Scheme
 
@@ -40,19 +42,23 @@ class ResidualAdd(nn.Module):
 class ResidualStep(nn.Module):
     """One residual step x → x', around a sublayer, as the scheme's formula has it.
 
-    Its children are the sublayer, ``add``, to which the probe listens, and the norms that the scheme
-    names: ``norm_in``, ``norm_out`` or both.
+    Its children are the sublayer, ``add``, to which the probe listens, and the norms and the parts that
+    the scheme names: ``norm_in``, ``norm_out`` or both, and seldom more.
     """
 
     norm_in: RMSNorm
     norm_out: RMSNorm
 
-    def __init__(self, sublayer: nn.Module, scheme: Scheme, config: ModelConfig) -> None:
+    def __init__(
+        self, sublayer: nn.Module, scheme: Scheme, config: ModelConfig, linear: Linear
+    ) -> None:
         super().__init__()
         self.sublayer, self.add = sublayer, ResidualAdd()
         self.scheme, self.options = scheme, config.norm
         for name in scheme.norms:
             setattr(self, name, NORMS[config.norm.type](config.width, config.norm.eps))
+        for name in scheme.parts:
+            setattr(self, name, PARTS[name](config, linear))
 
     @property
     def normalises(self) -> str | None:
@@ -66,7 +72,8 @@ class ResidualStep(nn.Module):
 
     def forward(self, state: Carried) -> Carried:
         """(B, T, D) to (B, T, D), or a state to a state."""
-        out: Carried = self.scheme.step(state, self.sublayer, self.add, **self.norms)
+        parts = {name: getattr(self, name) for name in self.scheme.parts}
+        out: Carried = self.scheme.step(state, self.sublayer, self.add, **self.norms, **parts)
         return out
 
 

@@ -32,8 +32,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense_linear) -> None:
         super().__init__()
         attention, mlp = Attention(config, layer, linear), feed_forward(config, linear)
-        self.attention = ResidualStep(attention, at(config, layer, "attention"), config)
-        self.mlp = ResidualStep(mlp, at(config, layer, "mlp"), config)
+        self.attention = ResidualStep(attention, at(config, layer, "attention"), config, linear)
+        self.mlp = ResidualStep(mlp, at(config, layer, "mlp"), config, linear)
         self.renorm = Renorm(config) if renorm_after(config, layer) else None
         self.placement = placement_of(config)
 
@@ -84,9 +84,10 @@ class Transformer(nn.Module):
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, gains included, a tied head counted once; none is allocated."""
-    kinds = [  # blocks with the same norms have as many parameters
-        (*(at(config, i, kind).norms for kind in ("attention", "mlp")), renorm_after(config, i))
+    kinds = [  # blocks with the same norms and parts have as many parameters
+        (*((step.norms, step.parts) for step in steps), renorm_after(config, i))
         for i in range(config.depth)
+        for steps in [[at(config, i, kind) for kind in ("attention", "mlp")]]
     ]
     blocks = 0
     for kind, count in Counter(kinds).items():

@@ -61,8 +61,8 @@ def norms_of(model: ModelConfig) -> NormsOf:
         state = placement.start(1.0, _same, model)
         for each in ("attention", "mlp")[: 1 + (kind == "mlp")]:  # of branches that are 0
             one, stream = at(model, block, each), placement.watch(state)
-            as_they_are = dict.fromkeys(one.norms, _same)
-            state = one.step(state, lambda x: 0.0 * x, lambda x, branch: x + branch, **as_they_are)
+            maps = dict.fromkeys(one.norms, _same) | dict.fromkeys(one.parts, _nothing)
+            state = one.step(state, _nothing, lambda x, branch: x + branch, **maps)
         sums = placement.watch(state) == stream
         return Norms(before, last, model.norm.gain, last != "stream" and sums)
 
@@ -71,6 +71,10 @@ def norms_of(model: ModelConfig) -> NormsOf:
 
 def _same(x: float) -> float:
     return x
+
+
+def _nothing(x: float) -> float:
+    return 0.0 * x
 
 
 def first_row_off(rows: Iterable[int], names: Sequence[str]) -> int:

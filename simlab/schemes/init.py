@@ -27,8 +27,9 @@ as the embedding is.
 
 An MLP without a gate has the columns up and down. A router of experts is drawn as gate is, but as up
 by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
-``init_feed_forward_moe``). Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has
-it), as in all of these trainers; where a gain is 1 + its parameter, that is 0.
+``init_feed_forward_moe``). Of a low-rank part, left and right are drawn as q is, but right by fan_in
+with 1/√rank. Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has it), as in all
+of these trainers; where a gain is 1 + its parameter, that is 0.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from simlab.schemes.placement import at
 
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router")
-ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", "head")
-GAINS = ("norm", "norm_in", "norm_out", "q_norm", "k_norm", "v_norm")
+PART_ROLES = ("left_proj", "right_proj")  # of the parts of residual steps
+ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", *PART_ROLES, "head")
+GAINS = ("norm", "norm_in", "norm_out", "norm_laurel", "q_norm", "k_norm", "v_norm")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _fan_in(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
         "embedding": 1.0,
         "o_proj": (model.heads * model.head_dim) ** -0.5,
         "down_proj": model.d_ff**-0.5,
+        "right_proj": (model.norm.laurel_rank or model.width) ** -0.5,
     }
 
 
@@ -162,7 +165,7 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
     if parts[-1] == "bias":
         return Constant(0.0)
     if role in GAINS:
-        sublayer_norm = role in ("norm_in", "norm_out") and parts[2] != "renorm"
+        sublayer_norm = role.startswith("norm_") and parts[2] != "renorm"
         gain = model.norm.gain if sublayer_norm else 1.0
         return Constant(gain - 1 if model.norm.plus_one else gain)
     return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]

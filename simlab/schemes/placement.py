@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from simlab.config import ModelConfig
+from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
 
 
@@ -309,6 +310,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "hybrid_norm": HybridNorm,
     "hybrid_norm_star": HybridNormStar,
     "scaled": Scaled,
+    "gemma3n": Gemma3n,
     "parallel": Parallel,
 }
 

@@ -33,7 +33,7 @@ def vectors(state: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One residual step: ``step(x, F, add, **norms)`` is the stream after it.
+    """One residual step: ``step(x, F, add, **norms, **parts)`` is the stream after it.
 
     Subclasses write ``step`` and name the norms that it takes. Two equal schemes compute the same.
     A placement may carry more than the stream from step to step: x is then a state, a tuple of vectors,
@@ -42,7 +42,9 @@ class Scheme:
 
     layer: the block that the step is in, counted from 0. alpha: the scheme's constant, as
     ``alpha_of`` computes it. scales: numbers that differ from step to step, by ``scales_of``.
-    norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both.
+    norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both; more begin with ``norm_``.
+    parts: names of ``step``'s further maps, such as a low-rank product: keys of ``model.parts.PARTS``.
+    Every block has the same ones.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
     ``stream`` after, or None where the branch is added as it comes. The additive law needs it.
     """
@@ -52,9 +54,10 @@ class Scheme:
     scales: tuple[float, ...] = ()
 
     norms: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
     normalises: ClassVar[str | None] = None
 
-    def step(self, *args: Any, **norms: Any) -> Any:
+    def step(self, *args: Any, **maps: Any) -> Any:
         """The formula. Every placement writes its own; ``Scheme`` is none, so it raises."""
         raise NotImplementedError
 

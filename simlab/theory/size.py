@@ -5,6 +5,7 @@ from __future__ import annotations
 from simlab.config import ModelConfig
 from simlab.schemes.placement import at, renorm_after
 from simlab.theory.mean_field.mlp import UNITS
+from simlab.theory.mean_field.parts import PART_KERNELS
 
 
 def parameters_on_paper(model: ModelConfig) -> int:
@@ -22,10 +23,8 @@ def parameters_on_paper(model: ModelConfig) -> int:
     block += each * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
     block += each * model.v_norm * model.head_dim
     norms = sum(renorm_after(model, layer) for layer in range(model.depth))
-    norms += sum(
-        len(at(model, layer, kind).norms)
-        for layer in range(model.depth)
-        for kind in ("attention", "mlp")
-    )
+    steps = [at(model, i, kind) for i in range(model.depth) for kind in ("attention", "mlp")]
+    norms += sum(len(step.norms) for step in steps)
+    parts = sum(PART_KERNELS[name].parameters(model) for step in steps for name in step.parts)
     ends = (2 - model.tied) * model.vocab_size + (model.positions or 0)
-    return model.depth * block + d * (each * (norms + 1) + ends)
+    return model.depth * block + parts + d * (each * (norms + 1) + ends)

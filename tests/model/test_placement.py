@@ -10,12 +10,14 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 
 from simlab import build_model
 from simlab.config.validate import options
+from simlab.model.parts import PARTS
 from simlab.model.placement import ResidualAdd, start
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
 from simlab.schemes.placement import PLACEMENTS, at, placement_of
 from simlab.schemes.rope import inverse_frequencies
 from simlab.schemes.scheme import Scheme
+from simlab.theory.mean_field.parts import PART_KERNELS
 from simlab.theory.size import parameters_on_paper
 
 EPS = 1e-3
@@ -74,6 +76,15 @@ def scaled(x, F, i, o, n, L, z):
     return skip + linear(0.5, 0.8, n, L) * F(i(x))
 
 
+def gemma3n(x, F, i, o, n, L, z):
+    if F.__name__ == "mlp":
+        return x + o(F(i(x)))
+    h, step = i(x), F.step
+    low = h @ step.laurel.left_proj.weight.T @ step.laurel.right_proj.weight.T
+    laurel = h + NORMS["rms"](low, step.norm_laurel.weight)
+    return (x + o(F(h)) + laurel) / math.sqrt(2)
+
+
 # update(x, F, N_in, N_out, n: block from 1, L: depth, z: embedding): the placement's formula.
 FORMULAS = {
     "reordered": lambda x, F, i, o, n, L, z: x + o(F(x)),
@@ -104,6 +115,7 @@ FORMULAS = {
     "modded_nanogpt": lambda x, F, i, o, n, L, z: (
         1.1**0.5 * x + (F(i(x)) if F.__name__ == "attention" else 0)
     ),
+    "gemma3n": gemma3n,
     "minimax": lambda x, F, i, o, n, L, z: 160**0.25 * i(x) + F(i(x)),
     "granite": lambda x, F, i, o, n, L, z: x + 0.22 * F(i(x)),
     "prores": lambda x, F, i, o, n, L, z: x + min(0.5 / (n / L), 1) * F(i(x)),
@@ -141,6 +153,7 @@ def test_formula(placement, kind):
             state, before = block(state), expected
             x = placement_of(config.shape).watch(state)
             for step, F in zip((block.attention, block.mlp), sublayers(block, norm), strict=True):
+                F.step = step
 
                 def i(y, step=step, before=before):
                     return norm(before if placement == "parallel" else y, step.norm_in.weight)
@@ -233,3 +246,7 @@ def test_scheme_state():
     """Equal schemes compute the same: the layers that models share are found by comparing them."""
     for placement in PLACEMENTS.values():
         assert placement.__init__ is Scheme.__init__
+
+
+def test_every_part_has_its_kernel():
+    assert set(PARTS) == set(PART_KERNELS)

@@ -52,8 +52,8 @@ def mean_squares(*overrides):
     for layer in range(config.depth):
         for kind in ("attention", "mlp"):
             scheme = at(config, layer, kind)
-            norms = dict.fromkeys(scheme.norms, norm)
-            x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **norms)
+            maps = dict.fromkeys(scheme.norms, norm) | dict.fromkeys(scheme.parts, sublayer)
+            x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **maps)
             v.append(placement.watch(x).mean_square)
         if renorm_after(config, layer):
             x = norm(x)
@@ -82,6 +82,9 @@ LAWS = {
     "hybrid_norm": lambda v, n, kind: v + B * v if kind == "attention" else 1 + B,
     "hybrid_norm_star": lambda v, n, kind: (
         v + B if n == 1 else v + B * v if kind == "attention" else 1 + B
+    ),
+    "gemma3n": lambda v, n, kind: (
+        ((math.sqrt(v) + 1) ** 2 + 2) / 2 if kind == "attention" else v + 1
     ),
     "pre_post": lambda v, n, kind: v + B if kind == "attention" else 1,
 }

@@ -270,7 +270,7 @@ class KernelStep:
     norms: list[UsedNorm] = field(default_factory=list)
     kernels: list[Array] = field(init=False)  # of the base vectors; the first is x's
     branches: dict[int, tuple[Branch, Terms]] = field(default_factory=dict)
-    raw_spread: Array | None = None  # relative variance of the last sublayer's output
+    raw: KernelVector | None = None  # the sublayer's output
     events: list[tuple[str, int]] = field(default_factory=list)
     added: Array | None = None  # the kernel of what was added last
 
@@ -344,8 +344,10 @@ class KernelStep:
             both**2 * v.cross * reduced, single * v.lean, both * v.lean_cross * np.sqrt(reduced), True,
         )  # fmt: skip
 
-    def feed(self, sublayer: Callable[[Input], Branch]) -> Callable[[KernelVector], KernelVector]:
-        """A sublayer as a formula calls it: from a vector to a new base vector."""
+    def feed(
+        self, sublayer: Callable[[Input], Branch], part: bool = False
+    ) -> Callable[[KernelVector], KernelVector]:
+        """A sublayer as a formula calls it: from a vector to a new base vector. part: it is a part."""
 
         def apply(v: KernelVector) -> KernelVector:
             branch = sublayer(Input(v.kernel, v.total_square, v.correlation_variance, v.normed))
@@ -360,7 +362,7 @@ class KernelStep:
                 self, (Term(index, 1.0),), branch.kernel, branch.square + wishart,
                 branch.cross + cross, lean, branch.slope * np.sqrt(v.correlation_variance),
             )  # fmt: skip
-            self.raw_spread = out.relative_variance
+            self.raw = self.raw if part else out
             return out
 
         return apply

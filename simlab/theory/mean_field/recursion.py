@@ -40,6 +40,7 @@ from simlab.theory.mean_field.kernels import (
     state_of,
 )  # fmt: skip
 from simlab.theory.mean_field.mlp import UNITS, MLPKernel
+from simlab.theory.mean_field.parts import PART_KERNELS
 
 # Of a batch. OLMo-2-32B's curve with its band takes 47 s of CPU and 4.1 GiB at 512 tokens, 11 s and
 # 1.1 GiB at 256 (measured).
@@ -284,8 +285,9 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
         for kind, sublayer in sublayers.items():
             scheme = at(model, layer, kind)
             step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
-            norms = dict.fromkeys(scheme.norms, step.norm)
-            out = scheme.step(step.state, step.feed(sublayer), step.add, **norms)
+            maps: dict[str, Any] = dict.fromkeys(scheme.norms, step.norm)
+            maps |= {name: PART_KERNELS[name].of(context, stds, step) for name in scheme.parts}
+            out = scheme.step(step.state, step.feed(sublayer), step.add, **maps)
             passed = _passed(model, step, out, kind, layer, scheme.normalises)
             state = passed.state
             yield passed
@@ -393,10 +395,10 @@ def _branch(step: KernelStep | None, normalises: str | None) -> tuple[float, flo
         return math.nan, math.nan, math.nan
     if not step.branches:
         return math.nan, math.nan, float(step.norms[-1].saturation.mean())
-    raw = step.kernels[-1].diagonal()
+    assert step.raw is not None
+    raw = step.raw.kernel.diagonal()
     if normalises is None or not step.norms:
-        assert step.raw_spread is not None
-        factor = saturation(step.moment * raw, step.raw_spread, step.eps)
+        factor = saturation(step.moment * raw, step.raw.relative_variance, step.eps)
     else:
         factor = step.norms[-1].saturation
     assert step.added is not None

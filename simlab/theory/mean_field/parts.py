@@ -1,0 +1,102 @@
+"""The parts of residual steps (``model/parts.py``) as theory has them: maps of vectors, by kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simlab.config import ModelConfig
+from simlab.theory.laws import Array
+from simlab.theory.mean_field.drawing import Context
+from simlab.theory.mean_field.kernels import (
+    TINY,
+    Input,
+    KernelStep,
+    KernelVector,
+    outer_square,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankBranch:
+    """R·L·h of rank r, as ``kernels.Branch`` has it: B = r·σ_R²·d·σ_L²·H, exactly.
+
+    Beside the last matrix's width, r Gaussian hidden units vary between seeds.
+    """
+
+    input: Input
+    scale: float
+    units: int
+
+    @property
+    def kernel(self) -> Array:
+        """B (N, N)."""
+        return self.scale * self.input.kernel
+
+    @property
+    def square(self) -> Array:
+        """Of r hidden units, and of an un-normed input."""
+        own: Array = 2 * self.kernel**2 / self.units
+        return own if self.input.normed else own + self.scale**2 * self.input.square
+
+    @property
+    def cross(self) -> Array:
+        """Of r hidden units."""
+        return (outer_square(self.kernel) + self.kernel**2) / self.units
+
+    @property
+    def lean(self) -> Array | None:
+        """None: an un-normed input's noise is in ``square``, as of attention."""
+        return None
+
+    @property
+    def slope(self) -> Array:
+        """dB_ij/dρ_ij."""
+        return self.scale * np.sqrt(np.maximum(outer_square(self.input.kernel), TINY))
+
+    def covariance(self, functionals: Any) -> Array:
+        """0: the hidden units are Gaussian."""
+        return np.zeros((len(functionals), len(functionals)))
+
+    def pull(self, functionals: Any) -> Any:
+        """δB = scale·δH."""
+        return self.scale * functionals
+
+    def pull_gradient(self, gradient: Array) -> Array:
+        """The map is linear, and its transpose's kernel is the same multiple."""
+        return self.scale * gradient
+
+
+def _low_rank(context: Context, stds: Mapping[str, float], step: KernelStep) -> VectorMap:
+    model = context.model
+    rank = _rank(model)
+    scale = rank * stds["right_proj"] ** 2 * model.width * stds["left_proj"] ** 2
+    return step.feed(lambda h: LowRankBranch(h, scale, rank), part=True)
+
+
+def _rank(model: ModelConfig) -> int:
+    assert model.norm.laurel_rank is not None
+    return model.norm.laurel_rank
+
+
+VectorMap = Callable[[KernelVector], Any]  # to a vector, or to coefficients that a formula uses
+
+
+@dataclass(frozen=True)
+class PartKernel:
+    """A part, on paper.
+
+    of: from the context, the stds of matrices by role, and the step that it is used in, to the map that
+    the scheme's formula calls. parameters: how many it has.
+    """
+
+    of: Callable[[Context, Mapping[str, float], KernelStep], VectorMap]
+    parameters: Callable[[ModelConfig], int]
+
+
+PART_KERNELS: dict[str, PartKernel] = {
+    "laurel": PartKernel(_low_rank, lambda model: 2 * model.width * _rank(model)),
+}
