@@ -11,10 +11,10 @@ from typing import Any
 from simlab.theory.mean_field import recursion
 from simlab.theory.mean_field.attention import AttentionBranch, AttentionKernel
 from simlab.theory.mean_field.averages import saturation
-from simlab.theory.mean_field.band import Pullback, band
+from simlab.theory.mean_field.band import Pullback, band, pull_correlation
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gradient import _norms, loss_gradient
-from simlab.theory.mean_field.kernels import KernelStep, pull_correlation
+from simlab.theory.mean_field.kernels import KernelStep
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
 
 from .record import Mutation, edit

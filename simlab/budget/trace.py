@@ -144,7 +144,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         backward=backward / TOKENS,
         written=count.written / TOKENS - products,
         pair=_operations(block, start(one.repeat(1, TOKENS, 1), model)) / TOKENS**2,
-        state=len(storages(x)),
+        state=max(len(storages(state)) for state in (x, after)),  # it may start as copies
         fresh=len(storages(after) - storages(x)),
     )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from simlab.config.fields import Fields
 
+MOST_STREAMS = 16
+
 
 def read_scales(reader: Fields) -> dict[str, Any]:
     """The keys of ``scaled``, of a config that has them."""
@@ -27,3 +29,10 @@ def read_parts(reader: Fields) -> dict[str, Any]:
     """The keys of residual steps' parts, of a config that has them."""
     keys = ("laurel_rank",)
     return {key: reader.integer(key) for key in keys if key in reader.values}
+
+
+def read_streams(reader: Fields) -> dict[str, Any]:
+    """The keys of placements of several streams, of a config that has them."""
+    if "streams" not in reader.values:
+        return {}
+    return {"streams": reader.integer("streams", 2, MOST_STREAMS)}

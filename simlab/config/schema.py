@@ -36,7 +36,8 @@ class NormConfig:
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
     are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head.
     stream_scale … ramp: of ``scaled``; the scales of the first and the last block. laurel_rank: of a
-    low-rank part. Each is None for a placement whose file in conf/norm doesn't have it.
+    low-rank part. streams: how many a placement of several has. Each is None for a placement whose file
+    in conf/norm doesn't have it.
     """
 
     placement: str
@@ -57,6 +58,7 @@ class NormConfig:
     start_normed: bool | None = None
     ramp: float | None = None
     laurel_rank: int | None = None
+    streams: int | None = None
 
     @property
     def centred(self) -> bool:

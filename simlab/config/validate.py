@@ -36,7 +36,7 @@ from simlab.config import (
     nearest,
 )
 from simlab.config.fields import REQUIRED, Fields
-from simlab.config.norm import read_parts, read_scales
+from simlab.config.norm import read_parts, read_scales, read_streams
 from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
@@ -91,6 +91,7 @@ def _norm(reader: Fields) -> NormConfig:
         qkv_norm=reader.boolean("qkv_norm") if "qkv_norm" in reader.values else None,
         **read_scales(reader),
         **read_parts(reader),
+        **read_streams(reader),
     )
     reader.done()
     return norm

@@ -11,6 +11,7 @@ from typing import Any
 from simlab.config import ModelConfig
 from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
+from simlab.schemes.streams import HyperConnections
 
 
 class Reordered(Scheme):
@@ -312,6 +313,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "scaled": Scaled,
     "gemma3n": Gemma3n,
     "parallel": Parallel,
+    "hyper_connections": HyperConnections,
 }
 
 

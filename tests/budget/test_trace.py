@@ -7,8 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from simlab.budget.trace import Counter, trace
+from simlab.measurement.engine import as_leaves
 from simlab.model.describe import describe
-from simlab.model.placement import tensors_of
+from simlab.model.placement import start, tensors_of
 from simlab.model.transformer import Block
 from simlab.schemes.placement import PLACEMENTS
 
@@ -40,19 +41,20 @@ def test_bytes_of_many_tokens(overrides):
     config = tiny(*overrides)
     dtype = getattr(torch, config.dtype)
     block = Block(config.shape, 0).to(dtype).requires_grad_(False)
-    x = torch.ones(BATCH, 1, config.shape.width, dtype=dtype)
+    x = start(torch.ones(BATCH, 1, config.shape.width, dtype=dtype), config.shape)
     traced = trace(config.shape, config.dtype, True)
     with torch.no_grad(), Counter() as count:
         block(x)
     # A probe holds a step's tensors longer than the block alone does: the trace has both.
     assert count.peak == pytest.approx(BATCH * traced.forward, rel=0.1)
     assert count.peak <= BATCH * traced.forward
-    passed = [x.requires_grad_()]
+    passed = [as_leaves(tuple(y.clone() for y in x) if isinstance(x, tuple) else x)]
+    ones = tuple(torch.ones_like(y) for y in tensors_of(block(x)))
     with Counter() as count:
         for _, step in block.steps():
             passed.append(step(passed[-1]))
         wanted = [y for state in passed[:-1] for y in tensors_of(state)]
-        torch.autograd.grad(passed[-1], wanted, torch.ones_like(x))
+        torch.autograd.grad(tensors_of(passed[-1]), wanted, ones, allow_unused=True)
     assert count.peak == pytest.approx(BATCH * traced.backward, rel=0.1)
 
 

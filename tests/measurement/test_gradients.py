@@ -21,21 +21,27 @@ CPU = torch.device("cpu")
 def by_autograd(model, ids):
     """The loss, and for every row of the curve the stream and the gradient: plain backward()."""
     placement = placement_of(model.config)
-    made = start(model.embed(ids).detach(), model.config)
-    vectors = [x.detach().clone().requires_grad_() for x in tensors_of(made)]
-    state = tuple(vectors) if isinstance(made, tuple) else vectors[0]
-    streams = [placement.watch(state)]
+
+    def apart(state):  # each vector a tensor of its own, whose gradient is kept
+        own = [x.view_as(x) for x in tensors_of(state)]
+        for x in own:
+            x.retain_grad()
+        return tuple(own) if isinstance(state, tuple) else own[0]
+
+    states = [apart(start(model.embed(ids).detach().requires_grad_(), model.config))]
     for block in model.blocks:
         for _, step in block.steps():
-            state = step(state)
-            streams.append(placement.watch(state))
-            streams[-1].retain_grad()
-    logits = model.head(model.norm(placement.finish(state)))
+            states.append(apart(step(states[-1])))
+    logits = model.head(model.norm(placement.finish(states[-1])))
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     )
     loss.backward()
-    return loss.detach(), streams, [stream.grad.double() for stream in streams]
+    gradients = [
+        placement.pull([torch.zeros_like(x) if x.grad is None else x.grad for x in tensors_of(s)])
+        for s in states
+    ]
+    return loss.detach(), [placement.watch(s) for s in states], [g.double() for g in gradients]
 
 
 def expected(streams, gradients):

@@ -105,6 +105,7 @@ FORMULAS = {
         x + F(i(x)) if F.__name__ == "attention" else o(x + F(x))
     ),
     "parallel": lambda x, F, i, o, n, L, z: x + F(i(x)),  # i of the block's start
+    "hyper_connections": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "complete_p": lambda x, F, i, o, n, L, z: x + 2 / L * F(i(x)),
     "keel": lambda x, F, i, o, n, L, z: o(2 * L * x + F(i(x))),
     "hybrid_norm": lambda x, F, i, o, n, L, z: (

@@ -76,6 +76,7 @@ LAWS = {
     "layerscale": lambda v, n, kind: v + 0.01 * B,
     "mix_ln": lambda v, n, kind: 1 if n == 1 else v + B,
     "parallel": lambda v, n, kind: v + B,
+    "hyper_connections": lambda v, n, kind: v + B,
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
     "keel": lambda v, n, kind: 1,
     # Its values aren't normed here.

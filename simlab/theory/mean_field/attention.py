@@ -23,13 +23,13 @@ import numpy as np
 
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import saturation
+from simlab.theory.mean_field.band import pull_correlation
 from simlab.theory.mean_field.drawing import Array32, Context, cholesky, turn
 from simlab.theory.mean_field.kernels import (
     TINY,
     Input,
     correlation,
     outer_square,
-    pull_correlation,
 )
 
 # Drawn per layer. Measured on OLMo-2-1B's shape, 64 tokens, over six sets of draws: a mean square

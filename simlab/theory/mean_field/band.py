@@ -44,6 +44,19 @@ def traces(left: Any, right: Any) -> Array:
     return out
 
 
+def pull_correlation(functionals: Any, slope: Array, kernel: Array) -> tuple[Any, Array]:
+    """From functionals (J, N, N) of ρ̂_ij to those of Ĥ: i ≠ j, and the diagonals (J, N).
+
+    slope: dA/dρ. δρ_ij = δH_ij/√(H_iiH_jj) − ½ρ_ij(δH_ii/H_ii + δH_jj/H_jj).
+    """
+    h = np.maximum(kernel.diagonal(), TINY)
+    slope = slope / np.sqrt(np.outer(h, h))
+    np.fill_diagonal(slope, 0.0)
+    out = functionals * slope
+    diagonal = -np.einsum("rij,ij->ri", out, kernel) / h
+    return out, diagonal
+
+
 class Pullback:
     """Pulls functionals (J, N, N) of a step's output back to its input, and adds up their covariance.
 

@@ -16,6 +16,7 @@ Shapes: N tokens; (N, N) kernels, (N,) diagonals, in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,19 +49,6 @@ def shrink(rho: Array) -> Array:
     """Var(ρ̂_ij)·m_i·m_j over Var(K̂_ij), for Gaussian vectors: (1 − ρ²)²/(1 + ρ²)."""
     square = rho**2
     return (1 - square) ** 2 / (1 + square)
-
-
-def pull_correlation(functionals: Any, slope: Array, kernel: Array) -> tuple[Any, Array]:
-    """From functionals (J, N, N) of ρ̂_ij to those of Ĥ: i ≠ j, and the diagonals (J, N).
-
-    slope: dA/dρ. δρ_ij = δH_ij/√(H_iiH_jj) − ½ρ_ij(δH_ii/H_ii + δH_jj/H_jj).
-    """
-    h = np.maximum(kernel.diagonal(), TINY)
-    slope = slope / np.sqrt(np.outer(h, h))
-    np.fill_diagonal(slope, 0.0)
-    out = functionals * slope
-    diagonal = -np.einsum("rij,ij->ri", out, kernel) / h
-    return out, diagonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +206,7 @@ class State:
     """The stream between two steps: its kernel, and ``square`` and ``cross`` as a vector has them.
 
     others: further vectors that are carried along. between: for each two of all, a < b, the cross
-    kernel E⟨x_a,i, x_b,j⟩/d (N, N).
+    kernel E⟨x_a,i, x_b,j⟩/d (N, N). copies: how often the state has the stream, where that is all.
     """
 
     kernel: Array
@@ -226,6 +214,7 @@ class State:
     cross: Array
     others: tuple[State, ...] = ()
     between: Mapping[tuple[int, int], Array] = field(default_factory=dict)
+    copies: int = 1
 
     @property
     def vectors(self) -> tuple[State, ...]:
@@ -294,7 +283,7 @@ class KernelStep:
         small behind a norm, is left out.
         """
         if self.starts == 1:
-            return self.x
+            return self.x if self.start.copies == 1 else (self.x,) * self.start.copies
         nothing = np.zeros_like(self.start.kernel)
         return tuple(
             KernelVector(
@@ -374,6 +363,9 @@ class KernelStep:
 
     def total(self, skip: KernelVector, branch: KernelVector) -> KernelVector:
         """The sum of two vectors. Without a common base they are uncorrelated."""
+        multiple = _multiple(skip.terms, branch.terms)
+        if multiple is not None:
+            return (1 + multiple) * skip
         kernel = skip.kernel + branch.kernel
         for one in skip.terms:
             for other in branch.terms:
@@ -402,6 +394,16 @@ class KernelStep:
         for norm in term.norms:
             factor = factor * self.norms[norm].factor
         return factor
+
+
+def _multiple(terms: Terms, others: Terms) -> float | None:
+    """The number m where the others' vector is m times the terms' one, else None."""
+    if [(t.base, t.norms) for t in terms] != [(o.base, o.norms) for o in others]:
+        return None
+    pairs = zip(terms, others, strict=True)
+    first, *ratios = (o.scale / t.scale if t.scale else math.inf for t, o in pairs)
+    same = math.isfinite(first) and all(math.isclose(first, ratio) for ratio in ratios)
+    return first if same else None
 
 
 def pairs_of(vectors: Sequence[Terms], tokens: int) -> Iterator[tuple[slice, slice, Terms, Terms]]:

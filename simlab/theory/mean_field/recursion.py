@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -302,11 +302,16 @@ def _passed(
     model: ModelConfig, step: KernelStep, out: Any, kind: str, block: int | None,
     normalises: str | None,
 ) -> Passed:  # fmt: skip
-    outs = vectors(out)
+    outs, copies = vectors(out), 1
+    weights = _write_weights(model, len(outs))
+    if all(one.terms == outs[0].terms for one in outs) and (weights == weights[0]).all():
+        outs, copies = outs[:1], len(outs)
     same = (
         len(outs) == 1 and outs[0].terms == step.x.terms
     )  # as an embedding is where nothing changes
     state = step.start if same else state_of(*outs)
+    if copies != state.copies:
+        state = replace(state, copies=copies)
     after = KernelStep(state, step.width, step.eps, 1.0)
     watched = placement_of(model).watch(after.state)
     shares = after.shares(watched)
@@ -342,15 +347,17 @@ def _gradients(
 
 def _of_writes(model: ModelConfig, step: KernelStep, gradient: Array) -> Array:
     """The mean squares (N,) of the gradient with respect to a write, from G (nN, nN) before a step."""
-    shares, tokens = (
-        step.shares(placement_of(model).pull(vectors(step.state))),
-        len(step.kernels[0]),
-    )
-    if shares == (1.0,):
-        return gradient.diagonal()
-    blocks = gradient.reshape(len(shares), tokens, len(shares), tokens)
-    out: Array = np.einsum("a,b,aibi->i", shares, shares, blocks)
+    weights = _write_weights(model, step.starts * step.start.copies)
+    if step.starts == 1:  # of copies, G is that of their sum
+        return weights[0] ** 2 * gradient.diagonal()
+    blocks = gradient.reshape(len(weights), -1, len(weights), len(step.kernels[0]))
+    out: Array = np.einsum("a,b,aibi->i", weights, weights, blocks)
     return out
+
+
+def _write_weights(model: ModelConfig, count: int) -> Array:
+    """How much of a write each vector of a state of ``count`` gets (count,)."""
+    return placement_of(model).pull(list(np.eye(count)))
 
 
 def _tied_head_knows(model: ModelConfig, passed: list[Passed], last: Ending, head: float) -> bool:
