@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from simlab.config import ConfigError
+from simlab.config import ConfigError, ModelConfig
 from simlab.measurement.block_probe import Probe, Reducer, StepResult
 from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
-from simlab.model.placement import Carried, start, tensors_of
+from simlab.model.placement import Carried, finish, start, tensors_of
 from simlab.model.transformer import Block
 from simlab.schemes.placement import placement_of
 from simlab.schemes.scheme import Scheme
@@ -174,12 +174,13 @@ def backward(
     multiplied by a power of two that brings its largest entry near 1, since float16 would lose small
     entries; ``scale`` takes that out again.
     """
-    last, curves, placement = states.pop(), weights.curves, placement_of(weights.model)
-    loss, top = next_token(weights, torch.cat([placement.finish(state) for state in last]), ids)
+    last, curves, model = states.pop(), weights.curves, weights.model
+    placement = placement_of(model)
+    loss, top = next_token(weights, torch.cat([finish(state, model) for state in last]), ids)
     scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
     scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
     parts = scaled.split([len(tensors_of(state)[0]) for state in last])
-    gradients = [_through_finish(placement, *pair) for pair in zip(last, parts, strict=True)]
+    gradients = [_through_finish(model, *pair) for pair in zip(last, parts, strict=True)]
     reducer = Reducer(GRADIENT_STATISTICS, curves)
     for state, gradient in zip(last, gradients, strict=True):
         reducer.add(_watched(placement, state, gradient, scale))
@@ -241,12 +242,10 @@ def with_own_names(state: Carried) -> Carried:
 
 
 @torch.enable_grad()
-def _through_finish(placement: type[Scheme], state: Carried, gradient: Tensor) -> Gradients:
+def _through_finish(model: ModelConfig, state: Carried, gradient: Tensor) -> Gradients:
     """The gradients with respect to the last state, from that with respect to what the norm gets."""
-    if not isinstance(state, tuple):
-        return (gradient,)
     leaves = as_leaves(state)
-    out: Tensor = placement.finish(leaves)
+    out = finish(leaves, model)
     return torch.autograd.grad(out, tensors_of(leaves), gradient, materialize_grads=True)
 
 

@@ -31,6 +31,18 @@ def start(x: Tensor, config: ModelConfig) -> Carried:
     return placement_of(config).start(x, norm, config)
 
 
+def finish(state: Carried, config: ModelConfig) -> Tensor:
+    """What the final norm gets (B, T, D), of the state after the last block."""
+
+    def norm(x: Tensor) -> Tensor:
+        made = NORMS[config.norm.type](config.width, config.norm.eps).requires_grad_(False)
+        out: Tensor = made.to(x.device)(x)
+        return out
+
+    out: Tensor = placement_of(config).finish(state, norm, config)
+    return out
+
+
 class ResidualAdd(nn.Module):
     """skip + branch. It exists so that hooks can attach to the residual stream."""
 
@@ -43,10 +55,9 @@ class ResidualStep(nn.Module):
     """One residual step x → x', around a sublayer, as the scheme's formula has it.
 
     Its children are the sublayer, ``add``, to which the probe listens, and the norms and the parts that
-    the scheme names: ``norm_in``, ``norm_out`` or both, and seldom more.
+    the scheme names.
     """
 
-    norm_in: RMSNorm
     norm_out: RMSNorm
 
     def __init__(

@@ -40,12 +40,13 @@ from dataclasses import dataclass
 
 from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.placement import at
+from simlab.schemes.scheme import NORM_NAMES
 
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router")
 PART_ROLES = ("left_proj", "right_proj")  # of the parts of residual steps
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", *PART_ROLES, "head")
-GAINS = ("norm", "norm_in", "norm_out", "norm_laurel", "q_norm", "k_norm", "v_norm")
+GAINS = ("norm", *NORM_NAMES, "q_norm", "k_norm", "v_norm")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
     if parts[-1] == "bias":
         return Constant(0.0)
     if role in GAINS:
-        sublayer_norm = role.startswith("norm_") and parts[2] != "renorm"
+        sublayer_norm = role in NORM_NAMES and parts[2] != "renorm"
         gain = model.norm.gain if sublayer_norm else 1.0
         return Constant(gain - 1 if model.norm.plus_one else gain)
     return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]

@@ -22,6 +22,8 @@ class Vector(Protocol):
 
 
 V = TypeVar("V", bound=Vector)
+NORM_NAMES = ("norm_in", "norm_out", "norm_laurel", "norm_stream")  # a step's norms
+
 Map = Callable[[V], V]  # a sublayer, or a norm
 Add = Callable[[V, V], V]  # add(skip, branch)
 
@@ -38,11 +40,11 @@ class Scheme:
     Subclasses write ``step`` and name the norms that it takes. Two equal schemes compute the same.
     A placement may carry more than the stream from step to step: x is then a state, a tuple of vectors,
     which ``start`` makes of the embedding. ``watch`` says which vector is the stream, the one that
-    ``add`` writes to, and ``finish`` what the final norm gets; both only add and scale.
+    ``add`` writes to, and ``finish`` what the final norm gets.
 
     layer: the block that the step is in, counted from 0. alpha: the scheme's constant, as
     ``alpha_of`` computes it. scales: numbers that differ from step to step, by ``scales_of``.
-    norms: names of ``step``'s norms, ``norm_in``, ``norm_out`` or both; more begin with ``norm_``.
+    norms: names of ``step``'s norms, of ``NORM_NAMES``.
     parts: names of ``step``'s further maps, such as a low-rank product: keys of ``model.parts.PARTS``.
     Every block has the same ones.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
@@ -68,7 +70,7 @@ class Scheme:
 
     @staticmethod
     def watch(state: Any) -> Any:
-        """The residual stream."""
+        """The residual stream: a sum of the state's vectors, by numbers."""
         return vectors(state)[0]
 
     @staticmethod
@@ -80,8 +82,8 @@ class Scheme:
         return gradients[0]
 
     @staticmethod
-    def finish(state: Any) -> Any:
-        """What the final norm gets."""
+    def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """What the final norm gets. norm: as ``norm.type`` has it, without a gain."""
         return vectors(state)[0]
 
     @classmethod

@@ -49,6 +49,6 @@ class HyperConnections(Scheme):
         return total(gradients)
 
     @staticmethod
-    def finish(state: Any) -> Any:
+    def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
         """The streams' sum."""
         return total(state)

@@ -36,7 +36,7 @@ def test_hyper_connections_by_the_paper():
         for j, step in enumerate((block.attention, block.mlp)):
             h = hyper_connections(h, 2 * i + j, step.sublayer, step.norm_in)
         torch.testing.assert_close(torch.stack(state), h, rtol=1e-6, atol=1e-6)
-    finished = [PLACEMENTS["hyper_connections"].finish(state), h.sum(0)]
+    finished = [PLACEMENTS["hyper_connections"].finish(state, None, None), h.sum(0)]
     gradients = []
     for out, leaf in zip(finished, leaves, strict=True):
         logits = model.head(model.norm(out))[:, :-1].flatten(0, 1)

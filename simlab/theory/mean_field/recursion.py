@@ -272,9 +272,12 @@ def _first(model: ModelConfig, start: State) -> Passed:
     return _passed(model, step, state, "embedding", None, None)
 
 
+def _moment(model: ModelConfig) -> float:
+    return 1 - 1 / model.width if model.norm.centred else 1.0
+
+
 def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]:
-    model, norm = context.model, context.model.norm
-    moment = 1 - 1 / model.width if norm.centred else 1.0
+    model, norm, moment = context.model, context.model.norm, _moment(context.model)
     for layer in range(model.depth):
         stds = {role: law.std for role, law in table(model, init, layer).items()}
         mlp = MLPKernel(model, stds)
@@ -325,8 +328,9 @@ class Ending:
     """From the last state to what the final norm gets, ``out``."""
 
     def __init__(self, model: ModelConfig, state: State) -> None:
-        self.step = KernelStep(state, model.width, model.norm.eps, 1.0)
-        self.out: KernelVector = placement_of(model).finish(self.step.state)
+        self.step = KernelStep(state, model.width, model.norm.eps, 1.0, _moment(model))
+        finish = placement_of(model).finish
+        self.out: KernelVector = finish(self.step.state, self.step.norm, model)
 
 
 def _gradients(
