@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 from simlab import build_model
 from simlab.config.validate import options
 from simlab.model.parts import PARTS
-from simlab.model.placement import ResidualAdd, start
+from simlab.model.placement import ResidualAdd, finish, start, tensors_of
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
 from simlab.schemes.placement import PLACEMENTS, at, placement_of
@@ -85,7 +85,14 @@ def gemma3n(x, F, i, o, n, L, z):
     return (x + o(F(h)) + laurel) / math.sqrt(2)
 
 
+def residual_dual(state, F, i, o, n, L, z):
+    r, x = state if isinstance(state, tuple) else (state, state)
+    b = F(x)
+    return r + b, o(x + b)
+
+
 # update(x, F, N_in, N_out, n: block from 1, L: depth, z: embedding): the placement's formula.
+# x is the embedding at first, then what the formula gave, which may be several vectors.
 FORMULAS = {
     "reordered": lambda x, F, i, o, n, L, z: x + o(F(x)),
     "swin_renorm": lambda x, F, i, o, n, L, z: x + o(F(x)),
@@ -112,6 +119,7 @@ FORMULAS = {
         x + F(x) if F.__name__ == "attention" else i(x) + F(i(x))
     ),
     "scaled": scaled,
+    "residual_dual": residual_dual,
     "nanochat": nanochat,
     "modded_nanogpt": lambda x, F, i, o, n, L, z: (
         1.1**0.5 * x + (F(i(x)) if F.__name__ == "attention" else 0)
@@ -165,7 +173,31 @@ def test_formula(placement, kind):
                 expected = FORMULAS[placement](expected, F, i, o, n, 5, z)
             if placement == "swin_renorm" and n in (2, 4):
                 expected = norm(expected, block.renorm.norm_out.weight)
-            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+            pairs = [(x, expected)]
+            if isinstance(expected, tuple):
+                pairs = zip(state, expected, strict=True)
+            for x, y in pairs:
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+
+
+FINISHES = {
+    "residual_dual": lambda state, norm: state[1] + norm(state[0]),
+    "hyper_connections": lambda state, norm: sum(state),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_what_the_final_norm_gets(placement, kind):
+    config = tiny(*placed(placement), f"norm.type={kind}", f"norm.eps={EPS}").shape
+    x = torch.randn(2, 11, 48, generator=torch.Generator().manual_seed(0))
+    made = start(x, config)
+    state = tuple((i + 1) * y for i, y in enumerate(tensors_of(made)))
+    expected = FINISHES.get(placement, lambda state, norm: state[0])(
+        state, lambda y: NORMS[kind](y, None)
+    )
+    out = finish(state if isinstance(made, tuple) else state[0], config)
+    torch.testing.assert_close(out, expected)
 
 
 def test_every_placement_has_a_formula_here():

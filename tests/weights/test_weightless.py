@@ -239,8 +239,17 @@ def test_more_tokens_than_dimensions():
         (["norm=parallel", "model.mlp=gelu_exact"], {}),
         (["norm=hybrid_norm_star"], {}),
         (placed("scaled"), {}),
+        (["norm=residual_dual"], {}),
     ],
-    ids=["other norms", "other init", "GPT", "parallel", "values normed", "two vectors"],
+    ids=[
+        "other norms",
+        "other init",
+        "GPT",
+        "parallel",
+        "values normed",
+        "two vectors",
+        "ResiDual",
+    ],
 )
 def test_variants(overrides, init):
     """A tied head, whose shown rows are known; other norms, MLPs, positions; an init without one σ."""

@@ -1,0 +1,42 @@
+"""Placements that carry a pre-norm and a post-norm stream side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from simlab.config import ModelConfig
+from simlab.schemes.scheme import Add, Map, Scheme, V
+
+
+class ResiDual(Scheme):
+    """x' = N(x + b), r' = r + b, b = F(x); then x + N(r): ResiDual (arXiv 2304.14802).
+
+    As in microsoft/ResiDual, resi_dual_layers.py and resi_dual.py, with their scales of 1. The state is
+    (r, x), both the embedding at first. The stream is r, the sum of all that sublayers add, which
+    nothing norms: Δ‖r‖² = ‖b‖² + 2⟨r, b⟩. x is post-norm, of mean square 1 from the first step on. The
+    source has no norm after x + N(r); simlab's final norm scales that by about 1/√2.
+    """
+
+    norms = ("norm_out",)
+
+    @staticmethod
+    def start(x: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """(r, x)."""
+        return x, x
+
+    def step(self, state: tuple[V, V], F: Map[V], add: Add[V], norm_out: Map[V]) -> tuple[V, V]:
+        r, x = state
+        branch = F(x)
+        return add(r, branch), norm_out(x + branch)
+
+    @staticmethod
+    def pull(gradients: Sequence[V]) -> V:
+        """A branch is added to both."""
+        return gradients[0] + gradients[1]
+
+    @staticmethod
+    def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """x + N(r)."""
+        r, x = state
+        return x + norm(r)
