@@ -18,7 +18,7 @@ from simlab.config import ConfigError, ModelConfig
 from simlab.measurement.block_probe import Probe, Reducer, StepResult
 from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
-from simlab.model.placement import Carried, finish, start, tensors_of
+from simlab.model.placement import Carried, finished, start, tensors_of
 from simlab.model.transformer import Block
 from simlab.schemes.placement import placement_of
 from simlab.schemes.scheme import Scheme
@@ -176,7 +176,7 @@ def backward(
     """
     last, curves, model = states.pop(), weights.curves, weights.model
     placement = placement_of(model)
-    loss, top = next_token(weights, torch.cat([finish(state, model) for state in last]), ids)
+    loss, top = next_token(weights, torch.cat([finished(state, model) for state in last]), ids)
     scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
     scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
     parts = scaled.split([len(tensors_of(state)[0]) for state in last])
@@ -245,7 +245,7 @@ def with_own_names(state: Carried) -> Carried:
 def _through_finish(model: ModelConfig, state: Carried, gradient: Tensor) -> Gradients:
     """The gradients with respect to the last state, from that with respect to what the norm gets."""
     leaves = as_leaves(state)
-    out = finish(leaves, model)
+    out = finished(leaves, model)
     return torch.autograd.grad(out, tensors_of(leaves), gradient, materialize_grads=True)
 
 

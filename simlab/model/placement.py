@@ -31,7 +31,7 @@ def start(x: Tensor, config: ModelConfig) -> Carried:
     return placement_of(config).start(x, norm, config)
 
 
-def finish(state: Carried, config: ModelConfig) -> Tensor:
+def finished(state: Carried, config: ModelConfig) -> Tensor:
     """What the final norm gets (B, T, D), of the state after the last block."""
 
     def norm(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
 from simlab.model.mlp import feed_forward
 from simlab.model.norms import NORMS
-from simlab.model.placement import Carried, Renorm, ResidualStep, finish, start
+from simlab.model.placement import Carried, Renorm, ResidualStep, finished, start
 from simlab.schemes.placement import at, placement_of, renorm_after
 
 
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         state = start(self.embed(ids), self.config)
         for block in self.blocks:
             state = block(state)
-        logits: Tensor = self.head(self.norm(finish(state, self.config)))
+        logits: Tensor = self.head(self.norm(finished(state, self.config)))
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits

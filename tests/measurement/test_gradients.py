@@ -11,7 +11,7 @@ from simlab.config import ConfigError
 from simlab.experiment import prepare, run
 from simlab.measurement.engine import measure_curves
 from simlab.measurement.statistics import GRADIENT_STATISTICS
-from simlab.model.placement import finish, start, tensors_of
+from simlab.model.placement import finished, start, tensors_of
 from simlab.schemes.placement import PLACEMENTS, placement_of
 from simlab.weights.dense import RandomWeights
 
@@ -32,7 +32,7 @@ def by_autograd(model, ids):
     for block in model.blocks:
         for _, step in block.steps():
             states.append(apart(step(states[-1])))
-    logits = model.head(model.norm(finish(states[-1], model.config)))
+    logits = model.head(model.norm(finished(states[-1], model.config)))
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     )

@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 from simlab import build_model
 from simlab.config.validate import options
 from simlab.model.parts import PARTS
-from simlab.model.placement import ResidualAdd, finish, start, tensors_of
+from simlab.model.placement import ResidualAdd, finished, start, tensors_of
 from simlab.model.transformer import parameter_count
 from simlab.schemes.init import table
 from simlab.schemes.placement import PLACEMENTS, at, placement_of
@@ -196,7 +196,7 @@ def test_what_the_final_norm_gets(placement, kind):
     expected = FINISHES.get(placement, lambda state, norm: state[0])(
         state, lambda y: NORMS[kind](y, None)
     )
-    out = finish(state if isinstance(made, tuple) else state[0], config)
+    out = finished(state if isinstance(made, tuple) else state[0], config)
     torch.testing.assert_close(out, expected)
 
 
