@@ -73,18 +73,19 @@ def tried(folder: Path, whole: Any) -> tuple[str, str, str]:
     off = ((ours - theirs).abs().amax() / theirs.square().mean().sqrt()).item()
     said, gradients = f"{off:.0e}" if off else "equal", "yes"
     try:
-        rows = streamed(skeleton, checkpoint.stored(skeleton), ids, gradients=True).rows
+        found = streamed(skeleton, checkpoint.stored(skeleton), ids, gradients=True)
     except ConfigError:
         gradients = "no"
         try:
-            rows = streamed(skeleton, checkpoint.stored(skeleton), ids).rows
+            found = streamed(skeleton, checkpoint.stored(skeleton), ids)
         except ConfigError as error:
             return said, gradients, f"none: {str(error).partition(';')[0]}"
     blocks = dict.fromkeys(
-        ", ".join(row.kind for row in rows if row.block == block)
+        ", ".join(row.kind for row in found.rows if row.block == block)
         for block in range(checkpoint.model.depth)
     )
-    return said, gradients, "; or ".join(blocks)
+    several = f" (of {found.streams} streams)" if found.streams > 1 else ""
+    return said, gradients, "; or ".join(blocks) + several
 
 
 if __name__ == "__main__":

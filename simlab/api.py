@@ -105,7 +105,8 @@ def probe(
     uncompiled meanwhile: it would pass the hooks by.
 
     Args:
-        model: Any decoder whose blocks pass a stream of shape (batch, length, width).
+        model: Any decoder whose blocks pass a stream of shape (batch, length, width), or several, which
+            are measured as if they were sequences.
         batch: Token ids (batch, length), or a mapping (``model(**batch)``), or a tuple
             (``model(*batch)``). It is passed through the model at once, without gradients and in eval
             mode; every submodule's mode is put back.

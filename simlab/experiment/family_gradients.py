@@ -28,7 +28,7 @@ from simlab.measurement.layout_probe import LayoutProbe
 from simlab.measurement.layout_search import first_argument, first_output
 from simlab.measurement.loss import summed_loss
 from simlab.measurement.model_probe import ModelProbe, passed_on
-from simlab.measurement.statistics import GRADIENT_STATISTICS, wide
+from simlab.measurement.statistics import GRADIENT_STATISTICS, sequences, wide
 
 
 class Calls:
@@ -140,12 +140,13 @@ def with_gradients(
             total += loss
             top, power = near_one(nn.functional.pad(top, (0, 0, 0, 1))[None], last.dtype)
             scale = wide(power) * predicted
-            for place, x, gradient in _back(calls, result.probes, last, top[0]):
+            for place, *found in _back(calls, result.probes, last, top[0]):
+                x, gradient = (sequences(each, result.stream.axis) for each in found)
                 reducers[place].add(gradient_step(x, gradient, scale))
     measured = result.measured()
     values = [reducers[place].result()[0].cpu() for place in sorted(reducers)]
     rows = [replace(row, gradient=g) for row, g in zip(measured.rows, values, strict=True)]
-    return Measured(rows, total / predicted)
+    return replace(measured, rows=rows, loss=total / predicted)
 
 
 def _back(

@@ -19,6 +19,7 @@ from simlab.experiment.summary import (
     comparison,
     last_sublayer,
     losses,
+    streams_of,
     verdict_values,
     versions,
 )
@@ -148,7 +149,7 @@ def probed_result(
     assert probe.size is not None  # measured
     length, width = probe.size
     tokens = probe.embedding.tokens // length, length
-    frame, by_curve, cuts = to_frame(measured, tokens[0] * length * width)
+    frame, by_curve, cuts = to_frame(measured, probe.embedding.tokens // probe.streams * width)
     verdicts = judge_all(frame, by_curve, probe.dtype)
     if inits:
         frame = with_outside(frame)
@@ -164,6 +165,7 @@ def probed_result(
         "versions": versions(),
         "parameters": sum(p.numel() for p in probe.model.parameters()),
         "tokens": list(tokens),
+        **streams_of(measured),
         "seeds": [seed for _, seed, _ in inits] or [probe.seed],
         **verdict_values(frame, cuts, verdicts, depth),
     }

@@ -40,6 +40,8 @@ def summarise(
     theory: the random inits' predicted curve.
     """
     config, depth = ready.config, ready.config.shape.depth
+    several = streams_of(measured)
+    tokens = several.get("streams", 1) * ready.tokens.shape[0], ready.tokens.shape[1]
     summary: dict[str, Any] = {
         "title": title(config),
         "config": asdict(config),
@@ -52,7 +54,8 @@ def summarise(
         "dtype": config.dtype,
         "versions": versions(),
         "parameters": ready.parameters,
-        "tokens": list(ready.tokens.shape),
+        "tokens": list(tokens),
+        **several,
         "token_unit": ready.unit,
         **({"special_tokens": ready.special} if ready.special else {}),
         "seeds": list(config.seeds),
@@ -67,7 +70,6 @@ def summarise(
         last = last_sublayer(measured) or 2 * depth
         if last != 2 * depth:
             summary["sublayers"] = last
-        tokens = ready.tokens.shape[0], ready.tokens.shape[1]
         summary |= comparison(frame, tokens, last)
     if config.gradients:
         summary |= {"loss": losses(measured), "gradient_overflow": cuts.gradients}
@@ -116,6 +118,12 @@ def comparison(frame: pd.DataFrame, tokens: tuple[int, int], last: int) -> dict[
 def last_sublayer(measured: MeasuredCurves) -> int:
     """The last sublayer of whole curves; 0 where nothing was measured."""
     return max((row.sublayer for *_, curve in measured for row in curve.rows), default=0)
+
+
+def streams_of(measured: MeasuredCurves) -> dict[str, int]:
+    """How many residual streams the model has, if several: their sequences count among ``tokens``."""
+    streams = max((curve.streams for *_, curve in measured), default=1)
+    return {"streams": streams} if streams > 1 else {}
 
 
 def plain_exponents(

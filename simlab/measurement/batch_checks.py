@@ -1,4 +1,4 @@
-"""Checks of a batch for ``simlab.probe``: no padding, and a stream of (batch, length, width)."""
+"""Checks of a batch for ``simlab.probe``: no padding, and streams of (batch, length, width)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ NEVER = -1e4  # what is added to a logit to hide a key is below this: float16's 
 RELATED = (
     0.1  # cosine of a stream with the embedding from which it began: tiny, where they're unrelated
 )
+SAME = 0.99  # likewise, of one among several streams that is the embedding, up to a factor
 # Parts of the names of what has a number for each token, too. Training scripts pass it in any order.
 NO_IDS = ("mask", "position", "type", "segment", "label", "target")
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
@@ -124,32 +125,34 @@ class Stream:
     """The stream of one forward call against its token ids (B, T): the order of dimensions, and once.
 
     inputs: what the model gets, by name; ids are looked for there, else ``inputs_embeds`` (B, T, D).
-    longer: whether a sequence may have more tokens in the stream than it has ids.
+    longer: whether a sequence may have more tokens in the stream than it has ids. axis: along which
+    several streams lie in what the first block gets, as (n, B, T, D) or (B, T, n, D); None for one.
     """
 
     def __init__(self, inputs: Mapping[str, Any], longer: bool) -> None:
         self.longer = longer
         self.ids = token_ids(inputs)
-        self.embedded: Tensor | None = None  # of the ids (B, T, D)
+        self.embedded: list[Tensor] = []  # of the ids (B, T, D), by each table
         given = inputs.get("inputs_embeds")
         if self.ids is None and isinstance(given, Tensor):
-            self.embedded = given.detach().clone()
+            self.embedded.append(given.detach().clone())
         self.began = False
+        self.axis: int | None = None
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Keep what the model's embedding gives, where the shape can't tell: if B = T."""
+        """Keep what the model's embedding gives until its blocks begin: a shape doesn't tell all."""
         ids, handles = self.ids, []
 
         def keep(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            if not args or not isinstance(args[0], Tensor) or ids is None:
+            if not args or not isinstance(args[0], Tensor) or args[0].ndim != 2 or ids is None:
                 return
             for given, embedded in ((args[0], out), (args[0].mT, out.transpose(0, 1))):
                 if given.shape == ids.shape and torch.equal(given, ids):
-                    self.embedded = embedded.detach().clone()
+                    self.embedded.append(embedded.detach().clone())
                     return
 
-        if ids is not None and ids.shape[0] == ids.shape[1] > 1:
+        if ids is not None:
             of = (module for module in model.modules() if isinstance(module, nn.Embedding))
             handles = [module.register_forward_hook(keep) for module in of]
         try:
@@ -159,29 +162,73 @@ class Stream:
                 handle.remove()
 
     def begin(self, x: Tensor) -> None:
-        """The first block gets x. Raises ConfigError if that isn't (B, T, D), or its second call."""
+        """The first block gets x. Raises ConfigError for its second call, and if that isn't (B, T, D).
+
+        Several streams, of four dimensions, must be told from sequences and tokens.
+        """
         if self.began:
             raise ConfigError(
                 "probe: the first block is called again within one forward call: its rows would be of"
                 " both calls"
             )
         self.began = True
-        tokens = self.embedded if self.ids is None else self.ids
-        if tokens is None:
+        embedded, self.embedded = self.embedded, []
+        tokens = next(iter(embedded), None) if self.ids is None else self.ids
+        e = next((e for e in embedded if e.shape[-1] == x.shape[-1]), None)
+        if tokens is None and x.ndim == 3:
             return
-        other = x.shape[0] != tokens.shape[0] or (x.shape[1] != tokens.shape[1] and not self.longer)
-        if self.embedded is not None and self.embedded.shape == x.shape:
-            e = self.embedded
-            as_is, turned = (
-                torch.cosine_similarity(wide(x).flatten(), wide(y).flatten(), dim=0).item()
-                for y in (e, e.transpose(0, 1))
+        if tokens is None:
+            raise ConfigError(
+                f"probe: the first block gets {tuple(x.shape)}: without token ids it must be (batch,"
+                " length, width)"
             )
-            other = turned > max(as_is, RELATED)
+        length = x.shape[1] if self.longer else tokens.shape[1]
+        if x.ndim == 4:
+            self.axis, other = streams_axis(x, tokens.shape[:2], e)
+        else:
+            other = x.shape[:2] != (tokens.shape[0], length)
+        if not other and e is not None and e.shape == x.shape and x.shape[0] == x.shape[1] > 1:
+            turned = cosine(x, e.transpose(0, 1))
+            other = turned > max(cosine(x, e), RELATED)
         if other:
             raise ConfigError(
                 f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(tokens.shape[:2])}:"
                 " must be (batch, length, width), a token for each id"
             )
+
+
+def streams_axis(
+    x: Tensor, tokens: tuple[int, ...], embedded: Tensor | None
+) -> tuple[int | None, bool]:
+    """Along which axis of x, as (n, B, T, D), its streams lie; whether its tokens are in another order.
+
+    tokens: B, T. Where the shape allows several answers, one of the streams must be the embedding
+    (B, T, D). Raises ConfigError where that doesn't tell, either.
+    """
+    found = [
+        (axis, turned)
+        for axis in range(3)
+        for turned in (False, True)
+        if (*x.shape[:axis], *x.shape[axis + 1 : 3]) == (tokens[::-1] if turned else tokens)
+    ]
+    if len(found) > 1:
+        ways = () if embedded is None else (embedded, embedded.transpose(0, 1))
+        found = [
+            (axis, turned)
+            for axis, turned in found
+            if ways and any(cosine(one, ways[turned]) > SAME for one in x.unbind(axis))
+        ]
+        if len(found) != 1:
+            raise ConfigError(
+                f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(tokens)}: can't"
+                " tell its streams from sequences and tokens: pass another number of these"
+            )
+    return found[0] if found else (None, True)
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    """The cosine of all entries."""
+    return torch.cosine_similarity(wide(x).flatten(), wide(y).flatten(), dim=0).item()
 
 
 @contextmanager

@@ -99,6 +99,7 @@ class BlockProbe(ABC):
     ) -> None:
         self.block, self.gain, self.curves = block, gain, curves
         self.taps: GradientTaps | None = None  # where gradients are measured
+        self.axis: int | None = None  # along which several streams lie
         self.set_steps(kinds, normalises)
         self.handles: list[RemovableHandle] = []
 

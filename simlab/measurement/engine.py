@@ -54,10 +54,15 @@ Gradients = tuple[Tensor, ...]  # with respect to a state's vectors
 
 @dataclass(frozen=True)
 class Measured:
-    """One curve: its rows, and with gradients the loss (a scalar, nats per predicted token)."""
+    """One curve: its rows, and with gradients the loss (a scalar, nats per predicted token).
+
+    streams: n, of a model with several residual streams: the rows are over all, as if each were a
+    sequence.
+    """
 
     rows: list[Row]
     loss: Tensor | None = None
+    streams: int = 1
 
     @property
     def normalises(self) -> list[str | None]:

@@ -33,7 +33,7 @@ def to_frame(
 ) -> tuple[pd.DataFrame, dict[str, Curves], Cuts]:
     """The rows of curve.csv, the same as arrays by kind of curve, and where curves were cut.
 
-    measured: (name, seed, rows) of each curve. entries: numbers in a curve's residual stream, tokens ×
+    measured: (name, seed, rows) of each curve. entries: numbers in a residual stream, tokens ×
     width. theory: the predicted curve of the random inits.
     """
     frame, overflow = cut(tidy(measured, entries))
@@ -56,13 +56,14 @@ def to_frame(
 def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFrame:
     """One row per curve × seed × step. The only place where the host waits for the device.
 
-    entries: tokens × width, for the variance over both, as torch.var takes it.
+    entries: of one stream, tokens × width, for the variance over both, as torch.var takes it.
     """
     import torch  # late: a run that measures nothing needs neither
 
     from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
 
     rows = [(name, seed, row) for name, seed, curve in measured for row in curve.rows]
+    entries *= max(curve.streams for *_, curve in measured)
     values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
     frame = pd.DataFrame(values, columns=list(STATISTICS)).astype({"max_token": np.int64})
     gradients = [row.gradient for *_, row in rows if row.gradient is not None]

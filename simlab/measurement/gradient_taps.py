@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from simlab.config import ConfigError
 from simlab.measurement.block_probe import Reducer
 from simlab.measurement.engine import gradient_step
+from simlab.measurement.statistics import sequences
 
 
 class Tap:
@@ -47,7 +48,8 @@ class Tap:
         self.received = True
         if self.value is not None and self.reducer is not None:
             scale = torch.full((1, 1, 1, 1), self.taps.scale, device=gradient.device)
-            self.reducer.add(gradient_step(self.value, gradient.reshape(self.value.shape), scale))
+            gradient = sequences(gradient, self.taps.axis).reshape(self.value.shape)
+            self.reducer.add(gradient_step(self.value, gradient, scale))
 
 
 class GradientTaps:
@@ -55,12 +57,13 @@ class GradientTaps:
 
     scale: the number by which the loss is multiplied before its backward. start: the place of the
     embedding in autograd's graph, from a forward call's begin until ``clear``. repeated: whether two
-    backwards went through one forward call.
+    backwards went through one forward call. axis: along which several streams lie.
     """
 
     def __init__(self) -> None:
         self.scale = 1.0
         self.repeated = False
+        self.axis: int | None = None
         self.start: GradientEdge | None = None
         self.all: list[Tap] = []  # of this call
         self.followed: list[Tap] = []  # of this call: the last three

@@ -25,7 +25,7 @@ from simlab.measurement.layout_search import (
     passes_on,
 )
 from simlab.measurement.norm_probe import Held, Norm, held_by, identify_norm
-from simlab.measurement.statistics import Step, wide
+from simlab.measurement.statistics import Step, sequences, wide
 from simlab.model.norms import RMSNorm
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class LayoutProbe(BlockProbe):
         self.record: CallRecord | None = (
             None  # of the first batch, where the steps aren't known yet
         )
-        self.shape = torch.Size()  # of the stream, (B, T, D)
+        self.shape = torch.Size()  # of the stream, (B, T, D), or of several
         self.stream: Tensor | None = None  # before the next step, wide
         self.outputs: dict[str, Tensor] = {}  # wide
         self.rounding: dict[str, float] = {}  # of each output, in the dtype that the model gave it
@@ -152,12 +152,15 @@ class LayoutProbe(BlockProbe):
         self.handles.append(module.register_forward_hook(hook, prepend=True))
 
     def _start(self, x: Any) -> None:
-        if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+        several = self.axis is not None and not self.sublayers
+        if not isinstance(x, Tensor) or x.ndim != 3 + several or not x.is_floating_point():
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(
                 f"probe: {self.name} ({type(self.block).__name__}) gets {shape}: must be one stream"
                 " (batch, length, width)"
             )
+        if several and self.sublayers is None:  # whose blocks add to none of them alone
+            self._adopt(())
         self.shape = x.shape
         self.outputs.clear()
         self.attention.clear()
@@ -238,7 +241,7 @@ class LayoutProbe(BlockProbe):
         if self.record is not None:
             self._settle(self.record, y)
         elif not self.sublayers:
-            self.add(0, Step(after=wide(y)), self.tap(y))
+            self.add(0, Step(after=wide(sequences(y, self.axis))), self.tap(y))
         elif self.sublayers[-1].sum is None:
             self._finish(len(self.sublayers) - 1, y, y, self.tap(y))
         elif self.stream is not None:

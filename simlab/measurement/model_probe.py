@@ -29,7 +29,13 @@ from simlab.measurement.gradient_taps import GradientTaps, backward_through, los
 from simlab.measurement.layout import Layout, Sublayer, blocks_at, inside, no_blocks, stacks
 from simlab.measurement.layout_probe import LayoutProbe
 from simlab.measurement.layout_search import first_argument, first_output
-from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
+from simlab.measurement.statistics import (
+    GRADIENT_STATISTICS,
+    STATISTICS,
+    Step,
+    sequences,
+    wide,
+)
 from simlab.model.transformer import Block
 
 # In the rows' ``attrs``, where a curve was cut: its first sublayer that isn't finite. pandas keeps it
@@ -68,6 +74,7 @@ class ModelProbe:
         self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
         self.embedding = Reducer(STATISTICS)
         self.size: tuple[int, int] | None = None  # T, D
+        self.streams = 1  # n, each of whose sequences is measured as one of its own
         self.dtype = self.device = ""  # of the stream
         self.on_block: Callable[[], None] = lambda: None  # called after each block's forward
         self.given, self.stream = layout is not None, Stream({}, False)
@@ -154,7 +161,8 @@ class ModelProbe:
                     x, given = x.detach().requires_grad_().clone(), x
                     args = tuple(x if each is given else each for each in args)
                     kwargs = {name: x if each is given else each for name, each in kwargs.items()}
-                self.taps.follow(self.taps.tap(x), wide(x), self.embedding_gradient)
+                value = wide(sequences(x, self.stream.axis))
+                self.taps.follow(self.taps.tap(x), value, self.embedding_gradient)
             return args, kwargs
         before, out = self.left or (None, x)
         if before != i - 1:
@@ -170,7 +178,7 @@ class ModelProbe:
         return args, kwargs
 
     def _embedded(self, x: Any) -> None:
-        if not isinstance(x, Tensor) or x.ndim != 3:
+        if not isinstance(x, Tensor) or x.ndim not in (3, 4):
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(
                 f"probe: the first block gets a tensor of shape {shape}: must be (batch, length, width)"
@@ -178,15 +186,28 @@ class ModelProbe:
         if not x.numel():
             raise ConfigError(f"probe: a batch of shape {tuple(x.shape)}: holds no token")
         self.stream.begin(x)
-        length, width = x.shape[1:]
+        axis = self.stream.axis
+        streams, (length, width) = (
+            1 if axis is None else x.shape[axis],
+            sequences(x, axis).shape[1:],
+        )
         if self.size not in (None, (length, width)):
             raise ConfigError(
                 f"probe: a batch of length {length} after one of {self.size[0]}: batches of a curve"
                 " have sequences of one length"
             )
-        self.size = length, width
+        if self.size and streams != self.streams:
+            raise ConfigError(
+                f"probe: a batch of {streams} streams after one of {self.streams}: batches of a curve"
+                " have as many streams"
+            )
+        self.size, self.streams = (length, width), streams
+        for probe in self.probes:
+            probe.axis = axis
+        if self.taps:
+            self.taps.axis = axis
         self.dtype, self.device = str(x.dtype).removeprefix("torch."), str(x.device)
-        self.embedding.add(Step(after=wide(x)))
+        self.embedding.add(Step(after=wide(sequences(x, axis))))
 
     @property
     def probes(self) -> list[BlockProbe]:
@@ -200,6 +221,8 @@ class ModelProbe:
         for i, probe in enumerate(self.probes):
             steps = probe.sublayers if isinstance(probe, LayoutProbe) else ()
             how = ", ".join(map(str, steps or ())) or ", ".join(probe.kinds)
+            if self.streams > 1:
+                how += f" over {self.streams} streams, as if they were sequences"
             blocks.setdefault(how, []).append(i)
         return "; ".join(f"{self.path} {spans(of)}: {how}" for how, of in blocks.items())
 
@@ -228,7 +251,7 @@ class ModelProbe:
         ]
         rows = rows_of(self.embedding.result()[0].cpu(), blocks)
         if self.taps is None:
-            return Measured(rows)
+            return Measured(rows, streams=self.streams)
         gradients = [self.embedding_gradient, *chain(*(probe.gradients for probe in self.probes))]
         for row, reducer in zip(rows, gradients, strict=True):
             if reducer.tokens != tokens:
@@ -245,7 +268,7 @@ class ModelProbe:
             )
         values = [reducer.result()[0].cpu() for reducer in gradients]
         rows = [replace(row, gradient=g) for row, g in zip(rows, values, strict=True)]
-        return Measured(rows, self.loss)
+        return Measured(rows, self.loss, self.streams)
 
 
 def whole_blocks(measured: Measured) -> list[int]:

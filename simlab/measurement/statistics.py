@@ -24,6 +24,14 @@ def wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
+def sequences(x: Tensor, axis: int | None) -> Tensor:
+    """Several streams as sequences (B·n, T, D): n of them lie along an axis of x. Else x, (B, T, D).
+
+    The n streams of a sequence are adjacent.
+    """
+    return x if axis is None else x.movedim(axis, 1).flatten(0, 1)
+
+
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """⟨x, y⟩ over the last dimension.
 

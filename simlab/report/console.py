@@ -228,6 +228,7 @@ def verdict_lines(verdicts: Mapping[str, Verdict], summary: Mapping[str, Any]) -
             lines.append(
                 f"Next-token loss{of}: {plus_minus(value)} nats; ln(vocabulary) is {chance:.3f}."
             )
+    lines += streams_lines(summary)
     return lines + overflow_lines(summary["overflow"]) + lost_lines(summary)
 
 
@@ -254,6 +255,16 @@ def figure_lines(curve: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
     """What a figure's title says: the answer, and where curves or gradients left the dtype's range."""
     lost = overflow_lines(summary["overflow"]) + lost_lines(summary)
     return [headline(curve, summary), *lost]
+
+
+def streams_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the rows are of a model with several residual streams."""
+    if (streams := summary.get("streams", 1)) == 1:
+        return []
+    return [
+        f"The model has {streams} residual streams, measured after each block: every row is over all "
+        "of them, as if each were a sequence."
+    ]
 
 
 def lost_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -173,7 +173,7 @@ def _header(members: Sequence[Surveyed]) -> Iterator[str]:
 def _tokens(summary: Mapping[str, Any]) -> str:
     """Which tokens a job had: ``2 × 64 tokens of the text, with <s>``."""
     (sequences, length), kind = summary["tokens"], summary["config"]["inputs"]["kind"]
-    size = f"{sequences} × {length}"
+    size = f"{sequences // summary.get('streams', 1)} × {length}"
     if kind != "text":
         return f"{size} {kind} tokens"
     if summary["token_unit"] == "bytes":

@@ -54,6 +54,12 @@ FAMILIES: dict[str, dict] = {
         "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 4, "v_head_dim": 8,
     },
+    "deepseek_v4": COMMON | {
+        "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "index_n_heads": 2, "index_head_dim": 8, "num_hash_layers": 1, "sliding_window": 8,
+        "compress_ratios": [0, 4, 128],
+    },
     "diffllama": COMMON,
     "doge": COMMON,
     "ernie4_5": SMALL_HEADS,
@@ -68,6 +74,10 @@ FAMILIES: dict[str, dict] = {
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
     "gemma3": {"text_config": WINDOW, "vision_config": SEEING, "mm_tokens_per_image": 4},
+    "gemma3n_text": WINDOW | {
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "laurel_rank": 8,
+        "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+    },
     "gemma4_text": WINDOW | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
     "glm": SMALL_HEADS,
     "glm4": SMALL_HEADS,

@@ -21,7 +21,7 @@ from simlab.analysis.resampling import Estimate
 from simlab.analysis.tokens import skewed
 from simlab.config.command_line import shell_word
 from simlab.report.colours import LABELS
-from simlab.report.console import ENGINES_BESIDE, lost_lines, overflow_lines
+from simlab.report.console import ENGINES_BESIDE, lost_lines, overflow_lines, streams_lines
 from simlab.report.page.payload import Drawn, job_values
 from simlab.report.page.quantities import BY_BLOCK, DRAWABLE
 
@@ -101,7 +101,7 @@ def origin(summary: Mapping[str, Any], command: str, written: str) -> dict[str, 
         ("engine", engine + (ENGINES_BESIDE if len(s.get("engines", ())) > 1 else "")),
         ("device", f"{s['device']}, {s['dtype']}"),
         ("parameters", f"{s['parameters']:,}"),
-        ("input", f"{s['tokens'][0]} × {s['tokens'][1]} {inputs}"),
+        ("input", f"{s['tokens'][0] // s.get('streams', 1)} × {s['tokens'][1]} {inputs}"),
         ("seeds", ", ".join(map(str, s["seeds"])) or "none"),
         ("versions", ", ".join(f"{name} {number}" for name, number in s["versions"].items())),
     ]
@@ -135,6 +135,7 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
     """What a reader of the curves must know: eps, massive activations, values that aren't finite."""
+    yield from streams_lines(summary)
     yield from overflow_lines(summary["overflow"])
     yield from lost_lines(summary)
     for name in frame["curve"].unique():
