@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from simlab.config import ConfigError
 from simlab.measurement.statistics import wide
@@ -142,7 +144,7 @@ class Stream:
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
         """Keep what the model's embedding gives until its blocks begin: a shape doesn't tell all."""
-        ids, handles = self.ids, []
+        ids, handles = self.ids, list[RemovableHandle]()
 
         def keep(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             if not args or not isinstance(args[0], Tensor) or args[0].ndim != 2 or ids is None:
@@ -152,9 +154,11 @@ class Stream:
                     self.embedded.append(embedded.detach().clone())
                     return
 
-        if ids is not None:
-            of = (module for module in model.modules() if isinstance(module, nn.Embedding))
-            handles = [module.register_forward_hook(keep) for module in of]
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                handles.append(module.register_forward_pre_hook(partial(refuse_rows, name)))
+                if ids is not None:
+                    handles.append(module.register_forward_hook(keep))
         try:
             yield
         finally:
@@ -194,6 +198,24 @@ class Stream:
             raise ConfigError(
                 f"probe: the first block gets {tuple(x.shape)} for token ids {tuple(tokens.shape[:2])}:"
                 " must be (batch, length, width), a token for each id"
+            )
+
+
+def refuse_rows(name: str, table: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raise ConfigError for a row that an embedding doesn't have: of torch it is an error of its own.
+
+    A class of its own may get what are no rows, such as ids for positions that it counts itself.
+    """
+    plain = type(table).forward is nn.Embedding.forward or "WordEmbedding" in type(table).__name__
+    if not isinstance(table, nn.Embedding) or not plain or not args:
+        return
+    rows = args[0]
+    if isinstance(rows, Tensor) and rows.numel():
+        least, most = (int(row) for row in rows.aminmax())
+        if least < 0 or most >= table.num_embeddings:
+            raise ConfigError(
+                f"probe: {name} has {table.num_embeddings} rows, and row {least if least < 0 else most}"
+                " is asked for: pass other token ids, or for positions shorter sequences"
             )
 
 

@@ -263,7 +263,7 @@ def streams_lines(summary: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"The model has {streams} residual streams, measured after each block: every row is over all "
-        "of them, as if each were a sequence."
+        "of them, as if they were sequences."
     ]
 
 

@@ -108,3 +108,23 @@ def test_token_ids_are_told_from_what_goes_with_them():
     for name in ("input_ids", "idx"):
         assert token_ids(beside | {name: ids}) is ids
     assert token_ids({"draft": ONES, "input_ids": ids}) is ids
+
+
+def test_rows_that_an_embedding_lacks():
+    class Counted(torch.nn.Embedding):
+        """With rows of its own for positions, as of OPT: what it gets isn't looked up."""
+
+        def forward(self, ids):
+            return super().forward(ids % 5)
+
+    table, own = torch.nn.Embedding(10, 3), Counted(5, 3)
+    model = torch.nn.ModuleDict({"wte": table, "wpe": own})
+    ids = torch.arange(B * T).view(B, T)
+    with Stream({"input_ids": ids}, longer=False).watch(model):
+        table(ids)
+        own(ids)
+        for wrong, row in ((ids + 1, 10), (ids - 1, -1)):
+            with pytest.raises(ConfigError, match=f"wte has 10 rows, and row {row} is asked for"):
+                table(wrong)
+    with pytest.raises(IndexError):
+        table(ids + 1)
