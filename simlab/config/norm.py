@@ -26,9 +26,12 @@ def read_scales(reader: Fields) -> dict[str, Any]:
 
 
 def read_parts(reader: Fields) -> dict[str, Any]:
-    """The keys of residual steps' parts, of a config that has them."""
-    keys = ("laurel_rank",)
-    return {key: reader.integer(key) for key in keys if key in reader.values}
+    """The keys of attention's norms and of residual steps' parts, of a config that has them."""
+    taken: dict[str, Any] = {
+        key: reader.boolean(key) for key in ("qkv_norm", "qk_norm") if key in reader.values
+    }
+    ranks = {key: reader.integer(key) for key in ("laurel_rank",) if key in reader.values}
+    return taken | ranks
 
 
 def read_streams(reader: Fields) -> dict[str, Any]:

@@ -34,10 +34,10 @@ class NormConfig:
     """Where the norms sit (``placement``), one of NORM_TYPES (``type``), and a placement's constants.
 
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
-    are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head.
-    stream_scale … ramp: of ``scaled``; the scales of the first and the last block. laurel_rank: of a
-    low-rank part. streams: how many a placement of several has. Each is None for a placement whose file
-    in conf/norm doesn't have it.
+    are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head;
+    qk_norm: q and k. stream_scale … ramp: of ``scaled``; the scales of the first and the last block.
+    laurel_rank: of a low-rank part. streams: how many a placement of several has. Each is None for a
+    placement whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -49,6 +49,7 @@ class NormConfig:
     fraction: float | None = None
     base_depth: int | None = None
     qkv_norm: bool | None = None
+    qk_norm: bool | None = None
     stream_scale: tuple[float, float] | None = None
     start_scale: tuple[float, float] | None = None
     branch_scale: tuple[float, float] | None = None

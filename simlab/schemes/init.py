@@ -18,8 +18,13 @@ null).
 | gpt2         | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | σ    |
 | megatron     | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | 1/√d |
 | small_wang   | s         | s       | 2/(L√d)      | s    | s       | 2/(L√d)           | s    |
+| ngpt         | 1         | 1/√d    | 1/√d         | 1/√d | 1/√d    | 1/√d              | 1/d  |
 
-s = √(2/(5d)).
+s = √(2/(5d)). nGPT's (arXiv 2410.01131; NVIDIA/ngpt) are normals that are normed to unit length along
+d: the rows of the embedding, the head, q, k, v, gate and up, the columns of o and down. Their entries
+have the std 1/√d. Here they aren't normed: a length varies by 1/√(2d) of it, which moves a layer's
+output by the order of 1/d. The stream of rms 1 (``norm=ngpt``) is nGPT's times √d, so the embedding's
+std is 1 and the head's 1/d.
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
 ``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
@@ -122,6 +127,11 @@ def _small_wang(model: ModelConfig, sigma: float, layer: int) -> dict[str, float
     return dict.fromkeys(ROLES, small) | {"o_proj": out, "down_proj": out}
 
 
+def _ngpt(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    ends = {"embedding": 1.0, "head": 1 / model.width}
+    return dict.fromkeys(ROLES, model.width**-0.5) | ends
+
+
 RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "normal": _normal,
     "transformers": _normal,
@@ -132,6 +142,7 @@ RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "gpt2": _gpt2,
     "megatron": _megatron,
     "small_wang": _small_wang,
+    "ngpt": _ngpt,
 }
 WHOLE_EMBEDDING = ("llama", "llama_depth", "fan_in")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from simlab.config import ModelConfig
 from simlab.schemes.gemma3n import Gemma3n
+from simlab.schemes.ngpt import NGPT
 from simlab.schemes.pre_and_post import ResiDual
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
 from simlab.schemes.streams import HyperConnections
@@ -313,6 +314,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "hybrid_norm_star": HybridNormStar,
     "scaled": Scaled,
     "gemma3n": Gemma3n,
+    "ngpt": NGPT,
     "residual_dual": ResiDual,
     "parallel": Parallel,
     "hyper_connections": HyperConnections,

@@ -22,7 +22,7 @@ class Vector(Protocol):
 
 
 V = TypeVar("V", bound=Vector)
-NORM_NAMES = ("norm_in", "norm_out", "norm_laurel", "norm_stream")  # a step's norms
+NORM_NAMES = ("norm_in", "norm_out", "norm_laurel", "norm_branch", "norm_stream")  # a step's norms
 
 Map = Callable[[V], V]  # a sublayer, or a norm
 Add = Callable[[V, V], V]  # add(skip, branch)

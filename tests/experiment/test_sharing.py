@@ -13,7 +13,7 @@ from simlab.experiment.sharing import SharedCurves, is_prefix, sharing_groups
 from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
 
-DEPTH_FREE = {"normal", "transformers", "mitchell", "llama_depth", "fan_in"}  # of the rules
+DEPTH_FREE = {"normal", "transformers", "mitchell", "llama_depth", "fan_in", "ngpt"}  # of the rules
 OF_DEPTH = {"deepnorm", "residual_scale", "layerscale", "complete_p", "keel"}  # placements
 STEPS = {"layerscale": (2, 19)}  # its alpha is another beyond 18 blocks
 

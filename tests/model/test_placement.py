@@ -41,13 +41,14 @@ def sublayers(block, norm, heads=6, kv_heads=2):
 
     def attention(x):
         q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
-        per_head = "v_norm.weight" in w
+        per_head = len(w["q_norm.weight"]) == 8
         if not per_head:
             q, k = norm(q, w["q_norm.weight"]), norm(k, w["k_norm.weight"])
         q, k, v = (p.view(*x.shape[:2], -1, 8).transpose(1, 2) for p in (q, k, v))
         if per_head:
             q, k, v = (
-                norm(p, w[f"{n}_norm.weight"]) for p, n in zip((q, k, v), "qkv", strict=True)
+                norm(p, w[f"{n}_norm.weight"]) if f"{n}_norm.weight" in w else p
+                for p, n in zip((q, k, v), "qkv", strict=True)
             )
         q, k = turn(q), turn(k)
         k, v = (p.repeat_interleave(heads // kv_heads, 1) for p in (k, v))
@@ -125,6 +126,9 @@ FORMULAS = {
         1.1**0.5 * x + (F(i(x)) if F.__name__ == "attention" else 0)
     ),
     "gemma3n": gemma3n,
+    "ngpt": lambda x, F, i, o, n, L, z: o(
+        x + 0.05 * (NORMS["rms"](F(x), F.step.norm_branch.weight) - x)
+    ),
     "minimax": lambda x, F, i, o, n, L, z: 160**0.25 * i(x) + F(i(x)),
     "granite": lambda x, F, i, o, n, L, z: x + 0.22 * F(i(x)),
     "prores": lambda x, F, i, o, n, L, z: x + min(0.5 / (n / L), 1) * F(i(x)),
@@ -155,7 +159,7 @@ def test_formula(placement, kind):
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     state = start(model.embedding(ids), config.shape)
     z = expected = placement_of(config.shape).watch(state)
-    if config.shape.norm.start_normed:
+    if config.shape.norm.start_normed or placement == "ngpt":
         torch.testing.assert_close(z, rms_norm(model.embedding(ids), (48,), None, EPS))
     with torch.no_grad():
         for n, block in enumerate(model.blocks, start=1):

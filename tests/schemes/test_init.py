@@ -41,6 +41,7 @@ EXPECTED = {
         dict.fromkeys(ROLES, math.sqrt(0.4 / D))
         | dict.fromkeys(("o_proj", "down_proj"), 2 / L / math.sqrt(D))
     ),
+    "ngpt": lambda n: dict.fromkeys(ROLES, D**-0.5) | {"embedding": 1, "head": 1 / D},
 }
 
 
@@ -54,7 +55,7 @@ def test_table(rule, layer):
     whole = {role for role, g in laws.items() if g.truncate is None}
     assert whole == (
         set(ROLES)
-        if rule in ("gpt2", "transformers", "small_wang")
+        if rule in ("gpt2", "transformers", "small_wang", "ngpt")
         else {"embedding"}
         if expected["embedding"] == 1
         else set()

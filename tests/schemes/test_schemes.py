@@ -79,6 +79,7 @@ LAWS = {
     "hyper_connections": lambda v, n, kind: v + B,
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
     "keel": lambda v, n, kind: 1,
+    "ngpt": lambda v, n, kind: 1,
     # Its values aren't normed here.
     "hybrid_norm": lambda v, n, kind: v + B * v if kind == "attention" else 1 + B,
     "hybrid_norm_star": lambda v, n, kind: (
@@ -111,7 +112,7 @@ LAWS["scaled"] = scaled
 
 @pytest.mark.parametrize("placement", LAWS)
 def test_the_formula_gives_its_law(placement):
-    expected = [1.0 if placement == "scaled" else V0]  # its start is normed
+    expected = [1.0 if placement in ("scaled", "ngpt") else V0]  # their start is normed
     for block in (1, 2, 3, 4):
         for kind in ("attention", "mlp"):
             expected.append(LAWS[placement](expected[-1], block, kind))

@@ -171,6 +171,7 @@ SETTINGS = [
     ("norm=hybrid_norm", "init=fan_in"), ("norm=hybrid_norm_star",),
     ("norm=gemma3n", "init=fan_in"), ("norm=gemma3n", "norm.laurel_rank=4"),
     ("norm=residual_dual", "init=fan_in"), ("norm=residual_dual", "width=256", "norm.type=layer"),
+    ("norm=ngpt", "init=ngpt"), ("norm=ngpt", "norm.alpha=0.3", "model.mlp=gelu"),
     ("norm=keel", "init=fan_in"), ("norm=complete_p", "init=fan_in"),
     ("norm=pre", "init=gpt2", "model.qk_norm=none", "model.rotary=0", "model.positions=64",
      "norm.type=layer_bias", "model.mlp=gelu", "model.bias=true"),
