@@ -159,7 +159,7 @@ class Probe(BlockProbe):
 
     def _listen(self, i: int, step: ResidualStep | Renorm) -> None:
         def on_sublayer(_: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            self.tensors["raw"] = out
+            self.tensors |= {"read": args[0], "raw": out}
 
         def on_attend(attend: Attend, args: tuple[Tensor, ...], out: Tensor) -> None:
             q, k, _, mask = args
@@ -167,8 +167,11 @@ class Probe(BlockProbe):
 
         def on_add(_: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
             skip, branch = args
+            alone = skip is self.tensors["read"]  # the module reads what it writes to
             if self.last is not None and skip is self.last[0]:
                 skip = self.last[1]
+            if alone:
+                self.tensors["read"] = skip
             self.tensors |= {"skip": skip, "branch": branch, "sum": out}
 
         def on_step(module: nn.Module, args: Any, out: Carried) -> None:
@@ -215,6 +218,7 @@ def observe(
         skip=tensors["skip"],
         branch=tensors["branch"],
         raw=raw,
+        read=tensors["read"],
         moment=moment,
         eps=eps,
         gain=wide(norms[-1].gain) if norms else None,

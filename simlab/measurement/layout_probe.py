@@ -17,12 +17,15 @@ from simlab.measurement.layout_search import (
     CallRecord,
     add_up,
     as_stream,
+    attention_weights,
     find_steps,
     first_argument,
     first_output,
     imbalance,
     is_light,
+    matrices,
     passes_on,
+    same,
 )
 from simlab.measurement.norm_probe import Held, Norm, held_by, identify_norm
 from simlab.measurement.statistics import Step, sequences, wide
@@ -35,22 +38,6 @@ if TYPE_CHECKING:
 def wide_copy(x: Tensor) -> Tensor:
     """A copy in float64, safe from the model's later in-place operations."""
     return wide(x.detach().clone())
-
-
-def attention_weights(out: Any) -> dict[str, Tensor] | None:
-    """Statistics (B, T) of the weights (B, H, T, T), if they are an attention's second output.
-
-    As in ``statistics.attention_statistics``, but ``max_logit`` is NaN: the logits aren't returned.
-    """
-    if not isinstance(out, (tuple, list)) or len(out) < 2 or not isinstance(out[1], Tensor):
-        return None
-    length = out[0].shape[1]
-    if out[1].ndim != 4 or out[1].shape[2:] != (length, length):
-        return None
-    a = out[1].detach().float()
-    entropy = torch.special.entr(a).sum(-1).mean(1)
-    nan = torch.full_like(entropy, torch.nan)
-    return {"entropy": entropy, "max_logit": nan, "first": a[..., 0].mean(1)}
 
 
 class LayoutProbe(BlockProbe):
@@ -83,18 +70,17 @@ class LayoutProbe(BlockProbe):
         self.sublayers: tuple[Sublayer, ...] | None = None
         self.modules: dict[str, nn.Module] = {}
         self.norms: dict[int, Norm | None] = {}
-        self.record: CallRecord | None = (
-            None  # of the first batch, where the steps aren't known yet
-        )
+        # Of the first batch, where the steps aren't known yet.
+        self.record: CallRecord | None = None
         self.shape = torch.Size()  # of the stream, (B, T, D), or of several
         self.stream: Tensor | None = None  # before the next step, wide
         self.outputs: dict[str, Tensor] = {}  # wide
+        self.reads: dict[str, Tensor] = {}  # what modules get, of those where it is known
         self.rounding: dict[str, float] = {}  # of each output, in the dtype that the model gave it
         self.attention: dict[str, dict[str, Tensor] | None] = {}
         self.held: dict[str, Held] = {}  # by norms, on the first batch
-        self.tapped: dict[
-            tuple[str, str], Tap
-        ] = {}  # likewise: by a module and what it gets or gives
+        # Likewise: by a module and what it gets or gives.
+        self.tapped: dict[tuple[str, str], Tap] = {}
         if sublayers is not None:
             self._adopt(sublayers)
 
@@ -118,6 +104,8 @@ class LayoutProbe(BlockProbe):
             return
         for path in sorted({s.norm for s in self.sublayers if s.norm}):
             self._first_after(self.modules[path], partial(self._hold, path))
+        for path in sorted({path for s in self.sublayers for path in s.raws}):
+            self._before(self.modules[path], partial(self._read, path))
         for path in sorted({path for s in self.sublayers for path in outputs(s)}):
             self._after(self.modules[path], partial(self._keep, path))
         for path in sorted({s.weights for s in self.sublayers if s.weights}):
@@ -163,6 +151,7 @@ class LayoutProbe(BlockProbe):
             self._adopt(())
         self.shape = x.shape
         self.outputs.clear()
+        self.reads.clear()
         self.attention.clear()
         self.tapped.clear()
         self.stream = wide_copy(x)
@@ -196,6 +185,11 @@ class LayoutProbe(BlockProbe):
             self.attention[path] = attention_weights(out)
         attends = bool(self.attention.get(path))
         self.record.end(path, type(module).__name__, y, path in self.held, attends)
+
+    def _read(self, path: str, x: Any) -> None:
+        stream = as_stream(x, self.shape)
+        if stream is not None and matrices(self.modules[path]) > 1:
+            self.reads[path] = stream.detach().clone()  # the model may change it in place
 
     def _keep(self, path: str, _: Any, out: Any) -> None:
         y = first_output(out)
@@ -268,6 +262,8 @@ class LayoutProbe(BlockProbe):
             for path in outputs(sublayer):
                 self.outputs[path] = wide(calls[path].out)
                 self.rounding[path] = torch.finfo(calls[path].out.dtype).eps
+            for path in sublayer.raws:
+                self._read(path, calls[path].x)
         for i, sublayer in enumerate(steps or ()):
             total = y if sublayer.sum is None else calls[sublayer.sum].x
             assert total is not None
@@ -279,6 +275,7 @@ class LayoutProbe(BlockProbe):
         if not steps:
             self.add(0, Step(after=wide(y)), self.tap(y))
         self.outputs.clear()
+        self.reads.clear()
         self.attention.clear()
         self.tapped.clear()
 
@@ -322,15 +319,27 @@ class LayoutProbe(BlockProbe):
             if sublayer.multiplier == 1
             else sublayer.multiplier * add_up(branches),
             raw=raw,
+            read=self._read_by(sublayer),
             moment=moment,
             eps=norm.eps if norm else 0.0,
             gain=norm.gain if norm else None,
             attention=next((weight for weight in weights if weight), None),
         )
         self.add(i, step, tap)
+        for path in sublayer.raws:
+            self.reads.pop(path, None)
         self.stream = after
         for path in outputs(sublayer):
             del self.outputs[path]
+
+    def _read_by(self, sublayer: Sublayer) -> Tensor | None:
+        """What a sublayer's modules get (B, T, D), if each is known and all get the same.
+
+        It is known of a module with two matrices or more, such as an attention or an MLP: one matrix
+        alone is a sublayer's last projection, which gets something else.
+        """
+        got = [self.reads.get(path) for path in sublayer.raws]
+        return got[0] if all(x is got[0] or same(x, got[0]) for x in got) else None
 
     def _check(
         self,

@@ -134,6 +134,22 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
+def attention_weights(out: Any) -> dict[str, Tensor] | None:
+    """Statistics (B, T) of the weights (B, H, T, T), if they are an attention's second output.
+
+    As in ``statistics.attention_statistics``, but ``max_logit`` is NaN: the logits aren't returned.
+    """
+    if not isinstance(out, (tuple, list)) or len(out) < 2 or not isinstance(out[1], Tensor):
+        return None
+    length = out[0].shape[1]
+    if out[1].ndim != 4 or out[1].shape[2:] != (length, length):
+        return None
+    a = out[1].detach().float()
+    entropy = torch.special.entr(a).sum(-1).mean(1)
+    nan = torch.full_like(entropy, torch.nan)
+    return {"entropy": entropy, "max_logit": nan, "first": a[..., 0].mean(1)}
+
+
 def as_stream(x: Any, shape: torch.Size) -> Tensor | None:
     """x as a stream of this shape (B, T, D), from (B·T, D) too; None if it is something else."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -145,11 +161,18 @@ def as_stream(x: Any, shape: torch.Size) -> Tensor | None:
 
 def is_light(module: nn.Module) -> bool:
     """True for a module without submodules and matrices: a norm, a scale, an activation."""
-    held = chain(module._parameters.values(), vars(module).values())  # FSDP 1 makes them attributes
-    tensors = [value for value in held if isinstance(value, Tensor) and value.ndim]
-    # Packed matrices may be of one dimension.
-    matrices = any(value.ndim > 1 or not value.is_floating_point() for value in tensors)
-    return not matrices and next(module.children(), None) is None
+    return next(module.children(), None) is None and not matrices(module)
+
+
+def matrices(module: nn.Module) -> int:
+    """How many matrices a module and its submodules hold, packed ones included."""
+    count = 0
+    for each in module.modules():
+        held = chain(each._parameters.values(), vars(each).values())  # FSDP 1 makes them attributes
+        tensors = [value for value in held if isinstance(value, Tensor) and value.ndim]
+        # Packed matrices may be of one dimension.
+        count += sum(value.ndim > 1 or not value.is_floating_point() for value in tensors)
+    return count
 
 
 def passes_on(module: nn.Module) -> bool:

@@ -49,15 +49,17 @@ class Step:
     """One step of the residual stream, as the probe saw it. Tensors (B, T, D), D = d_model, any dtype.
 
     ``after`` is the stream after the step. For a residual add, ``skip`` and ``branch`` are its two
-    inputs and ``raw`` is the sublayer's output before any norm. ``moment`` (B, T) is the mean square
-    (LayerNorm: variance) by which the step's last norm divides, ``eps`` its eps, and ``gain`` (D,)
-    its gain. ``attention`` is the dict of ``attention_statistics``, each entry (B, T).
+    inputs, ``read`` is what the attention or MLP module gets, and ``raw`` what it gives, before any
+    norm. ``moment`` (B, T) is the mean square (LayerNorm: variance) by which the step's last norm
+    divides, ``eps`` its eps, and ``gain`` (D,) its gain. ``attention`` is the dict of
+    ``attention_statistics``, each entry (B, T).
     """
 
     after: Tensor
     skip: Tensor | None = None
     branch: Tensor | None = None
     raw: Tensor | None = None
+    read: Tensor | None = None
     moment: Tensor | None = None
     eps: float = 0.0
     gain: Tensor | None = None
@@ -76,6 +78,8 @@ class Step:
     @cached_property
     def wide_branch(self) -> Tensor | None:
         """The branch, after all norms (B, T, D), wide."""
+        if self.branch is self.after:  # as of gradients
+            return self.wide
         return None if self.branch is None else wide(self.branch)
 
     @property
@@ -87,6 +91,11 @@ class Step:
     def norm(self) -> Tensor:
         """‖x‖ (B, T)."""
         return vector_norm(self.wide, dim=-1)
+
+    @cached_property
+    def skip_norm(self) -> Tensor:
+        """‖x‖ (B, T) of the stream before the add; NaN where nothing is added."""
+        return self.nan if self.wide_skip is None else vector_norm(self.wide_skip, dim=-1)
 
     @cached_property
     def square(self) -> Tensor:
@@ -146,13 +155,27 @@ def _cosine(step: Step) -> Tensor:
     """0 where x is 0, as a padding token's embedding; NaN where b alone is, as all of ReZero's."""
     if step.wide_skip is None:
         return step.nan
-    size = vector_norm(step.wide_skip, dim=-1)
+    size = step.skip_norm
     return torch.where(size == 0, 0.0, step.cross / (size * step.branch_square.sqrt()))
 
 
 def _gradient_cosine(step: Step) -> Tensor:
     """0 where x is 0, or g, as it is at a sequence's last token, which predicts nothing."""
     return torch.where(step.branch_square == 0, 0.0, _cosine(step))
+
+
+def _read_mean_square(step: Step) -> Tensor:
+    """Mean over width of r² (B, T), r what the attention or MLP module gets.
+
+    r is the norm's output where the placement has one in front of the module, g·x/√(m + eps) with its
+    gain g, and else the stream itself, or what the placement makes of its state. Of attention it is
+    what q, k and v are projected from, before QK-norm and RoPE.
+    """
+    if step.read is None:
+        return step.nan
+    if step.read is step.skip:  # no norm in front: known already
+        return step.skip_norm.square() / step.width
+    return vector_norm(wide(step.read), dim=-1).square() / step.width
 
 
 def _raw_mean_square(step: Step) -> Tensor:
@@ -242,6 +265,8 @@ STATISTICS: dict[str, Statistic] = {
     "mean_abs": Statistic(lambda s: s.magnitude.mean(-1).to(s.wide.dtype)),
     "max_abs": Statistic(lambda s: s.max_abs, "max"),
     "mean_vector_norm": _mean_vector_norm,
+    # Of what the attention or MLP module gets.
+    "read_mean_square": Statistic(_read_mean_square),
     # Of what was added: b after all norms, raw before any.
     "branch_mean_square": Statistic(lambda s: s.branch_square / s.width),
     "branch_raw_mean_square": Statistic(_raw_mean_square),

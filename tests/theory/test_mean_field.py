@@ -27,7 +27,8 @@ SHAPE = [
 # Beyond the seeds' noise: the drawn heads' own (0.1 % of v, 1 % of cosines), and terms of order 1/d².
 OWN = {
     "mean_square": 0.02, "norm": 0.01, "mean_vector_norm": 0.02, "token_cosine": 0.05,
-    "branch_raw_mean_square": 0.04, "eps_factor": 0.02, "gradient_rms": 0.06, "gradient_norm": 0.06,
+    "read_mean_square": 0.02, "branch_raw_mean_square": 0.04, "eps_factor": 0.02,
+    "gradient_rms": 0.06, "gradient_norm": 0.06,
 }  # fmt: skip
 
 
@@ -201,6 +202,27 @@ def test_a_wrong_recursion_departs(monkeypatch):
     beyond = departures(*simulated(("norm=pre", "init=fan_in"))[:3])
     assert beyond["mean_square"] > 0
     assert beyond["branch_raw_mean_square"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("engine", ["weightless", "dense"])
+@pytest.mark.parametrize("norm", ["none", "lns", "parallel", "hybrid_norm", "nanochat", "gemma3n"])
+def test_what_sublayers_read(norm, engine, width):
+    """``read_mean_square`` of theory and of simulations; another placement's departs."""
+    model = [*SHAPE, f"width={width}", "init=fan_in", "norm.eps=0.1"]
+    config = tiny(*model, *placed(norm), f"engine={engine}", "seeds=20")
+    groups = run(config).curve.groupby(["sublayer", "kind"], sort=False)["read_mean_square"]
+    mean, error = groups.mean().to_numpy()[1:], groups.sem().to_numpy()[1:]
+
+    def beyond(predicted):
+        bound = OWN["read_mean_square"] * mean + STANDARD_ERRORS * error
+        says = column(predicted, "read_mean_square")[1:]  # without norms the curve ends early
+        return np.max(np.abs(says - mean[: len(says)]) - bound[: len(says)])
+
+    assert beyond(theory(config)) <= 0
+    other = "norm=lns" if norm != "lns" else "norm=pre"
+    assert beyond(theory(tiny(*model, other))) > 0
 
 
 class Halves(Scheme):

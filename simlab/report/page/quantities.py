@@ -29,14 +29,25 @@ BY_SUBLAYER = {  # a column of curve.csv, or rms: the root of mean_square
     "gradient_norm": Quantity("gradient norm, mean over tokens", "Gradients", log=True),
     "gradient_mean_vector_norm": Quantity("norm of the mean gradient", "Gradients", log=True),
     "gradient_cosine": Quantity("cosine of x and its gradient", "Gradients"),
-    "branch_mean_square": Quantity("what a sublayer adds, mean square", "What a sublayer adds"),
-    "branch_raw_mean_square": Quantity(
-        "a sublayer's output before its norm, mean square", "What a sublayer adds", log=True
+    "read_mean_square": Quantity(
+        "what a sublayer reads, mean square", "What a sublayer reads and adds"
     ),
-    "cosine": Quantity("cosine of x and what is added", "What a sublayer adds"),
-    "delta_branch": Quantity("‖b‖² of what is added", "What a sublayer adds"),
-    "delta_cross": Quantity("2⟨x, b⟩ of stream and what is added", "What a sublayer adds"),
-    "eps_factor": Quantity("m/(m + eps): what eps leaves of a norm", "What a sublayer adds"),
+    "branch_mean_square": Quantity(
+        "what a sublayer adds, mean square", "What a sublayer reads and adds"
+    ),
+    "branch_raw_mean_square": Quantity(
+        "a sublayer's output before its norm, mean square",
+        "What a sublayer reads and adds",
+        log=True,
+    ),
+    "cosine": Quantity("cosine of x and what is added", "What a sublayer reads and adds"),
+    "delta_branch": Quantity("‖b‖² of what is added", "What a sublayer reads and adds"),
+    "delta_cross": Quantity(
+        "2⟨x, b⟩ of stream and what is added", "What a sublayer reads and adds"
+    ),
+    "eps_factor": Quantity(
+        "m/(m + eps): what eps leaves of a norm", "What a sublayer reads and adds"
+    ),
     "mean_square_median": Quantity("mean square of the median token", "Tokens"),
     "mean_square_p05": Quantity("mean square, 5th percentile of tokens", "Tokens"),
     "mean_square_p95": Quantity("mean square, 95th percentile of tokens", "Tokens"),

@@ -47,8 +47,7 @@ def correlation(kernel: Array) -> Array:
 
 def shrink(rho: Array) -> Array:
     """Var(ρ̂_ij)·m_i·m_j over Var(K̂_ij), for Gaussian vectors: (1 − ρ²)²/(1 + ρ²)."""
-    square = rho**2
-    return (1 - square) ** 2 / (1 + square)
+    return (1 - rho**2) ** 2 / (1 + rho**2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +261,7 @@ class KernelStep:
     raw: KernelVector | None = None  # the sublayer's output
     events: list[tuple[str, int]] = field(default_factory=list)
     added: Array | None = None  # the kernel of what was added last
+    read: Array | None = None  # the kernel of what the last sublayer got
 
     def __post_init__(self) -> None:
         self.kernels = [one.kernel for one in self.start.vectors]
@@ -351,7 +351,7 @@ class KernelStep:
                 self, (Term(index, 1.0),), branch.kernel, branch.square + wishart,
                 branch.cross + cross, lean, branch.slope * np.sqrt(v.correlation_variance),
             )  # fmt: skip
-            self.raw = self.raw if part else out
+            self.raw, self.read = (self.raw, self.read) if part else (out, v.kernel)
             return out
 
         return apply

@@ -72,6 +72,7 @@ class PredictedRow:
     band: float = math.nan
     gradient_rms: float = math.nan
     gradient_norm: float = math.nan
+    read_mean_square: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,6 +387,7 @@ def _row(
     cosine = ((within - length) / (length * (length - 1))).mean() if length > 1 else math.nan
     spread = 1 - state.square.diagonal() / (8 * m**2)  # E√m̂ of a lognormal m̂
     added, raw, factor = _branch(step, normalises)
+    read = None if step is None else step.read
     return PredictedRow(
         sublayer, block, kind,
         mean_square=float(m.mean()),
@@ -393,6 +395,7 @@ def _row(
         mean_vector_norm=math.sqrt(max(width * kernel.mean(), 0)) * (1 - 1 / (4 * width)),
         token_cosine=float(cosine),
         branch_mean_square=added, branch_raw_mean_square=raw, eps_factor=factor,
+        read_mean_square=math.nan if read is None else float(read.diagonal().mean()),
     )  # fmt: skip
 
 
