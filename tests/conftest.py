@@ -63,6 +63,7 @@ OWN_KEYS = {
         "norm.stream_scale=[0.9,1.2]", "norm.start_scale=[0.3,-0.1]", "norm.branch_scale=[0.5,0.8]",
         "norm.start_normed=true",
     ],
+    "custom": ['norm.update="N(2*x + F(N(x)/sqrt(l)) - 3/L*x0)"'],
     "nanochat": ["norm.branch_scale=0.7"],
     "laurel_rw": ["norm.stream_scale=0.8", "norm.branch_scale=1.3"],
 }  # fmt: skip

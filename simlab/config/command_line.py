@@ -20,7 +20,9 @@ OPTIONS = {
 MULTIRUN = {"-m", "--multirun"}
 # Keys of the command line that aren't in a run's own config.
 OTHER_KEYS = ("+experiment", "+recipe", "hydra/launcher", "hydra.run.dir", "hydra.sweep.dir")
-TEXTS = ("prompt", "path", "revision", "name", "results", "dir", "text")  # last parts of keys
+TEXTS = (  # last parts of keys
+    "prompt", "path", "revision", "name", "results", "dir", "text", "update", "mlp_update",
+)  # fmt: skip
 SWITCHES = ("dry_run", "gradients", "svg")
 
 

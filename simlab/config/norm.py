@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from simlab.config.fields import Fields
+from simlab.config.errors import ConfigError
+from simlab.config.fields import Fields, as_typed
+from simlab.config.formula import MOST_CHARACTERS, formula_of, refuse_factors
+from simlab.config.schema import NormConfig
 
 MOST_STREAMS = 16
+
+
+def read_own(reader: Fields) -> dict[str, Any]:
+    """The fields of NormConfig that some placements alone have."""
+    of: dict[str, Any] = {}
+    for read in (read_scales, read_parts, read_streams, read_formulas):
+        of |= read(reader)
+    return of
 
 
 def read_scales(reader: Fields) -> dict[str, Any]:
@@ -39,3 +52,36 @@ def read_streams(reader: Fields) -> dict[str, Any]:
     if "streams" not in reader.values:
         return {}
     return {"streams": reader.integer("streams", 2, MOST_STREAMS)}
+
+
+def read_formulas(reader: Fields) -> dict[str, Any]:
+    """The keys of ``custom``, of a config that has them."""
+    if "update" not in reader.values:
+        return {}
+    texts = {key: reader.text(key) for key in ("update", "mlp_update")}
+    keys = {key: None if text is None else " ".join(text.split()) for key, text in texts.items()}
+    if keys["update"] is None:
+        raise reader.fail("update", None, "allowed: a formula, as in 'norm.update=\"x + F(N(x))\"'")
+    for key, text in keys.items():
+        if text is not None:
+            with _naming(key, text):
+                formula_of(text)
+    return keys
+
+
+def check_formulas(norm: NormConfig, depth: int) -> None:
+    """Raises ConfigError where the formulas of ``custom`` have factors that can't be, at this depth."""
+    for key, text in (("update", norm.update), ("mlp_update", norm.mlp_update)):
+        if text is not None:
+            with _naming(key, text):
+                refuse_factors(text, depth)
+
+
+@contextmanager
+def _naming(key: str, text: str) -> Iterator[None]:
+    """Says in a ConfigError which key it is about, and its whole value, which positions count in."""
+    try:
+        yield
+    except ConfigError as error:
+        shown = text if len(text) <= MOST_CHARACTERS else as_typed(text)
+        raise ConfigError(f"norm.{key}={shown}: {error}") from None

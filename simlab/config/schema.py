@@ -36,8 +36,9 @@ class NormConfig:
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
     are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head;
     qk_norm: q and k. stream_scale … ramp: of ``scaled``; the scales of the first and the last block.
-    laurel_rank: of a low-rank part. streams: how many a placement of several has. Each is None for a
-    placement whose file in conf/norm doesn't have it.
+    laurel_rank: of a low-rank part. streams: how many a placement of several has. update: the formula
+    of ``custom``; mlp_update: another of MLPs, or None. Each is None for a placement whose file in
+    conf/norm doesn't have it.
     """
 
     placement: str
@@ -60,6 +61,8 @@ class NormConfig:
     ramp: float | None = None
     laurel_rank: int | None = None
     streams: int | None = None
+    update: str | None = None
+    mlp_update: str | None = None
 
     @property
     def centred(self) -> bool:

@@ -38,8 +38,10 @@ def title(config: RunConfig) -> str:
     return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"
 
 
-def _written(value: float | tuple[float, ...]) -> str:
+def _written(value: str | float | tuple[float, ...]) -> str:
     """A placement's constant: two ends that are one number as that number."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, bool):
         return as_typed(value)
     ends = dict.fromkeys(value if isinstance(value, tuple) else [value])

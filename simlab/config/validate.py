@@ -36,7 +36,7 @@ from simlab.config import (
     nearest,
 )
 from simlab.config.fields import REQUIRED, Fields
-from simlab.config.norm import read_parts, read_scales, read_streams
+from simlab.config.norm import check_formulas, read_own
 from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
@@ -88,9 +88,7 @@ def _norm(reader: Fields) -> NormConfig:
         alpha=reader.number("alpha", 0.0, default=None),
         fraction=reader.number("fraction", 0.0, 1.0) if "fraction" in reader.values else None,
         base_depth=reader.integer("base_depth") if "base_depth" in reader.values else None,
-        **read_scales(reader),
-        **read_parts(reader),
-        **read_streams(reader),
+        **read_own(reader),
     )
     reader.done()
     return norm
@@ -98,6 +96,7 @@ def _norm(reader: Fields) -> NormConfig:
 
 def _model(top: Fields, norm: NormConfig) -> ModelConfig:
     depth = top.integer("depth", high=MOST_BLOCKS)
+    check_formulas(norm, depth)
     width, heads = top.integer("width"), top.integer("heads")
     kv_heads, d_ff, vocab_size = (top.integer(key) for key in ("kv_heads", "d_ff", "vocab_size"))
     node = top.node("model")

@@ -176,8 +176,8 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
     role = "embedding" if parts[-2] == "position" else parts[-2]
     if parts[-1] == "bias":
         return Constant(0.0)
-    if role in GAINS:
-        sublayer_norm = role in NORM_NAMES and parts[2] != "renorm"
-        gain = model.norm.gain if sublayer_norm else 1.0
+    of_step = role.startswith("norm_")  # also custom's norm_1, norm_2 …
+    if role in GAINS or of_step:
+        gain = model.norm.gain if of_step and parts[2] != "renorm" else 1.0
         return Constant(gain - 1 if model.norm.plus_one else gain)
     return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]

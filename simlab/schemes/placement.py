@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from simlab.config import ModelConfig
+from simlab.schemes.custom import Custom
 from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.ngpt import NGPT
 from simlab.schemes.pre_and_post import ResiDual
@@ -318,6 +319,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "residual_dual": ResiDual,
     "parallel": Parallel,
     "hyper_connections": HyperConnections,
+    "custom": Custom,
 }
 
 

@@ -119,6 +119,7 @@ FORMULAS = {
     "hybrid_norm": lambda x, F, i, o, n, L, z: (
         x + F(x) if F.__name__ == "attention" else i(x) + F(i(x))
     ),
+    "custom": lambda x, F, i, o, n, L, z: o(2 * x + F(i(x) / n**0.5) - 3 / L * z),
     "scaled": scaled,
     "residual_dual": residual_dual,
     "nanochat": nanochat,

@@ -80,6 +80,7 @@ LAWS = {
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
     "keel": lambda v, n, kind: 1,
     "ngpt": lambda v, n, kind: 1,
+    "custom": lambda v, n, kind: 1,
     # Its values aren't normed here.
     "hybrid_norm": lambda v, n, kind: v + B * v if kind == "attention" else 1 + B,
     "hybrid_norm_star": lambda v, n, kind: (
