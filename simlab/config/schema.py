@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless", "theory")
 NORM_TYPES = ("rms", "rms_plus_one", "layer", "layer_bias")  # the keys of simlab.model.norms.NORMS
 QK_NORMS = ("none", "full", "per_head")
+ATTENTION_GATES = ("none", "elementwise", "per_head")
 LOGGERS = (
     "tensorboard",
     "wandb",
@@ -136,6 +137,7 @@ class ModelConfig:
     experts: int | None = None  # MLPs of width d_ff that a router picks from; None: one, no router
     experts_per_token: int | None = None
     renormalise_experts: bool = False  # the picked ones' shares are scaled to sum to 1
+    attention_gate: str = "none"  # one of ATTENTION_GATES: heads' outputs times sigmoid(W_g x)
 
     @property
     def turned(self) -> int:
@@ -162,6 +164,12 @@ class ModelConfig:
     def expert_share(self) -> float:
         """The share of the tokens that an expert gets, on average over experts; 1 without a router."""
         return (self.experts_per_token or 1) / (self.experts or 1)
+
+    @property
+    def gates(self) -> int:
+        """Rows of W_g: the numbers that gate a token's heads, one for each entry or for each head."""
+        per_gate = {"none": 0, "elementwise": self.head_dim, "per_head": 1}
+        return self.heads * per_gate[self.attention_gate]
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

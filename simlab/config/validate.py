@@ -35,6 +35,7 @@ from simlab.config import (
     full_layers,
     nearest,
 )
+from simlab.config.attention import read_attention
 from simlab.config.fields import REQUIRED, Fields
 from simlab.config.norm import check_formulas, read_own
 from simlab.config.rope import read_linear, read_llama3, read_yarn
@@ -139,13 +140,11 @@ def _model(top: Fields, norm: NormConfig) -> ModelConfig:
         tied=tied,
         mlp=node.choice("mlp", MLP_NAMES) if "mlp" in node.values else "swiglu",
         bias=node.boolean("bias") if "bias" in node.values else False,
-        qkv_bias=node.boolean("qkv_bias") if "qkv_bias" in node.values else False,
         embedding_scale=node.number("embedding_scale", 0.0, above=True, default=1.0),
-        query_pre_attn_scalar=node.number("query_pre_attn_scalar", 0.0, above=True, default=None),
-        attention_softcap=node.number("attention_softcap", 0.0, above=True, default=None),
         logit_softcap=node.number("logit_softcap", 0.0, above=True, default=None),
         rope_local_theta=local_theta,
         rope_linear=read_linear(node),
+        **read_attention(node),
         **_experts(node),
     )
     node.done()

@@ -70,6 +70,10 @@ class Attention(nn.Module):
     QK-norm: ``full`` normalises the whole projection, all heads together, before the head split
     and RoPE (OLMo 2); ``per_head`` each head by itself (Qwen 3); ``none``. ``v_norm`` normalises each
     head's values (HybridNorm, arXiv 2503.04598).
+
+    Output gate: o ← o·sigmoid(W_g x) before the output projection, x what q, k and v are made of
+    (arXiv 2505.06708, §2.3; qiuzh20/gated_attention). ``elementwise`` has a gate for each entry, as in
+    Qwen3-Next, where W_g is the other half of a doubled q_proj; ``per_head`` one for each head.
     """
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear) -> None:
@@ -83,6 +87,9 @@ class Attention(nn.Module):
         self.q_proj = linear(config.width, q_dim, bias)
         self.k_proj = linear(config.width, kv_dim, bias)
         self.v_proj = linear(config.width, kv_dim, bias)
+        self.gates = config.gates
+        if self.gates:
+            self.g_proj = linear(config.width, self.gates, config.bias)
         self.o_proj = linear(q_dim, config.width, config.bias)
         divisor = config.query_divisor if config.query_pre_attn_scalar else None
         self.attend = Attend(divisor, config.attention_softcap)
@@ -98,6 +105,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        gate_BTG = torch.sigmoid(self.g_proj(x_BTD)) if self.gates else None
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHTC, k_BKTC, v_BKTC = (
@@ -114,7 +122,10 @@ class Attention(nn.Module):
             k_BKTC, v_BKTC = (p.repeat_interleave(shared, dim=1) for p in (k_BKTC, v_BKTC))
         mask = self._window_mask(x_BTD.shape[1], x_BTD.device)
         o_BHTC = self.attend(q_BHTC, k_BKTC, v_BKTC, mask)
-        out: Tensor = self.o_proj(o_BHTC.transpose(1, 2).flatten(2))
+        o_BTHC = o_BHTC.transpose(1, 2)
+        if gate_BTG is not None:
+            o_BTHC = o_BTHC * gate_BTG.unflatten(-1, (self.heads, -1))
+        out: Tensor = self.o_proj(o_BTHC.flatten(2))
         return out
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

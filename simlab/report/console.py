@@ -64,6 +64,8 @@ def announce(
     mlp += ", biases" if model.bias else ", q, k, v biases" if model.qkv_bias else ""
     sizes = f"{heads}, d_ff {model.d_ff}{mlp}, qk-norm {model.qk_norm}"
     sizes += ", values normed" * model.v_norm
+    if model.attention_gate != "none":
+        sizes += f", attention's output gated {model.attention_gate.replace('_', ' ')}"
     if isinstance(model, FamilyConfig):
         sizes = f"computed by transformers' {model.family}, one block in memory at a time"
     console.print(f"{parameters:,} parameters, {sizes}")

@@ -30,6 +30,7 @@ std is 1 and the head's 1/d.
 ``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
 as the embedding is.
 
+The gate of attention's output (``g_proj``) is drawn as q is: in Qwen3-Next it is half of q's matrix.
 An MLP without a gate has the columns up and down. A router of experts is drawn as gate is, but as up
 by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
 ``init_feed_forward_moe``). Of a low-rank part, left and right are drawn as q is, but right by fan_in
@@ -47,8 +48,8 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.placement import at
 from simlab.schemes.scheme import NORM_NAMES
 
-_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
-INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "router")
+_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
+INPUTS = ("q_proj", "k_proj", "v_proj", "g_proj", "gate_proj", "up_proj", "router")
 PART_ROLES = ("left_proj", "right_proj")  # of the parts of residual steps
 ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", *PART_ROLES, "head")
 GAINS = ("norm", *NORM_NAMES, "q_norm", "k_norm", "v_norm")

@@ -15,7 +15,7 @@ def parameters_on_paper(model: ModelConfig) -> int:
     """
     d, q, kv = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
     hidden = (1 + UNITS[model.mlp].gated) * model.d_ff  # rows of an MLP's input matrices
-    experts, inputs = model.experts or 1, q + 2 * kv
+    experts, inputs = model.experts or 1, q + 2 * kv + model.gates
     block = d * (inputs + q) + experts * d * (hidden + model.d_ff) + d * (model.experts or 0)
     block += model.bias * (inputs + d + experts * (hidden + d))
     block += (model.qkv_bias and not model.bias) * (q + 2 * kv)

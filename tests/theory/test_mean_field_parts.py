@@ -20,6 +20,7 @@ from simlab.theory.mean_field import predict
 from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.band import Pullback
 from simlab.theory.mean_field.drawing import Context
+from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.gradient import loss_gradient, pull_gradient
 from simlab.theory.mean_field.kernels import Input, KernelStep, State
 from simlab.theory.mean_field.mlp import MLPKernel
@@ -29,8 +30,8 @@ TOKENS = BATCH * LENGTH
 MODEL = [f"width={WIDTH}", "heads=4", "d_ff=96", "init.truncate=null"]
 # Standard deviations all different, and logits of order 1 without QK-norm.
 STDS = {
-    "q_proj": 0.3, "k_proj": 0.05, "v_proj": 0.2, "o_proj": 0.3, "gate_proj": 0.25, "up_proj": 0.1,
-    "down_proj": 0.15,
+    "q_proj": 0.3, "k_proj": 0.05, "v_proj": 0.2, "o_proj": 0.3, "g_proj": 0.2, "gate_proj": 0.25,
+    "up_proj": 0.1, "down_proj": 0.15,
 }  # fmt: skip
 
 
@@ -72,6 +73,11 @@ SUBLAYERS = {
     ),
     "local": ("attention", ("kv_heads=4", "model.window=2", "model.rope_local_theta=30")),
     "values normed": ("attention", ("kv_heads=2", "model.rope_theta=2", "norm=hybrid_norm")),
+    "gated": ("attention", ("kv_heads=2", "model.rope_theta=2", "model.attention_gate=elementwise")),
+    "normed, gated": ("attention", ("kv_heads=4", "norm=pre", "model.attention_gate=elementwise")),
+    "heads gated": (
+        "attention", ("kv_heads=2", "norm=pre", "norm.gain=1.5", "model.attention_gate=per_head"),
+    ),
     "partial": ("attention", ("kv_heads=4", "model.rope_theta=2", "model.rotary=0.5")),
     "swiglu": ("mlp", ()),
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
@@ -153,7 +159,12 @@ def dense(name):
         apart = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
         window = LENGTH if shape.window_of(0) is None else shape.window
         logits = logits.masked_fill((apart < 0) | (apart >= window), -math.inf)
-        out = (logits.softmax(-1) @ v).transpose(2, 3).reshape(DRAWS, TOKENS, heads * c)
+        out = (logits.softmax(-1) @ v).transpose(2, 3)
+        if shape.attention_gate != "none":
+            gates = heads if shape.attention_gate == "per_head" else heads * c
+            gate = (x @ matrix("g_proj", d, gates)).sigmoid()
+            out = out * gate.reshape(DRAWS, BATCH, LENGTH, heads, -1)
+        out = out.reshape(DRAWS, TOKENS, heads * c)
         return out @ matrix("o_proj", heads * c, d)
 
     lower = torch.from_numpy(stream(name))
@@ -178,9 +189,7 @@ def test_sublayer(name):
     state = wishart_state(stream(name) @ stream(name).T)
     step = KernelStep(state, WIDTH, model.norm.eps, model.norm.gain, moment)
     x = step.norm(step.x) if "norm=pre" in overrides else step.x
-    part = (
-        MLPKernel(model, STDS) if mlp else AttentionKernel(Context(model, BATCH, LENGTH), 0, STDS)
-    )
+    part = MLPKernel(model, STDS) if mlp else attention_of(Context(model, BATCH, LENGTH), 0, STDS)
     out = step.feed(part)(x)
 
     expected = mean_kernel(outputs)

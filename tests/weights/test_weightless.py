@@ -22,6 +22,7 @@ from torch import nn
 
 from simlab.config import InitConfig
 from simlab.measurement.engine import measure_curves
+from simlab.model import attention
 from simlab.model.mlp import Experts
 from simlab.schemes.init import distribution
 from simlab.weights import rng, weightless
@@ -266,6 +267,37 @@ def test_gemma(width):
         "model.full_every=2", "model.rope_local_theta=30", "model.rope_linear=8",
     ]  # fmt: skip
     assert engines_agree(shape("peri", width, *overrides))
+
+
+@contextlib.contextmanager
+def gates_twice_as_wide():
+    """The σ of the gates' matrix alone."""
+    right = GaussianWeights.std
+
+    def std(self, name):
+        return right(self, name) * (2 if "g_proj" in name else 1)
+
+    with mock.patch.object(GaussianWeights, "std", std):
+        yield
+
+
+@contextlib.contextmanager
+def gates_without_gradient():
+    """Gates as constants."""
+    with mock.patch.object(attention.torch, "sigmoid", lambda u: u.detach().sigmoid()):
+        yield
+
+
+@pytest.mark.parametrize(("width", "kind"), [(16, "elementwise"), (64, "per_head")])
+def test_output_gates(width, kind):
+    """Their matrix shares q's input. Another σ of it, and gates without a gradient, are seen."""
+    config = shape("pre", width, f"model.attention_gate={kind}", "init.std=0.3")
+    dense = sample(DenseWeights, config)
+    assert agree(dense, sample(GaussianWeights, config))
+    if width == 64:  # of a bound of 4.6: |z| is 7.2 and 8.5
+        for mistake in (gates_twice_as_wide, gates_without_gradient):
+            with mistake():
+                assert not agree(dense, sample(GaussianWeights, config)), mistake
 
 
 def at_random(self, logits):

@@ -241,13 +241,27 @@ class AttentionBranch:
         return model.kv_heads * model.head_dim
 
     @property
-    def square(self) -> Array:
-        """Cov(B̂_ii, B̂_jj): between heads, and of their values; of an un-normed input, x's besides."""
-        model, scale = self.attention.context.model, self.attention.scale
+    def between_square(self) -> Array:
+        """Cov of B_ii and B_jj (N, N) between the drawn heads, if all were like one of them."""
         diagonals = np.einsum("hii->hi", self.kernels).astype(np.float64)
         diagonals -= diagonals.mean(0)
-        between = diagonals.T @ diagonals / (len(diagonals) - 1)
-        own = scale**2 * between / model.heads + 2 * self.kernel**2 / self.units
+        return self.attention.scale**2 * (diagonals.T @ diagonals / (len(diagonals) - 1))
+
+    @property
+    def between_cross(self) -> Array:
+        """Var of B_ij (N, N) between the drawn heads, likewise."""
+        # By a power of two, so that squares of large entries fit into float32.
+        largest = 1.0 if self.attention.context.model.v_norm else self.input.kernel.diagonal().max()
+        unit = 2.0 ** np.round(np.log2(max(largest, 1e-30)))
+        apart = (self.kernels - self.kernels.mean(0)) * np.float32(1 / unit)
+        heads = np.einsum("hij,hij->ij", apart, apart).astype(np.float64) / (len(apart) - 1)
+        return (self.attention.scale * unit) ** 2 * heads
+
+    @property
+    def square(self) -> Array:
+        """Cov(B̂_ii, B̂_jj): between heads, and of their values; of an un-normed input, x's besides."""
+        model = self.attention.context.model
+        own = self.between_square / model.heads + 2 * self.kernel**2 / self.units
         if not (self.input.normed or model.v_norm):
             response = self.kernel.diagonal() / np.maximum(self.input.kernel.diagonal(), TINY)
             own = own + response[:, None] * self.input.square * response[None, :]
@@ -256,14 +270,8 @@ class AttentionBranch:
     @property
     def cross(self) -> Array:
         """Var(B̂_ij): between heads, and of their values."""
-        # By a power of two, so that squares of large entries fit into float32.
-        largest = 1.0 if self.attention.context.model.v_norm else self.input.kernel.diagonal().max()
-        unit = 2.0 ** np.round(np.log2(max(largest, 1e-30)))
-        apart = (self.kernels - self.kernels.mean(0)) * np.float32(1 / unit)
-        heads = np.einsum("hij,hij->ij", apart, apart).astype(np.float64) / (len(apart) - 1)
-        heads = unit**2 * heads / self.attention.context.model.heads
         values = (outer_square(self.kernel) + self.kernel**2) / self.units
-        return self.attention.scale**2 * heads + values
+        return self.between_cross / self.attention.context.model.heads + values
 
     @property
     def lean(self) -> Array | None:

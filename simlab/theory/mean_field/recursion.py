@@ -17,11 +17,11 @@ from simlab.schemes.init import Gaussian, table
 from simlab.schemes.placement import at, placement_of, renorm_after
 from simlab.schemes.scheme import vectors
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import band
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.experts import ExpertsKernel
+from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.gradient import (
     loss_error,
     loss_gradient,
@@ -283,7 +283,7 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
         stds = {role: law.std for role, law in table(model, init, layer).items()}
         mlp = MLPKernel(model, stds)
         sublayers: dict[str, Callable[[Input], Branch]] = {
-            "attention": AttentionKernel(context, layer, stds),
+            "attention": attention_of(context, layer, stds),
             "mlp": ExpertsKernel(mlp) if model.experts else mlp,
         }
         for kind, sublayer in sublayers.items():
