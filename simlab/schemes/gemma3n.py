@@ -36,11 +36,12 @@ class Gemma3n(Scheme):
 
     From transformers' ``gemma3n/modeling_gemma3n.py``. Behind norms of gain 1, m_y = ((√m + 1)² + 2)/2
     and m' = m_y + 1, which rests at m = (1 + √6)² = 11.90. What is left out does nothing to this
-    stream at transformers' init: AltUp's prediction and correction coefficients are products of two
-    small matrices with tanh(W N(x)/d), about 2·10⁻⁵ at width 2048 and std 0.02, and the other streams,
-    which per-layer embeddings are added to (of 0 at init, by ``correct_output_scale``), are read after
-    the last block only, where they are averaged with this one. So what the loss's gradient gets through
-    them isn't here.
+    stream at transformers' init: AltUp's prediction and correction coefficients are a small matrix
+    times tanh(W N(x)/d), about 2·10⁻⁵ at width 2048 and std 0.02, and the other streams, to which
+    per-layer embeddings are added (0 at init, by ``correct_output_scale``), are read after the last
+    block only: projected and scaled, they are averaged with this one. Each gets x' − x of every block
+    as it is, so what the loss's gradient gets through them is the same at every depth. That part isn't
+    here.
     """
 
     @classmethod
