@@ -89,9 +89,9 @@ def test_mlp_recipe_runs(monkeypatch, engine):
     text = recipe("Add an MLP")
     names = vars(mlp).copy()
     exec(block(text, "python"), names)
-    monkeypatch.setitem(mlp.MLPS, "relu2", names["SquaredReLU"])
-    monkeypatch.setattr("simlab.config.validate.MLP_NAMES", (*MLP_NAMES, "relu2"))
-    asked = ["model.mlp=relu2", "model.bias=true", "gradients=true", "seeds=2"]
+    monkeypatch.setitem(mlp.MLPS, "relu", names["PlainReLU"])
+    monkeypatch.setattr("simlab.config.validate.MLP_NAMES", (*MLP_NAMES, "relu"))
+    asked = ["model.mlp=relu", "model.bias=true", "gradients=true", "seeds=2"]
     config = tiny(*asked, f"engine={engine}")
     result = run(config)
     assert (result.curve["gradient_norm"] > 0).all()

@@ -71,6 +71,12 @@ class ExactGELU(PlainGELU):
     activate = staticmethod(nn.functional.gelu)
 
 
+class SquaredReLU(PlainGELU):
+    """down(relu(up(x))²): Primer (arXiv 2109.08668), Nemotron, nanochat."""
+
+    activate = staticmethod(lambda x: nn.functional.relu(x).square())
+
+
 class Experts(nn.Module):
     """Σ p_e·MLP_e(x) over the experts e with the k largest of p = softmax(router(x)).
 
@@ -113,6 +119,7 @@ MLPS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {
     "geglu": GeGLU,
     "gelu": PlainGELU,
     "gelu_exact": ExactGELU,
+    "relu2": SquaredReLU,
 }
 
 

@@ -28,6 +28,12 @@ REFERENCES = {
         {},
         {"dense_h_to_4h": "up_proj", "dense_4h_to_h": "down_proj"},
     ),
+    "relu2": (
+        "NemotronConfig",
+        "nemotron.modeling_nemotron.NemotronMLP",
+        {},
+        {"up_proj": "up_proj", "down_proj": "down_proj"},
+    ),
 }
 
 
@@ -47,7 +53,7 @@ def reference(name, bias):
 
 @pytest.mark.parametrize(
     ("name", "bias"), [("swiglu", False), ("swiglu", True), ("geglu", False), ("gelu", False),
-                       ("gelu", True), ("gelu_exact", True)]
+                       ("gelu", True), ("gelu_exact", True), ("relu2", False)]
 )  # fmt: skip
 def test_mlps_are_those_of_transformers(name, bias):
     torch.manual_seed(0)

@@ -87,6 +87,22 @@ def test_averages_of_silu():
     assert square[2] == pytest.approx(1e-4 / 4 + 3e-8 / 16, rel=1e-6)
 
 
+def test_averages_of_squared_relu():
+    """E φ² = 3a²/2, E slope² = 2a, and two tokens' by the arc-cosine kernel of degree 2.
+
+    Cho & Saul, NeurIPS 2009, eq. 6.
+    """
+    a, unit = np.array([0.7, 2.0]), UNITS["relu2"]
+    values, slopes = (expand(at_nodes(phi, a)) for phi in (unit.phi, unit.slope))
+    np.testing.assert_allclose(values.square, 1.5 * a**2, rtol=1e-6)
+    np.testing.assert_allclose(slopes.square, 2 * a, rtol=1e-6)
+    angle = math.acos(0.4)
+    third = 3 * math.sin(angle) * math.cos(angle)
+    third += (math.pi - angle) * (1 + 2 * math.cos(angle) ** 2)
+    rho = np.array([[1.0, 0.4], [0.4, 1.0]])
+    assert values.kernel(rho)[0][0, 1] == pytest.approx(1.4 * third / (2 * math.pi), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 def test_slopes_of_large_variances(name):
     """E φ'(√a z)² at a = 100, where φ' is nearly a step, by adaptive quadrature (1e-9)."""
@@ -173,6 +189,7 @@ SETTINGS = [
     ("norm=gemma3n", "init=fan_in"), ("norm=gemma3n", "norm.laurel_rank=4"),
     ("norm=residual_dual", "init=fan_in"), ("norm=residual_dual", "width=256", "norm.type=layer"),
     ("norm=ngpt", "init=ngpt"), ("norm=ngpt", "norm.alpha=0.3", "model.mlp=gelu"),
+    ("norm=pre", "init=fan_in", "model.mlp=relu2"),
     ("norm=keel", "init=fan_in"), ("norm=complete_p", "init=fan_in"),
     ("norm=pre", "init=gpt2", "model.qk_norm=none", "model.rotary=0", "model.positions=64",
      "norm.type=layer_bias", "model.mlp=gelu", "model.bias=true"),
@@ -455,8 +472,8 @@ def test_too_many_tokens_are_refused():
 
 def test_an_mlp_without_a_unit_is_refused():
     config = tiny()
-    model = replace(config.shape, mlp="squared_relu")
-    assert "model.mlp=squared_relu" in unpredictable(model, prepare(config).tokens)
+    model = replace(config.shape, mlp="relu")
+    assert "model.mlp=relu;" in unpredictable(model, prepare(config).tokens)
 
 
 def test_the_same_numbers_every_time():

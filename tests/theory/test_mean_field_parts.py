@@ -83,6 +83,7 @@ SUBLAYERS = {
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
     "gelu": ("mlp", ("model.mlp=gelu",)),
     "gelu_exact": ("mlp", ("model.mlp=gelu_exact",)),
+    "relu2": ("mlp", ("model.mlp=relu2", "norm=pre")),
 }  # fmt: skip
 DRAWS, UPSTREAM = 1000, gram(mean=0.2, seed=3)
 
@@ -142,6 +143,7 @@ def dense(name):
                 "geglu": lambda: up * torch.nn.functional.gelu(gate, approximate="tanh"),
                 "gelu": lambda: torch.nn.functional.gelu(up, approximate="tanh"),
                 "gelu_exact": lambda: torch.nn.functional.gelu(up),
+                "relu2": lambda: up.clamp(min=0) ** 2,
             }[shape.mlp]()
             return hidden @ matrix("down_proj", shape.d_ff, d)
         q, k = x @ matrix("q_proj", d, heads * c), x @ matrix("k_proj", d, kv * c)

@@ -96,6 +96,16 @@ def gelu_exact_slope(z: Array) -> Array:
     return out
 
 
+def relu2(z: Array) -> Array:
+    """max(z, 0)²."""
+    return np.maximum(z, 0) ** 2
+
+
+def relu2_slope(z: Array) -> Array:
+    """d relu2/dz."""
+    return 2 * np.maximum(z, 0)
+
+
 @dataclass(frozen=True)
 class Expansion:
     """Of φ(√a_i·z) for N variances a. coefficients (N, DEGREE + 1); square (N): E φ²."""

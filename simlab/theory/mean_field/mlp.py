@@ -47,6 +47,7 @@ UNITS = {
     "geglu": Unit(averages.gelu, averages.gelu_slope, True),
     "gelu": Unit(averages.gelu, averages.gelu_slope, False),
     "gelu_exact": Unit(averages.gelu_exact, averages.gelu_exact_slope, False),
+    "relu2": Unit(averages.relu2, averages.relu2_slope, False),
 }
 
 
