@@ -1,8 +1,8 @@
-"""Checks the keys of norm placements that have their own."""
+"""Checks the keys of norm placements and norm types that have their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,3 +85,20 @@ def _naming(key: str, text: str) -> Iterator[None]:
     except ConfigError as error:
         shown = text if len(text) <= MOST_CHARACTERS else as_typed(text)
         raise ConfigError(f"norm.{key}={shown}: {error}") from None
+
+
+def read_squash(reader: Fields, kind: str, keys: Sequence[str]) -> dict[str, Any]:
+    """α and s of an element-wise norm. kind: the norm's type. keys: of its file; of others none."""
+    names = [key for key in keys if key.endswith("_alpha")]
+    missing = [key for key in keys if key not in reader.values]
+    if missing:
+        keys_of_it = ", ".join(f"norm.{key}" for key in missing)
+        raise ConfigError(f"norm.type={kind}: needs {keys_of_it}, which norm={kind} has")
+    if keys and reader.values.get("placement") == "swin_renorm":
+        raise ConfigError(
+            f"norm.type={kind}: not with norm.placement=swin_renorm, which sets the rms"
+        )
+    out: dict[str, Any] = {key: reader.number(key, 0.0, 1e6, above=True) for key in names}
+    if "shift" in keys:
+        out["shift"] = reader.number("shift", -1e6, 1e6)
+    return out

@@ -17,7 +17,9 @@ DEMO_STEPS = ("0", "100", "1000", "final")
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "dense", "weightless", "theory")
-NORM_TYPES = ("rms", "rms_plus_one", "layer", "layer_bias")  # the keys of simlab.model.norms.NORMS
+ELEMENTWISE = ("dyt", "derf")  # norm types that squash each entry, and fix no mean square
+# The keys of simlab.model.norms.NORMS.
+NORM_TYPES = ("rms", "rms_plus_one", "layer", "layer_bias", *ELEMENTWISE)
 QK_NORMS = ("none", "full", "per_head")
 ATTENTION_GATES = ("none", "elementwise", "per_head")
 LOGGERS = (
@@ -38,8 +40,9 @@ class NormConfig:
     are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head;
     qk_norm: q and k. stream_scale … ramp: of ``scaled``; the scales of the first and the last block.
     laurel_rank: of a low-rank part. streams: how many a placement of several has. update: the formula
-    of ``custom``; mlp_update: another of MLPs, or None. Each is None for a placement whose file in
-    conf/norm doesn't have it.
+    of ``custom``; mlp_update: another of MLPs, or None. attention_alpha … shift: of a type in
+    ELEMENTWISE, α at attention, at MLPs and of the final norm, and s. Each is None for a placement
+    whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -64,6 +67,26 @@ class NormConfig:
     streams: int | None = None
     update: str | None = None
     mlp_update: str | None = None
+    attention_alpha: float | None = None
+    mlp_alpha: float | None = None
+    final_alpha: float | None = None
+    shift: float | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """True if norms squash each entry by itself, so that none fixes a mean square."""
+        return self.type in ELEMENTWISE
+
+    @property
+    def head_type(self) -> str:
+        """The type of the norms of q, k and v: beside element-wise norms they stay RMSNorms."""
+        return "rms" if self.elementwise else self.type
+
+    def squash_alpha(self, kind: str) -> float:
+        """α of an element-wise norm. kind: ``attention``, ``mlp`` or ``final``."""
+        alpha: float | None = getattr(self, f"{kind}_alpha")
+        assert alpha is not None
+        return alpha
 
     @property
     def centred(self) -> bool:
@@ -72,8 +95,8 @@ class NormConfig:
 
     @property
     def biased(self) -> bool:
-        """True if norms have biases."""
-        return self.type == "layer_bias"
+        """True if norms have biases, but for those of q, k and v beside element-wise ones."""
+        return self.type == "layer_bias" or self.elementwise
 
     @property
     def plus_one(self) -> bool:

@@ -28,14 +28,15 @@ def title(config: RunConfig) -> str:
     if isinstance(model, FamilyConfig):
         family = "" if model.family == model.name else f", {model.family}"
         return shape + family + ", random init as transformers draws it" * bool(config.seeds)
+    norm = model.norm.placement + f" {model.norm.type}" * model.norm.elementwise
     if not config.seeds:
-        return f"{shape}, norm {model.norm.placement}"
+        return f"{shape}, norm {norm}"
     rule = init.rule + (f"({', '.join(std + cut)})" if std or cut else "")
     own = {k: v for k, v in asdict(model.norm).items() if k not in COMMON_NORM_KEYS}
     own = {k: _written(v) for k, v in own.items() if v is not None}
     constants = "".join(f" {key} {value}" for key, value in own.items())
     drawn = "random init" if config.source.stored else "init"
-    return f"{shape}, norm {model.norm.placement}{constants}, {drawn} {rule}"
+    return f"{shape}, norm {norm}{constants}, {drawn} {rule}"
 
 
 def _written(value: str | float | tuple[float, ...]) -> str:

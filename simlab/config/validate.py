@@ -17,6 +17,7 @@ from simlab.config import (
     CONF_DIR,
     DEMO_STEPS,
     DTYPES,
+    ELEMENTWISE,
     ENGINES,
     FROM_CHECKPOINT,
     LOGGERS,
@@ -37,7 +38,7 @@ from simlab.config import (
 )
 from simlab.config.attention import read_attention
 from simlab.config.fields import REQUIRED, Fields
-from simlab.config.norm import check_formulas, read_own
+from simlab.config.norm import check_formulas, read_own, read_squash
 from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
@@ -79,10 +80,13 @@ def _norm(reader: Fields) -> NormConfig:
         raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
     names = [name for name in options("norm") if name != FROM_CHECKPOINT]
     placement = reader.choice("placement", [name for name in names if _placement_of(name) == name])
-    reader.only(f"norm={placement}", _keys_of("norm", placement))
+    kind = reader.choice("type", NORM_TYPES)
+    of_type = _keys_of("norm", kind) if kind in ELEMENTWISE else []
+    owner = f"norm={placement}" + f" norm.type={kind}" * bool(of_type)
+    reader.only(owner, list(dict.fromkeys([*_keys_of("norm", placement), *of_type])))
     norm = NormConfig(
         placement=placement,
-        type=reader.choice("type", NORM_TYPES),
+        type=kind,
         eps=reader.number("eps", 0.0),
         gain=reader.number("gain", 0.0, default=1.0),
         every=reader.integer("every") if "every" in reader.values else None,
@@ -90,6 +94,7 @@ def _norm(reader: Fields) -> NormConfig:
         fraction=reader.number("fraction", 0.0, 1.0) if "fraction" in reader.values else None,
         base_depth=reader.integer("base_depth") if "base_depth" in reader.values else None,
         **read_own(reader),
+        **read_squash(reader, kind, of_type),
     )
     reader.done()
     return norm

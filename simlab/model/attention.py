@@ -94,12 +94,12 @@ class Attention(nn.Module):
         divisor = config.query_divisor if config.query_pre_attn_scalar else None
         self.attend = Attend(divisor, config.attention_softcap)
         if self.qk_norm != "none":
-            norm = NORMS[config.norm.type]
+            norm = NORMS[config.norm.head_type]
             per_head = self.qk_norm == "per_head"
             self.q_norm = norm(self.head_dim if per_head else q_dim, config.norm.eps)
             self.k_norm = norm(self.head_dim if per_head else kv_dim, config.norm.eps)
         if config.v_norm:
-            self.v_norm = NORMS[config.norm.type](self.head_dim, config.norm.eps)
+            self.v_norm = NORMS[config.norm.head_type](self.head_dim, config.norm.eps)
         self.norms_values = config.v_norm
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,48 @@ class BiasedLayerNorm(LayerNorm):
         return self.bias.float()
 
 
+class DynamicTanh(RMSNorm):
+    """y = g · tanh(αx) + b, entry by entry, in a norm's place: DyT (arXiv 2503.10622).
+
+    α is one number, a parameter. As jiachenzhu/DyT has it, and zlab-princeton/Derf (language model);
+    there is no eps.
+    """
+
+    squash: ClassVar[Callable[[Tensor], Tensor]] = torch.tanh
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """αx, in float32."""
+        return self.alpha.float() * x.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape (…, dim) to the same shape and dtype."""
+        return (self.gain * type(self).squash(self.inner(x)) + self.bias.float()).to(x.dtype)
+
+
+class DynamicErf(DynamicTanh):
+    """y = g · erf(αx + s) + b, s one number: Derf (zlab-princeton/Derf, language model)."""
+
+    squash = torch.erf
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """αx + s, in float32."""
+        return super().inner(x) + self.shift.float()
+
+
 NORMS: dict[str, Callable[[int, float], RMSNorm]] = {
     "rms": RMSNorm,
     "rms_plus_one": PlusOneRMSNorm,
     "layer": LayerNorm,
     "layer_bias": BiasedLayerNorm,
+    "dyt": DynamicTanh,
+    "derf": DynamicErf,
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Linear
-from simlab.model.norms import NORMS, RMSNorm
+from simlab.model.norms import NORMS, DynamicTanh, RMSNorm
 from simlab.model.parts import PARTS
 from simlab.schemes.placement import placement_of
 from simlab.schemes.scheme import Scheme
@@ -36,6 +36,8 @@ def finished(state: Carried, config: ModelConfig) -> Tensor:
 
     def norm(x: Tensor) -> Tensor:
         made = NORMS[config.norm.type](config.width, config.norm.eps).requires_grad_(False)
+        if isinstance(made, DynamicTanh):
+            nn.init.constant_(made.alpha, config.norm.squash_alpha("final"))
         out: Tensor = made.to(x.device)(x)
         return out
 
@@ -73,8 +75,8 @@ class ResidualStep(nn.Module):
 
     @property
     def normalises(self) -> str | None:
-        """The input of the last norm: ``branch``, ``stream`` or None."""
-        return self.scheme.normalises
+        """The input of the last norm: ``branch``, ``stream``, or None, also of one that sets no rms."""
+        return None if self.options.elementwise else self.scheme.normalises
 
     @property
     def norms(self) -> dict[str, RMSNorm]:

@@ -94,5 +94,7 @@ def parameter_count(config: ModelConfig) -> int:
         with torch.device("meta"):
             block = Block(config, kinds.index(kind))
         blocks += count * sum(p.numel() for p in block.parameters())
-    ends = 1 + config.norm.biased + (config.positions or 0)
-    return blocks + config.width * (ends + (2 - config.tied) * config.vocab_size)
+    with torch.device("meta"):
+        final = NORMS[config.norm.type](config.width, config.norm.eps)
+    ends = (2 - config.tied) * config.vocab_size + (config.positions or 0)
+    return blocks + sum(p.numel() for p in final.parameters()) + config.width * ends

@@ -56,7 +56,9 @@ def norms_of(model: ModelConfig) -> NormsOf:
     def norms(block: int, kind: str) -> Norms:
         scheme = at(model, block, kind)
         inside = kind == "attention" and model.qk_norm != "none"
-        before, last = "norm_in" in scheme.norms or inside, scheme.normalises
+        sets_rms = not model.norm.elementwise
+        before = ("norm_in" in scheme.norms and sets_rms) or inside
+        last = scheme.normalises if sets_rms else None
         placement = placement_of(model)
         state = placement.start(1.0, _same, model)
         for each in ("attention", "mlp")[: 1 + (kind == "mlp")]:  # of branches that are 0

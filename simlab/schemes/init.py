@@ -35,7 +35,8 @@ An MLP without a gate has the columns up and down. A router of experts is drawn 
 by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
 ``init_feed_forward_moe``). Of a low-rank part, left and right are drawn as q is, but right by fan_in
 with 1/√rank. Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has it), as in all
-of these trainers; where a gain is 1 + its parameter, that is 0.
+of these trainers; where a gain is 1 + its parameter, that is 0. α and s of an element-wise norm are
+those of the config.
 """
 
 from __future__ import annotations
@@ -177,6 +178,10 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
     role = "embedding" if parts[-2] == "position" else parts[-2]
     if parts[-1] == "bias":
         return Constant(0.0)
+    if parts[-1] == "alpha":
+        return Constant(model.norm.squash_alpha("final" if parts[0] == "norm" else parts[2]))
+    if parts[-1] == "shift":
+        return Constant(model.norm.shift or 0.0)
     of_step = role.startswith("norm_")  # also custom's norm_1, norm_2 …
     if role in GAINS or of_step:
         gain = model.norm.gain if of_step and parts[2] != "renorm" else 1.0

@@ -19,12 +19,14 @@ def parameters_on_paper(model: ModelConfig) -> int:
     block = d * (inputs + q) + experts * d * (hidden + model.d_ff) + d * (model.experts or 0)
     block += model.bias * (inputs + d + experts * (hidden + d))
     block += (model.qkv_bias and not model.bias) * (q + 2 * kv)
-    each = 1 + model.norm.biased  # vectors of a norm
-    block += each * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
-    block += each * model.v_norm * model.head_dim
+    norm = model.norm
+    each, numbers = 1 + norm.biased, norm.elementwise + (norm.type == "derf")  # of a norm
+    of_heads = 1 + (norm.biased and not norm.elementwise)
+    block += of_heads * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
+    block += of_heads * model.v_norm * model.head_dim
     norms = sum(renorm_after(model, layer) for layer in range(model.depth))
     steps = [at(model, i, kind) for i in range(model.depth) for kind in ("attention", "mlp")]
     norms += sum(len(step.norms) for step in steps)
     parts = sum(PART_KERNELS[name].parameters(model) for step in steps for name in step.parts)
     ends = (2 - model.tied) * model.vocab_size + (model.positions or 0)
-    return model.depth * block + parts + d * (each * (norms + 1) + ends)
+    return model.depth * block + parts + (each * d + numbers) * (norms + 1) + d * ends

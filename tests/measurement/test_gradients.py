@@ -66,6 +66,8 @@ def agree(column, values, truth, tolerance=1e-5):
 
 CASES = [placed(norm) for norm in sorted(PLACEMENTS)] + [
     ["norm.type=layer"],
+    ["norm=dyt"],
+    ["norm=derf", "norm.shift=0.3", "norm.placement=reordered"],
     ["model.tied=true"],
     ["model.qk_norm=none", "kv_heads=6"],
     ["model.mlp=geglu"],

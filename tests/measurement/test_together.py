@@ -23,6 +23,7 @@ CASES = [placed(norm) for norm in PLACEMENTS] + [
     ["kv_heads=6", "model.qk_norm=none"],
     ["width=12", "d_ff=16"],  # fewer dimensions than tokens: the weights are drawn
     ["dtype=bfloat16"],
+    ["norm=dyt"],
 ]
 
 

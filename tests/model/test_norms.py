@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import PARITY
 
+from simlab.config import ELEMENTWISE
 from simlab.model.norms import NORMS
 
 
@@ -85,7 +86,26 @@ def test_large_inputs(kind, formula, scale):
     torch.testing.assert_close(scale * gradient.double(), scale * true_gradient, **PARITY)
 
 
-@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_element_wise_norms(dtype):
+    """DyT and Derf written out, in float64; in bfloat16 rounded once."""
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 5, 24)).to(dtype)
+    for kind, function in (("dyt", torch.tanh), ("derf", torch.erf)):
+        norm = NORMS[kind](24, 1e-3).to(dtype)
+        shapes = {name: tuple(value.shape) for name, value in norm.named_parameters()}
+        numbers = {"alpha": (1,), "shift": (1,)} if kind == "derf" else {"alpha": (1,)}
+        assert shapes == {"weight": (24,), "bias": (24,), **numbers}
+        for value in norm.parameters():
+            torch.nn.init.uniform_(value, 0.3, 0.9)
+        p = {name: value.detach().double() for name, value in norm.named_parameters()}
+        inner = p["alpha"] * x.double() + p.get("shift", 0.0)
+        exact = (p["weight"] * function(inner) + p["bias"]).to(dtype)
+        tolerance = PARITY if dtype is torch.float32 else {"rtol": 2**-7, "atol": 0.0}
+        torch.testing.assert_close(norm(x), exact, **tolerance)
+
+
+@pytest.mark.parametrize("kind", sorted(set(NORMS) - set(ELEMENTWISE)))
 def test_a_large_token_changes_no_other(kind):
     """To the bit; and a token with an infinite entry stays one that isn't finite."""
     torch.manual_seed(0)

@@ -92,6 +92,12 @@ def residual_dual(state, F, i, o, n, L, z):
     return r + b, o(x + b)
 
 
+# Element-wise norms, in place of ``pre``'s.
+SQUASHES = {
+    "dyt": lambda x, n: torch.tanh(n.alpha * x) * n.weight + n.bias,
+    "derf": lambda x, n: torch.erf(n.alpha * x + n.shift) * n.weight + n.bias,
+}
+
 # update(x, F, N_in, N_out, n: block from 1, L: depth, z: embedding): the placement's formula.
 # x is the embedding at first, then what the formula gave, which may be several vectors.
 FORMULAS = {
@@ -133,6 +139,8 @@ FORMULAS = {
     "minimax": lambda x, F, i, o, n, L, z: 160**0.25 * i(x) + F(i(x)),
     "granite": lambda x, F, i, o, n, L, z: x + 0.22 * F(i(x)),
     "prores": lambda x, F, i, o, n, L, z: x + min(0.5 / (n / L), 1) * F(i(x)),
+    "dyt": lambda x, F, i, o, n, L, z: x + F(i(x)),
+    "derf": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "laurel_rw": lambda x, F, i, o, n, L, z: 0.8 * x + 1.3 * F(i(x)),
     "hybrid_norm_star": lambda x, F, i, o, n, L, z: FORMULAS["pre" if n == 1 else "hybrid_norm"](
         x, F, i, o, n, L, z
@@ -153,9 +161,8 @@ def with_random_gains(model):
     [*((p, "rms") for p in FORMULAS), ("reordered", "layer"), ("pre", "layer")],
 )
 def test_formula(placement, kind):
-    config = tiny(
-        "depth=5", *placed(placement), f"norm.type={kind}", f"norm.eps={EPS}", "init.std=0.2"
-    )
+    own_type = [] if placement in SQUASHES else [f"norm.type={kind}"]
+    config = tiny("depth=5", *placed(placement), *own_type, f"norm.eps={EPS}", "init.std=0.2")
     model, norm = with_random_gains(build_model(config)), NORMS[kind]
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     state = start(model.embedding(ids), config.shape)
@@ -170,6 +177,8 @@ def test_formula(placement, kind):
                 F.step = step
 
                 def i(y, step=step, before=before):
+                    if placement in SQUASHES:
+                        return SQUASHES[placement](y, step.norm_in)
                     return norm(before if placement == "parallel" else y, step.norm_in.weight)
 
                 def o(y, step=step):

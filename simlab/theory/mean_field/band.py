@@ -77,8 +77,10 @@ class Pullback:
         for kind, index in reversed(step.events):
             if kind == "norm":
                 self._norm(index)
-            else:
+            elif kind == "branch":
                 self._branch(index)
+            else:
+                self._squash(index)
         self.functionals = self._joint(np.zeros((len(functionals), *step.start.kernel.shape)))
 
     def _joint(self, nothing: Any) -> Any:
@@ -141,6 +143,14 @@ class Pullback:
         self.covariance += wishart * (1 / width + 1 / branch.units)
         self.covariance += branch.covariance(functionals)
         self._pair(terms, terms, branch.pull(functionals))
+
+    def _squash(self, index: int) -> None:
+        """The variance that a function of each entry adds, and on to its input."""
+        branch, terms = self.step.branches[index]
+        functionals = self.own.pop(index, None)
+        if functionals is not None:
+            self.covariance += branch.covariance(functionals)
+            self._pair(terms, terms, branch.pull(functionals))
 
 
 def reduced(coefficients: Array, basis: Any, state: State) -> tuple[Array, Any]:

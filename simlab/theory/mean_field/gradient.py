@@ -18,6 +18,25 @@ from numpy.typing import NDArray
 from simlab.config import ModelConfig
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.kernels import TINY, KernelStep, Term, Terms, pairs_of
+from simlab.theory.mean_field.squash import Squash
+
+
+class FinalNorm:
+    """The final norm y of a stream x with a kernel.
+
+    kernel: of y (N, N). linear: the number (N,) of x_i in y_i. back: the gradient's kernel before the
+    norm over that after it (N, N).
+    """
+
+    def __init__(self, state: Array, model: ModelConfig) -> None:
+        if model.norm.elementwise:
+            squash = Squash.of(model, "final")
+            pair = squash.pairs(state)
+            self.linear, self.kernel, self.back = squash.linear(state), pair.kernel, pair.slope
+        else:
+            self.linear = 1 / np.sqrt(np.maximum(state.diagonal(), TINY) + model.norm.eps)
+            both = np.outer(self.linear, self.linear)
+            self.kernel, self.back = state * both, both * (1 - 1 / model.width)
 
 
 def loss_gradient(state: Array, model: ModelConfig, head: float, ids: NDArray[np.int64]) -> Array:
@@ -29,14 +48,13 @@ def loss_gradient(state: Array, model: ModelConfig, head: float, ids: NDArray[np
     targets[:, :-1] = ids[:, 1:]
     next_one, vocab = targets.reshape(-1), model.vocab_size
     predicted = next_one >= 0
-    root = 1 / np.sqrt(np.maximum(state.diagonal(), TINY) + model.norm.eps)
-    logits = model.width * head**2 * state * np.outer(root, root)
+    final = FinalNorm(state, model)
+    logits = model.width * head**2 * final.kernel
     both = np.exp(np.minimum(logits, math.log(vocab))) / vocab
     same = next_one[:, None] == next_one[None, :]
     asked = np.outer(predicted, predicted) / predicted.sum() ** 2
     gradient = head**2 * (both - 2 / vocab + same) * asked
-    out: Array = gradient * np.outer(root, root) * (1 - 1 / model.width)
-    return out
+    return gradient * final.back
 
 
 def loss_error(state: Array, model: ModelConfig, head: float) -> float:
@@ -46,8 +64,7 @@ def loss_error(state: Array, model: ModelConfig, head: float) -> float:
     that is predicted: (e^C/V)·2(e^{2C} − 1)/V. inf where a few tokens share all the probability. A
     soft-cap c of the logits takes l³/3c² off l and 1 − l²/c² off its slope: 2C/c² of the square.
     """
-    root = 1 / np.sqrt(np.maximum(state.diagonal(), TINY) + model.norm.eps)
-    logits = np.minimum(model.width * head**2 * state.diagonal() * root**2, 200.0)
+    logits = np.minimum(model.width * head**2 * FinalNorm(state, model).kernel.diagonal(), 200.0)
     errors: Array = 2 * np.exp(logits) * np.expm1(2 * logits) / model.vocab_size**2
     if model.logit_softcap is not None:
         errors += 2 * logits / model.logit_softcap**2
@@ -61,9 +78,9 @@ def own_probability(state: Array, model: ModelConfig, head: float, own: Array) -
     larger by μ_i = own_i·d·σ²/√m_i than the others', of variance C: w = e^μ/(e^μ + V·e^{C/2}).
     ``loss_gradient`` holds where w is small.
     """
-    root = 1 / np.sqrt(np.maximum(state.diagonal(), TINY) + model.norm.eps)
-    variance = model.width * head**2 * state.diagonal() * root**2
-    above = own * model.width * head**2 * root - variance / 2 - math.log(model.vocab_size)
+    final = FinalNorm(state, model)
+    variance = model.width * head**2 * final.kernel.diagonal()
+    above = own * model.width * head**2 * final.linear - variance / 2 - math.log(model.vocab_size)
     out: Array = 1 / (1 + np.exp(-np.clip(above, -500, 500)))
     return out
 
@@ -86,7 +103,7 @@ def pull_gradient(step: KernelStep, outs: Sequence[Terms], gradient: Array) -> A
     for a, b, one, other in pairs_of(outs, len(step.start.kernel)):
         through(one, other, gradient[a, b])
     for kind, index in reversed(step.events):
-        if kind == "branch" and (index, index) in by_bases:
+        if kind != "norm" and (index, index) in by_bases:
             branch, terms = step.branches[index]
             through(terms, terms, branch.pull_gradient(by_bases.pop((index, index))))
     nothing = np.zeros_like(step.start.kernel)

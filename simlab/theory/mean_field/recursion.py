@@ -41,6 +41,7 @@ from simlab.theory.mean_field.kernels import (
 )  # fmt: skip
 from simlab.theory.mean_field.mlp import UNITS, MLPKernel
 from simlab.theory.mean_field.parts import PART_KERNELS
+from simlab.theory.mean_field.squash import no_squash, norm_of
 
 # Of a batch. OLMo-2-32B's curve with its band takes 47 s of CPU and 4.1 GiB at 512 tokens, 11 s and
 # 1.1 GiB at 256 (measured).
@@ -137,7 +138,7 @@ def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
             f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size} "
             "(inputs.batch and inputs.length make it smaller)"
         )
-    return None
+    return no_squash(model)
 
 
 @contextmanager
@@ -289,7 +290,7 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
         for kind, sublayer in sublayers.items():
             scheme = at(model, layer, kind)
             step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
-            maps: dict[str, Any] = dict.fromkeys(scheme.norms, step.norm)
+            maps: dict[str, Any] = dict.fromkeys(scheme.norms, norm_of(step, model, kind))
             maps |= {name: PART_KERNELS[name].of(context, stds, step) for name in scheme.parts}
             out = scheme.step(step.state, step.feed(sublayer), step.add, **maps)
             passed = _passed(model, step, out, kind, layer, scheme.normalises)
