@@ -254,9 +254,9 @@ def title_of(summary: Mapping[str, Any]) -> str:
 
 
 def figure_lines(curve: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
-    """What a figure's title says: the answer, and where curves or gradients left the dtype's range."""
+    """What a figure's title says: the answer, several streams, where values left the dtype's range."""
     lost = overflow_lines(summary["overflow"]) + lost_lines(summary)
-    return [headline(curve, summary), *lost]
+    return [headline(curve, summary), *streams_lines(summary), *lost]
 
 
 def streams_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -227,7 +227,8 @@ def _grown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _said(member: Surveyed) -> str:
     """A checkpoint's paragraph."""
-    from simlab.report.console import overflow_lines  # late: it imports this module
+    # Late: it imports this module.
+    from simlab.report.console import overflow_lines, streams_lines
 
     sequences, length = member.summary["tokens"]
     whole = not any(row["curve"] == "checkpoint" for row in member.summary["overflow"])
@@ -235,6 +236,6 @@ def _said(member: Surveyed) -> str:
     if origin := member.summary.get("init_origin"):
         said.append(f"{origin[0].upper()}{origin[1:]}.")
     said += massive_sentences(member.rows, sequences, length, whole)
-    said += overflow_lines(member.summary["overflow"])
+    said += streams_lines(member.summary) + overflow_lines(member.summary["overflow"])
     about = f"{member.about['model_type']}, {member.depth} blocks, {member.read}"
     return f"**{member.label}** ({about}): {' '.join(said)}"

@@ -323,8 +323,10 @@ def _gradient(figure: Figure, steps: Steps, box: tuple[float, float, float, floa
 
 
 def _added(figure: Figure, steps: Steps, box: tuple[float, float, float, float]) -> None:
-    ax = panel(figure, box, "What a sublayer adds", "‖b‖²/d, as it is added")
-    if steps.has("branch_mean_square"):
+    known = steps.has("branch_mean_square")
+    what = "‖b‖²/d, as it is added" if known else "not known: blocks are measured as a whole"
+    ax = panel(figure, box, "What a sublayer adds", what)
+    if known:
         draw_seeds(ax, steps, "branch_mean_square", lw=1.6)
         _from_zero(ax)
     _x(ax, steps, box[1] == LOW)

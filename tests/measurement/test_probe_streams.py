@@ -101,7 +101,10 @@ def test_what_is_said(family, tmp_path):
     assert list(result.summary["tokens"]) == [12, 11]
     assert result.curves.groupby("curve")["seed"].nunique().to_dict() == {"model": 1, "random": 2}
     page = result.page()
-    assert "The model has 4 residual streams, measured after each block" in page
+    said = "The model has 4 residual streams, measured after each block"
+    assert said in page
+    drawn = [text.get_text() for text in result.figure().texts]
+    assert any(text.startswith(said) for text in drawn)
     assert "3 × 11 tokens" in page
     assert "12 × 11 tokens" not in page
     assert "streams" not in probe(tiny("llama"), IDS).summary
