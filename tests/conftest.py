@@ -58,6 +58,7 @@ INPUTS = ["inputs.batch=2", "inputs.length=11"]
 
 OWN_KEYS = {
     "swin_renorm": ["norm.every=2"],
+    "attn_res": ["norm.block_size=3"],
     "mix_ln": ["norm.fraction=0.4"],
     "scaled": [
         "norm.stream_scale=[0.9,1.2]", "norm.start_scale=[0.3,-0.1]", "norm.branch_scale=[0.5,0.8]",

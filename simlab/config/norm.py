@@ -49,9 +49,12 @@ def read_parts(reader: Fields) -> dict[str, Any]:
 
 def read_streams(reader: Fields) -> dict[str, Any]:
     """The keys of placements of several streams, of a config that has them."""
-    if "streams" not in reader.values:
-        return {}
-    return {"streams": reader.integer("streams", 2, MOST_STREAMS)}
+    keys: dict[str, Any] = {}
+    if "streams" in reader.values:
+        keys["streams"] = reader.integer("streams", 2, MOST_STREAMS)
+    if "block_size" in reader.values:
+        keys["block_size"] = reader.integer("block_size", default=None)
+    return keys
 
 
 def read_formulas(reader: Fields) -> dict[str, Any]:

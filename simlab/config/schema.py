@@ -41,8 +41,9 @@ class NormConfig:
     qk_norm: q and k. stream_scale … ramp: of ``scaled``; the scales of the first and the last block.
     laurel_rank: of a low-rank part. streams: how many a placement of several has. update: the formula
     of ``custom``; mlp_update: another of MLPs, or None. attention_alpha … shift: of a type in
-    ELEMENTWISE, α at attention, at MLPs and of the final norm, and s. Each is None for a placement
-    whose file in conf/norm doesn't have it.
+    ELEMENTWISE, α at attention, at MLPs and of the final norm, and s. block_size: of attention
+    residuals; None: each sublayer is a source. Each is None for a placement whose file in conf/norm
+    doesn't have it.
     """
 
     placement: str
@@ -71,6 +72,7 @@ class NormConfig:
     mlp_alpha: float | None = None
     final_alpha: float | None = None
     shift: float | None = None
+    block_size: int | None = None
 
     @property
     def elementwise(self) -> bool:

@@ -71,7 +71,7 @@ def _keys_of(group: str, name: str) -> list[str]:
 
 @functools.cache
 def _placement_of(name: str) -> str:
-    """The placement of a file in conf/norm: itself, or ``scaled`` with numbers of its own."""
+    """The placement of a file in conf/norm: itself, or one with numbers of its own."""
     return str(OmegaConf.load(CONF_DIR / "norm" / f"{name}.yaml").placement)
 
 

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from simlab.config import ModelConfig
+from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.custom import Custom
 from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.ngpt import NGPT
@@ -317,6 +318,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "gemma3n": Gemma3n,
     "ngpt": NGPT,
     "residual_dual": ResiDual,
+    "attn_res": AttnRes,
     "parallel": Parallel,
     "hyper_connections": HyperConnections,
     "custom": Custom,

@@ -73,7 +73,9 @@ def test_kv_heads_follow_heads():
 
 def test_every_choice_composes():
     others = set(options("norm")) - {"from_checkpoint"} - set(PLACEMENTS)
-    assert {compose([f"norm={name}"]).shape.norm.placement for name in others} == {"scaled", "pre"}
+    assert {compose([f"norm={name}"]).shape.norm.placement for name in others} == {
+        "scaled", "pre", "attn_res",
+    }  # fmt: skip
     assert set(PLACEMENTS) <= set(options("norm"))
     assert set(options("init")) - {"from_checkpoint"} == set(RULES)
     assert tuple(MLPS) == config.MLP_NAMES

@@ -62,7 +62,7 @@ def test_composed(name):
     assert len({job.config for job in sweep.jobs}) == jobs  # no two are the same
     shapes = [job.config.shape for job in sweep.jobs]
     if name == "norm_zoo":
-        assert {shape.norm.placement for shape in shapes} == set(PLACEMENTS)
+        assert {shape.norm.placement for shape in shapes} == set(PLACEMENTS) - {"custom"}
     if name == "issue797":
         assert {shape.name for shape in shapes} == {"olmo2_7b", "olmo2_13b", "olmo2_32b"}
         assert {shape.norm.every for shape in shapes} == {None, 6}

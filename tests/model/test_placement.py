@@ -98,6 +98,17 @@ SQUASHES = {
     "derf": lambda x, n: torch.erf(n.alpha * x + n.shift) * n.weight + n.bias,
 }
 
+
+def attn_res(size):
+    def update(state, F, i, o, n, L, z):
+        x, part = state if isinstance(state, tuple) else (state, None)
+        k = 2 * n - 2 + (F.__name__ == "mlp")
+        b = F(i(x / (1 + -(-k // size))))
+        return x + b, b if k % size == 0 else part + b
+
+    return update
+
+
 # update(x, F, N_in, N_out, n: block from 1, L: depth, z: embedding): the placement's formula.
 # x is the embedding at first, then what the formula gave, which may be several vectors.
 FORMULAS = {
@@ -128,6 +139,9 @@ FORMULAS = {
     "custom": lambda x, F, i, o, n, L, z: o(2 * x + F(i(x) / n**0.5) - 3 / L * z),
     "scaled": scaled,
     "residual_dual": residual_dual,
+    "attn_res": attn_res(3),
+    "attn_res_block": attn_res(6),
+    "kimi_k3": attn_res(24),
     "nanochat": nanochat,
     "modded_nanogpt": lambda x, F, i, o, n, L, z: (
         1.1**0.5 * x + (F(i(x)) if F.__name__ == "attention" else 0)
@@ -197,6 +211,7 @@ def test_formula(placement, kind):
 FINISHES = {
     "residual_dual": lambda state, norm: state[1] + norm(state[0]),
     "hyper_connections": lambda state, norm: sum(state),
+    "attn_res": lambda state, norm: state[0] / 3,  # of 6 sublayers in blocks of 3
 }
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from conftest import placed, tiny
 
+from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.placement import PLACEMENTS, at, placement_of, renorm_after
 
 V0, B = 0.25, 0.3  # the embedding's mean square; a branch's, of an input of mean square 1
@@ -89,6 +90,7 @@ LAWS = {
     "gemma3n": lambda v, n, kind: (
         ((math.sqrt(v) + 1) ** 2 + 2) / 2 if kind == "attention" else v + 1
     ),
+    "attn_res": lambda v, n, kind: v + B,
     "residual_dual": lambda v, n, kind: v + B * (V0 if v == V0 else 1),  # reads the embedding first
     "pre_post": lambda v, n, kind: v + B if kind == "attention" else 1,
 }
@@ -121,6 +123,32 @@ def test_the_formula_gives_its_law(placement):
             expected.append(1)
     v = mean_squares("depth=4", *placed(placement))
     assert v == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [None, 1, 3, 4])
+def test_attn_res_reads_and_sums(size):
+    """The read's mean square is v/n² of n sources; the open sum's goes up to B·size again and again."""
+    reads, sums, v = [], [], []
+
+    def reading(x):
+        reads.append(x.mean_square)
+        return norm(x)
+
+    config = tiny("norm=attn_res", f"norm.block_size={size or 'null'}", "depth=4").shape
+    state = AttnRes.start(Kernel({object(): (1.0, V0)}), norm, config)
+    for k in range(8):
+        scheme = at(config, k // 2, ("attention", "mlp")[k % 2])
+        v.append(AttnRes.watch(state).mean_square)
+        state = scheme.step(state, sublayer, lambda skip, b: skip + b, norm_in=reading)
+        sums.append(state[1].mean_square if size else None)
+    sources = {
+        None: [1, 2, 3, 4, 5, 6, 7, 8], 1: [1, 2, 3, 4, 5, 6, 7, 8], 3: [1, 2, 2, 2, 3, 3, 3, 4],
+        4: [1, 2, 2, 2, 2, 3, 3, 3],
+    }[size]  # fmt: skip
+    assert v == pytest.approx([V0 + k * B for k in range(8)])
+    assert reads == pytest.approx([m / n**2 for m, n in zip(v, sources, strict=True)])
+    if size:
+        assert sums == pytest.approx([B * (k % size + 1) for k in range(8)])
 
 
 def test_every_placement_has_a_law_here():
