@@ -75,7 +75,7 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
         with progress.block_bar(ready.blocks) as advance:
             found = measured(ready, advance)
     summary = plain_values(found.summary)  # as summary.json has it
-    result = Result(found.curve, summary, found.weights, tuple(given))
+    result = Result(found.curve, summary, found.weights, tuple(given), streams=found.streams)
     if loggers := asked.get("logger"):
         from simlab.trackers.log import log_runs
 
@@ -359,7 +359,7 @@ def load_sweep(folder: str | Path) -> SweepResult:
     Returns the sweep. Raises ConfigError for a folder without one, such as a run's.
     """
     from simlab.sweep.job import PLAN
-    from simlab.sweep.report import curves, read_entries, rows
+    from simlab.sweep.report import curves, read_entries, read_vectors, rows
 
     place = Path(folder)
     if not (place / PLAN).is_file():
@@ -375,7 +375,7 @@ def load_sweep(folder: str | Path) -> SweepResult:
         place, frame, rows(done, frame) if done else pd.DataFrame(), swept,
         {each.number: each.error for each in entries if each.status == "failed"},
         [each.number for each in entries if each.status == "unfinished"],
-        {each.number: each.folder for each in done},
+        {each.number: each.folder for each in done}, curves(done, read_vectors),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from simlab.config import RunConfig
 from simlab.experiment.prepare import Prepared, prepare
 from simlab.experiment.summary import summarise, weight_table
 from simlab.experiment.theory import predicted, predicted_curve
-from simlab.measurement.frame import Cuts, to_frame
+from simlab.measurement.frame import Cuts, to_frame, vector_rows
 
 if TYPE_CHECKING:
     from simlab.experiment.batches import MeasuredCurves
@@ -31,6 +31,7 @@ class RunResult:
         summary: The content of summary.json.
         verdicts: A verdict per kind of curve: random, checkpoint or theory.
         weights: The rows of weights.csv, a checkpoint's tensors.
+        streams: The rows of streams.csv, of a placement that carries several vectors.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class RunResult:
     summary: dict[str, Any]
     verdicts: dict[str, Verdict]
     weights: pd.DataFrame | None = None
+    streams: pd.DataFrame | None = None
 
 
 def run(config: RunConfig) -> RunResult:
@@ -74,9 +76,11 @@ def _result(
     theory = predicted(ready, on_block) if config.seeds else None
     frame, cuts = pd.DataFrame(), Cuts([], [])
     verdicts: dict[str, Verdict] = {}
+    streams = None
     if measured:
         frame, by_curve, cuts = to_frame(measured, ready.entries, theory)
         verdicts = judge_all(frame, by_curve, config.dtype)
+        streams = vector_rows(measured, frame)
     instead = theory if config.engine == "theory" else None
     if instead:
         rows, curve = predicted_curve(ready, instead)
@@ -85,7 +89,7 @@ def _result(
     if ready.checkpoint:
         frame = with_outside(frame, instead)
     summary = summarise(ready, measured, frame, cuts, verdicts, theory)
-    return RunResult(ready.config, frame, summary, verdicts, weight_table(ready))
+    return RunResult(ready.config, frame, summary, verdicts, weight_table(ready), streams)
 
 
 def judge_all(

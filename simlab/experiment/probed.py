@@ -25,7 +25,7 @@ from simlab.experiment.summary import (
 )
 from simlab.measurement.batch_checks import Batch
 from simlab.measurement.engine import Measured
-from simlab.measurement.frame import to_frame
+from simlab.measurement.frame import to_frame, vector_rows
 from simlab.measurement.layout import Layout, inside, without_wrappers
 from simlab.measurement.model_probe import ModelProbe, whole_blocks
 
@@ -138,8 +138,8 @@ def seeded(seed: int, like: torch.Tensor | None) -> Iterator[None]:
 
 def probed_result(
     probe: ModelProbe, inits: MeasuredCurves, call: str
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows of curve.csv, and the content of summary.json as far as it is known of such a model.
+) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame | None]:
+    """The rows of curve.csv, the content of summary.json as far as it is known, rows of streams.csv.
 
     The model's curve is called ``model``, unless the probe's name says that it is a random init or a
     checkpoint. inits: from ``random_curves``. call: what makes it again, in Python.
@@ -175,4 +175,4 @@ def probed_result(
         known = all(one.loss is not None for *_, one in measured)  # not of a loss of the user's own
         summary |= {"loss": losses(measured)} if known else {}
         summary["gradient_overflow"] = cuts.gradients
-    return frame, summary
+    return frame, summary, vector_rows(measured, frame)

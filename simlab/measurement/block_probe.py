@@ -15,6 +15,7 @@ from simlab.measurement.statistics import (
     GRADIENT_STATISTICS,
     REDUCE,
     STATISTICS,
+    VECTOR_STATISTICS,
     Statistic,
     Step,
     attention_statistics,
@@ -66,16 +67,41 @@ class Reducer:
         return torch.stack([by_place[i] for i in range(len(order))], -1)
 
 
+class VectorReducers:
+    """The statistics of each vector of a state after one step, of S curves."""
+
+    def __init__(self, curves: int = 1) -> None:
+        self.curves = curves
+        self.reducers: list[Reducer] = []
+
+    def add(self, state: Carried, stream: Step) -> None:
+        """Add one batch. stream: the step with the stream that is reported. One vector adds nothing."""
+        if not isinstance(state, tuple):
+            return
+        while len(self.reducers) < len(state):
+            self.reducers.append(Reducer(VECTOR_STATISTICS, self.curves))
+        for reducer, y in zip(self.reducers, state, strict=True):
+            y = stream.wide if y is stream.after else y
+            reducer.add(Step(after=y, skip=stream.wide, branch=y))
+
+    def result(self) -> Tensor | None:
+        """Numbers per curve, vector and statistic (S, n, entries); None where there was one vector."""
+        found = [reducer.result() for reducer in self.reducers]
+        return torch.stack(found, 1) if found else None
+
+
 class StepResult(NamedTuple):
     """A step's kind, its statistics (S, entries), and the facts about its last norm that laws use.
 
     normalises: ``branch``, ``stream`` or None, as in ``Scheme``. gain: the norm's gain at init.
+    vectors: of a state of n vectors, VECTOR_STATISTICS of each (S, n, entries).
     """
 
     kind: str
     values: Tensor
     normalises: str | None
     gain: float
+    vectors: Tensor | None = None
 
 
 class BlockProbe(ABC):
@@ -108,6 +134,7 @@ class BlockProbe(ABC):
         self.kinds, self.normalises = kinds, normalises
         self.gains = [1.0 if kind == "renorm" else self.gain for kind in kinds]
         self.reducers = [Reducer(STATISTICS, self.curves) for _ in kinds]
+        self.vectors = [VectorReducers(self.curves) for _ in kinds]
         self.gradients = [Reducer(GRADIENT_STATISTICS, self.curves) for _ in kinds]
 
     def tap(self, x: Tensor) -> Tap | None:
@@ -136,7 +163,8 @@ class BlockProbe(ABC):
     def results(self) -> list[StepResult]:
         """Every step of the block, in the order they happened."""
         values = [reducer.result() for reducer in self.reducers]
-        steps = zip(self.kinds, values, self.normalises, self.gains, strict=True)
+        vectors = [reducers.result() for reducers in self.vectors]
+        steps = zip(self.kinds, values, self.normalises, self.gains, vectors, strict=True)
         return [StepResult(*step) for step in steps]
 
 
@@ -178,6 +206,7 @@ class Probe(BlockProbe):
             after: Tensor = self.watch(out)
             observed = observe(step, args[0], after, self.tensors, self.attention)
             self.add(i, observed, self.tap(after))
+            self.vectors[i].add(out, observed)
             self.last = None if step is self.steps[-1] else (after, observed.wide)
             self.tensors, self.attention = {}, None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simlab.config import ConfigError, ModelConfig
-from simlab.measurement.block_probe import Probe, Reducer, StepResult
+from simlab.measurement.block_probe import Probe, Reducer, StepResult, VectorReducers
 from simlab.measurement.loss import next_token
 from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS, Step, wide
 from simlab.model.placement import Carried, finished, start, tensors_of
@@ -32,7 +32,7 @@ class Row:
     values: one number per STATISTICS entry. gradient: one per GRADIENT_STATISTICS entry; None for a
     run without gradients. Both have shape (S, entries) while S curves are measured together, and
     (entries,) in the rows that ``measure_curves`` returns. normalises, gain: of the step's last norm,
-    as in ``StepResult``.
+    as in ``StepResult``. vectors: likewise; (n, entries) in the rows that are returned.
     """
 
     sublayer: int
@@ -41,12 +41,14 @@ class Row:
     values: Tensor
     normalises: str | None = None
     gain: float = 1.0
+    vectors: Tensor | None = None
     gradient: Tensor | None = None
 
     def of(self, curve: int) -> Row:
         """The row of curve number ``curve`` (0 … S − 1)."""
         gradient = None if self.gradient is None else self.gradient[curve]
-        return replace(self, values=self.values[curve], gradient=gradient)
+        vectors = None if self.vectors is None else self.vectors[curve]
+        return replace(self, values=self.values[curve], vectors=vectors, gradient=gradient)
 
 
 Gradients = tuple[Tensor, ...]  # with respect to a state's vectors
@@ -80,9 +82,14 @@ class Measured:
         return replace(self, rows=rows)
 
 
-def rows_of(embedding: Tensor, blocks: list[list[StepResult]]) -> list[Row]:
-    """The rows of a curve, from the embedding's statistics and every block's steps."""
-    rows, sublayer = [Row(0, None, "embedding", embedding)], 0
+def rows_of(
+    embedding: Tensor, blocks: list[list[StepResult]], vectors: Tensor | None = None
+) -> list[Row]:
+    """The rows of a curve, from the embedding's statistics and every block's steps.
+
+    vectors: of the state before the first block, as in ``StepResult``.
+    """
+    rows, sublayer = [Row(0, None, "embedding", embedding, vectors=vectors)], 0
     for block, steps in enumerate(blocks):
         for step in steps:
             sublayer += step.kind != "renorm"
@@ -153,8 +160,10 @@ def forward(
     states = [start(part, model) for part in parts]
     del parts
     embedding, watch = Reducer(STATISTICS, curves), placement_of(model).watch
+    first = VectorReducers(curves)
     for state in states:
-        embedding.add(Step(after=watch(state)))
+        embedding.add(step := Step(after=watch(state)))
+        first.add(state, step)
     blocks: list[list[StepResult]] = []
     before: list[list[Carried]] = []
     for layer in range(model.depth):
@@ -167,7 +176,7 @@ def forward(
         blocks.append(probe.results())
         del block, probe  # before the next one is made: one block's weights at a time
         on_block()
-    return rows_of(embedding.result(), blocks), [*before, states]
+    return rows_of(embedding.result(), blocks, first.result()), [*before, states]
 
 
 def backward(

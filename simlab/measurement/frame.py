@@ -82,6 +82,37 @@ def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFram
     return pd.concat([pd.DataFrame(keys), frame], axis=1)
 
 
+def vector_rows(
+    measured: list[tuple[str, int, Measured]], frame: pd.DataFrame
+) -> pd.DataFrame | None:
+    """The rows of streams.csv, one per curve × seed × step × vector; None where no state has several.
+
+    A step whose state is the stream alone has one row. frame: from ``to_frame``, whose curves may end
+    early.
+    """
+    from simlab.measurement.statistics import STATISTICS, VECTOR_STATISTICS  # late, as in ``tidy``
+
+    known = [name for name in VECTOR_STATISTICS if name in STATISTICS]
+    at = [list(STATISTICS).index(name) for name in known]
+    kept = frame.value_counts(["curve", "seed"])
+    records = []
+    for name, seed, curve in measured:
+        if all(row.vectors is None for row in curve.rows):
+            continue
+        for row in curve.rows[: kept.get((name, seed), 0)]:
+            keys = name, seed, row.sublayer, row.block, row.kind
+            if row.vectors is not None:
+                values = row.vectors.cpu().tolist()
+            else:
+                alone = row.values.cpu()[at].tolist()
+                values = [[*alone, float(alone[known.index("norm")] > 0)]]
+            records += [(*keys, i, *each) for i, each in enumerate(values)]
+    if not records:
+        return None
+    columns = ["curve", "seed", "sublayer", "block", "kind", "stream", *VECTOR_STATISTICS]
+    return pd.DataFrame(records, columns=columns).astype({"block": "Int64"})
+
+
 def cut(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """End each curve before its first non-finite value, and say where that was."""
     keys = ["curve", "seed"]

@@ -23,7 +23,7 @@ from simlab.measurement.batch_checks import (
     refuse_cache,
     refuse_padding,
 )
-from simlab.measurement.block_probe import BlockProbe, Probe, Reducer
+from simlab.measurement.block_probe import BlockProbe, Probe, Reducer, VectorReducers
 from simlab.measurement.engine import Measured, rows_of
 from simlab.measurement.gradient_taps import GradientTaps, backward_through, loss_of
 from simlab.measurement.layout import Layout, Sublayer, blocks_at, inside, no_blocks, stacks
@@ -72,7 +72,7 @@ class ModelProbe:
         # The decoder's: the only one, or else the one that the first call passes through.
         self.path = next(iter(self.stacks)) if len(self.stacks) == 1 else None
         self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
-        self.embedding = Reducer(STATISTICS)
+        self.embedding, self.vectors = Reducer(STATISTICS), VectorReducers()
         self.size: tuple[int, int] | None = None  # T, D
         self.streams = 1  # n, each of whose sequences is measured as one of its own
         self.dtype = self.device = ""  # of the stream
@@ -146,7 +146,9 @@ class ModelProbe:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_argument(args, kwargs)
         if isinstance(block, Block) and isinstance(x, tuple):  # simlab's own, which carries a state
-            x = block.placement.watch(x)
+            state, x = x, block.placement.watch(x)
+            if i == 0:
+                self.vectors.add(state, Step(after=x))
         if self.path not in (None, path):
             raise ConfigError(
                 f"probe: {type(self.model).__name__} has blocks at {self.path}, {path}: probe one of"
@@ -246,10 +248,14 @@ class ModelProbe:
                         " forward call failed or went around it, or the layout isn't this model's"
                     )
         blocks = [
-            [step._replace(values=step.values[0].cpu()) for step in probe.results()]
+            [
+                step._replace(values=step.values[0].cpu(), vectors=_first(step.vectors))
+                for step in probe.results()
+            ]
             for probe in self.probes
         ]
-        rows = rows_of(self.embedding.result()[0].cpu(), blocks)
+        embedded = _first(self.vectors.result())
+        rows = rows_of(self.embedding.result()[0].cpu(), blocks, embedded)
         if self.taps is None:
             return Measured(rows, streams=self.streams)
         gradients = [self.embedding_gradient, *chain(*(probe.gradients for probe in self.probes))]
@@ -269,6 +275,11 @@ class ModelProbe:
         values = [reducer.result()[0].cpu() for reducer in gradients]
         rows = [replace(row, gradient=g) for row, g in zip(rows, values, strict=True)]
         return Measured(rows, self.loss, self.streams)
+
+
+def _first(values: Tensor | None) -> Tensor | None:
+    """The first of several curves' numbers, on the CPU."""
+    return None if values is None else values[0].cpu()
 
 
 def whole_blocks(measured: Measured) -> list[int]:

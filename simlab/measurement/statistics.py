@@ -307,6 +307,13 @@ GRADIENT_STATISTICS: dict[str, Statistic] = {
     "gradient_cosine": Statistic(_gradient_cosine),
 }
 
+# Of a vector y of a state of several: a step's ``after`` and ``branch`` are then y, its ``skip`` is the
+# stream x. The columns of streams.csv.
+VECTOR_STATISTICS: dict[str, Statistic] = {
+    **{name: STATISTICS[name] for name in ("mean_square", "norm", "token_cosine")},
+    "cosine_watched": STATISTICS["cosine"],
+}
+
 
 @torch.no_grad()
 def attention_statistics(

@@ -39,7 +39,7 @@ class Probed(Result):
 
     def __init__(self, probe: ModelProbe, inits: MeasuredCurves, call: str) -> None:
         self.probe, self.inits, self.call = probe, inits, call
-        self.found: tuple[pd.DataFrame, dict[str, Any]] | None = None
+        self.found: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame | None] | None = None
         self.seen = 0, 0  # tokens forward and back when that was found
 
     def __enter__(self) -> Probed:
@@ -53,12 +53,12 @@ class Probed(Result):
     def __exit__(self, *error: object) -> None:
         self.probe.__exit__(*error)
 
-    def _result(self) -> tuple[pd.DataFrame, dict[str, Any]]:
+    def _result(self) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame | None]:
         seen = self.probe.embedding.tokens, self.probe.embedding_gradient.tokens
         if self.found is None or seen != self.seen:
             self.seen = seen
-            curves, summary = probed_result(self.probe, self.inits, self.call)
-            self.found = curves, plain_values(summary)
+            curves, summary, streams = probed_result(self.probe, self.inits, self.call)
+            self.found = curves, plain_values(summary), streams
         return self.found
 
     @property
@@ -70,6 +70,11 @@ class Probed(Result):
     def summary(self) -> Mapping[str, Any]:
         """As summary.json. Raises ConfigError where no forward call was seen."""
         return self._result()[1]
+
+    @property
+    def streams(self) -> pd.DataFrame | None:
+        """The rows of streams.csv, of simlab's own model whose placement carries several vectors."""
+        return self._result()[2]
 
     @property
     def layout(self) -> str:
@@ -84,7 +89,7 @@ class Probed(Result):
         sublayer of the model's. ``attrs["layout"]`` is ``layout``. Raises ConfigError where no forward
         call was seen, or one that didn't pass every step.
         """
-        curves, summary = self._result()
+        curves, summary, _ = self._result()
         rows, own = curves.copy(), self.probe.curve
         if own not in ("random", "checkpoint"):
             rows["curve"] = rows["curve"].replace("model", own)

@@ -50,6 +50,8 @@ class Result:
             ``source.weights=true``, its default; else None.
         overrides: What the config was composed of, as on the command line.
         folder: Where its files are; None until it is saved.
+        streams: The rows of streams.csv, one per curve × seed × step × vector, of a placement that
+            carries several vectors, such as norm=parallel; else None.
     """
 
     curves: pd.DataFrame
@@ -57,6 +59,7 @@ class Result:
     weights: pd.DataFrame | None = None
     overrides: Sequence[str] = ()
     folder: Path | None = None
+    streams: pd.DataFrame | None = None
 
     @property
     def headline(self) -> str:
@@ -182,7 +185,10 @@ class Result:
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write(self.curves, dict(self.summary), self.weights, path, self.overrides, svg=svg)
+            write(
+                self.curves, dict(self.summary), self.weights, path, self.overrides, svg=svg,
+                streams=self.streams,
+            )  # fmt: skip
         except OSError as error:  # no such place, no right to write there, a full disk
             where = error.filename or path
             raise ConfigError(f"save: {where}: {error.strerror or error}") from error
@@ -204,12 +210,13 @@ class Result:
 def read_result(folder: Path, overrides: Sequence[str]) -> Result:
     """A run from its folder's files. Raises ConfigError."""
     from simlab.store import SUMMARY, read_object
-    from simlab.sweep.report import read_curve
+    from simlab.sweep.report import read_curve, read_vectors
 
     frame, summary = read_curve(folder), read_object(folder / SUMMARY)
     weights = folder / "weights.csv"
     return Result(
-        frame, summary, pd.read_csv(weights) if weights.is_file() else None, tuple(overrides), folder
+        frame, summary, pd.read_csv(weights) if weights.is_file() else None, tuple(overrides), folder,
+        read_vectors(folder),
     )  # fmt: skip
 
 

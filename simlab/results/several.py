@@ -39,6 +39,7 @@ class SweepResult:
         failed: The errors of jobs that have failed, by their numbers.
         unfinished: The numbers of jobs that have not ended; the same call does them.
         folders: Each finished job's folder, by its number.
+        streams: The rows of streams.parquet: those of ``Result.streams`` of every job that has them.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class SweepResult:
     failed: Mapping[int, str] = field(default_factory=dict)
     unfinished: Sequence[int] = ()
     folders: Mapping[int, Path] = field(default_factory=dict)
+    streams: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def plot(self, quantity: str = "mean_square", ax: Axes | None = None, **options: Any) -> Axes:
         """Draw a quantity by sublayer, a line per job (with its curve's name where there are several).

@@ -16,6 +16,7 @@ report. In the sweep's folder it writes anew:
   jobs.csv       a row per job and curve: growth, exponents, laws, verdict
   report.html    a page with the figure, the jobs and the command
   *.png          figures, chosen by what was swept
+  streams.parquet every streams.csv, where jobs have one
   answer.md      a written answer, where the sweep's config asks for one
 
 Jobs that failed or are unfinished are listed, each with its error.

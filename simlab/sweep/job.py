@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
-TABLES = ("curve.csv", "weights.csv")
+TABLES = ("curve.csv", "weights.csv", "streams.csv")
 FIGURES = ("growth.png", "growth.svg", "lambda.png", "lambda.svg", "inside.png", "inside.svg")
 OUR_FOLDER = re.compile(
     r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
@@ -170,7 +170,7 @@ def run_job(config: RunConfig, folder: Path, overrides: Sequence[str], keep: Kee
             result = experiment.measure(ready, on_block)
         console.show_verdict(result.verdicts, result.summary)  # figures take half a second
         curves = result.curve, result.summary, result.weights
-        files = write(*curves, folder, overrides, svg=keep.svg)
+        files = write(*curves, folder, overrides, svg=keep.svg, streams=result.streams)
     console.show_files(files)
     if result.verdicts:
         console.show_tables(result.curve, result.verdicts, result.summary, keep.verbose)
@@ -186,7 +186,9 @@ def log_result(
     from simlab.trackers.log import log_runs
 
     summary = plain_values(result.summary)
-    run = Result(result.curve, summary, result.weights, tuple(overrides), folder)
+    run = Result(
+        result.curve, summary, result.weights, tuple(overrides), folder, result.streams
+    )  # fmt: skip
     return log_runs(loggers, [(run.title, run, folder)], folder)
 
 
@@ -198,11 +200,12 @@ def write(
     overrides: Sequence[str],
     *,
     svg: bool = False,
+    streams: pd.DataFrame | None = None,
 ) -> list[Path]:
     """curve.csv, the figures, the page, and last summary.json: with it the run is whole.
 
-    weights: the rows of weights.csv. overrides: of the command that makes the run again, which the page
-    shows.
+    weights, streams: the rows of weights.csv and streams.csv. overrides: of the command that makes the
+    run again, which the page shows.
     """
     from simlab.report import checkpoint_figure, console, figure, growth_figure, style
     from simlab.report.page.build import command_in, run_page
@@ -210,7 +213,7 @@ def write(
     if not (folder / PLAN).exists():  # a sweep's own figures stay
         clear(folder)  # of an earlier run there
     summary = plain_values(summary)  # as the file has it: null, not NaN
-    tables = write_tables(curve, weights, folder)
+    tables = write_tables(curve, weights, folder, streams)
     title, depth = console.title_of(summary), summary["config"]["model"]["depth"]
     lines = console.figure_lines(curve, summary)
     figures = {
@@ -227,9 +230,14 @@ def write(
     return [*tables, folder / SUMMARY, folder / PAGE, *files[::-1]]
 
 
-def write_tables(curve: pd.DataFrame, weights: pd.DataFrame | None, folder: Path) -> list[Path]:
-    """Write curve.csv, and of a checkpoint weights.csv."""
-    frames = {"curve.csv": curve, "weights.csv": weights}
+def write_tables(
+    curve: pd.DataFrame,
+    weights: pd.DataFrame | None,
+    folder: Path,
+    streams: pd.DataFrame | None = None,
+) -> list[Path]:
+    """Write curve.csv, of a checkpoint weights.csv, of a state of several vectors streams.csv."""
+    frames = {"curve.csv": curve, "weights.csv": weights, "streams.csv": streams}
     written = []
     for name, frame in frames.items():
         if frame is not None:
@@ -305,7 +313,9 @@ def sweep_job(
                     result = experiment.measure(ready, on_block, curves_of)
                     stored = results.put(
                         key,
-                        functools.partial(write_tables, result.curve, result.weights),
+                        functools.partial(
+                            write_tables, result.curve, result.weights, streams=result.streams
+                        ),
                         result.summary,
                     )
             copy_result(stored, folder)

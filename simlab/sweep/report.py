@@ -1,6 +1,7 @@
 """``python -m simlab.sweep DIR``: one report over a sweep, from its files alone, finished or not.
 
 sweep.parquet   every job's curve.csv, with the job's number and every swept key as a column
+streams.parquet likewise every streams.csv, where jobs have one
 jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which law holds
 *.png           figures, chosen by what was swept; *.svg where asked for
 report.html     a page with the figure, the jobs and the command
@@ -10,7 +11,7 @@ families.csv    of answer=families: a row per checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
     from simlab.report.families import Survey
     from simlab.report.swept import SweptJob
 
-READ = (RECORD, SUMMARY, "curve.csv")  # of a job's folder
+READ = (RECORD, SUMMARY, "curve.csv", "streams.csv")  # of a job's folder
 MOST_SHOWN = 40  # characters of a value in the heading
+STREAMS = "streams.parquet"
 ANSWER, FAMILIES = "answer.md", "families.csv"
 LAMBDAS = (
     "lambda_paper", "lambda_token", "lambda_paper_gradient", "lambda_token_gradient",
@@ -118,6 +120,17 @@ def read_curve(folder: Path) -> pd.DataFrame:
     return frame
 
 
+def read_vectors(folder: Path) -> pd.DataFrame | None:
+    """A run's streams.csv, None where it has none. Raises ConfigError."""
+    path = folder / "streams.csv"
+    if not path.is_file():
+        return None
+    try:
+        return read_csv(path).astype({"block": "Int64"})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not what simlab writes ({error})") from error
+
+
 def overrides_in(folder: Path) -> list[str]:
     """The overrides of a run, from the file that Hydra wrote; none where there isn't one."""
     path = folder / ".hydra" / "overrides.yaml"
@@ -130,14 +143,23 @@ def overrides_in(folder: Path) -> list[str]:
     return [str(each) for each in found] if isinstance(found, list) else []
 
 
-def curves(jobs: Sequence[Entry]) -> pd.DataFrame:
-    """The rows of sweep.parquet: every finished job's curve.csv, its number and swept values first."""
+def curves(
+    jobs: Sequence[Entry], read: Callable[[Path], pd.DataFrame | None] = read_curve
+) -> pd.DataFrame:
+    """The rows of sweep.parquet: every finished job's curve.csv, its number and swept values first.
+
+    read: reads another table of a job's folder, None where there is none.
+    """
     frames = []
     for each in jobs:
-        frame = read_curve(each.folder)
+        frame = read(each.folder)
+        if frame is None:
+            continue
         keys = {"job": each.number} | {k: v for k, v in each.values.items() if k not in frame}
         front = pd.DataFrame({key: [value] * len(frame) for key, value in keys.items()})
         frames.append(pd.concat([front, frame], axis=1))
+    if not frames:
+        return pd.DataFrame()
     table = pd.concat(frames, ignore_index=True)
     for column in (key for key in jobs[0].values if key in table):
         if table[column].map(type).nunique() > 1:  # numbers and null, say: a column has one type
@@ -240,6 +262,10 @@ def report(folder: Path, *, svg: bool = False) -> bool:
         files = [folder / "sweep.parquet", folder / "jobs.csv"]
         write_atomically(files[0], lambda path: frame.to_parquet(path, index=False))
         write_csv(files[1], table)
+        streams = curves(done, read_vectors)
+        if len(streams):
+            files.append(folder / STREAMS)
+            write_atomically(files[-1], lambda path: streams.to_parquet(path, index=False))
         drawn = sweep_figures.figures(frame, table, keys, heading)
         if survey:
             drawn["growth"] = families_figure.families_figure(

@@ -295,7 +295,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def forget(folder: Path) -> None:
     """Remove an earlier sweep's plan and report from the folder."""
-    for pattern in (job.PLAN, "sweep.parquet", "jobs.csv", *job.FIGURES, *REPORT):
+    for pattern in (
+        job.PLAN,
+        "sweep.parquet",
+        "streams.parquet",
+        "jobs.csv",
+        *job.FIGURES,
+        *REPORT,
+    ):
         for path in folder.glob(pattern):
             if path.is_file() or path.is_symlink():  # a folder of that name isn't ours
                 path.unlink()
