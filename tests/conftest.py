@@ -62,7 +62,7 @@ OWN_KEYS = {
     "mix_ln": ["norm.fraction=0.4"],
     "scaled": [
         "norm.stream_scale=[0.9,1.2]", "norm.start_scale=[0.3,-0.1]", "norm.branch_scale=[0.5,0.8]",
-        "norm.start_normed=true",
+        "norm.start_normed=true", "norm.subtract_middle=0.6",
     ],
     "custom": ['norm.update="N(2*x + F(N(x)/sqrt(l)) - 3/L*x0)"'],
     "nanochat": ["norm.branch_scale=0.7"],

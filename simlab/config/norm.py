@@ -35,6 +35,7 @@ def read_scales(reader: Fields) -> dict[str, Any]:
         "mlp_branch_scale": branch if of_mlp is None else reader.ends("mlp_branch_scale"),
         **{key: reader.boolean(key) for key in ("scale_once", "skip_normed", "start_normed")},
         "ramp": reader.number("ramp", 0.0, default=None),
+        "subtract_middle": reader.number("subtract_middle", 0.0, default=None),
     }
 
 

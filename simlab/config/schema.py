@@ -39,11 +39,11 @@ class NormConfig:
     every: blocks between re-norms. alpha: the branch's scale. fraction: the share of the blocks that
     are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head;
     qk_norm: q and k. stream_scale … ramp: of ``scaled``; the scales of the first and the last block.
-    laurel_rank: of a low-rank part. streams: how many a placement of several has. update: the formula
-    of ``custom``; mlp_update: another of MLPs, or None. attention_alpha … shift: of a type in
-    ELEMENTWISE, α at attention, at MLPs and of the final norm, and s. block_size: of attention
-    residuals; None: each sublayer is a source. Each is None for a placement whose file in conf/norm
-    doesn't have it.
+    subtract_middle: γ of x − γ·x_mid at the end. laurel_rank: of a low-rank part. streams: how many a
+    placement of several has. update: the formula of ``custom``; mlp_update: another of MLPs, or None.
+    attention_alpha … shift: of a type in ELEMENTWISE, α at attention, at MLPs, of the final norm, and
+    s. block_size: of attention residuals; None: each sublayer is a source. Each is None for a placement
+    whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -64,6 +64,7 @@ class NormConfig:
     skip_normed: bool | None = None
     start_normed: bool | None = None
     ramp: float | None = None
+    subtract_middle: float | None = None
     laurel_rank: int | None = None
     streams: int | None = None
     update: str | None = None

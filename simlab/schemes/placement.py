@@ -252,6 +252,8 @@ class Scaled(Scheme):
 
     With ``norm.scale_once`` x ← λx + μx₀ before each block, then x + βF(N(x)); with
     ``norm.skip_normed`` λn + μx₀ + βF(n), n = N(x). λ, μ and β are numbers, or linear over the blocks.
+    With ``norm.subtract_middle`` the final norm gets x − γ·x_mid, x_mid the stream after the middle
+    block, which is the one before block ⌊L/2⌋ + 1 (from 0).
     The files nanochat, modded_nanogpt, minimax, granite, prores and laurel_rw of conf/norm have those
     of their sources.
     """
@@ -260,26 +262,37 @@ class Scaled(Scheme):
 
     @staticmethod
     def start(x: Any, norm: Map[Any], config: ModelConfig) -> Any:
-        """(x₀, x₀), or the embedding alone where no step adds it."""
+        """(x, x₀, x_mid), without the vectors that nothing adds or subtracts. All are the embedding."""
         x = norm(x) if config.norm.start_normed else x
-        return (x, x) if any(config.norm.start_scale or ()) else x
+        more = any(config.norm.start_scale or ()) + bool(config.norm.subtract_middle)
+        return (x,) * (1 + more) if more else x
 
     def step(self, state: Any, F: Map[Any], add: Add[Any], norm_in: Map[Any]) -> Any:
-        x, *start = vectors(state)
-        stream, of_start, branch, before, of_normed = self.scales
+        x, *others = vectors(state)
+        stream, of_start, branch, before, of_normed, behind_middle = self.scales
+        if behind_middle:
+            others[-1] = x
 
         def mixed(y: Any) -> Any:
-            return stream * y + of_start * start[0] if of_start else stream * y
+            return stream * y + of_start * others[0] if of_start else stream * y
 
         x = mixed(x) if before else x
         normed = norm_in(x)
         skip = x if before else mixed(normed if of_normed else x)
         out = add(skip, branch * F(normed))
-        return (out, *start) if start else out
+        return (out, *others) if others else out
+
+    @staticmethod
+    def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """x − γ·x_mid. Of two blocks or one, the middle one is the last."""
+        x, *others = vectors(state)
+        if not config.norm.subtract_middle:
+            return x
+        return x + -config.norm.subtract_middle * (others[-1] if config.depth > 2 else x)
 
     @staticmethod
     def scales_of(config: ModelConfig, layer: int, kind: str) -> tuple[float, ...]:
-        """λ, μ, β; 1.0 where λ and μ act before the block; 1.0 where the skip is normed."""
+        """λ, μ, β; 1.0 where λ and μ act before the block; where the skip is normed; after x_mid."""
         norm, at_mlp = config.norm, kind == "mlp"
         share = layer / max(config.depth - 1, 1)
 
@@ -293,7 +306,9 @@ class Scaled(Scheme):
         stream, start = linear(norm.stream_scale), linear(norm.start_scale)
         if norm.scale_once and at_mlp:
             stream, start = 1.0, 0.0
-        return stream, start, branch, float(norm.scale_once or 0), float(norm.skip_normed or 0)
+        behind_middle = norm.subtract_middle and not at_mlp and layer == config.depth // 2 + 1
+        marks = norm.scale_once, norm.skip_normed, behind_middle
+        return stream, start, branch, *(float(bool(mark)) for mark in marks)
 
 
 PLACEMENTS: dict[str, type[Scheme]] = {

@@ -209,6 +209,7 @@ def test_formula(placement, kind):
 
 
 FINISHES = {
+    "scaled": lambda state, norm: state[0] - 0.6 * state[2],
     "residual_dual": lambda state, norm: state[1] + norm(state[0]),
     "hyper_connections": lambda state, norm: sum(state),
     "attn_res": lambda state, norm: state[0] / 3,  # of 6 sublayers in blocks of 3
@@ -227,6 +228,23 @@ def test_what_the_final_norm_gets(placement, kind):
     )
     out = finished(state if isinstance(made, tuple) else state[0], config)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("start_scale", ["0", "0.3"])
+def test_middle_is_subtracted(depth, start_scale):
+    """nanochat's x − 0.2·x_mid, x_mid after the block with the number ⌊L/2⌋ (from 0), in the logits."""
+    asked = [f"depth={depth}", "norm=scaled", f"norm.start_scale={start_scale}", "init.std=0.2"]
+    model, plain = (
+        build_model(tiny(*asked, f"norm.subtract_middle={value}")) for value in (0.2, "null")
+    )
+    plain.load_state_dict(model.state_dict(), strict=True)
+    after, ids = [], torch.arange(22).view(2, 11)
+    for block in plain.blocks:
+        block.register_forward_hook(lambda m, args, out: after.append(tensors_of(out)[0]))
+    plain(ids)
+    expected = plain.head(plain.norm(after[-1] - 0.2 * after[depth // 2]))
+    torch.testing.assert_close(model(ids), expected)
 
 
 def test_every_placement_has_a_formula_here():

@@ -243,6 +243,16 @@ def test_what_sublayers_read(norm, engine, width):
     assert beyond(theory(tiny(*model, other))) > 0
 
 
+def test_what_the_final_norm_gets_is_in_the_gradient():
+    """x − 0.6·x_mid: without the second term theory's gradient departs."""
+    config, mean, sem, _ = simulated((*placed("scaled"), "init=fan_in"))
+    norm = replace(config.shape.norm, subtract_middle=None)
+    other = replace(config, model=replace(config.shape, norm=norm))
+    assert departures(config, mean, sem)["gradient_rms"] <= 0
+    beyond = departures(other, mean, sem)
+    assert beyond["gradient_rms"] > 0 >= beyond["mean_square"]
+
+
 class Halves(Scheme):
     """½x + N(x) + 2N(F(N(x))): a scheme that only this test knows, with x in two terms."""
 
