@@ -13,7 +13,7 @@ from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.custom import Custom
 from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.ngpt import NGPT
-from simlab.schemes.pre_and_post import ResiDual
+from simlab.schemes.pre_and_post import ResiDual, SiameseNorm
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
 from simlab.schemes.streams import HyperConnections
 
@@ -333,6 +333,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "gemma3n": Gemma3n,
     "ngpt": NGPT,
     "residual_dual": ResiDual,
+    "siamese_norm": SiameseNorm,
     "attn_res": AttnRes,
     "parallel": Parallel,
     "hyper_connections": HyperConnections,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,3 +41,36 @@ class ResiDual(Scheme):
         """x + N(r)."""
         r, x = state
         return x + norm(r)
+
+
+class SiameseNorm(Scheme):
+    """x' = n + z/c, y' = y + z, n = N(x), z = F(N(n + N(y))), c = √(2l), l the block from 1.
+
+    SiameseNorm (arXiv 2602.08064), post-pre: Qwen-Applications/SiameseNorm, deit-model-siamesenorm.py.
+    The final norm gets N(x) + N(y). The state is (y, x), both the embedding at first. The stream is y:
+    all that sublayers add is added to it whole, and nothing norms it: Δ‖y‖² = ‖z‖² + 2⟨y, z⟩. Its
+    gradient is y's alone; what a sublayer gets is that plus 1/c of x's. x has the mean square 1 + B/c²
+    after a sublayer of mean square B.
+    """
+
+    norms = ("norm_out", "norm_stream", "norm_in")
+
+    @staticmethod
+    def start(x: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """(y, x)."""
+        return x, x
+
+    def step(
+        self, state: tuple[V, V], F: Map[V], add: Add[V], norm_out: Map[V], norm_stream: Map[V],
+        norm_in: Map[V],
+    ) -> tuple[V, V]:  # fmt: skip
+        y, x = state
+        normed = norm_out(x)
+        branch = F(norm_in(normed + norm_stream(y)))
+        return add(y, branch), normed + branch / math.sqrt(2 * (self.layer + 1))
+
+    @staticmethod
+    def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """N(x) + N(y)."""
+        y, x = state
+        return norm(x) + norm(y)

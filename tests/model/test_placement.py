@@ -99,6 +99,13 @@ SQUASHES = {
 }
 
 
+def siamese_norm(state, F, i, o, n, L, z):
+    y, x = state if isinstance(state, tuple) else (state, state)
+    x = o(x)
+    b = F(i(x + NORMS["rms"](y, F.step.norm_stream.weight)))
+    return y + b, x + b / (2 * n) ** 0.5
+
+
 def attn_res(size):
     def update(state, F, i, o, n, L, z):
         x, part = state if isinstance(state, tuple) else (state, None)
@@ -139,6 +146,7 @@ FORMULAS = {
     "custom": lambda x, F, i, o, n, L, z: o(2 * x + F(i(x) / n**0.5) - 3 / L * z),
     "scaled": scaled,
     "residual_dual": residual_dual,
+    "siamese_norm": siamese_norm,
     "attn_res": attn_res(3),
     "attn_res_block": attn_res(6),
     "kimi_k3": attn_res(24),
@@ -212,6 +220,7 @@ FINISHES = {
     "scaled": lambda state, norm: state[0] - 0.6 * state[2],
     "residual_dual": lambda state, norm: state[1] + norm(state[0]),
     "hyper_connections": lambda state, norm: sum(state),
+    "siamese_norm": lambda state, norm: norm(state[0]) + norm(state[1]),
     "attn_res": lambda state, norm: state[0] / 3,  # of 6 sublayers in blocks of 3
 }
 

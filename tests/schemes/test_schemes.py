@@ -90,6 +90,7 @@ LAWS = {
     "gemma3n": lambda v, n, kind: (
         ((math.sqrt(v) + 1) ** 2 + 2) / 2 if kind == "attention" else v + 1
     ),
+    "siamese_norm": lambda v, n, kind: v + B,
     "attn_res": lambda v, n, kind: v + B,
     "residual_dual": lambda v, n, kind: v + B * (V0 if v == V0 else 1),  # reads the embedding first
     "pre_post": lambda v, n, kind: v + B if kind == "attention" else 1,

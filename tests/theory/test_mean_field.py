@@ -187,6 +187,7 @@ SETTINGS = [
     (*placed("scaled"), "init=fan_in"), (*placed("nanochat"),), ("norm=minimax", "init=fan_in"),
     ("norm=hybrid_norm", "init=fan_in"), ("norm=hybrid_norm_star",),
     ("norm=gemma3n", "init=fan_in"), ("norm=gemma3n", "norm.laurel_rank=4"),
+    ("norm=siamese_norm", "init=fan_in"), ("norm=siamese_norm", "width=256", "norm.type=layer"),
     (*placed("attn_res"), "init=fan_in"), ("norm=attn_res", "width=256", "norm.eps=1e-3"),
     ("norm=residual_dual", "init=fan_in"), ("norm=residual_dual", "width=256", "norm.type=layer"),
     ("norm=ngpt", "init=ngpt"), ("norm=ngpt", "norm.alpha=0.3", "model.mlp=gelu"),

@@ -242,6 +242,7 @@ def test_more_tokens_than_dimensions():
         (["norm=pre", "model.mlp=relu2", "init.std=0.2"], {}),
         (placed("scaled"), {}),
         (["norm=residual_dual"], {}),
+        (["norm=siamese_norm"], {}),
         ([*placed("attn_res"), "norm.eps=1e-3"], {}),
     ],
     ids=[
@@ -253,6 +254,7 @@ def test_more_tokens_than_dimensions():
         "relu2",
         "two vectors",
         "ResiDual",
+        "SiameseNorm",
         "AttnRes",
     ],
 )
