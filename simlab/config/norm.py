@@ -40,12 +40,12 @@ def read_scales(reader: Fields) -> dict[str, Any]:
 
 
 def read_parts(reader: Fields) -> dict[str, Any]:
-    """The keys of attention's norms and of residual steps' parts, of a config that has them."""
+    """The keys of attention's norms, of steps' parts and of loops, of a config that has them."""
     taken: dict[str, Any] = {
         key: reader.boolean(key) for key in ("qkv_norm", "qk_norm") if key in reader.values
     }
-    ranks = {key: reader.integer(key) for key in ("laurel_rank",) if key in reader.values}
-    return taken | ranks
+    counts = {key: reader.integer(key) for key in ("laurel_rank", "loops") if key in reader.values}
+    return taken | counts
 
 
 def read_streams(reader: Fields) -> dict[str, Any]:
@@ -71,6 +71,15 @@ def read_formulas(reader: Fields) -> dict[str, Any]:
             with _naming(key, text):
                 formula_of(text)
     return keys
+
+
+def check_depth(norm: NormConfig, depth: int) -> None:
+    """Raises ConfigError where a placement can't be, at this depth."""
+    if norm.loops is not None and depth % norm.loops:
+        raise ConfigError(
+            f"norm.loops={norm.loops}: must divide depth={depth}, the visits of blocks"
+        )
+    check_formulas(norm, depth)
 
 
 def check_formulas(norm: NormConfig, depth: int) -> None:

@@ -42,8 +42,8 @@ class NormConfig:
     subtract_middle: γ of x − γ·x_mid at the end. laurel_rank: of a low-rank part. streams: how many a
     placement of several has. update: the formula of ``custom``; mlp_update: another of MLPs, or None.
     attention_alpha … shift: of a type in ELEMENTWISE, α at attention, at MLPs, of the final norm, and
-    s. block_size: of attention residuals; None: each sublayer is a source. Each is None for a placement
-    whose file in conf/norm doesn't have it.
+    s. block_size: of attention residuals; None: each sublayer is a source. loops: visits of each block.
+    Each is None for a placement whose file in conf/norm doesn't have it.
     """
 
     placement: str
@@ -69,6 +69,7 @@ class NormConfig:
     streams: int | None = None
     update: str | None = None
     mlp_update: str | None = None
+    loops: int | None = None
     attention_alpha: float | None = None
     mlp_alpha: float | None = None
     final_alpha: float | None = None
@@ -185,6 +186,11 @@ class ModelConfig:
     def query_divisor(self) -> float:
         """Attention's logits are q·k over this."""
         return math.sqrt(self.query_pre_attn_scalar or self.head_dim)
+
+    @property
+    def distinct(self) -> int:
+        """Blocks with weights of their own; block l has those of block l mod this number."""
+        return self.depth // (self.norm.loops or 1)
 
     @property
     def expert_share(self) -> float:

@@ -38,7 +38,7 @@ from simlab.config import (
 )
 from simlab.config.attention import read_attention
 from simlab.config.fields import REQUIRED, Fields
-from simlab.config.norm import check_formulas, read_own, read_squash
+from simlab.config.norm import check_depth, read_own, read_squash
 from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
@@ -102,7 +102,7 @@ def _norm(reader: Fields) -> NormConfig:
 
 def _model(top: Fields, norm: NormConfig) -> ModelConfig:
     depth = top.integer("depth", high=MOST_BLOCKS)
-    check_formulas(norm, depth)
+    check_depth(norm, depth)
     width, heads = top.integer("width"), top.integer("heads")
     kv_heads, d_ff, vocab_size = (top.integer(key) for key in ("kv_heads", "d_ff", "vocab_size"))
     node = top.node("model")

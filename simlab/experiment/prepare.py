@@ -181,6 +181,13 @@ def prepare(
     reason = "transformers computes and draws this model" if family else "as asked"
     if not config.seeds:
         config, reason = replace(config, engine="dense"), "a checkpoint has its weights"
+    elif (loops := config.shape.norm.loops or 1) > 1 and config.engine in ("auto", "weightless"):
+        if config.engine == "weightless":
+            raise ConfigError(
+                f"engine=weightless: draws each matrix's effect anew, and norm.loops={loops} meets it "
+                "again; allowed: auto, dense"
+            )
+        config, reason = replace(config, engine="dense"), "auto: blocks are met again (norm.loops)"
     elif config.engine == "auto":
         config, reason = _cheaper(config, tokens.size)
     elif config.engine == "theory":

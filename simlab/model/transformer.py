@@ -86,7 +86,7 @@ def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, gains included, a tied head counted once; none is allocated."""
     kinds = [  # blocks with the same norms and parts have as many parameters
         (*((step.norms, step.parts) for step in steps), renorm_after(config, i))
-        for i in range(config.depth)
+        for i in range(config.distinct)
         for steps in [[at(config, i, kind) for kind in ("attention", "mlp")]]
     ]
     blocks = 0

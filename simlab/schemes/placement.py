@@ -71,6 +71,9 @@ class LNS(Pre):
         return add(x, F(norm_in(x) / math.sqrt(self.layer + 1)))
 
 
+DEEPNORM_SCALED = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 class DeepNorm(Scheme):
     """N(αx + F(x)), α = (2L)^¼, and β = (8L)^−¼ on the init (arXiv 2203.00555, decoder-only)."""
 
@@ -87,8 +90,7 @@ class DeepNorm(Scheme):
     @staticmethod
     def init_scale(role: str, depth: int) -> float:
         """β on the value and output projections and on the MLP's matrices, 1 on q and k."""
-        scaled = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        return (8 * depth) ** -0.25 if role in scaled else 1.0
+        return (8 * depth) ** -0.25 if role in DEEPNORM_SCALED else 1.0
 
 
 class NoNorm(Scheme):
@@ -163,6 +165,26 @@ class Keel(Scheme):
     def alpha_of(config: ModelConfig) -> float:
         """α."""
         return 2.0 * config.depth
+
+
+class DeepLoop(Keel):
+    """``Keel``'s step with α = (2N)^½, and β = (8N)^−½ on the init: DeepLoop (arXiv 2607.13491).
+
+    N = ``depth`` counts visits of blocks: block l has the weights of block l mod N/``norm.loops``. The
+    abstract has α and β and says Post-LN; that F's input is normed too is from readers' notes. Where x
+    is a norm's output, at all sublayers but the first, the same comes out either way. No source that
+    could be read says which matrices get β: here they are DeepNorm's.
+    """
+
+    @staticmethod
+    def alpha_of(config: ModelConfig) -> float:
+        """α."""
+        return (2 * config.depth) ** 0.5
+
+    @staticmethod
+    def init_scale(role: str, depth: int) -> float:
+        """β on DeepNorm's matrices, 1 on q and k."""
+        return (8 * depth) ** -0.5 if role in DEEPNORM_SCALED else 1.0
 
 
 class MixLN(Scheme):
@@ -325,6 +347,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "layerscale": LayerScale,
     "complete_p": CompleteP,
     "keel": Keel,
+    "deep_loop": DeepLoop,
     "mix_ln": MixLN,
     "pre_post": PrePost,
     "hybrid_norm": HybridNorm,

@@ -24,9 +24,10 @@ def parameters_on_paper(model: ModelConfig) -> int:
     of_heads = 1 + (norm.biased and not norm.elementwise)
     block += of_heads * {"none": 0, "full": q + kv, "per_head": 2 * model.head_dim}[model.qk_norm]
     block += of_heads * model.v_norm * model.head_dim
-    norms = sum(renorm_after(model, layer) for layer in range(model.depth))
-    steps = [at(model, i, kind) for i in range(model.depth) for kind in ("attention", "mlp")]
+    layers = range(model.distinct)
+    norms = sum(renorm_after(model, layer) for layer in layers)
+    steps = [at(model, i, kind) for i in layers for kind in ("attention", "mlp")]
     norms += sum(len(step.norms) for step in steps)
     parts = sum(PART_KERNELS[name].parameters(model) for step in steps for name in step.parts)
     ends = (2 - model.tied) * model.vocab_size + (model.positions or 0)
-    return model.depth * block + parts + (each * d + numbers) * (norms + 1) + d * ends
+    return model.distinct * block + parts + (each * d + numbers) * (norms + 1) + d * ends

@@ -112,4 +112,9 @@ def materialise_model(
     fill_parameters(transformer, weights, "", device, dtype)
     if model.tied:
         transformer.head.weight = transformer.embedding.weight
+    for layer in range(model.distinct, model.depth):
+        of = transformer.blocks[layer % model.distinct]
+        for name, parameter in of.named_parameters():
+            owner, _, last = name.rpartition(".")
+            setattr(transformer.blocks[layer].get_submodule(owner), last, parameter)
     return transformer.eval()

@@ -48,6 +48,19 @@ def entropy_of(*key: object) -> int:
     return int.from_bytes(digest, "little")
 
 
+def drawn_name(model: ModelConfig, name: str) -> str:
+    """The parameter whose numbers a parameter has: of a tied head the embedding, of a block that is
+    visited again the first visit's.
+    """
+    if name == "head.weight" and model.tied:
+        return "embedding.weight"
+    first, _, rest = name.partition(".")
+    if first != "blocks" or (model.norm.loops or 1) == 1:
+        return name
+    layer, _, inner = rest.partition(".")
+    return f"blocks.{int(layer) % model.distinct}.{inner}"
+
+
 def draw_on_cpu(out: np.ndarray, entropy: int, piece: int, law: Gaussian) -> None:
     """Fill a float32 array with draws of the law; beyond the cut, a number is drawn again."""
     sequence = np.random.SeedSequence(entropy, spawn_key=(piece,))
@@ -101,9 +114,8 @@ class RandomWeights(Weights):
         self.pool = ThreadPoolExecutor(threads) if drawing or threads > 1 else None
 
     def tensor(self, name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The whole parameter; a head tied to the embedding is the embedding."""
-        if name == "head.weight" and self.model.tied:
-            name = "embedding.weight"
+        """The whole parameter; a tied one is the one that it is tied to."""
+        name = drawn_name(self.model, name)
         law = distribution(self.model, self.init, name)
         if isinstance(law, Constant):
             return torch.full(tuple(shape), law.value, device=device, dtype=dtype)
@@ -128,8 +140,7 @@ class RandomWeights(Weights):
         self, name: str, shape: Shape, ids: Tensor, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """Rows of an embedding or the head, from the pieces in which they lie."""
-        if name == "head.weight" and self.model.tied:
-            name = "embedding.weight"
+        name = drawn_name(self.model, name)
         law = distribution(self.model, self.init, name)
         assert isinstance(law, Gaussian)
         unique, where = ids.cpu().unique(return_inverse=True)

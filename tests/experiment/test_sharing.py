@@ -14,7 +14,14 @@ from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
 
 DEPTH_FREE = {"normal", "transformers", "mitchell", "llama_depth", "fan_in", "ngpt"}  # of the rules
-OF_DEPTH = {"deepnorm", "residual_scale", "layerscale", "complete_p", "keel"}  # placements
+OF_DEPTH = {
+    "deepnorm",
+    "residual_scale",
+    "layerscale",
+    "complete_p",
+    "keel",
+    "deep_loop",
+}  # placements
 STEPS = {"layerscale": (2, 19)}  # its alpha is another beyond 18 blocks
 
 

@@ -290,7 +290,7 @@ def test_why_theory_has_no_curve_or_a_short_one(monkeypatch, tmp_path):
     text, _ = answer_of(tmp_path, "seeds=2", *short)
     assert "ends before the model for 1B none: from sublayer" in text
     assert re.search(r"\| 1\.9\d → – \| [^|]+ \|\n", text + "\n")  # theory, before the mean
-    monkeypatch.setattr("simlab.theory.mean_field.recursion.MOST_TOKENS", 15)
+    monkeypatch.setattr("simlab.theory.mean_field.limits.MOST_TOKENS", 15)
     text, _ = answer_of(tmp_path, "seeds=2", "depth=2")
     assert (
         "**Theory**, a mean-field recursion that is given the config and the tokens alone, has no "

@@ -79,6 +79,7 @@ LAWS = {
     "parallel": lambda v, n, kind: v + B,
     "hyper_connections": lambda v, n, kind: v + B,
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
+    "deep_loop": lambda v, n, kind: 1,
     "keel": lambda v, n, kind: 1,
     "ngpt": lambda v, n, kind: 1,
     "custom": lambda v, n, kind: 1,

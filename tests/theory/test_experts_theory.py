@@ -10,10 +10,10 @@ from conftest import STANDARD_ERRORS, ids_of, tiny
 from simlab.experiment import run
 from simlab.model.mlp import Experts
 from simlab.model.transformer import dense_linear
+from simlab.theory.mean_field import predict, unpredictable
 from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.kernels import Input
 from simlab.theory.mean_field.mlp import MLPKernel
-from simlab.theory.mean_field.recursion import predict, unpredictable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, TOKENS, DRAWS = 128, 6, 400

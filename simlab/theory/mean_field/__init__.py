@@ -3,6 +3,7 @@
 docs/theory.md has the equations and where they don't hold.
 """
 
-from simlab.theory.mean_field.recursion import PredictedRow, Prediction, predict, unpredictable
+from simlab.theory.mean_field.limits import unpredictable
+from simlab.theory.mean_field.recursion import PredictedRow, Prediction, predict
 
 __all__ = ["PredictedRow", "Prediction", "predict", "unpredictable"]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from simlab.config import FamilyConfig, InitConfig, ModelConfig
+from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.init import Gaussian, table
 from simlab.schemes.placement import at, placement_of, renorm_after
 from simlab.schemes.scheme import vectors
@@ -39,13 +39,11 @@ from simlab.theory.mean_field.kernels import (
     correlation,
     state_of,
 )  # fmt: skip
-from simlab.theory.mean_field.mlp import UNITS, MLPKernel
+from simlab.theory.mean_field.limits import unpredictable
+from simlab.theory.mean_field.mlp import MLPKernel
 from simlab.theory.mean_field.parts import PART_KERNELS
-from simlab.theory.mean_field.squash import no_squash, norm_of
+from simlab.theory.mean_field.squash import norm_of
 
-# Of a batch. OLMo-2-32B's curve with its band takes 47 s of CPU and 4.1 GiB at 512 tokens, 11 s and
-# 1.1 GiB at 256 (measured).
-MOST_TOKENS = 512
 # Of the seeds' std over their mean. Beyond, the mean is carried by rare seeds, and the recursion, which
 # is linear in the seeds' deviations, is low: by 4 % at this bound, 12 % at twice it (measured).
 SPREAD = 0.25
@@ -122,23 +120,6 @@ class Prediction:
         known = [float(getattr(row, name)) for row in self.rows[:length]]
         values[: len(known)] = known
         return values
-
-
-def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
-    """Why there is no prediction for these tokens (B, T), or None where there is."""
-    if isinstance(model, FamilyConfig):
-        return f"theory has no formula for transformers' {model.family}"
-    if model.mlp not in UNITS:
-        return f"theory has no hidden unit for model.mlp={model.mlp}; it has {', '.join(UNITS)}"
-    layers = range(model.depth)
-    if model.experts and any("norm_in" not in at(model, i, "mlp").norms for i in layers):
-        return "theory has experts (model.experts) only behind a norm, as norm=pre places them"
-    if ids.size > MOST_TOKENS:
-        return (
-            f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size} "
-            "(inputs.batch and inputs.length make it smaller)"
-        )
-    return no_squash(model)
 
 
 @contextmanager

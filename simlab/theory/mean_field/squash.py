@@ -11,7 +11,7 @@ JRSS B 36, 1974), tanh(x) = E erf(x/(k√2)), k Kolmogorov's. So H_ij is a sum o
 2αα'K_ij for u and (1 + 2α²K_ii)(1 + 2α'²K_jj) for v.
 
 y is not linear in x, so it is a new base vector of a step; its correlation with x is never asked for
-where sublayers alone get it (``no_squash``). Given K̂, Ĥ varies by the part of y_i·y_j that isn't
+where sublayers alone get it (``limits``). Given K̂, Ĥ varies by the part of y_i·y_j that isn't
 linear in the products x_i·x_j.
 """
 
@@ -25,8 +25,6 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
-from simlab.schemes.placement import at, placement_of, renorm_after
-from simlab.schemes.scheme import vectors
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import Expansion, at_nodes, expand
 from simlab.theory.mean_field.kernels import (
@@ -232,42 +230,3 @@ def squashed(step: KernelStep, squash: Squash) -> Callable[[KernelVector], Kerne
         )  # fmt: skip
 
     return apply
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A vector of which is known whether a norm's output is in it."""
-
-    normed: bool
-
-    def __add__(self, other: _Traced) -> _Traced:
-        return _Traced(self.normed or other.normed)
-
-    def __rmul__(self, scale: float) -> _Traced:
-        return self
-
-    def __truediv__(self, scale: float) -> _Traced:
-        return self
-
-
-def no_squash(model: ModelConfig) -> str | None:
-    """Why theory has no prediction for a model's element-wise norms; None where it has, or none are."""
-    if not model.norm.elementwise:
-        return None
-    if model.norm.shift:
-        return f"theory has norm.shift=0 alone; this model's is {model.norm.shift:g}"
-    if model.experts:
-        return f"theory has experts (model.experts) behind no norm.type={model.norm.type}"
-    state: Any = placement_of(model).start(_Traced(False), lambda x: x, model)
-    for layer in range(model.depth):
-        for kind in ("attention", "mlp"):
-            scheme = at(model, layer, kind)
-            maps: dict[str, Any] = dict.fromkeys(scheme.norms, lambda x: _Traced(True))
-            maps |= dict.fromkeys(scheme.parts, lambda x: _Traced(False))
-            state = scheme.step(
-                state, lambda x: _Traced(False), lambda skip, branch: skip + branch, **maps
-            )
-        if any(one.normed for one in vectors(state)) or renorm_after(model, layer):
-            name = f"norm.type={model.norm.type}"
-            return f"theory has {name} only where sublayers alone get what norms give, as norm=pre"
-    return None
