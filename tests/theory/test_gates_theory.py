@@ -82,6 +82,10 @@ def test_one_layer(kind):
     assert (quiet.square + 2 * quiet.kernel**2 / WIDTH).mean() < 0.85 * measured
 
 
+# Beyond the seeds' noise: the drawn heads' own, and terms of order 1/d.
+OWN = {
+    "mean_square": 0.02, "token_cosine": 0.06, "branch_raw_mean_square": 0.04, "gradient_rms": 0.06,
+}  # fmt: skip
 CURVES = [
     ("elementwise", 64, "weightless", "norm=pre"),
     ("elementwise", 192, "dense", "norm=reordered"),
@@ -93,9 +97,7 @@ CURVES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "width", "engine", "norm"), CURVES)
 def test_whole_curve(kind, width, engine, norm):
-    """Every row's mean square, cosine and gradient within 2 % (cosine and gradient 6 %) and the seeds'
-    noise, and the band. 2 % are the drawn heads' and terms of order 1/d.
-    """
+    """Every row within OWN and the seeds' noise, and the band. Without its gate theory departs."""
     shape = ["depth=3", f"width={width}", "heads=4", "kv_heads=2", "d_ff=160", "vocab_size=300"]
     size = 0.06 if norm == "norm=none" else 1.2 / width**0.5
     asked = [*shape, norm, f"init.std={size}", f"model.attention_gate={kind}", "inputs.length=8"]
@@ -109,13 +111,13 @@ def test_whole_curve(kind, width, engine, norm):
         found = predict(model, config.init, ids_of(config).numpy(), gradients=True)
         assert found.ends is None
         beyond = {}
-        for name, own in (("mean_square", 0.02), ("token_cosine", 0.06), ("gradient_rms", 0.06)):
+        for name, own in OWN.items():
             values = np.array([getattr(row, name) for row in found.rows])
             bound = own * np.abs(mean[name]) + STANDARD_ERRORS * sem[name]
-            beyond[name] = float(np.max(np.abs(values - mean[name]) / bound))
+            beyond[name] = float(np.nanmax(np.abs(values - mean[name]) / bound))
         return beyond, np.array([row.band for row in found.rows]) / std["mean_square"]
 
     beyond, ratio = departure()
     assert max(beyond.values()) < 1
     assert ((ratio > 0.67) & (ratio < 1.5)).all()  # a std of 48 draws is off by 10 % itself
-    assert departure(attention_gate="none")[0]["mean_square"] > 2
+    assert departure(attention_gate="none")[0]["branch_raw_mean_square"] > 2
