@@ -27,7 +27,7 @@ LOGGERS = (
     "wandb",
     "mlflow",
 )  # modules, extras, and the keys of trackers.sinks.TRACKERS
-ANSWERS = ("issue797", "families")  # the keys of simlab.report.answer.WRITERS
+ANSWERS = ("issue797", "families", "norm_zoo")  # the keys of simlab.report.answer.WRITERS
 FROM_CHECKPOINT = "from_checkpoint"  # a choice of model, norm and init: read from the checkpoint
 MLP_NAMES = ("swiglu", "geglu", "gelu", "gelu_exact", "relu2")  # the keys of model.mlp.MLPS
 

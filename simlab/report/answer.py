@@ -18,7 +18,7 @@ from simlab.analysis.curve import INITS
 from simlab.analysis.decision import HOLDS, UNDECIDED, UNTOLD, decision
 from simlab.analysis.numbers import off_by, plus_minus, short
 from simlab.analysis.resampling import Estimate, t_quantile
-from simlab.report import families_text
+from simlab.report import families_text, zoo
 from simlab.report.swept import (
     SweptCurve,
     SweptJob,
@@ -300,4 +300,5 @@ def _trained(curves: Sequence[SweptCurve]) -> Iterator[str]:
 WRITERS: dict[str, Callable[[Sequence[SweptJob]], str]] = {
     "issue797": issue797,
     "families": families_text.answer,
+    "norm_zoo": zoo.zoo,
 }

@@ -3,7 +3,7 @@
 sweep.parquet   every job's curve.csv, with the job's number and every swept key as a column
 streams.parquet likewise every streams.csv, where jobs have one
 jobs.csv        a row per job × curve: where it ended, how it grew, λ's, which law holds
-*.png           figures, chosen by what was swept; *.svg where asked for
+*.png           figures, chosen by what was swept; *.svg where asked for; zoo.png of answer=norm_zoo
 report.html     a page with the figure, the jobs and the command
 answer.md       a written answer, where the sweep's config asks for one (``report.answer``)
 families.csv    of answer=families: a row per checkpoint
@@ -246,6 +246,8 @@ def report(folder: Path, *, svg: bool = False) -> bool:
         families_text,
         style,
         sweep_figures,
+        zoo,
+        zoo_figure,
     )
 
     matplotlib.use("agg")  # seaborn's grids are pyplot's figures: these need no window
@@ -273,6 +275,9 @@ def report(folder: Path, *, svg: bool = False) -> bool:
             )
             write_csv(folder / FAMILIES, survey.table)
             files.append(folder / FAMILIES)
+        if name == "norm_zoo":
+            about = next(zoo.about_model(job) for job in outcomes if job.summary is not None)
+            drawn["zoo"] = zoo_figure.zoo_figure(zoo.zoo_rows(outcomes), about)
         for figure_name, figure in drawn.items():
             files += style.save(figure, folder, figure_name, svg=svg)
     answer = _answer(folder, name, outcomes)

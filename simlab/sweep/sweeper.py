@@ -47,6 +47,7 @@ REPORT = (
     "lambda_*.svg",
     "statistics.*",
     "gradients.*",
+    "zoo.*",
 )
 
 

@@ -1,0 +1,64 @@
+"""zoo.png of the answer ``norm_zoo``: placements ranked by the stream's last mean square."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simlab.report.colours import PALETTE
+from simlab.report.style import subplots
+from simlab.report.zoo import ZooRow
+
+MARKERS = "osD^v"  # of groups
+# ZooRow's field, the panel's title, and if its axis is logarithmic.
+_PANELS = (
+    ("v", "mean square after the last block\n(ring: theory)", True),
+    ("gradient", "gradient's rms, first block / last", True),
+    ("cosine", "mean cosine between tokens\nafter the last block", False),
+    ("bits", "bits of a last branch that its\nsum keeps in bfloat16", False),
+)
+
+
+def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
+    """A line per placement, a panel per number; colours by how the stream grows, markers by group."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    words = list(dict.fromkeys(row.growth for row in rows))
+    colours = {word: PALETTE[i % len(PALETTE)] for i, word in enumerate(words)}
+    figure, axes = subplots(
+        1, len(_PANELS), (13.5, 1.9 + 0.215 * len(names)), sharey=True, width_ratios=(1.5, 1, 1, 1)
+    )
+    for ax, (field, title, log) in zip(axes[0], _PANELS, strict=True):
+        ax.set_title(title, fontsize=9.5)
+        for row in rows:
+            y, value = names.index(row.name), getattr(row, field)
+            marker, colour = (
+                MARKERS[groups.index(row.group) % len(MARKERS)],
+                colours[row.growth],
+            )
+            if np.isfinite(value) and (value > 0 or not log):
+                ax.plot(value, y, marker, color=colour, ms=5.5, zorder=3)
+            if field == "v" and row.predicted > 0:
+                ax.plot(row.predicted, y, marker, ms=9, mfc="none", mec=".25", mew=0.9, zorder=2)
+        _axis(ax, log, len(names))
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=9)
+    axes[0, 0].invert_yaxis()
+    axes[0, 1].axvline(1, color=".5", lw=0.8)
+    axes[0, 3].axvline(0, color=".5", lw=0.8)
+    for word in words:
+        axes[0, 0].plot([], [], "o", color=colours[word], label=f"growth: {word}")
+    for group, marker in zip(groups if len(groups) > 1 else [], MARKERS, strict=False):
+        axes[0, 0].plot([], [], marker, color=".3", label=group)
+    figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=9)
+    figure.suptitle(line, fontsize=10.5, x=0.01, ha="left")
+    return figure
+
+
+def _axis(ax: Axes, log: bool, count: int) -> None:
+    if log:
+        ax.set_xscale("log")
+    ax.set_ylim(-0.7, count - 0.3)
+    ax.tick_params(labelsize=8.5)

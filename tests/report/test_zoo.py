@@ -1,0 +1,103 @@
+"""The answer norm_zoo: its numbers against the model's own tensors, its table and its figure."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import ids_of, placed, tiny
+
+from simlab import build_model
+from simlab.experiment import run
+from simlab.model.placement import ResidualAdd
+from simlab.report.answer import WRITERS
+from simlab.report.swept import SweptJob
+from simlab.report.zoo import kept_bits, zoo_rows
+from simlab.report.zoo_figure import zoo_figure
+
+NAMES = ("reordered", "post", "keel", "deepnorm", "pre", "none", "rezero", "minimax", "hybrid_norm")
+
+
+def job(name, *overrides):
+    result = run(tiny(*placed(name), "gradients=true", "init.std=0.1", *overrides))
+    return SweptJob({"norm_placement": name}, "", result.curve, result.summary)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_are_those_of_the_adds(name):
+    """8 + log2 of the branch's rms over the sum's, at the last block's two adds."""
+    config = tiny(*placed(name), "gradients=true", "init.std=0.1")
+    seed = config.seeds[0]
+    model, seen = build_model(dataclasses.replace(config, seeds=(seed,))), []
+    for block in model.blocks[-1:]:
+        for module in block.modules():
+            if isinstance(module, ResidualAdd):
+                module.register_forward_hook(lambda m, args, out: seen.append((args[1], out)))
+    with torch.no_grad():
+        model(ids_of(config))
+    (row,) = zoo_rows([job(name)])
+    rms = [(b.square().mean().sqrt(), s.square().mean().sqrt()) for b, s in seen]
+    expected = min((8 + math.log2(b / s) for b, s in rms if b > 0), default=math.nan)
+    # The sum's mean square behind a norm is a harmonic mean over tokens.
+    assert row.bits == pytest.approx(expected, abs=0.02, nan_ok=True)
+    assert row.room == pytest.approx(128 - math.log2(job(name).frame["max_abs"].max()), abs=0.01)
+
+
+def test_a_sum_that_is_normed_is_told():
+    """Negative control: taken for the stream that keel norms, its sum has 4 bits of 7 more."""
+    frame = job("keel").frame
+    last = frame[frame["block"] == 2]
+    assert kept_bits(last, 1e-6) < kept_bits(last.assign(gain_mean_square=2.0), 1e-6) - 2
+
+
+def test_rows_table_and_figure(tmp_path):
+    jobs = [job(name) for name in ("reordered", "rezero", "post")]
+    jobs.append(SweptJob({"norm_placement": "pre"}, "it broke"))
+    rows = zoo_rows(jobs)
+    assert [row.name for row in rows] == ["rezero", "post", "reordered"]
+    by_name = {row.name: row for row in rows}
+    curve = next(j for j in jobs if j.values["norm_placement"] == "reordered").frame
+    first, last = curve[curve["block"] == 0].iloc[-1], curve.iloc[-1]
+    reordered = by_name["reordered"]
+    assert reordered.v == last["mean_square"]
+    assert reordered.predicted == last["law_mean_field"]
+    assert reordered.gradient == first["gradient_rms"] / last["gradient_rms"]
+    assert reordered.cosine == last["token_cosine"]
+    assert by_name["rezero"].gradient == 1
+    assert math.isnan(by_name["rezero"].bits)
+    text = WRITERS["norm_zoo"](jobs)
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table[0] == "| placement | v | theory | growth | grad. | cosine | bits | room |"
+    assert len(table) == 2 + 3
+    assert next(line for line in table if "rezero" in line).split(" | ")[6] == "–"
+    assert "pre (it broke)" in text
+    assert "nan" not in text.lower()
+    figure = zoo_figure(rows, "a line")
+    assert len(figure.axes) == 4
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [row.name for row in rows]
+
+
+def test_theory_alone_and_two_models():
+    one, other = (
+        dataclasses.replace(j, values={"norm_placement": "peri", "depth": d})
+        for d, j in (
+            (3, job("peri", "engine=theory")),
+            (2, job("peri", "engine=theory", "depth=2")),
+        )
+    )
+    rows = zoo_rows([one, other])
+    assert [row.group for row in rows] == ["3", "2"]
+    assert all(math.isnan(row.room) and math.isfinite(row.v) for row in rows)
+    assert WRITERS["norm_zoo"]([one, other]).count("| placement") == 2
+
+
+def test_nothing_ended():
+    assert "No job has ended" in WRITERS["norm_zoo"]([SweptJob({"norm_placement": "pre"}, "broke")])
+
+
+def test_a_curve_that_overflows_says_where_it_ends():
+    found = job("none", "init.std=1e6")
+    (row,) = zoo_rows([found])
+    assert row.ends.startswith("ends after sublayer ")
+    assert f"none {row.ends}." in WRITERS["norm_zoo"]([found])
+    assert math.isfinite(row.v)
