@@ -65,6 +65,22 @@ def test_memory_grows_with_requests():
     assert peak(curve(*few, "engine=weightless")) < peak(curve(*few, "engine=dense")) / 3
 
 
+@pytest.mark.parametrize(
+    ("placement", "made"),
+    [
+        (["norm=hyper_connections", "norm.streams=8"], 8),
+        (["norm=scaled", "norm.start_scale=1"], 1),  # x₀ is handed on, not made anew
+    ],
+)
+def test_every_vector_of_the_states_is_counted(placement, made):
+    """With gradients the states before every block are kept, and forward alone one: of n vectors."""
+    base = ["engine=dense", "inputs.batch=4", "inputs.length=512"]
+    stream = curve(*base).stream
+    deep = [peak(curve(*base, *placement, "gradients=true", f"depth={n}")) for n in (100, 200)]
+    assert deep[1] - deep[0] == pytest.approx(100 * made * stream, rel=0.1)
+    assert peak(curve(*base, *placement)) > peak(curve(*base, "norm=pre")) + made * stream
+
+
 def test_long_sequences_are_squared():
     """1 × 16384: four float32 matrices of T × T for one head, and the mask and its inverse."""
     size = peak(curve("engine=dense", "width=256", "inputs.batch=1", "inputs.length=16384"))
