@@ -145,7 +145,10 @@ def zoo(jobs: Sequence[SweptJob]) -> str:
         "8 + log2(rms of branch / rms of sum). room: powers of 2 between the largest |x| and "
         "bfloat16's largest number."
     )
-    lines += [f"{row.name} {row.ends}." for row in rows if row.ends]
+    if ended := [f"{row.name} {row.ends}" for row in rows if row.ends]:
+        lines.append(
+            f"×: the curve ends early, and the numbers are its last ones: {listed(ended)}."
+        )
     lines += _theory(rows)
     return "\n\n".join([*lines, *missing_said(jobs, list(swept_curves(jobs)))]) + "\n"
 
@@ -162,7 +165,12 @@ def about_model(job: SweptJob) -> str:
 
 
 def _cells(row: ZooRow) -> list[str]:
-    numbers = [short(row.v), short(row.predicted), row.growth, short(row.gradient)]
+    numbers = [
+        short(row.v) + " ×" * bool(row.ends),
+        short(row.predicted),
+        row.growth,
+        short(row.gradient),
+    ]
     numbers += [short(row.cosine, 2), f"{row.bits:.1f}", f"{row.room:.0f}"]
     return [row.name, *(text if text not in ("", "nan") else "–" for text in numbers)]
 

@@ -23,7 +23,10 @@ _PANELS = (
 
 
 def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
-    """A line per placement, a panel per number; colours by how the stream grows, markers by group."""
+    """A line per placement, a panel per number; colours by how the stream grows, markers by group.
+
+    An arrow at the right edge: a curve that ends early, beyond the dtype's range.
+    """
     names = list(dict.fromkeys(row.name for row in rows))
     groups = list(dict.fromkeys(row.group for row in rows))
     words = list(dict.fromkeys(row.growth for row in rows))
@@ -33,7 +36,14 @@ def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
     )
     for ax, (field, title, log) in zip(axes[0], _PANELS, strict=True):
         ax.set_title(title, fontsize=9.5)
+        whole = [row.v for row in rows if row.v > 0 and not row.ends]
+        if field == "v" and whole and len(whole) < len(rows):  # overflows would take all the room
+            ax.set_xlim(min(whole) / 3, max(whole) * 10)
         for row in rows:
+            if field == "v" and row.ends and whole:
+                at = (1, names.index(row.name))
+                ax.plot(*at, ">", color=".3", transform=ax.get_yaxis_transform(), clip_on=False)
+                continue
             y, value = names.index(row.name), getattr(row, field)
             marker, colour = (
                 MARKERS[groups.index(row.group) % len(MARKERS)],

@@ -99,5 +99,9 @@ def test_a_curve_that_overflows_says_where_it_ends():
     found = job("none", "init.std=1e6")
     (row,) = zoo_rows([found])
     assert row.ends.startswith("ends after sublayer ")
-    assert f"none {row.ends}." in WRITERS["norm_zoo"]([found])
+    text = WRITERS["norm_zoo"]([found, job("pre")])
+    assert f"the numbers are its last ones: none {row.ends}." in text
+    assert " × |" in next(line for line in text.splitlines() if line.startswith("| none"))
+    figure = zoo_figure(zoo_rows([found, job("pre")]), "a line")
+    assert figure.axes[0].get_xlim()[1] < 1e9  # of pre's, not of 1e38
     assert math.isfinite(row.v)
