@@ -28,7 +28,7 @@ def own_handlers():
 @pytest.mark.slow
 def test_signals_at_random_moments(capsys):
     """A few of the real kills that ``scripts/try_signals.py`` counts."""
-    faults = try_signals.main(["--kills", "4", "--seed", "1", "--only", "run, theory"])
+    faults = try_signals.main(["--kills", "2", "--seed", "1", "--only", "run, theory"])
     assert faults == 0, capsys.readouterr().err
 
 

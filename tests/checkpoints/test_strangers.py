@@ -39,7 +39,7 @@ FORMATS = (
     "hugging_face", "sharded", "gpt2", "pickled", "olmo_core", "legacy_pt", "legacy_safetensors",
     "gguf",
 )  # fmt: skip
-COUNT = 100
+COUNT = 60
 
 
 def write(kind, folder, scratch, written):
