@@ -83,7 +83,7 @@ MISTAKES = {
     "inputs.path=nowhere.txt": "inputs.path=nowhere.txt: only with inputs=text",
     "depth==3": "depth==3: not of the form key=value",
     "seeds=1,2": "seeds",
-    "norm=null": "norm=null: allowed: complete_p",
+    "norm=null": "norm=null: allowed: attn_res",
     "hydra.run.dir=/proc/nowhere/x": "/proc/nowhere: No such file or directory",
     "device=cuda:99999999999999999999": "not on this machine",
 }

@@ -55,6 +55,12 @@ def read_streams(reader: Fields) -> dict[str, Any]:
         keys["streams"] = reader.integer("streams", 2, MOST_STREAMS)
     if "block_size" in reader.values:
         keys["block_size"] = reader.integer("block_size", default=None)
+    if "mix_std" in reader.values:
+        gate = reader.number("read_gate", 0.0, 0.999, above=True, default=None)
+        keys["mix_std"] = reader.number("mix_std", 0.0, above=True)
+        keys["mix_scale"] = reader.number("mix_scale", 0.0)
+        keys["mix_streams"] = reader.boolean("mix_streams")
+        keys["read_gate"] = gate or 1 / keys["streams"]
     return keys
 
 

@@ -40,10 +40,11 @@ class NormConfig:
     are post-norm. base_depth: of CompleteP. qkv_norm: True if attention norms q, k and v of each head;
     qk_norm: q and k. stream_scale … ramp: of ``scaled``; the scales of the first and the last block.
     subtract_middle: γ of x − γ·x_mid at the end. laurel_rank: of a low-rank part. streams: how many a
-    placement of several has. update: the formula of ``custom``; mlp_update: another of MLPs, or None.
-    attention_alpha … shift: of a type in ELEMENTWISE, α at attention, at MLPs, of the final norm, and
-    s. block_size: of attention residuals; None: each sublayer is a source. loops: visits of each block.
-    Each is None for a placement whose file in conf/norm doesn't have it.
+    placement of several has; mix_std … read_gate: of ``mhc``. update: the formula of ``custom``;
+    mlp_update: another of MLPs, or None. attention_alpha … shift: of a type in ELEMENTWISE, α at
+    attention, at MLPs, of the final norm, and s. block_size: of attention residuals; None: each
+    sublayer is a source. loops: visits of each block. Each is None for a placement whose file in
+    conf/norm doesn't have it.
     """
 
     placement: str
@@ -67,6 +68,10 @@ class NormConfig:
     subtract_middle: float | None = None
     laurel_rank: int | None = None
     streams: int | None = None
+    mix_std: float | None = None
+    mix_scale: float | None = None
+    mix_streams: bool | None = None
+    read_gate: float | None = None
     update: str | None = None
     mlp_update: str | None = None
     loops: int | None = None

@@ -139,14 +139,19 @@ class ModelProbe:
     def _ends(self, i: int, block: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         self.on_block()
         if i + 1 < len(self.probes):
-            self.left = i, first_output(out).detach().clone()
+            self.left = i, first_output(own_stream(block, out)).detach().clone()
 
     def _begins(
         self, path: str, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_argument(args, kwargs)
         if isinstance(block, Block) and isinstance(x, tuple):  # simlab's own, which carries a state
-            state, x = x, block.placement.watch(x)
+            state, x = x, own_stream(block, x)
+            if self.taps:
+                raise ConfigError(
+                    "probe: gradients=True: the model carries several vectors from block to block:"
+                    " measure it by its config, with gradients=true"
+                )
             if i == 0:
                 self.vectors.add(state, Step(after=x))
         if self.path not in (None, path):
@@ -314,6 +319,11 @@ def block_probes(
         ]
         for path, blocks in lists.items()
     }
+
+
+def own_stream(block: nn.Module, x: Any) -> Any:
+    """The stream of a state that a block of simlab's own takes or gives; else x itself."""
+    return block.placement.watch(x) if isinstance(block, Block) and isinstance(x, tuple) else x
 
 
 def passed_on(given: Tensor, got: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Linear
+from simlab.model.mix import Mix
 
 
 class LowRank(nn.Module):
@@ -30,4 +31,4 @@ class LowRank(nn.Module):
         return out
 
 
-PARTS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {"laurel": LowRank}
+PARTS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {"laurel": LowRank, "mix": Mix}

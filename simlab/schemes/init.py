@@ -34,9 +34,10 @@ The gate of attention's output (``g_proj``) is drawn as q is: in Qwen3-Next it i
 An MLP without a gate has the columns up and down. A router of experts is drawn as gate is, but as up
 by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
 ``init_feed_forward_moe``). Of a low-rank part, left and right are drawn as q is, but right by fan_in
-with 1/√rank. Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has it), as in all
-of these trainers; where a gain is 1 + its parameter, that is 0. α and s of an element-wise norm are
-those of the config.
+with 1/√rank; the matrix of ``mhc``'s coefficients has the std ``norm.mix_std`` by every rule, whole.
+Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has it), as in all of these
+trainers; where a gain is 1 + its parameter, that is 0. α and s of an element-wise norm are those of
+the config.
 """
 
 from __future__ import annotations
@@ -162,7 +163,9 @@ def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gau
     def scale(role: str) -> float:
         return (attention if role in _ATTENTION_MATRICES else mlp).init_scale(role, model.depth)
 
-    whole = {"embedding"} if init.rule in WHOLE_EMBEDDING else set()
+    whole = {"embedding", "mix_proj"} if init.rule in WHOLE_EMBEDDING else {"mix_proj"}
+    if model.norm.mix_std is not None:
+        sigmas["mix_proj"] = model.norm.mix_std
     return {
         role: Gaussian(sigma * scale(role), None if role in whole else init.truncate)
         for role, sigma in sigmas.items()

@@ -15,7 +15,7 @@ from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.ngpt import NGPT
 from simlab.schemes.pre_and_post import ResiDual, SiameseNorm
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
-from simlab.schemes.streams import HyperConnections
+from simlab.schemes.streams import HyperConnections, ManifoldHyperConnections
 
 
 class Reordered(Scheme):
@@ -361,6 +361,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "parallel": Parallel,
     "hyper_connections": HyperConnections,
     "custom": Custom,
+    "mhc": ManifoldHyperConnections,
 }
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from simlab.config import ModelConfig
+from simlab.config import ModelConfig, NormConfig
 from simlab.schemes.scheme import Add, Map, Scheme, V
+
+C = TypeVar("C")
+SINKHORN_EPS, SINKHORN_ITERATIONS = 1e-6, 20  # transformers' hc_eps and hc_sinkhorn_iters
 
 
 def total(vectors: Sequence[V]) -> V:
@@ -17,14 +21,13 @@ def total(vectors: Sequence[V]) -> V:
     return first
 
 
-class HyperConnections(Scheme):
-    """x_j + F(N(x_r)) for each of n streams x_j, r = k mod n in sublayer k: hyper-connections' init.
+def weighted(shares: Sequence[Any], vectors: Sequence[Any]) -> Any:
+    """Σ share · vector."""
+    return total([share * x for share, x in zip(shares, vectors, strict=True)])
 
-    arXiv 2409.19606, §2: the streams start as copies of the embedding. Sublayer k reads Σ a_j·x_j, a
-    one-hot at k mod n, and makes Σ_i A_ij·x_i + b_j·F of stream j, A = I and b = 1; the final norm gets
-    the streams' sum. What the paper adds to a, A and b for each token, s·tanh(N(x_j)·W), is exactly 0
-    at init, where W = 0, and so is its gradient with respect to x_j. So each stream is ``pre``'s.
-    """
+
+class Streams(Scheme):
+    """n streams, which start as copies of the embedding and are all written to."""
 
     norms = ("norm_in",)
 
@@ -32,6 +35,21 @@ class HyperConnections(Scheme):
     def start(x: V, norm: Map[V], config: ModelConfig) -> tuple[V, ...]:
         """(x, …, x), the embedding n times."""
         return (x,) * (config.norm.streams or 4)
+
+    @staticmethod
+    def pull(gradients: Sequence[V]) -> V:
+        """The sum: a write moves each stream."""
+        return total(gradients)
+
+
+class HyperConnections(Streams):
+    """x_j + F(N(x_r)) for each of n streams x_j, r = k mod n in sublayer k: hyper-connections' init.
+
+    arXiv 2409.19606, §2: the streams start as copies of the embedding. Sublayer k reads Σ a_j·x_j, a
+    one-hot at k mod n, and makes Σ_i A_ij·x_i + b_j·F of stream j, A = I and b = 1; the final norm gets
+    the streams' sum. What the paper adds to a, A and b for each token, s·tanh(N(x_j)·W), is exactly 0
+    at init, where W = 0, and so is its gradient with respect to x_j. So each stream is ``pre``'s.
+    """
 
     def step(self, state: tuple[V, ...], F: Map[V], add: Add[V], norm_in: Map[V]) -> tuple[V, ...]:
         first, *others = state
@@ -44,11 +62,62 @@ class HyperConnections(Scheme):
         return (2.0 * layer + (kind == "mlp"),)
 
     @staticmethod
-    def pull(gradients: Sequence[V]) -> V:
-        """The sum: each stream is written to."""
-        return total(gradients)
-
-    @staticmethod
     def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
         """The streams' sum."""
         return total(state)
+
+
+@dataclass(frozen=True)
+class Coefficients(Generic[C]):
+    """What a step does with n streams: numbers, or one for each token.
+
+    gates: p_j (n). write: q_t (n). kept: c_t, the shares (n) of each stream in what stream t was; None
+    for the identity.
+    """
+
+    gates: tuple[C, ...]
+    write: tuple[C, ...]
+    kept: tuple[tuple[C, ...], ...] | None
+
+    def read(self, state: tuple[Any, ...]) -> Any:
+        """Σ p_j·x_j."""
+        return weighted(self.gates, state)
+
+
+def mix_shape(norm: NormConfig) -> tuple[int, int]:
+    """n, and how many coefficients a token has."""
+    n = norm.streams or 4
+    return n, n * (n + 2) if norm.mix_streams else 2 * n
+
+
+class ManifoldHyperConnections(Streams):
+    """x_t' = Σ_j c_jt·x_j + q_t·F(N(Σ p_j·x_j)), with p, q and c of each token: mHC.
+
+    arXiv 2512.24880, as in transformers' ``deepseek_v4/modeling_deepseek_v4.py``; ``model/mix.py`` has
+    the coefficients. The streams start as copies of the embedding. The stream that is reported is
+    their mean, x' = x + q̄·F, as c's rows sum to 1 (Sinkhorn's iteration leaves some 10⁻³ where its
+    logits are large); a branch is q̄·F. So at infinite width m' = m + (1 + 4 Var σ(u)/n)·B, u the
+    logits. The final norm gets the streams' mean, as in transformers' ``glm5_next``; DeepSeek-V4's own
+    head weighs the streams by gates once more.
+    """
+
+    parts = ("mix",)
+
+    def step(
+        self, state: tuple[Any, ...], F: Map[Any], add: Add[Any], norm_in: Map[Any], mix: Any
+    ) -> tuple[Any, ...]:
+        by = mix(state)
+        branch = F(norm_in(by.read(state)))
+        kept = state if by.kept is None else [weighted(shares, state) for shares in by.kept]
+        add(total(kept) / len(state), (total(by.write) / len(state)) * branch)  # to be measured
+        return tuple(x + q * branch for x, q in zip(kept, by.write, strict=True))
+
+    @staticmethod
+    def watch(state: Any) -> Any:
+        """The streams' mean."""
+        return total(state) / len(state)
+
+    @staticmethod
+    def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
+        """The streams' mean."""
+        return total(state) / len(state)

@@ -45,8 +45,10 @@ def test_bytes_of_many_tokens(overrides):
     traced = trace(config.shape, config.dtype, True)
     with torch.no_grad(), Counter() as count:
         block(x)
-    # A probe holds a step's tensors longer than the block alone does: the trace has both.
-    assert count.peak == pytest.approx(BATCH * traced.forward, rel=0.1)
+    # A probe holds a step's tensors longer than the block alone does: the trace has both. The means
+    # of mhc's streams, which are added to be measured, only a probe holds.
+    rel = 0.3 if config.shape.norm.mix_std else 0.1
+    assert count.peak == pytest.approx(BATCH * traced.forward, rel=rel)
     assert count.peak <= BATCH * traced.forward
     passed = [as_leaves(tuple(y.clone() for y in x) if isinstance(x, tuple) else x)]
     ones = tuple(torch.ones_like(y) for y in tensors_of(block(x)))

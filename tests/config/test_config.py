@@ -73,9 +73,8 @@ def test_kv_heads_follow_heads():
 
 def test_every_choice_composes():
     others = set(options("norm")) - {"from_checkpoint"} - set(PLACEMENTS)
-    assert {compose([f"norm={name}"]).shape.norm.placement for name in others} == {
-        "scaled", "pre", "attn_res",
-    }  # fmt: skip
+    placements = {compose([f"norm={name}"]).shape.norm.placement for name in others}
+    assert placements == {"scaled", "pre", "attn_res", "mhc"}
     assert set(PLACEMENTS) <= set(options("norm"))
     assert set(options("init")) - {"from_checkpoint"} == set(RULES)
     assert tuple(MLPS) == config.MLP_NAMES
@@ -166,8 +165,8 @@ UNKNOWN = {
     "dpeth=3": "dpeth=3: no such key; did you mean depth?",
     "nrom=pre": "nrom=pre: no such key; did you mean norm?",
     "norm=swinrenorm": "; did you mean swin_renorm?",
-    "norm.placement=nanochat": "norm.placement=nanochat: allowed: complete_p, ",
-    "norm=null": "norm=null: allowed: complete_p, ",
+    "norm.placement=nanochat": "norm.placement=nanochat: allowed: attn_res, ",
+    "norm=null": "norm=null: allowed: attn_res, ",
     "init=true": "init=true: allowed: fan_in, ",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
     "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",

@@ -25,7 +25,7 @@ EXPERIMENTS = {
     "olmo2_fig5": (["recipe", "width"], 10, ["width=64,128", "depth=2"]),
     "olmo2_fig6": (["recipe", "width"], 18, ["width=64,128", "depth=2"]),
     "norm_zoo": (
-        ["norm_placement"], len(PLACEMENTS) + 6, [*TINY, "depth=7", "norm=reordered,swin_renorm,post"],
+        ["norm_placement"], len(PLACEMENTS) + 7, [*TINY, "depth=7", "norm=reordered,swin_renorm,post"],
     ),
     "depth_by_std": (
         ["depth", "init.std", "norm_placement"], 32, [*TINY, "depth=1,2", "init.std=0.01,0.02"],

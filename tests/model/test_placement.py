@@ -137,6 +137,10 @@ FORMULAS = {
         x + F(i(x)) if F.__name__ == "attention" else o(x + F(x))
     ),
     "parallel": lambda x, F, i, o, n, L, z: x + F(i(x)),  # i of the block's start
+    # With logits of 0: 4 gates of ½ or of ¼, streams mixed alike or not, writes of 1.
+    "mhc": lambda x, F, i, o, n, L, z: x + F(i(2 * x)),
+    "mhc_paper": lambda x, F, i, o, n, L, z: x + F(i(2 * x)),
+    "hy_v4": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "hyper_connections": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "complete_p": lambda x, F, i, o, n, L, z: x + 2 / L * F(i(x)),
     "deep_loop": lambda x, F, i, o, n, L, z: o((2 * L) ** 0.5 * x + F(i(x))),
@@ -185,7 +189,10 @@ def with_random_gains(model):
 )
 def test_formula(placement, kind):
     own_type = [] if placement in SQUASHES else [f"norm.type={kind}"]
-    config = tiny("depth=5", *placed(placement), *own_type, f"norm.eps={EPS}", "init.std=0.2")
+    constant = ["norm.mix_scale=0"] * (placement in ("mhc", "mhc_paper", "hy_v4"))
+    config = tiny(
+        "depth=5", *placed(placement), *own_type, f"norm.eps={EPS}", "init.std=0.2", *constant
+    )
     model, norm = with_random_gains(build_model(config)), NORMS[kind]
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     state = start(model.embedding(ids), config.shape)
@@ -221,6 +228,7 @@ FINISHES = {
     "scaled": lambda state, norm: state[0] - 0.6 * state[2],
     "residual_dual": lambda state, norm: state[1] + norm(state[0]),
     "hyper_connections": lambda state, norm: sum(state),
+    "mhc": lambda state, norm: sum(state) / len(state),
     "siamese_norm": lambda state, norm: norm(state[0]) + norm(state[1]),
     "attn_res": lambda state, norm: state[0] / 3,  # of 6 sublayers in blocks of 3
 }

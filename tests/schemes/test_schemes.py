@@ -7,6 +7,7 @@ from conftest import placed, tiny
 
 from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.placement import PLACEMENTS, at, placement_of, renorm_after
+from simlab.schemes.streams import Coefficients
 
 V0, B = 0.25, 0.3  # the embedding's mean square; a branch's, of an input of mean square 1
 
@@ -44,6 +45,15 @@ def sublayer(x):
     return Kernel({object(): (1.0, B * x.mean_square)})
 
 
+def coefficients(state):
+    """mHC's where its logits are 0: gates of ½, writes of 1, streams mixed alike."""
+    n = len(state)
+    return Coefficients((0.5,) * n, (1.0,) * n, ((1 / n,) * n,) * n)
+
+
+PARTS = {"mix": coefficients}  # other parts are matrices, as a sublayer is
+
+
 def mean_squares(*overrides):
     """v at the embedding and after every step of the config's model, from its schemes alone."""
     config = tiny(*overrides).shape
@@ -53,7 +63,8 @@ def mean_squares(*overrides):
     for layer in range(config.depth):
         for kind in ("attention", "mlp"):
             scheme = at(config, layer, kind)
-            maps = dict.fromkeys(scheme.norms, norm) | dict.fromkeys(scheme.parts, sublayer)
+            maps = dict.fromkeys(scheme.norms, norm)
+            maps |= {name: PARTS.get(name, sublayer) for name in scheme.parts}
             x = scheme.step(x, sublayer, lambda skip, branch: skip + branch, **maps)
             v.append(placement.watch(x).mean_square)
         if renorm_after(config, layer):
@@ -78,6 +89,7 @@ LAWS = {
     "mix_ln": lambda v, n, kind: 1 if n == 1 else v + B,
     "parallel": lambda v, n, kind: v + B,
     "hyper_connections": lambda v, n, kind: v + B,
+    "mhc": lambda v, n, kind: v + B,
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
     "deep_loop": lambda v, n, kind: 1,
     "keel": lambda v, n, kind: 1,

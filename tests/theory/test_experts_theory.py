@@ -11,8 +11,8 @@ from simlab.experiment import run
 from simlab.model.mlp import Experts
 from simlab.model.transformer import dense_linear
 from simlab.theory.mean_field import predict, unpredictable
+from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.experts import ExpertsKernel
-from simlab.theory.mean_field.kernels import Input
 from simlab.theory.mean_field.mlp import MLPKernel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ from conftest import STANDARD_ERRORS, ids_of, tiny
 from simlab.experiment import run
 from simlab.model.attention import Attention
 from simlab.model.transformer import dense_linear
+from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gates import attention_of
-from simlab.theory.mean_field.kernels import Input
 from simlab.theory.mean_field.recursion import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")

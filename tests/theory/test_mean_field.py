@@ -17,7 +17,8 @@ from simlab.schemes.placement import PLACEMENTS
 from simlab.schemes.scheme import Scheme
 from simlab.theory.mean_field import predict, recursion, unpredictable
 from simlab.theory.mean_field.averages import DEGREE, at_nodes, expand, gelu, saturation, silu
-from simlab.theory.mean_field.kernels import Input, KernelStep, State, state_of
+from simlab.theory.mean_field.branch import Input
+from simlab.theory.mean_field.kernels import KernelStep, State, state_of
 from simlab.theory.mean_field.mlp import UNITS, Unit
 
 SHAPE = [

@@ -19,10 +19,11 @@ from simlab.schemes.rope import inverse_frequencies
 from simlab.theory.mean_field import predict
 from simlab.theory.mean_field.attention import AttentionKernel
 from simlab.theory.mean_field.band import Pullback
+from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.gradient import loss_gradient, pull_gradient
-from simlab.theory.mean_field.kernels import Input, KernelStep, State
+from simlab.theory.mean_field.kernels import KernelStep, State
 from simlab.theory.mean_field.mlp import MLPKernel
 
 BATCH, LENGTH, WIDTH = 2, 6, 64

@@ -10,7 +10,7 @@ from test_mean_field import SHAPE, column, departures, simulated
 
 from simlab.experiment import prepare, run
 from simlab.theory.mean_field import predict, squash, unpredictable
-from simlab.theory.mean_field.kernels import Input
+from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.squash import Squash
 
 FUNCTIONS = {

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY, KernelStep, State, Terms, pairs_of
+from simlab.theory.mean_field.branch import TINY
+from simlab.theory.mean_field.kernels import KernelStep, State, Terms, pairs_of
 
 # Of a row's functional, in units of its std: what leaving out directions of the basis may change.
 CUT = 1e-5

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from simlab.config import ModelConfig
 from simlab.schemes.rope import inverse_frequencies
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY
+from simlab.theory.mean_field.branch import TINY
 
 Array32 = NDArray[np.float32]
 POOL = 1 << 21

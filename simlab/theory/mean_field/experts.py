@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from simlab.theory.laws import Array
+from simlab.theory.mean_field.branch import TINY, Input
 from simlab.theory.mean_field.drawing import Array32
-from simlab.theory.mean_field.kernels import TINY, Input
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
 
 LOGITS = 1 << 20  # logits per angle: E Σ w² is known to 0.3 % with 64 experts, 0.05 % with 8

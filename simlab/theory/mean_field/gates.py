@@ -34,14 +34,9 @@ from simlab.theory.laws import Array
 from simlab.theory.mean_field.attention import AttentionBranch, AttentionKernel
 from simlab.theory.mean_field.averages import at_nodes, expand, sigmoid
 from simlab.theory.mean_field.band import pull_correlation
+from simlab.theory.mean_field.branch import TINY, Branch, Input
 from simlab.theory.mean_field.drawing import Context
-from simlab.theory.mean_field.kernels import (
-    TINY,
-    Branch,
-    Input,
-    correlation,
-    outer_square,
-)
+from simlab.theory.mean_field.kernels import correlation, outer_square
 from simlab.theory.mean_field.mlp import RELATIVE_STEP
 
 

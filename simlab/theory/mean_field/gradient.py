@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from simlab.config import ModelConfig
 from simlab.theory.laws import Array
-from simlab.theory.mean_field.kernels import TINY, KernelStep, Term, Terms, pairs_of
+from simlab.theory.mean_field.branch import TINY
+from simlab.theory.mean_field.kernels import KernelStep, Term, Terms, pairs_of
 from simlab.theory.mean_field.squash import Squash
 
 

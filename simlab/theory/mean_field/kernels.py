@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import saturation
-
-TINY = 1e-300
+from simlab.theory.mean_field.branch import TINY, Branch, Input
 
 
 def outer_square(kernel: Array) -> Array:
@@ -48,75 +47,6 @@ def correlation(kernel: Array) -> Array:
 def shrink(rho: Array) -> Array:
     """Var(ρ̂_ij)·m_i·m_j over Var(K̂_ij), for Gaussian vectors: (1 − ρ²)²/(1 + ρ²)."""
     return (1 - rho**2) ** 2 / (1 + rho**2)
-
-
-@dataclass(frozen=True, eq=False)
-class Input:
-    """A sublayer's input: its kernel H, and the variance between seeds of its Gram matrix Ĥ.
-
-    kernel: H (N, N). square: Cov(Ĥ_ii, Ĥ_jj) (N, N). correlation_variance: τ² = Var(ρ̂_ij) (N, N).
-    normed: True if a norm fixes H_ii.
-    """
-
-    kernel: Array
-    square: Array
-    correlation_variance: Array
-    normed: bool
-
-    @property
-    def relative_variance(self) -> Array:
-        """Var(Ĥ_ii)/H_ii² (N,)."""
-        return self.square.diagonal() / np.maximum(self.kernel.diagonal(), TINY) ** 2
-
-
-class Branch(Protocol):
-    """A sublayer's output, as ``attention`` and ``mlp`` compute it from its input's kernel H.
-
-    ``square`` and ``cross`` are the vector's own parts, given the input and without what the last
-    matrix's width adds.
-    """
-
-    @property
-    def kernel(self) -> Array:
-        """B_ij = E⟨b_i, b_j⟩/d (N, N)."""
-        ...
-
-    @property
-    def units(self) -> int:
-        """How many independent terms an output entry sums: hidden units, entries of values."""
-        ...
-
-    @property
-    def square(self) -> Array:
-        """Cov(B̂_ii, B̂_jj) between seeds (N, N)."""
-        ...
-
-    @property
-    def cross(self) -> Array:
-        """Var(B̂_ij) between seeds (N, N)."""
-        ...
-
-    @property
-    def lean(self) -> Array | None:
-        """dB_ii/dH_ii (N,) of an input whose mean square no norm fixes, else None."""
-        ...
-
-    @property
-    def slope(self) -> Array:
-        """dB_ij/dρ_ij (N, N)."""
-        ...
-
-    def covariance(self, functionals: Any) -> Array:
-        """Cov(⟨A_i, B̂⟩, ⟨A_j, B̂⟩) (J, J) given the input, beyond Gaussian units' 2 tr(ABAB)/units."""
-        ...
-
-    def pull(self, functionals: Any) -> Any:
-        """Symmetric functionals (J, N, N) of the input's Gram matrix, to which A reduces linearly."""
-        ...
-
-    def pull_gradient(self, gradient: Array) -> Array:
-        """The kernel of the gradient at the input (N, N), from that at the output."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -206,6 +136,7 @@ class State:
 
     others: further vectors that are carried along. between: for each two of all, a < b, the cross
     kernel E⟨x_a,i, x_b,j⟩/d (N, N). copies: how often the state has the stream, where that is all.
+    apart: how far streams lie from their mean, which is the stream: Δ (N, N), as ``mixing`` has it.
     """
 
     kernel: Array
@@ -214,6 +145,7 @@ class State:
     others: tuple[State, ...] = ()
     between: Mapping[tuple[int, int], Array] = field(default_factory=dict)
     copies: int = 1
+    apart: Array | None = None
 
     @property
     def vectors(self) -> tuple[State, ...]:
@@ -262,6 +194,8 @@ class KernelStep:
     events: list[tuple[str, int]] = field(default_factory=list)
     added: Array | None = None  # the kernel of what was added last
     read: Array | None = None  # the kernel of what the last sublayer got
+    written: Callable[[Branch], Branch] = lambda branch: branch  # what coefficients make of it
+    apart: Array | None = None  # of the state after it
 
     def __post_init__(self) -> None:
         self.kernels = [one.kernel for one in self.start.vectors]
@@ -339,7 +273,8 @@ class KernelStep:
         """A sublayer as a formula calls it: from a vector to a new base vector. part: it is a part."""
 
         def apply(v: KernelVector) -> KernelVector:
-            branch = sublayer(Input(v.kernel, v.total_square, v.correlation_variance, v.normed))
+            inner = sublayer(Input(v.kernel, v.total_square, v.correlation_variance, v.normed))
+            branch = inner if part else self.written(inner)
             index = len(self.kernels)
             self.kernels.append(branch.kernel)
             self.branches[index] = branch, v.terms
@@ -351,7 +286,10 @@ class KernelStep:
                 self, (Term(index, 1.0),), branch.kernel, branch.square + wishart,
                 branch.cross + cross, lean, branch.slope * np.sqrt(v.correlation_variance),
             )  # fmt: skip
-            self.raw, self.read = (self.raw, self.read) if part else (out, v.kernel)
+            if not part:
+                self.read = v.kernel
+                raw_square = inner.square + 2 * inner.kernel**2 / self.width
+                self.raw = replace(out, kernel=inner.kernel, square=raw_square)
             return out
 
         return apply

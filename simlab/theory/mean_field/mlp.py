@@ -23,12 +23,8 @@ from simlab.theory.laws import Array
 from simlab.theory.mean_field import averages
 from simlab.theory.mean_field.averages import at_nodes, expand
 from simlab.theory.mean_field.band import pull_correlation
-from simlab.theory.mean_field.kernels import (
-    TINY,
-    Input,
-    correlation,
-    outer_square,
-)
+from simlab.theory.mean_field.branch import TINY, Input
+from simlab.theory.mean_field.kernels import correlation, outer_square
 
 RELATIVE_STEP = 0.02  # relative, of the numerical derivative in the input's mean square
 

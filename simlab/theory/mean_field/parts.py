@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
+from simlab.schemes.streams import mix_shape
 from simlab.theory.laws import Array
+from simlab.theory.mean_field.branch import TINY, Input
 from simlab.theory.mean_field.drawing import Context
-from simlab.theory.mean_field.kernels import (
-    TINY,
-    Input,
-    KernelStep,
-    KernelVector,
-    outer_square,
-)
+from simlab.theory.mean_field.kernels import KernelStep, KernelVector, outer_square
+from simlab.theory.mean_field.mixing import mixing
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +94,12 @@ class PartKernel:
     parameters: Callable[[ModelConfig], int]
 
 
+def _mix_parameters(model: ModelConfig) -> int:
+    streams, outputs = mix_shape(model.norm)
+    return streams * model.width * outputs
+
+
 PART_KERNELS: dict[str, PartKernel] = {
     "laurel": PartKernel(_low_rank, lambda model: 2 * model.width * _rank(model)),
+    "mix": PartKernel(mixing, _mix_parameters),
 }

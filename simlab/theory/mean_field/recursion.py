@@ -19,6 +19,7 @@ from simlab.schemes.scheme import vectors
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import band
+from simlab.theory.mean_field.branch import TINY, Branch, Input
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.gates import attention_of
@@ -29,9 +30,6 @@ from simlab.theory.mean_field.gradient import (
     pull_gradient,
 )
 from simlab.theory.mean_field.kernels import (
-    TINY,
-    Branch,
-    Input,
     KernelStep,
     KernelVector,
     State,
@@ -40,6 +38,7 @@ from simlab.theory.mean_field.kernels import (
     state_of,
 )  # fmt: skip
 from simlab.theory.mean_field.limits import unpredictable
+from simlab.theory.mean_field.mixing import NEARLY_CONSTANT, logits_std
 from simlab.theory.mean_field.mlp import MLPKernel
 from simlab.theory.mean_field.parts import PART_KERNELS
 from simlab.theory.mean_field.squash import norm_of
@@ -196,6 +195,8 @@ def predict(
         last = Ending(model, (first, *passed)[-1].state)
         if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
+        elif logits_std(model) > NEARLY_CONSTANT:
+            no_gradient = "mixing coefficients differ so much that their own gradients count"
         elif loss_error(last.out.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
@@ -292,12 +293,11 @@ def _passed(
     weights = _write_weights(model, len(outs))
     if all(one.terms == outs[0].terms for one in outs) and (weights == weights[0]).all():
         outs, copies = outs[:1], len(outs)
-    same = (
-        len(outs) == 1 and outs[0].terms == step.x.terms
-    )  # as an embedding is where nothing changes
+    # As an embedding is, where nothing changes.
+    same = len(outs) == 1 and outs[0].terms == step.x.terms
     state = step.start if same else state_of(*outs)
-    if copies != state.copies:
-        state = replace(state, copies=copies)
+    if copies != state.copies or step.apart is not None:
+        state = replace(state, copies=copies, apart=step.apart)
     after = KernelStep(state, step.width, step.eps, 1.0)
     watched = placement_of(model).watch(after.state)
     shares = after.shares(watched)

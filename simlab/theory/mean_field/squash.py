@@ -27,9 +27,8 @@ import numpy as np
 from simlab.config import ModelConfig
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import Expansion, at_nodes, expand
+from simlab.theory.mean_field.branch import TINY, Input
 from simlab.theory.mean_field.kernels import (
-    TINY,
-    Input,
     KernelStep,
     KernelVector,
     Term,
