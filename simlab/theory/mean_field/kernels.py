@@ -318,7 +318,8 @@ class KernelStep:
         cross = skip.cross + branch.cross + (ends + ends.T + 2 * a * b) / self.width
         if self.starts > 1:  # what they share, as of Gaussian vectors
             apart = a + b
-            square = square + 2 * (kernel**2 - apart**2) / self.width
+            # Below 0 where they cancel and an embedding's kurtosis is less than a Gaussian's.
+            square = np.maximum(square + 2 * (kernel**2 - apart**2) / self.width, 0)
             more = outer_square(kernel) - outer_square(apart) + kernel**2 - apart**2
             cross = np.maximum(cross + more / self.width, 0)
         return KernelVector(
