@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pandas as pd
 
 from simlab.analysis.verdict import ROUNDING
 from simlab.config import ModelConfig
 from simlab.schemes.placement import at, placement_of
+from simlab.schemes.streams import Coefficients
 
 TEN_ROUNDINGS = 10  # a norm takes about as many operations in the dtype
 _ATTENTION_QUANTITIES = {"attention_entropy", "attention_max_logit", "attention_first"}
@@ -60,10 +63,12 @@ def norms_of(model: ModelConfig) -> NormsOf:
         before = ("norm_in" in scheme.norms and sets_rms) or inside
         last = scheme.normalises if sets_rms else None
         placement = placement_of(model)
-        state = placement.start(1.0, _same, model)
+        parts = {"laurel": _nothing, "mix": partial(_mixed, bool(model.norm.mix_streams))}
+        state = placement.start(1.0, _other, model)
         for each in ("attention", "mlp")[: 1 + (kind == "mlp")]:  # of branches that are 0
             one, stream = at(model, block, each), placement.watch(state)
-            maps = dict.fromkeys(one.norms, _same) | dict.fromkeys(one.parts, _nothing)
+            maps: dict[str, Any] = dict.fromkeys(one.norms, _other)
+            maps |= {name: parts[name] for name in one.parts}
             state = one.step(state, _nothing, lambda x, branch: x + branch, **maps)
         sums = placement.watch(state) == stream
         return Norms(before, last, model.norm.gain, last != "stream" and sums)
@@ -71,12 +76,19 @@ def norms_of(model: ModelConfig) -> NormsOf:
     return norms
 
 
-def _same(x: float) -> float:
-    return x
+def _other(x: float) -> float:
+    """A norm, which doesn't give what it gets, except of 0."""
+    return 2.0 * x
 
 
 def _nothing(x: float) -> float:
     return 0.0 * x
+
+
+def _mixed(mixes: bool, state: tuple[float, ...]) -> Coefficients[float]:
+    """Coefficients of a token. mixes: whose shares sum to 1 but for 10⁻³, Sinkhorn's, so here to n."""
+    one = (1.0,) * len(state)
+    return Coefficients(one, one, (one,) * len(state) if mixes else None)
 
 
 def first_row_off(rows: Iterable[int], names: Sequence[str]) -> int:

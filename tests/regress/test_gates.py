@@ -6,9 +6,10 @@ from conftest import GOLDEN
 from simlab.analysis.numbers import short
 from simlab.analysis.verdict import ROUNDING
 from simlab.experiment import run
-from simlab.regress.blame import blame, first_row_off, norms_of
+from simlab.regress.blame import adds_up, blame, first_row_off, norms_of
 from simlab.regress.gates import QUANTITIES, RTOL, SIGNED, exact, mean, statistical, structure
 from simlab.regress.law_gate import LAW_GATE_SEEDS, law, stretched
+from simlab.schemes.placement import PLACEMENTS
 
 DTYPE = "float32"
 
@@ -180,6 +181,22 @@ def test_blame_by_kind_or_quantity(measured, recorded):
         to(4, "gradient_norm") == "attention or its norm, backward"
     )  # block 3's, which comes next
     assert to(4, "gradient_norm", "norm") == "residual add"
+
+
+@pytest.mark.parametrize("norm", [*sorted(PLACEMENTS), "hy_v4", "minimax", "dyt"])
+def test_steps_that_sum_add_up(norm):
+    """Of every placement: where blame takes a step for x + branch, the measured rows are that."""
+    from conftest import placed, tiny
+
+    measured = run(tiny(*placed(norm), "depth=3", "seeds=1", "init.std=0.1"))
+    norms, curve = norms_of(measured.config.shape), measured.curve
+    rows = curve.index[curve["kind"].isin(["attention", "mlp"])]
+    found = {row: norms(int(curve["block"][row]), curve["kind"][row]).sums for row in rows}
+    assert all(adds_up(curve, row, DTYPE) for row, sums in found.items() if sums)
+    wanted = {"pre": 6, "hy_v4": 6, "residual_dual": 6, "hybrid_norm": 3, "post": 0, "mhc": 0}
+    assert sum(found.values()) == wanted.get(norm, sum(found.values()))
+    if norm in ("hybrid_norm", "mhc"):  # and the rest aren't
+        assert not all(adds_up(curve, row, DTYPE) for row in rows)
 
 
 @pytest.mark.parametrize(
