@@ -13,7 +13,7 @@ from simlab.theory.mean_field.attention import AttentionBranch, AttentionKernel
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import Pullback, band, pull_correlation
 from simlab.theory.mean_field.drawing import Context
-from simlab.theory.mean_field.gradient import _norms, loss_gradient
+from simlab.theory.mean_field.gradient import _norms, loss_gradient, pull_gradient
 from simlab.theory.mean_field.kernels import KernelStep
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
 
@@ -205,8 +205,20 @@ STREAM = (
     Mutation(
         "gradient_along_the_output",
         "a norm's gradient keeps the part along its output, 1/d of it",
-        edit(_norms, "gradient * (1 - 1 / step.width)", "gradient.copy()"),
+        edit(_norms, "gradient * np.outer(root, root)", "gradient.copy()"),
         "gradient_of_a_norm",
+    ),
+    Mutation(
+        "gradient_removed_twice",
+        "each norm takes out 1/d of the gradient, whatever those behind it have taken out",
+        edit(_norms, "gone * _cosine", "0 * _cosine"),
+        "gradient_of_two_norms",
+    ),
+    Mutation(
+        "gradient_isotropic_before_a_step",
+        "a step forgets which part of the gradient norms have taken out",
+        edit(pull_gradient, "np.clip(np.concatenate(share), 0, 1)", "0 * np.concatenate(share)"),
+        "gradient_of_two_norms",
     ),
     Mutation(
         "targets_forgotten",

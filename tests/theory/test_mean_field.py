@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from simlab.experiment import prepare, run
 from simlab.schemes.placement import PLACEMENTS
 from simlab.schemes.scheme import Scheme
-from simlab.theory.mean_field import predict, recursion, unpredictable
+from simlab.theory.mean_field import gradient, predict, recursion, unpredictable
 from simlab.theory.mean_field.averages import DEGREE, at_nodes, expand, gelu, saturation, silu
 from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.kernels import KernelStep, State, state_of
@@ -253,6 +253,21 @@ def test_what_the_final_norm_gets_is_in_the_gradient():
     assert departures(config, mean, sem)["gradient_rms"] <= 0
     beyond = departures(other, mean, sem)
     assert beyond["gradient_rms"] > 0 >= beyond["mean_square"]
+
+
+@pytest.mark.parametrize("norm", ["ngpt", "keel", "deepnorm"])
+def test_norms_of_one_direction_take_it_out_once(norm, monkeypatch):
+    """Sixteen norms of a stream that hardly turns; by 1/d each the gradient would be 16/2d low."""
+    overrides = "depth=8", "width=32", "heads=2", "kv_heads=2", "d_ff=96", f"norm={norm}"
+    config, mean, sem, _ = simulated((*overrides, "vocab_size=300"), seeds=30)
+    measured, error = mean["gradient_rms"].to_numpy(), sem["gradient_rms"].to_numpy()
+
+    def off():
+        return column(theory(config, gradients=True), "gradient_rms") / measured - 1
+
+    assert (np.abs(off()) < 0.015 + STANDARD_ERRORS * error / measured).all()
+    monkeypatch.setattr(gradient, "_cosine", lambda step, one, other: np.zeros(16))
+    assert off()[0] < -0.15
 
 
 class Halves(Scheme):

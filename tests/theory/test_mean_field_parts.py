@@ -22,8 +22,8 @@ from simlab.theory.mean_field.band import Pullback
 from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gates import attention_of
-from simlab.theory.mean_field.gradient import loss_gradient, pull_gradient
-from simlab.theory.mean_field.kernels import KernelStep, State
+from simlab.theory.mean_field.gradient import Ending, loss_gradient, pull_gradient
+from simlab.theory.mean_field.kernels import KernelStep, State, state_of
 from simlab.theory.mean_field.mlp import MLPKernel
 
 BATCH, LENGTH, WIDTH = 2, 6, 64
@@ -208,7 +208,7 @@ def test_sublayer(name):
     measured = outputs.square().mean((1, 2)).std().item()
     assert math.sqrt(variance) == pytest.approx(measured, rel=0.08)  # measured: 5 %; draws: 2 %
 
-    gradient = pull_gradient(step, [out.terms], UPSTREAM)
+    gradient, _ = pull_gradient(step, [out.terms], UPSTREAM)
     expected = mean_kernel(gradients)
     sizes = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))
     error = (gradient - expected) / sizes
@@ -275,8 +275,43 @@ def test_gradient_of_a_norm():
     width = 48
     step = KernelStep(wishart_state(np.ones((1, 1)), width), width, 1e-6, 1.0)
     normed = step.norm(step.x)
-    found = pull_gradient(step, [normed.terms], np.ones((1, 1)))[0, 0]
-    assert found == pytest.approx(normed_vectors("rms", width, 1e-6)[1], rel=0.008)
+    found, _ = pull_gradient(step, [normed.terms], np.ones((1, 1)))
+    assert found[0, 0] == pytest.approx(normed_vectors("rms", width, 1e-6)[1], rel=0.008)
+
+
+def test_gradient_of_two_norms():
+    """x' = N(3x + b), x = N(z) of another step: the second norm finds the part along x' gone.
+
+    Simulated: z and b Gaussian. Two norms take out 2/d; here they take out (1 + sin²)/d, 1.1/d.
+    """
+    width, draws = 16, 100_000
+    generator = torch.Generator().manual_seed(0)
+    z, b, g = (torch.randn(draws, width, generator=generator, dtype=torch.float64) for _ in "zbg")
+
+    def norm(x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    z.requires_grad_()
+    x = norm(z)
+    x.retain_grad()
+    (norm(3 * x + b) * g).sum().backward()
+    along = (x.grad * norm(z)).sum(-1).square().mean() / x.grad.square().mean() / width
+
+    class Given:
+        kernel, units, lean = np.ones((1, 1)), 10**12, None
+        square = cross = slope = np.zeros((1, 1))
+        pull_gradient = staticmethod(np.zeros_like)
+
+    first = KernelStep(wishart_state(np.ones((1, 1)), width), width, 1e-12, 1.0)
+    normed = first.norm(first.x)
+    second = KernelStep(state_of(normed), width, 1e-12, 1.0)
+    out = second.norm(second.add(3.0 * second.x, second.feed(lambda _: Given())(second.x)))
+    gradient, gone = pull_gradient(second, [out.terms], np.ones((1, 1)))
+    assert gradient[0, 0] == pytest.approx(x.grad.square().mean().item(), rel=0.01)
+    assert 1 - gone[0] == pytest.approx(along.item(), abs=0.03)
+    ratio = pull_gradient(first, [normed.terms], gradient, gone)[0][0, 0] / gradient[0, 0]
+    expected = z.grad.square().mean() / x.grad.square().mean()
+    assert ratio == pytest.approx(expected.item(), rel=0.025)  # E 1/m to first order: 1.5 %
 
 
 def test_band_of_the_embedding():
@@ -311,7 +346,11 @@ def test_gradient_of_the_loss():
     of_next = logits.log_softmax(-1)[:, torch.arange(4), torch.from_numpy(ids[0, 1:])]
     (-of_next.mean(1)).sum().backward()
     expected = mean_kernel(x.grad)
-    found = loss_gradient(kernel, config.shape, 0.1, ids)
+    last = Ending(
+        config.shape, KernelStep(wishart_state(kernel), WIDTH, config.shape.norm.eps, 1.0)
+    )
+    found = loss_gradient(last.normed.kernel, config.shape, 0.1, ids)
+    found, _ = pull_gradient(last.step, [last.normed.terms], found)
     sizes = np.sqrt(np.outer(expected.diagonal(), expected.diagonal()))[:4, :4]
     np.testing.assert_allclose(found[:4, :4] / sizes, expected[:4, :4] / sizes, atol=0.06)
     assert not found[4].any()  # no token after it

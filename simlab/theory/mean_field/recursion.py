@@ -24,6 +24,7 @@ from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.gradient import (
+    Ending,
     loss_error,
     loss_gradient,
     own_probability,
@@ -31,7 +32,6 @@ from simlab.theory.mean_field.gradient import (
 )
 from simlab.theory.mean_field.kernels import (
     KernelStep,
-    KernelVector,
     State,
     Terms,
     correlation,
@@ -192,12 +192,13 @@ def predict(
     no_gradient = "the predicted curve ends early" if gradients and ends else None
     if gradients and ends is None:
         head = laws["embedding" if model.tied else "head"].std
-        last = Ending(model, (first, *passed)[-1].state)
+        state, moment = (first, *passed)[-1].state, _moment(model)
+        last = Ending(model, KernelStep(state, model.width, model.norm.eps, 1.0, moment))
         if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
         elif logits_std(model) > NEARLY_CONSTANT:
             no_gradient = "mixing coefficients differ so much that their own gradients count"
-        elif loss_error(last.out.kernel, model, head) > LOSS_ERROR:
+        elif loss_error(last.normed.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
         else:
@@ -307,25 +308,16 @@ def _passed(
     return Passed(step, terms, state, stream, shares, kind, block, normalises)
 
 
-class Ending:
-    """From the last state to what the final norm gets, ``out``."""
-
-    def __init__(self, model: ModelConfig, state: State) -> None:
-        self.step = KernelStep(state, model.width, model.norm.eps, 1.0, _moment(model))
-        finish = placement_of(model).finish
-        self.out: KernelVector = finish(self.step.state, self.step.norm, model)
-
-
 def _gradients(
     model: ModelConfig, passed: list[Passed], last: Ending, head: float, ids: NDArray[np.int64],
     on_block: Callable[[], None],
 ) -> list[Array]:  # fmt: skip
     """Every row's mean squares of the gradient (N,), the embedding's first."""
-    gradient = loss_gradient(last.out.kernel, model, head, ids)
-    gradient = pull_gradient(last.step, [last.out.terms], gradient)
+    gradient = loss_gradient(last.normed.kernel, model, head, ids)
+    gradient, gone = pull_gradient(last.step, [last.normed.terms], gradient)
     squares = [_of_writes(model, last.step, gradient)]
     for one in reversed(passed):
-        gradient = pull_gradient(one.step, one.outs, gradient)
+        gradient, gone = pull_gradient(one.step, one.outs, gradient, gone)
         squares.append(_of_writes(model, one.step, gradient))
         if one.kind == "attention":
             on_block()
@@ -355,7 +347,7 @@ def _tied_head_knows(model: ModelConfig, passed: list[Passed], last: Ending, hea
             np.sum([step.factor(t) * own[t.base] for t in out if t.base < step.starts], axis=0)
             for out in outs
         ]
-    return bool(own_probability(last.out.kernel, model, head, own[0]).max() > OWN_PROBABILITY)
+    return bool(own_probability(last, model, head, own[0]).max() > OWN_PROBABILITY)
 
 
 def _row(
