@@ -210,6 +210,10 @@ def seconds(curve: Curve, rates: Rates | None = None) -> float:
     # Of the embedding, drawn for one token's sake.
     rows = rows_per_piece("embedding.weight", (model.vocab_size, d), curve.device)
     numbers = WEIGHT * min(n * rows, model.vocab_size) * d
+    columns = model.kv_heads * model.head_dim
+    rows = rows_per_piece("value_embedding.weight", (model.vocab_size, columns), curve.device)
+    embedded = sum(model.embeds_values(layer) for layer in range(model.depth)) * (there + back)
+    numbers += embedded * WEIGHT * min(n * rows, model.vocab_size) * columns
     entries = model.depth * n * (d * 2 * STEP_PASSES + traced.written) * (there + back)
     entries += model.depth * n * curve.length * model.heads * ATTENTION_PASSES
     entries += n * model.vocab_size * LOGIT_PASSES * curve.gradients

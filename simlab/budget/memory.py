@@ -78,6 +78,15 @@ def _weights(curve: Curve) -> int:
     return curve.size * describe(curve.model).entries + drawn
 
 
+def _value_rows(curve: Curve) -> int:
+    """A value embedding's rows of different ids, of which each token gets a copy in ``trace``."""
+    model = curve.model
+    if model.value_embeddings == "none":
+        return 0
+    ids = min(curve.together * curve.length, model.vocab_size)
+    return ids * model.kv_heads * model.head_dim * curve.size
+
+
 def _attention_statistics(curve: Curve) -> int:
     """Logits, masked logits, weights and a product of the two, in float32, of some heads; the mask."""
     square = curve.together * curve.length**2
@@ -124,7 +133,8 @@ def _forward(curve: Curve) -> float:
     for matrix in describe(curve.model).matrices:
         if matrix.name in traced.matrices:
             moments.append(n * traced.matrices[matrix.name] + _product(curve, matrix))
-    return _weights(curve) + _normals(curve) + max(moments) + _states(curve, 1)
+    block = _weights(curve) + _normals(curve) + _value_rows(curve)
+    return block + max(moments) + _states(curve, 1)
 
 
 def _backward(curve: Curve) -> float:
@@ -147,7 +157,8 @@ def _backward(curve: Curve) -> float:
         block += 16 * curve.model.heads * curve.together * curve.length**2
     streams = _states(curve, 3)
     moment = max(block, _attention_statistics(curve))
-    return _weights(curve) + _normals(curve) + normals + streams + moment
+    made = _weights(curve) + _normals(curve) + _value_rows(curve)
+    return made + normals + streams + moment
 
 
 def _loss(curve: Curve) -> int:

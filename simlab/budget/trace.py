@@ -105,6 +105,7 @@ def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
 @functools.lru_cache(1024)
 def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
     block, one = paper_block(model, dtype)
+    tokens = torch.zeros(TOKENS, 1, dtype=torch.int64)
     x = start(one.repeat(TOKENS, 1, 1), model)  # sequences of one token: none beyond a window
     backward = _backward(block, x) if gradients else 0
     after = x
@@ -132,7 +133,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
                 module.sublayer.register_forward_hook(hold)
                 module.add.register_forward_hook(hold)
         for _, step in block.steps():
-            after = step(after)
+            after = step(after, tokens)
             note("step")()
             held.clear()
     products = sum(len(linears[name].weight) for name in matrices)
@@ -153,7 +154,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
 def _operations(block: Block, x: Carried) -> int:
     """Operations of attention on one sequence: its products as plain ones, which torch can count."""
     with sdpa_kernel(SDPBackend.MATH), Counter() as count:
-        block(x)
+        block(x, torch.zeros(tensors_of(x)[0].shape[:2], dtype=torch.int64))
     return count.operations
 
 
@@ -163,9 +164,10 @@ def _backward(block: Block, x: Carried) -> int:
     leaves = tuple(each.clone().requires_grad_() for each in tensors_of(x))
     passed: list[Carried] = [leaves if isinstance(x, tuple) else leaves[0]]
     gradient = tuple(torch.zeros_like(each) for each in leaves)
+    ids = torch.zeros(leaves[0].shape[:2], dtype=torch.int64)
     with Counter() as count:
         for _, step in block.steps():
-            passed.append(step(passed[-1]))
+            passed.append(step(passed[-1], ids))
         *before, out = passed
         wanted = [each for state in before for each in tensors_of(state)]
         torch.autograd.grad(tensors_of(out), wanted, gradient, allow_unused=True)

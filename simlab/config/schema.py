@@ -22,6 +22,7 @@ ELEMENTWISE = ("dyt", "derf")  # norm types that squash each entry, and fix no m
 NORM_TYPES = ("rms", "rms_plus_one", "layer", "layer_bias", *ELEMENTWISE)
 QK_NORMS = ("none", "full", "per_head")
 ATTENTION_GATES = ("none", "elementwise", "per_head")
+VALUE_EMBEDDINGS = ("none", "alternate", "all")  # the layers that have one
 LOGGERS = (
     "tensorboard",
     "wandb",
@@ -170,6 +171,8 @@ class ModelConfig:
     experts_per_token: int | None = None
     renormalise_experts: bool = False  # the picked ones' shares are scaled to sum to 1
     attention_gate: str = "none"  # one of ATTENTION_GATES: heads' outputs times sigmoid(W_g x)
+    value_embeddings: str = "none"  # one of VALUE_EMBEDDINGS: v = W_v x + g * (the token's row)
+    value_embedding_scale: float = 1.5  # g
 
     @property
     def turned(self) -> int:
@@ -207,6 +210,17 @@ class ModelConfig:
         """Rows of W_g: the numbers that gate a token's heads, one for each entry or for each head."""
         per_gate = {"none": 0, "elementwise": self.head_dim, "per_head": 1}
         return self.heads * per_gate[self.attention_gate]
+
+    def embeds_values(self, layer: int) -> bool:
+        """True if a layer, counted from 0, has a value embedding; of ``alternate`` the last one has.
+
+        Of blocks that are visited again, the last one of a visit.
+        """
+        distinct = max(1, self.distinct)
+        back = distinct - 1 - layer % distinct
+        return self.value_embeddings == "all" or (
+            self.value_embeddings == "alternate" and back % 2 == 0
+        )
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, counted from 0; None where it sees every token."""

@@ -8,7 +8,7 @@ Statistics stay on the device until the run ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,6 +145,11 @@ def measure_curves(
     return [Measured([row.of(i) for row in rows], loss) for i, loss in enumerate(losses)]
 
 
+def in_parts(weights: Weights, batch: Tensor) -> tuple[Tensor, ...]:
+    """Token ids (B, T), or their stream (S·B, T, D), in batches of sequences that pass together."""
+    return batch.split(weights.tokens_at_once // batch.shape[1] or 1)
+
+
 @torch.no_grad()
 def forward(
     weights: Weights,
@@ -156,7 +161,7 @@ def forward(
 ) -> tuple[list[Row], list[list[Carried]]]:
     """The rows, and the states in batches of sequences: before every block if ``keep``, and last."""
     model, curves = weights.model, weights.curves
-    parts = weights.embedded(ids, device, dtype).split(weights.tokens_at_once // ids.shape[-1] or 1)
+    parts = in_parts(weights, weights.embedded(ids, device, dtype))
     states = [start(part, model) for part in parts]
     del parts
     embedding, watch = Reducer(STATISTICS, curves), placement_of(model).watch
@@ -171,8 +176,8 @@ def forward(
             before.append(list(states))
         block = weights.block(layer, device, dtype)
         with Probe(block, curves) as probe:
-            for i, state in enumerate(states):
-                states[i] = block(state)
+            for i, (state, some) in enumerate(zip(states, in_parts(weights, ids), strict=True)):
+                states[i] = block(state, some)
         blocks.append(probe.results())
         del block, probe  # before the next one is made: one block's weights at a time
         on_block()
@@ -202,7 +207,11 @@ def backward(
     for layer in reversed(range(weights.model.depth)):
         before = states.pop()
         reducers = _back_through(
-            weights.block(layer, top.device, top.dtype), before, gradients, scale
+            weights.block(layer, top.device, top.dtype),
+            before,
+            in_parts(weights, ids),
+            gradients,
+            scale,
         )
         values += [reducer.result() for reducer in reversed(reducers)]
         on_block()
@@ -220,17 +229,18 @@ def near_one(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @torch.enable_grad()
 def _back_through(
-    block: Block, states: list[Carried], gradients: list[Gradients], scale: Tensor
-) -> list[Reducer]:
+    block: Block, states: list[Carried], ids: Sequence[Tensor], gradients: list[Gradients],
+    scale: Tensor,
+) -> list[Reducer]:  # fmt: skip
     """Run a block again and replace ``gradients`` by those before the block; a reducer per step.
 
     The block and the tensors that autograd saved are freed when this call returns.
     """
     reducers = [Reducer(GRADIENT_STATISTICS, len(scale)) for _ in block.steps()]
-    for i, state in enumerate(states):
+    for i, (state, some) in enumerate(zip(states, ids, strict=True)):
         passed = [as_leaves(state)]
         for _, step in block.steps():
-            passed.append(with_own_names(step(passed[-1])))
+            passed.append(with_own_names(step(passed[-1], some)))
         *before, out = passed
         wanted = [x for each in before for x in tensors_of(each)]
         found = iter(

@@ -74,6 +74,11 @@ class Attention(nn.Module):
     Output gate: o ← o·sigmoid(W_g x) before the output projection, x what q, k and v are made of
     (arXiv 2505.06708, §2.3; qiuzh20/gated_attention). ``elementwise`` has a gate for each entry, as in
     Qwen3-Next, where W_g is the other half of a doubled q_proj; ``per_head`` one for each head.
+
+    Value embedding: v ← W_v x + g·E[token], E (vocabulary, K·C) the layer's own, before ``v_norm`` and
+    never turned by RoPE (karpathy/nanochat, ``gpt.py``; the idea is modded-nanogpt's). In nanochat
+    g = 3·sigmoid(w·x[:12]) of each key/value head with w uniform on (0, 0.02): at init 1.5 ± 2 % for x
+    of rms 1. Here g is the constant ``value_embedding_scale``.
     """
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear) -> None:
@@ -90,6 +95,10 @@ class Attention(nn.Module):
         self.gates = config.gates
         if self.gates:
             self.g_proj = linear(config.width, self.gates, config.bias)
+        self.embeds_values = config.embeds_values(layer)
+        if self.embeds_values:
+            self.value_embedding = nn.Embedding(config.vocab_size, kv_dim)
+            self.value_scale = config.value_embedding_scale
         self.o_proj = linear(q_dim, config.width, config.bias)
         divisor = config.query_divisor if config.query_pre_attn_scalar else None
         self.attend = Attend(divisor, config.attention_softcap)
@@ -102,9 +111,15 @@ class Attention(nn.Module):
             self.v_norm = NORMS[config.norm.head_type](self.head_dim, config.norm.eps)
         self.norms_values = config.v_norm
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, x_BTD: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D). ids (B, T): of the tokens, which a value embedding needs."""
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.embeds_values:
+            if ids is None:
+                raise ValueError(
+                    "a layer with a value embedding needs token ids: block(state, ids)"
+                )
+            v = v + self.value_scale * self.value_embedding(ids)
         gate_BTG = torch.sigmoid(self.g_proj(x_BTD)) if self.gates else None
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)

@@ -151,5 +151,5 @@ def _describe(model: ModelConfig) -> Description:
                 lambda layer, args, name=name: used(name, layer, args[0])
             )
     with torch.no_grad():
-        block(start(x, model))
+        block(start(x, model), torch.zeros(x.shape[:2], dtype=torch.int64))
     return Description(tuple(matrices))

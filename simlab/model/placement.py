@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
-from simlab.model.attention import Linear
+from simlab.model.attention import Attention, Linear
 from simlab.model.norms import NORMS, DynamicTanh, RMSNorm
 from simlab.model.parts import PARTS
 from simlab.schemes.placement import placement_of
@@ -83,10 +84,12 @@ class ResidualStep(nn.Module):
         """The scheme's norms by name, in the order they act."""
         return {name: getattr(self, name) for name in self.scheme.norms}
 
-    def forward(self, state: Carried) -> Carried:
-        """(B, T, D) to (B, T, D), or a state to a state."""
+    def forward(self, state: Carried, ids: Tensor | None = None) -> Carried:
+        """(B, T, D) to (B, T, D), or a state to a state. ids (B, T): as Attention takes them."""
+        reads_ids = isinstance(self.sublayer, Attention) and self.sublayer.embeds_values
+        sublayer = partial(self.sublayer, ids=ids) if reads_ids else self.sublayer
         parts = {name: getattr(self, name) for name in self.scheme.parts}
-        out: Carried = self.scheme.step(state, self.sublayer, self.add, **self.norms, **parts)
+        out: Carried = self.scheme.step(state, sublayer, self.add, **self.norms, **parts)
         return out
 
 
@@ -99,7 +102,7 @@ class Renorm(nn.Module):
         super().__init__()
         self.norm_out = NORMS[config.norm.type](config.width, config.norm.eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D). ids: not needed."""
         out: Tensor = self.norm_out(x)
         return out

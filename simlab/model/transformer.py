@@ -44,10 +44,10 @@ class Block(nn.Module):
         if self.renorm is not None:
             yield "renorm", self.renorm
 
-    def forward(self, state: Carried) -> Carried:
-        """(B, T, D) to (B, T, D), or a state to a state."""
+    def forward(self, state: Carried, ids: Tensor | None = None) -> Carried:
+        """(B, T, D) to (B, T, D), or a state to a state. ids (B, T): for value embeddings."""
         for _, step in self.steps():
-            state = step(state)
+            state = step(state, ids)
         return state
 
 
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         """Token ids (B, T) to logits (B, T, vocabulary)."""
         state = start(self.embed(ids), self.config)
         for block in self.blocks:
-            state = block(state)
+            state = block(state, ids)
         logits: Tensor = self.head(self.norm(finished(state, self.config)))
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
@@ -84,8 +84,12 @@ class Transformer(nn.Module):
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, gains included, a tied head counted once; none is allocated."""
-    kinds = [  # blocks with the same norms and parts have as many parameters
-        (*((step.norms, step.parts) for step in steps), renorm_after(config, i))
+    kinds = [  # blocks with the same norms, parts and embeddings have as many parameters
+        (
+            *((step.norms, step.parts) for step in steps),
+            renorm_after(config, i),
+            config.embeds_values(i),
+        )
         for i in range(config.distinct)
         for steps in [[at(config, i, kind) for kind in ("attention", "mlp")]]
     ]

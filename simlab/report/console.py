@@ -66,6 +66,9 @@ def announce(
     sizes += ", values normed" * model.v_norm
     if model.attention_gate != "none":
         sizes += f", attention's output gated {model.attention_gate.replace('_', ' ')}"
+    if model.value_embeddings != "none":
+        where = {"all": "all layers", "alternate": "every second layer"}[model.value_embeddings]
+        sizes += f", value embeddings in {where} times {model.value_embedding_scale:g}"
     if isinstance(model, FamilyConfig):
         sizes = f"computed by transformers' {model.family}, one block in memory at a time"
     console.print(f"{parameters:,} parameters, {sizes}")

@@ -30,6 +30,10 @@ std is 1 and the head's 1/d.
 ``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
 as the embedding is.
 
+A value embedding (``model.value_embeddings``) is drawn as v is, but without DeepNorm's β: in nanochat
+both are uniform of std 1/√d. So it has the size of a weight, and values of an input of rms 1 have d
+times its mean square. Here both are normals.
+
 The gate of attention's output (``g_proj``) is drawn as q is: in Qwen3-Next it is half of q's matrix.
 An MLP without a gate has the columns up and down. A router of experts is drawn as gate is, but as up
 by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
@@ -50,10 +54,10 @@ from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.placement import at
 from simlab.schemes.scheme import NORM_NAMES
 
-_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
+_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "value_embedding", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "g_proj", "gate_proj", "up_proj", "router")
 PART_ROLES = ("left_proj", "right_proj")  # of the parts of residual steps
-ROLES = ("embedding", *INPUTS, "o_proj", "down_proj", *PART_ROLES, "head")
+ROLES = ("embedding", *INPUTS, "value_embedding", "o_proj", "down_proj", *PART_ROLES, "head")
 GAINS = ("norm", *NORM_NAMES, "q_norm", "k_norm", "v_norm")
 
 
@@ -156,6 +160,7 @@ def table(model: ModelConfig, init: InitConfig, layer: int = 0) -> dict[str, Gau
     The placement's own factor (DeepNorm's β) is applied. Pure: the same input, the same table.
     """
     sigmas = RULES[init.rule](model, init.std or 0.0, layer)
+    sigmas["value_embedding"] = sigmas["v_proj"]
     if init.embedding_std is not None:
         sigmas["embedding"] = init.embedding_std
     attention, mlp = (at(model, layer, kind) for kind in ("attention", "mlp"))

@@ -29,5 +29,12 @@ def parameters_on_paper(model: ModelConfig) -> int:
     steps = [at(model, i, kind) for i in layers for kind in ("attention", "mlp")]
     norms += sum(len(step.norms) for step in steps)
     parts = sum(PART_KERNELS[name].parameters(model) for step in steps for name in step.parts)
+    of_values = kv * sum(model.embeds_values(layer) for layer in layers)
     ends = (2 - model.tied) * model.vocab_size + (model.positions or 0)
-    return model.distinct * block + parts + (each * d + numbers) * (norms + 1) + d * ends
+    return (
+        model.distinct * block
+        + parts
+        + (each * d + numbers) * (norms + 1)
+        + d * ends
+        + model.vocab_size * of_values
+    )

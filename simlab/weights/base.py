@@ -29,6 +29,18 @@ class Columns:
     tap: Tensor | None = None
 
 
+class Rows(nn.Module):
+    """An embedding of which the rows of a batch's tokens are made, and nothing else."""
+
+    def __init__(self, rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to (S·B, T, columns), a curve's sequences together."""
+        return self.rows(ids)
+
+
 class Weights(ABC):
     """Parameters by name, one at a time; asking twice gives the same numbers."""
 
@@ -63,6 +75,13 @@ class Weights(ABC):
         shape = (self.model.vocab_size, self.model.width)
         return self.rows("embedding.weight", shape, ids, device, dtype)
 
+    def value_rows(
+        self, name: str, ids: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows of a layer's value embedding for ids (B, T), in every curve: (S·B, T, K·C)."""
+        shape = (self.model.vocab_size, self.model.kv_heads * self.model.head_dim)
+        return self.rows(name, shape, ids, device, dtype)
+
     def linear(self, d_in: int, d_out: int, bias: bool) -> nn.Module:
         """A linear layer of a block, by default ``nn.Linear``."""
         return dense_linear(d_in, d_out, bias)
@@ -71,6 +90,11 @@ class Weights(ABC):
         """One block with its weights on the device, in eval mode; no weight requires a gradient."""
         with torch.device("meta"):
             block = Block(self.model, layer, self.linear)
+        if self.model.embeds_values(layer):
+            name = f"blocks.{layer}.attention.sublayer.value_embedding.weight"
+            block.attention.sublayer.value_embedding = Rows(
+                lambda ids: self.value_rows(name, ids, device, dtype)
+            )
         fill_parameters(block, self, f"blocks.{layer}.", device, dtype)
         return block.eval().requires_grad_(False)
 

@@ -42,6 +42,11 @@ EMBEDDING_PIECE = 1 << 13
 CUDA_PIECE = 1 << 22
 
 
+def by_rows(name: str) -> bool:
+    """True of a matrix of which ``rows`` draws some rows."""
+    return name in BY_ROWS or name.endswith(".value_embedding.weight")
+
+
 def entropy_of(*key: object) -> int:
     """128 bits of a hash of the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
@@ -120,8 +125,8 @@ class RandomWeights(Weights):
         if isinstance(law, Constant):
             return torch.full(tuple(shape), law.value, device=device, dtype=dtype)
         out = torch.empty(tuple(shape), dtype=dtype, device=_home(device))
-        by_rows = name in BY_ROWS or out.device.type == "cpu"
-        per = rows_per_piece(name, shape, out.device.type) if by_rows else shape[0]
+        in_pieces = by_rows(name) or out.device.type == "cpu"
+        per = rows_per_piece(name, shape, out.device.type) if in_pieces else shape[0]
         entropy = entropy_of(self.seed, name)
 
         def draw(piece: int) -> None:
@@ -176,6 +181,6 @@ def _home(device: torch.device) -> torch.device:
 
 def rows_per_piece(name: str, shape: Shape, device: str) -> int:
     """How many rows of a matrix are drawn by one generator on a device, ``cpu`` or ``cuda``."""
-    large_embedding = name == "embedding.weight" and math.prod(shape) > DENSE_PIECE
+    large_embedding = name.endswith("embedding.weight") and math.prod(shape) > DENSE_PIECE
     on_cpu = EMBEDDING_PIECE if large_embedding else DENSE_PIECE
     return max(1, (CUDA_PIECE if device == "cuda" else on_cpu) // math.prod(shape[1:]))

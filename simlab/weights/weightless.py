@@ -343,6 +343,14 @@ class GaussianWeights(RandomWeights):
         assert isinstance(law, Gaussian)
         return law.std
 
+    def value_rows(
+        self, name: str, ids: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """As in Weights; the same as dense models' on the CPU."""
+        cpu = torch.device("cpu")
+        rows = [dense.value_rows(name, ids, cpu, dtype) for dense in self.dense]
+        return torch.cat(rows).to(device)
+
     def embedded(self, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """As in Weights; the same as dense models' on the CPU."""
         cpu = torch.device("cpu")

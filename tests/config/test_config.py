@@ -167,6 +167,8 @@ UNKNOWN = {
     "norm=swinrenorm": "; did you mean swin_renorm?",
     "norm.placement=nanochat": "norm.placement=nanochat: allowed: attn_res, ",
     "norm=null": "norm=null: allowed: attn_res, ",
+    "model.value_embeddings=every": "model.value_embeddings=every: allowed: none, alternate, all",
+    "model.value_embedding_scale=-1": "model.value_embedding_scale=-1: allowed: a number, at least 0",
     "init=true": "init=true: allowed: fan_in, ",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
     "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",

@@ -75,6 +75,10 @@ def test_shared_if_rows_are_equal(placement, rule, engine):
         (["model.window=4", "model.full_every=2"], (3, 5), False),
         (["init.std=3e18"], (1, 3), True),  # overflows
         (["model.experts=3", "model.experts_per_token=2"], (2, 3), True),
+        (["model.value_embeddings=all"], (2, 3), True),
+        # Every second layer, counted from the last.
+        (["model.value_embeddings=alternate", "model.value_embedding_scale=9"], (1, 3), True),
+        (["model.value_embeddings=alternate", "model.value_embedding_scale=9"], (2, 3), False),
     ],
 )
 def test_options_that_depend_on_depth(overrides, depths, shared):

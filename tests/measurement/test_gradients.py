@@ -31,7 +31,7 @@ def by_autograd(model, ids):
     states = [apart(start(model.embed(ids).detach().requires_grad_(), model.config))]
     for block in model.blocks:
         for _, step in block.steps():
-            states.append(apart(step(states[-1])))
+            states.append(apart(step(states[-1], ids)))
     logits = model.head(model.norm(finished(states[-1], model.config)))
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
@@ -72,6 +72,8 @@ CASES = [placed(norm) for norm in sorted(PLACEMENTS)] + [
     ["model.qk_norm=none", "kv_heads=6"],
     ["model.mlp=geglu"],
     ["model.mlp=gelu", "model.bias=true"],
+    ["model.value_embeddings=alternate", "model.value_embedding_scale=9"],
+    ["norm=hybrid_norm", "model.value_embeddings=all", "model.attention_gate=per_head"],
 ]
 
 

@@ -62,6 +62,15 @@ def test_table(rule, layer):
     )
 
 
+def test_value_embeddings_are_drawn_as_v_is():
+    """Without DeepNorm's β, which is about matrices that a branch is linear in."""
+    for norm, beta in (("pre", 1.0), ("deepnorm", (8 * L) ** -0.25)):
+        config = tiny(f"norm={norm}", "init=fan_in")
+        laws = table(config.shape, config.init)
+        assert laws["value_embedding"].sigma == D**-0.5
+        assert laws["v_proj"].sigma == pytest.approx(beta * D**-0.5)
+
+
 @pytest.mark.parametrize("rule", ["llama", "llama_depth", "normal"])
 def test_experts_gates_are_drawn_as_up_is(rule):
     """OLMo-core's init_feed_forward_moe has one std for all of an MLP of experts and its router."""

@@ -32,7 +32,7 @@ MODEL = [f"width={WIDTH}", "heads=4", "d_ff=96", "init.truncate=null"]
 # Standard deviations all different, and logits of order 1 without QK-norm.
 STDS = {
     "q_proj": 0.3, "k_proj": 0.05, "v_proj": 0.2, "o_proj": 0.3, "g_proj": 0.2, "gate_proj": 0.25,
-    "up_proj": 0.1, "down_proj": 0.15,
+    "up_proj": 0.1, "value_embedding": 0.8, "down_proj": 0.15,
 }  # fmt: skip
 
 
@@ -79,6 +79,14 @@ SUBLAYERS = {
     "heads gated": (
         "attention", ("kv_heads=2", "norm=pre", "norm.gain=1.5", "model.attention_gate=per_head"),
     ),
+    "values embedded": (
+        "attention", ("kv_heads=2", "model.rope_theta=2", "model.value_embeddings=all"),
+    ),
+    "normed, embedded, gated": (
+        "attention",
+        ("kv_heads=4", "norm=pre", "model.value_embeddings=alternate",
+         "model.value_embedding_scale=3", "model.attention_gate=elementwise"),
+    ),
     "partial": ("attention", ("kv_heads=4", "model.rope_theta=2", "model.rotary=0.5")),
     "swiglu": ("mlp", ()),
     "normed geglu": ("mlp", ("model.mlp=geglu", "norm=pre", "norm.gain=0.7")),
@@ -87,6 +95,9 @@ SUBLAYERS = {
     "relu2": ("mlp", ("model.mlp=relu2", "norm=pre")),
 }  # fmt: skip
 DRAWS, UPSTREAM = 1000, gram(mean=0.2, seed=3)
+
+
+IDS = np.array([[0, 1, 2, 0, 3, 3], [4, 1, 0, 5, 6, 8]])  # of value embeddings
 
 
 def stream(name):
@@ -150,7 +161,13 @@ def dense(name):
         q, k = x @ matrix("q_proj", d, heads * c), x @ matrix("k_proj", d, kv * c)
         if shape.qk_norm == "full":
             q, k = norm(q), norm(k)
-        q, k, v = split(q, heads), split(k, kv), split(x @ matrix("v_proj", d, kv * c), kv)
+        v = x @ matrix("v_proj", d, kv * c)
+        if shape.value_embeddings != "none":
+            v = (
+                v
+                + shape.value_embedding_scale * matrix("value_embedding", 9, kv * c)[:, IDS.ravel()]
+            )
+        q, k, v = split(q, heads), split(k, kv), split(v, kv)
         if shape.qk_norm == "per_head":
             q, k = norm(q), norm(k)
         if shape.v_norm:
@@ -192,7 +209,9 @@ def test_sublayer(name):
     state = wishart_state(stream(name) @ stream(name).T)
     step = KernelStep(state, WIDTH, model.norm.eps, model.norm.gain, moment)
     x = step.norm(step.x) if "norm=pre" in overrides else step.x
-    part = MLPKernel(model, STDS) if mlp else attention_of(Context(model, BATCH, LENGTH), 0, STDS)
+    part = (
+        MLPKernel(model, STDS) if mlp else attention_of(Context(model, BATCH, LENGTH, IDS), 0, STDS)
+    )
     out = step.feed(part)(x)
 
     expected = mean_kernel(outputs)
@@ -214,6 +233,20 @@ def test_sublayer(name):
     error = (gradient - expected) / sizes
     assert abs(error.diagonal().mean()) < 0.05  # measured: 2.8 %
     assert np.sqrt(np.square(error).mean()) < 0.045  # measured: 2.9 %
+
+
+def test_tokens_that_are_repeated_share_a_row():
+    """The negative control of embedded values: with a row for each token the kernel is another."""
+    overrides, (outputs, _) = SUBLAYERS["values embedded"][1], dense("values embedded")
+    state, expected = wishart_state(gram()), mean_kernel(outputs)
+    sizes, off = np.sqrt(np.outer(expected.diagonal(), expected.diagonal())), []
+    for ids in (IDS, np.arange(TOKENS).reshape(BATCH, LENGTH)):
+        context = Context(tiny(*MODEL, *overrides).shape, BATCH, LENGTH, ids)
+        step = KernelStep(state, WIDTH, 1e-6, 1.0, 1.0)
+        out = step.feed(attention_of(context, 0, STDS))(step.x)
+        off.append(np.sqrt(np.square((out.kernel - expected) / sizes).mean()))
+    assert off[0] < 0.045  # the bound of test_sublayer
+    assert off[1] > 0.07  # measured: 0.082
 
 
 def test_uniform_heads():

@@ -24,13 +24,18 @@ def test_depth_prefix():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_equals_resident(dtype):
-    config = tiny(f"dtype={str(dtype).removeprefix('torch.')}")
+    asked = [f"dtype={str(dtype).removeprefix('torch.')}", "model.value_embeddings=alternate"]
+    config = tiny(*asked)
     model, streamed = build_model(config), RandomWeights(config.shape, config.init, 0)
     for layer in (2, 0, 1):  # the order of work doesn't matter
         block = streamed.block(layer, CPU, dtype)
         for name, value in block.state_dict().items():
             assert torch.equal(value, model.blocks[layer].state_dict()[name])
     ids = torch.tensor([[3, 96, 3], [0, 5, 96]])
+    for layer in (2, 0):  # a block holds none of it: rows are made for the tokens that come
+        name = f"blocks.{layer}.attention.sublayer.value_embedding"
+        rows = streamed.block(layer, CPU, dtype).attention.sublayer.value_embedding(ids)
+        assert torch.equal(rows, model.get_submodule(name).weight[ids])
     for name in ("embedding", "head"):
         rows = streamed.rows(f"{name}.weight", (97, 48), ids, CPU, dtype)
         assert torch.equal(rows, model.get_submodule(name).weight[ids])

@@ -80,6 +80,7 @@ class DenseWeights(RandomWeights):
     """The random weights of several seeds, whose curves are measured as one batch."""
 
     tokens_at_once, embedded = sys.maxsize, GaussianWeights.embedded
+    value_rows = GaussianWeights.value_rows
 
     def __init__(self, model, init, *seeds):
         super().__init__(model, init, seeds[0])
@@ -304,6 +305,33 @@ def test_output_gates(width, kind):
         for mistake in (gates_twice_as_wide, gates_without_gradient):
             with mistake():
                 assert not agree(dense, sample(GaussianWeights, config)), mistake
+
+
+def value_rows(wrong):
+    """wrong: what is looked up, of the right function and the token ids."""
+    right = RandomWeights.value_rows
+
+    def rows(self, name, ids, device, dtype):
+        return wrong(lambda ids: right(self, name, ids, device, dtype), ids)
+
+    return partial(mock.patch.object, RandomWeights, "value_rows", rows)
+
+
+@pytest.mark.parametrize(("width", "layers"), [(16, "alternate"), (64, "all")])
+def test_value_embeddings(width, layers):
+    """As large as the values. Another token's rows, and rows half as large, are seen."""
+    asked = [f"model.value_embeddings={layers}", f"model.value_embedding_scale={width**0.5}"]
+    config = shape("pre", width, *asked)
+    dense = sample(DenseWeights, config)
+    assert agree(dense, sample(GaussianWeights, config))
+    if width == 64:
+        mistakes = {
+            "next token's": value_rows(lambda right, ids: right(ids.roll(1, -1))),
+            "half": value_rows(lambda right, ids: right(ids) / 2),
+        }
+        for name, mistake in mistakes.items():
+            with mistake():
+                assert not agree(dense, sample(GaussianWeights, config)), name
 
 
 def at_random(self, logits):

@@ -10,6 +10,9 @@ At a finite width Ĥ varies too, together with a: groups of heads share one draw
 with as many degrees of freedom as the correlations' variance says. O's own error from Ĥ is taken out
 by a control variate, ā(mean Ĥ − H)āᵀ. Where values are normed, each head's by itself, their kernel is
 not d·σ_v²·Ĥ but the mean cosine of Gaussian vectors of C entries (``values``).
+
+A value embedding adds g²·σ_e²·[same token] to d·σ_v²·Ĥ: its rows are independent of everything else. Of
+gradients the logits' parts see these larger values; what comes back through W_v doesn't change.
 """
 
 from __future__ import annotations
@@ -89,6 +92,17 @@ class AttentionKernel:
         )
         left = np.sqrt(saturation(m, spread + 2 / model.head_dim, model.norm.eps))
         return rho * self.shortened(rho) * np.outer(left, left)
+
+    @property
+    def embedded(self) -> Array | None:
+        """g²σ_e²·[same token]/(d·σ_v²) (N, N), of a value embedding; None without."""
+        model = self.context.model
+        if not model.embeds_values(self.layer):
+            return None
+        tokens = self.context.tokens
+        size = model.value_embedding_scale * self.stds["value_embedding"] / self.stds["v_proj"]
+        out: Array = (tokens[:, None] == tokens[None, :]) * np.float64(size**2 / model.width)
+        return out
 
     def shortened(self, rho: Any) -> Any:
         """1 − (1 − ρ²)/2C: the mean cosine of values over their correlation."""
@@ -189,19 +203,27 @@ class AttentionKernel:
         groups, count = self.counts()
         lowers = self.lowers(v, groups)
         grams = self.values(lowers @ lowers.swapaxes(-1, -2), v.relative_variance)
+        excess = grams.mean(0) - self.values(v.kernel, v.relative_variance)
+        of_rows = np.zeros(len(v.kernel))
+        if (embedded := self.embedded) is not None:
+            grams += embedded
         kernels = np.empty((groups, count, *v.kernel.shape), np.float32)
         mean, second = np.zeros((2, context.batch, context.length, context.length))
         some = max(1, IN_CACHE // (count * len(v.kernel) * context.model.head_dim))
         for chunk in (slice(first, first + some) for first in range(0, groups, some)):
             a = self.heads(lowers[chunk], count).weights
             kernels[chunk] = sandwich(a, grams[chunk, None].astype(np.float32))
+            if embedded is not None and not v.normed:
+                parts = sandwich(a, embedded.astype(np.float32))
+                of_rows += np.einsum("gmii->i", parts) / (groups * count)
             mean += a.sum((0, 1), dtype=np.float64) / (groups * count)
             second += np.einsum("gmbij,gmbij->bij", a, a) / (groups * count)
         kernels = kernels.reshape(-1, *v.kernel.shape)
-        excess = grams.mean(0) - self.values(v.kernel, v.relative_variance)
         out = kernels.mean(0, dtype=np.float64) - sandwich(mean, excess)
         out = (out + out.T) / 2
-        return AttentionBranch(self, v, self.scale * out, kernels, mean, second, context.batch)
+        out *= self.scale
+        of_rows *= self.scale
+        return AttentionBranch(self, v, out, of_rows, kernels, mean, second, context.batch)
 
 
 def sandwich(weights: Any, kernels: Any) -> Any:
@@ -219,12 +241,15 @@ def sandwich(weights: Any, kernels: Any) -> Any:
 class AttentionBranch:
     """Attention's output, as ``kernels.Branch`` has it.
 
-    kernels (M, N, N): aĤaᵀ of the drawn heads. mean, second (B, T, T): of a and of a² over heads.
+    of_rows: the diagonal (N,) that a value embedding adds, of an input that no norm fixes, else 0.
+    kernels (M, N, N): aĤaᵀ of the drawn heads, with the embedding's rows. mean, second (B, T, T): of a
+    and of a² over heads.
     """
 
     attention: AttentionKernel
     input: Input
     kernel: Array
+    of_rows: Array
     kernels: Array32
     mean: Array
     second: Array
@@ -259,7 +284,8 @@ class AttentionBranch:
         model = self.attention.context.model
         own = self.between_square / model.heads + 2 * self.kernel**2 / self.units
         if not (self.input.normed or model.v_norm):
-            response = self.kernel.diagonal() / np.maximum(self.input.kernel.diagonal(), TINY)
+            response = self.kernel.diagonal() - self.of_rows
+            response = response / np.maximum(self.input.kernel.diagonal(), TINY)
             own = own + response[:, None] * self.input.square * response[None, :]
         return own
 
@@ -332,6 +358,11 @@ class AttentionBranch:
             out = (lower_g @ draws(count, len(gradient), model.head_dim)).reshape(shape)
             value = lower.astype(np.float32) @ draws(count, lower.shape[1], model.head_dim)
             value *= np.float32(math.sqrt(model.width) * stds["v_proj"])
+            if model.embeds_values(attention.layer):
+                tokens = context.tokens
+                rows = draws(count, 1 + int(tokens.max()), model.head_dim)
+                size = model.value_embedding_scale * stds["value_embedding"]
+                value += np.float32(size) * rows[:, tokens]
             if model.v_norm:
                 root = np.sqrt(np.square(value).mean(-1) + np.float32(model.norm.eps))
                 value /= root[..., None]

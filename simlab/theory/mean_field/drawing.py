@@ -61,15 +61,23 @@ def cholesky(kernel: Array) -> Array:
 class Context:
     """The parts that every layer's attention uses: the model, the fixed draws and RoPE's tables.
 
-    batch, length: B sequences of T tokens. tables: cos and sin (R/2, N) by ``scaled``, made on demand.
+    batch, length: B sequences of T tokens. ids: theirs (B, T), which value embeddings need.
+    tables: cos and sin (R/2, N) by ``scaled``, made on demand.
     """
 
     model: ModelConfig
     batch: int
     length: int
+    ids: NDArray[np.int64] | None = None
     draws: Draws = field(default_factory=Draws)
     memory: dict[str, Array32] = field(default_factory=dict)
     tables: dict[bool, tuple[Array32, Array32]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The number (N,) of each token's id among the different ones."""
+        assert self.ids is not None
+        return np.unique(self.ids.reshape(-1), return_inverse=True)[1].reshape(-1)
 
     def rope(self, scaled: bool) -> tuple[Array32, Array32]:
         """cos and sin (R/2, N) of the R channels that turn, with long-context scaling or without."""

@@ -27,6 +27,8 @@ def unpredictable(model: ModelConfig, ids: NDArray[np.int64]) -> str | None:
     layers = range(model.depth)
     if model.experts and any("norm_in" not in at(model, i, "mlp").norms for i in layers):
         return "theory has experts (model.experts) only behind a norm, as norm=pre places them"
+    if model.v_norm and model.value_embeddings != "none":
+        return "theory has no value embeddings (model.value_embeddings) where a norm acts on values"
     if ids.size > MOST_TOKENS:
         return (
             f"theory takes batches of at most {MOST_TOKENS} tokens; this one has {ids.size} "

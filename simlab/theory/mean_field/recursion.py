@@ -146,7 +146,8 @@ def predict(
     """
     if reason := unpredictable(model, ids):
         raise ValueError(reason)
-    context = Context(model, *ids.shape)
+    batch, length = ids.shape
+    context = Context(model, batch, length, ids)
     flat = ids.reshape(-1)
     laws = table(model, init)
     places = np.tile(np.arange(ids.shape[1]), len(ids)) if model.positions else None
