@@ -29,7 +29,7 @@ class Columns:
     tap: Tensor | None = None
 
 
-class Rows(nn.Module):
+class TokenRows(nn.Module):
     """An embedding of which the rows of a batch's tokens are made, and nothing else."""
 
     def __init__(self, rows: Callable[[Tensor], Tensor]) -> None:
@@ -92,7 +92,7 @@ class Weights(ABC):
             block = Block(self.model, layer, self.linear)
         if self.model.embeds_values(layer):
             name = f"blocks.{layer}.attention.sublayer.value_embedding.weight"
-            block.attention.sublayer.value_embedding = Rows(
+            block.attention.sublayer.value_embedding = TokenRows(
                 lambda ids: self.value_rows(name, ids, device, dtype)
             )
         fill_parameters(block, self, f"blocks.{layer}.", device, dtype)
