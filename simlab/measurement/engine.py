@@ -202,7 +202,7 @@ def backward(
     gradients = [_through_finish(model, *pair) for pair in zip(last, parts, strict=True)]
     reducer = Reducer(GRADIENT_STATISTICS, curves)
     for state, gradient in zip(last, gradients, strict=True):
-        reducer.add(_watched(placement, state, gradient, scale))
+        reducer.add(_watched(placement, state, gradient, scale, model.depth - 1))
     values = [reducer.result()]
     for layer in reversed(range(weights.model.depth)):
         before = states.pop()
@@ -212,6 +212,7 @@ def backward(
             in_parts(weights, ids),
             gradients,
             scale,
+            layer,
         )
         values += [reducer.result() for reducer in reversed(reducers)]
         on_block()
@@ -230,7 +231,7 @@ def near_one(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.enable_grad()
 def _back_through(
     block: Block, states: list[Carried], ids: Sequence[Tensor], gradients: list[Gradients],
-    scale: Tensor,
+    scale: Tensor, layer: int,
 ) -> list[Reducer]:  # fmt: skip
     """Run a block again and replace ``gradients`` by those before the block; a reducer per step.
 
@@ -248,8 +249,10 @@ def _back_through(
         )
         by_step = [tuple(next(found) for _ in tensors_of(each)) for each in before]
         gradients[i] = by_step[0]
+        by = layer - 1 if layer else None  # whose step made the state
         for reducer, each, gradient in zip(reducers, before, by_step, strict=True):
-            reducer.add(_watched(block.placement, each, gradient, scale))
+            reducer.add(_watched(block.placement, each, gradient, scale, by))
+            by = layer
     return reducers
 
 
@@ -273,11 +276,13 @@ def _through_finish(model: ModelConfig, state: Carried, gradient: Tensor) -> Gra
     return torch.autograd.grad(out, tensors_of(leaves), gradient, materialize_grads=True)
 
 
-def _watched(placement: type[Scheme], state: Carried, gradient: Gradients, scale: Tensor) -> Step:
-    """The stream, and the gradient with respect to a shift of it by a write."""
+def _watched(
+    placement: type[Scheme], state: Carried, gradient: Gradients, scale: Tensor, layer: int | None
+) -> Step:
+    """The stream, and the gradient with respect to a shift of it by the write that made the state."""
     if not isinstance(state, tuple):
         return gradient_step(state, gradient[0], scale)
-    return gradient_step(placement.watch(state), placement.pull(gradient), scale)
+    return gradient_step(placement.watch(state), placement.pull(gradient, layer), scale)
 
 
 def gradient_step(x: Tensor, gradient: Tensor, scale: Tensor) -> Step:

@@ -32,8 +32,8 @@ class ResiDual(Scheme):
         return add(r, branch), norm_out(x + branch)
 
     @staticmethod
-    def pull(gradients: Sequence[V]) -> V:
-        """A branch is added to both."""
+    def pull(gradients: Sequence[V], layer: int | None) -> V:
+        """The sum: of a shift of r and, behind its norm, of x, the same for both."""
         return gradients[0] + gradients[1]
 
     @staticmethod
@@ -48,9 +48,9 @@ class SiameseNorm(Scheme):
 
     SiameseNorm (arXiv 2602.08064), post-pre: Qwen-Applications/SiameseNorm, deit-model-siamesenorm.py.
     The final norm gets N(x) + N(y). The state is (y, x), both the embedding at first. The stream is y:
-    all that sublayers add is added to it whole, and nothing norms it: Δ‖y‖² = ‖z‖² + 2⟨y, z⟩. Its
-    gradient is y's alone; what a sublayer gets is that plus 1/c of x's. x has the mean square 1 + B/c²
-    after a sublayer of mean square B.
+    all that sublayers add is added to it whole, and nothing norms it: Δ‖y‖² = ‖z‖² + 2⟨y, z⟩. The
+    gradient with respect to z is y's plus 1/c of x's. x has the mean square 1 + B/c² after a sublayer
+    of mean square B.
     """
 
     norms = ("norm_out", "norm_stream", "norm_in")
@@ -68,6 +68,12 @@ class SiameseNorm(Scheme):
         normed = norm_out(x)
         branch = F(norm_in(normed + norm_stream(y)))
         return add(y, branch), normed + branch / math.sqrt(2 * (self.layer + 1))
+
+    @staticmethod
+    def pull(gradients: Sequence[V], layer: int | None) -> V:
+        """A branch is added to y, and over c to x; the embedding to both."""
+        c = 1.0 if layer is None else math.sqrt(2 * (layer + 1))
+        return gradients[0] + gradients[1] / c
 
     @staticmethod
     def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:

@@ -74,10 +74,11 @@ class Scheme:
         return vectors(state)[0]
 
     @staticmethod
-    def pull(gradients: Sequence[V]) -> V:
-        """The gradient with respect to what a step adds, of those of the state's vectors.
+    def pull(gradients: Sequence[V], layer: int | None) -> V:
+        """The gradient with respect to what a step adds, of those of the state's vectors after it.
 
         Of a stream that is the vectors' mean or sum, and of a write to all, it is their sum.
+        layer: the step's block; None of ``start``.
         """
         return gradients[0]
 

@@ -37,7 +37,7 @@ class Streams(Scheme):
         return (x,) * (config.norm.streams or 4)
 
     @staticmethod
-    def pull(gradients: Sequence[V]) -> V:
+    def pull(gradients: Sequence[V], layer: int | None) -> V:
         """The sum: a write moves each stream."""
         return total(gradients)
 

@@ -29,17 +29,21 @@ def by_autograd(model, ids):
         return tuple(own) if isinstance(state, tuple) else own[0]
 
     states = [apart(start(model.embed(ids).detach().requires_grad_(), model.config))]
-    for block in model.blocks:
+    layers = [None]
+    for layer, block in enumerate(model.blocks):
         for _, step in block.steps():
             states.append(apart(step(states[-1], ids)))
+            layers.append(layer)
     logits = model.head(model.norm(finished(states[-1], model.config)))
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     )
     loss.backward()
     gradients = [
-        placement.pull([torch.zeros_like(x) if x.grad is None else x.grad for x in tensors_of(s)])
-        for s in states
+        placement.pull(
+            [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors_of(s)], layer
+        )
+        for s, layer in zip(states, layers, strict=True)
     ]
     return loss.detach(), [placement.watch(s) for s in states], [g.double() for g in gradients]
 
@@ -62,6 +66,26 @@ def agree(column, values, truth, tolerance=1e-5):
     """float32's accuracy, as PARITY, of the column's largest value; a cosine's scale is 1."""
     scale = 1.0 if column == "gradient_cosine" else np.max(np.abs(truth))
     np.testing.assert_allclose(values, truth, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("norm", ["pre", "siamese_norm", "hyper_connections"])
+def test_gradients_are_those_of_what_sublayers_give(norm):
+    """A row's gradient is autograd's of the sublayer's output, whichever vectors that is added to."""
+    config = tiny(*placed(norm), "init.std=0.1", "gradients=true", "seeds=1", "engine=dense")
+    model, outs = build_model(config), []
+
+    def keep(_, args, out):
+        out.retain_grad()
+        outs.append(out)
+
+    for block in model.blocks:
+        for _, step in block.steps():
+            step.sublayer.register_forward_hook(keep)
+    ids = torch.from_numpy(prepare(config).tokens)
+    logits = model(ids)[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()).backward()
+    rms = [out.grad.pow(2).mean().sqrt().item() for out in outs]
+    np.testing.assert_allclose(run(config).curve["gradient_rms"][1:], rms, rtol=1e-4)
 
 
 CASES = [placed(norm) for norm in sorted(PLACEMENTS)] + [

@@ -292,7 +292,7 @@ def _passed(
     normalises: str | None,
 ) -> Passed:  # fmt: skip
     outs, copies = vectors(out), 1
-    weights = _write_weights(model, len(outs))
+    weights = _write_weights(model, len(outs), block)
     if all(one.terms == outs[0].terms for one in outs) and (weights == weights[0]).all():
         outs, copies = outs[:1], len(outs)
     # As an embedding is, where nothing changes.
@@ -316,18 +316,22 @@ def _gradients(
     """Every row's mean squares of the gradient (N,), the embedding's first."""
     gradient = loss_gradient(last.normed.kernel, model, head, ids)
     gradient, gone = pull_gradient(last.step, [last.normed.terms], gradient)
-    squares = [_of_writes(model, last.step, gradient)]
-    for one in reversed(passed):
+    squares = [_of_writes(model, last.step, gradient, model.depth - 1)]
+    made_by = [None, *(one.block for one in passed[:-1])]
+    for one, block in zip(reversed(passed), reversed(made_by), strict=True):
         gradient, gone = pull_gradient(one.step, one.outs, gradient, gone)
-        squares.append(_of_writes(model, one.step, gradient))
+        squares.append(_of_writes(model, one.step, gradient, block))
         if one.kind == "attention":
             on_block()
     return squares[::-1]
 
 
-def _of_writes(model: ModelConfig, step: KernelStep, gradient: Array) -> Array:
-    """The mean squares (N,) of the gradient with respect to a write, from G (nN, nN) before a step."""
-    weights = _write_weights(model, step.starts * step.start.copies)
+def _of_writes(model: ModelConfig, step: KernelStep, gradient: Array, block: int | None) -> Array:
+    """The mean squares (N,) of the gradient with respect to a write, from G (nN, nN) before a step.
+
+    block: of the step before, which wrote.
+    """
+    weights = _write_weights(model, step.starts * step.start.copies, block)
     if step.starts == 1:  # of copies, G is that of their sum
         return weights[0] ** 2 * gradient.diagonal()
     blocks = gradient.reshape(len(weights), -1, len(weights), len(step.kernels[0]))
@@ -335,9 +339,9 @@ def _of_writes(model: ModelConfig, step: KernelStep, gradient: Array) -> Array:
     return out
 
 
-def _write_weights(model: ModelConfig, count: int) -> Array:
-    """How much of a write each vector of a state of ``count`` gets (count,)."""
-    return placement_of(model).pull(list(np.eye(count)))
+def _write_weights(model: ModelConfig, count: int, block: int | None) -> Array:
+    """How much of a write by a block each vector of a state of ``count`` gets (count,)."""
+    return placement_of(model).pull(list(np.eye(count)), block)
 
 
 def _tied_head_knows(model: ModelConfig, passed: list[Passed], last: Ending, head: float) -> bool:
