@@ -243,7 +243,7 @@ ENGINE = (
     Mutation(
         "block_twice",
         "every block is run twice",
-        edit(FORWARD, "block(state)", "block(block(state))"),
+        edit(FORWARD, "block(state, some)", "block(block(state, some), some)"),
     ),
     Mutation(
         "block_weights_off_by_one",

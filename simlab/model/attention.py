@@ -97,7 +97,9 @@ class Attention(nn.Module):
             self.g_proj = linear(config.width, self.gates, config.bias)
         self.embeds_values = config.embeds_values(layer)
         if self.embeds_values:
-            self.value_embedding = nn.Embedding(config.vocab_size, kv_dim)
+            # Zeros: on meta nn.Embedding's own init makes torch import its compiler, 80 MB.
+            rows = torch.zeros(config.vocab_size, kv_dim)
+            self.value_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
             self.value_scale = config.value_embedding_scale
         self.o_proj = linear(q_dim, config.width, config.bias)
         divisor = config.query_divisor if config.query_pre_attn_scalar else None
