@@ -13,7 +13,7 @@ QK_NORM = "q, k = self.q_norm(q), self.k_norm(k)"
 ROTATE = "rotate(q_BHTC, cos_TC, sin_TC), rotate(k_BKTC, cos_TC, sin_TC)"
 REPEAT = "p.repeat_interleave(shared, dim=1)"
 SPLIT = "p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)"
-MERGE = "o_BHTC.transpose(1, 2).flatten(2)"
+MERGE = "o_BTHC = o_BHTC.transpose(1, 2)"
 SDPA = "nn.functional.scaled_dot_product_attention("
 SCALE = "scale=scale"
 MASK = f"attn_mask=mask, is_causal=mask is None, {SCALE}"
@@ -158,7 +158,11 @@ ATTENTION = (
     Mutation(
         "heads_merged_without_transpose",
         "heads and tokens mixed up after attention",
-        edit(Attention.forward, MERGE, "o_BHTC.reshape(*x_BTD.shape[:2], -1)"),
+        edit(
+            Attention.forward,
+            MERGE,
+            "o_BTHC = o_BHTC.reshape(*x_BTD.shape[:2], -1, self.head_dim)",
+        ),
     ),
     Mutation(
         "heads_split_without_transpose",
