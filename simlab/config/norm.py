@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,25 @@ from simlab.config.schema import NormConfig
 MOST_STREAMS = 16
 
 
+# Keys of one placement or of a few, each with its check.
+OWN: dict[str, Callable[[Fields, str], Any]] = {
+    "every": Fields.integer,
+    "alpha": lambda reader, key: reader.number(key, 0.0, default=None),
+    "fraction": lambda reader, key: reader.number(key, 0.0, 1.0),
+    "base_depth": Fields.integer,
+    "loops": Fields.integer,
+    "qkv_norm": Fields.boolean,
+    "qk_norm": Fields.boolean,
+    "laurel_rank": Fields.integer,
+    "block_size": lambda reader, key: reader.integer(key, default=None),
+    "streams": lambda reader, key: reader.integer(key, 2, MOST_STREAMS),
+}
+
+
 def read_own(reader: Fields) -> dict[str, Any]:
-    """The fields of NormConfig that some placements alone have."""
-    of: dict[str, Any] = {}
-    for read in (read_scales, read_parts, read_streams, read_formulas):
-        of |= read(reader)
-    return of
+    """The fields of NormConfig that some placements alone have, of a config that has them."""
+    of = {key: read(reader, key) for key, read in OWN.items() if key in reader.values}
+    return of | read_scales(reader) | read_mix(reader, of) | read_formulas(reader)
 
 
 def read_scales(reader: Fields) -> dict[str, Any]:
@@ -39,29 +52,17 @@ def read_scales(reader: Fields) -> dict[str, Any]:
     }
 
 
-def read_parts(reader: Fields) -> dict[str, Any]:
-    """The keys of attention's norms, of steps' parts and of loops, of a config that has them."""
-    taken: dict[str, Any] = {
-        key: reader.boolean(key) for key in ("qkv_norm", "qk_norm") if key in reader.values
+def read_mix(reader: Fields, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``mhc``'s coefficients, of a config that has them. own: other keys, as read."""
+    if "mix_std" not in reader.values:
+        return {}
+    gate = reader.number("read_gate", 0.0, 0.999, above=True, default=None)
+    return {
+        "mix_std": reader.number("mix_std", 0.0, above=True),
+        "mix_scale": reader.number("mix_scale", 0.0),
+        "mix_streams": reader.boolean("mix_streams"),
+        "read_gate": gate or 1 / own["streams"],
     }
-    counts = {key: reader.integer(key) for key in ("laurel_rank", "loops") if key in reader.values}
-    return taken | counts
-
-
-def read_streams(reader: Fields) -> dict[str, Any]:
-    """The keys of placements of several streams, of a config that has them."""
-    keys: dict[str, Any] = {}
-    if "streams" in reader.values:
-        keys["streams"] = reader.integer("streams", 2, MOST_STREAMS)
-    if "block_size" in reader.values:
-        keys["block_size"] = reader.integer("block_size", default=None)
-    if "mix_std" in reader.values:
-        gate = reader.number("read_gate", 0.0, 0.999, above=True, default=None)
-        keys["mix_std"] = reader.number("mix_std", 0.0, above=True)
-        keys["mix_scale"] = reader.number("mix_scale", 0.0)
-        keys["mix_streams"] = reader.boolean("mix_streams")
-        keys["read_gate"] = gate or 1 / keys["streams"]
-    return keys
 
 
 def read_formulas(reader: Fields) -> dict[str, Any]:

@@ -89,10 +89,6 @@ def _norm(reader: Fields) -> NormConfig:
         type=kind,
         eps=reader.number("eps", 0.0),
         gain=reader.number("gain", 0.0, default=1.0),
-        every=reader.integer("every") if "every" in reader.values else None,
-        alpha=reader.number("alpha", 0.0, default=None),
-        fraction=reader.number("fraction", 0.0, 1.0) if "fraction" in reader.values else None,
-        base_depth=reader.integer("base_depth") if "base_depth" in reader.values else None,
         **read_own(reader),
         **read_squash(reader, kind, of_type),
     )

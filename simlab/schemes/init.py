@@ -52,13 +52,12 @@ from dataclasses import dataclass
 
 from simlab.config import InitConfig, ModelConfig
 from simlab.schemes.placement import at
-from simlab.schemes.scheme import NORM_NAMES
 
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "value_embedding", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "g_proj", "gate_proj", "up_proj", "router")
 PART_ROLES = ("left_proj", "right_proj")  # of the parts of residual steps
 ROLES = ("embedding", *INPUTS, "value_embedding", "o_proj", "down_proj", *PART_ROLES, "head")
-GAINS = ("norm", *NORM_NAMES, "q_norm", "k_norm", "v_norm")
+_OTHER_NORMS = ("norm", "q_norm", "k_norm", "v_norm")  # a step's begin with norm_
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ def distribution(model: ModelConfig, init: InitConfig, name: str) -> Gaussian | 
         return Constant(model.norm.squash_alpha("final" if parts[0] == "norm" else parts[2]))
     if parts[-1] == "shift":
         return Constant(model.norm.shift or 0.0)
-    of_step = role.startswith("norm_")  # also custom's norm_1, norm_2 …
-    if role in GAINS or of_step:
+    of_step = role.startswith("norm_")
+    if of_step or role in _OTHER_NORMS:
         gain = model.norm.gain if of_step and parts[2] != "renorm" else 1.0
         return Constant(gain - 1 if model.norm.plus_one else gain)
     return table(model, init, int(parts[1]) if parts[0] == "blocks" else 0)[role]

@@ -22,7 +22,6 @@ class Vector(Protocol):
 
 
 V = TypeVar("V", bound=Vector)
-NORM_NAMES = ("norm_in", "norm_out", "norm_laurel", "norm_branch", "norm_stream")  # a step's norms
 
 Map = Callable[[V], V]  # a sublayer, or a norm
 Add = Callable[[V, V], V]  # add(skip, branch)
@@ -44,7 +43,7 @@ class Scheme:
 
     layer: the block that the step is in, counted from 0. alpha: the scheme's constant, as
     ``alpha_of`` computes it. scales: numbers that differ from step to step, by ``scales_of``.
-    norms: names of ``step``'s norms, of ``NORM_NAMES``.
+    norms: names of ``step``'s norms, which begin with ``norm_``; ``norm_in`` gives what F gets.
     parts: names of ``step``'s further maps, such as a low-rank product: keys of ``model.parts.PARTS``.
     Every block has the same ones.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole

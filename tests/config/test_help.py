@@ -63,4 +63,4 @@ def test_what_a_key_is_said_to_be():
     lines = [line.strip() for line in TEXT.splitlines()]
     at = lines.index("only with norm=swin_renorm")
     assert lines[at + 1].startswith("norm.every=6 ")
-    assert lines[lines.index("not with norm=none") + 1].startswith("norm.gain=1.0 ")
+    assert lines[lines.index("not with norm=ngpt, none") + 1].startswith("norm.gain=1.0 ")

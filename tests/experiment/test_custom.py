@@ -26,7 +26,7 @@ AS_FORMULAS = {  # of three blocks
     ),
     "scaled norm.start_scale=[0.3,-0.1]": "x + F(N(x)) + (0.3 - 0.4*(l - 1)/(L - 1))*x0",
     "nanochat norm.branch_scale=1 norm.start_normed=false norm.stream_scale=[1.1,1.1]"
-    " norm.start_scale=[0.2,0.2]": (
+    " norm.start_scale=[0.2,0.2] norm.subtract_middle=null": (
         "1.1*x + 0.2*x0 + F(N(1.1*x + 0.2*x0))", "x + F(N(x))",
     ),
     "pre_post": ("x + F(N(x))", "N(x + F(x))"),
