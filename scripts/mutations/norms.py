@@ -5,7 +5,8 @@ from __future__ import annotations
 from simlab.model.norms import RMSNorm
 from simlab.model.placement import ResidualAdd
 from simlab.model.transformer import Block, Transformer
-from simlab.schemes.placement import LNS, DeepNorm, Peri, Reordered, ResidualScale, SwinRenorm
+from simlab.schemes.placement import LNS, DeepNorm, ResidualScale, SwinRenorm
+from simlab.schemes.plain import Peri, Reordered
 
 from .record import Mutation, edit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from simlab.config import ModelConfig
+from simlab.schemes.plain import Peri
 from simlab.schemes.scheme import Add, Map, Scheme, V
 
 
@@ -20,15 +21,6 @@ class Laurel(Scheme):
         read = norm_in(x)
         skip = x + read + norm_laurel(laurel(read))
         return add(skip / math.sqrt(2), norm_out(F(read)) / math.sqrt(2))
-
-
-class Sandwich(Scheme):
-    """x + N(F(N(x)))."""
-
-    norms, normalises = ("norm_in", "norm_out"), "branch"
-
-    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V], norm_out: Map[V]) -> V:
-        return add(x, norm_out(F(norm_in(x))))
 
 
 class Gemma3n(Scheme):
@@ -47,4 +39,4 @@ class Gemma3n(Scheme):
     @classmethod
     def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
         """LAuReL beside attention, the MLP between two norms."""
-        return Laurel if kind == "attention" else Sandwich
+        return Laurel if kind == "attention" else Peri

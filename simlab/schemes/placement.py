@@ -13,18 +13,10 @@ from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.custom import Custom
 from simlab.schemes.gemma3n import Gemma3n
 from simlab.schemes.ngpt import NGPT
+from simlab.schemes.plain import NoNorm, Peri, Post, Pre, Reordered
 from simlab.schemes.pre_and_post import ResiDual, SiameseNorm
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
 from simlab.schemes.streams import HyperConnections, ManifoldHyperConnections
-
-
-class Reordered(Scheme):
-    """x + N(F(x)): OLMo 2 (arXiv 2501.00656, §2.1)."""
-
-    norms, normalises = ("norm_out",), "branch"
-
-    def step(self, x: V, F: Map[V], add: Add[V], norm_out: Map[V]) -> V:
-        return add(x, norm_out(F(x)))
 
 
 class SwinRenorm(Reordered):
@@ -35,33 +27,6 @@ class SwinRenorm(Reordered):
         """After blocks every, 2·every, … (counted from 1)."""
         every = config.norm.every or 6
         return (layer + 1) % every == 0
-
-
-class Pre(Scheme):
-    """x + F(N(x)): GPT-2, Llama."""
-
-    norms = ("norm_in",)
-
-    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
-        return add(x, F(norm_in(x)))
-
-
-class Post(Scheme):
-    """N(x + F(x)): arXiv 1706.03762."""
-
-    norms, normalises = ("norm_out",), "stream"
-
-    def step(self, x: V, F: Map[V], add: Add[V], norm_out: Map[V]) -> V:
-        return norm_out(add(x, F(x)))
-
-
-class Peri(Scheme):
-    """x + N(F(N(x))): Peri-LN (arXiv 2502.02732), Gemma 2 and 3's sandwich."""
-
-    norms, normalises = ("norm_in", "norm_out"), "branch"
-
-    def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V], norm_out: Map[V]) -> V:
-        return add(x, norm_out(F(norm_in(x))))
 
 
 class LNS(Pre):
@@ -91,13 +56,6 @@ class DeepNorm(Scheme):
     def init_scale(role: str, depth: int) -> float:
         """β on the value and output projections and on the MLP's matrices, 1 on q and k."""
         return (8 * depth) ** -0.25 if role in DEEPNORM_SCALED else 1.0
-
-
-class NoNorm(Scheme):
-    """x + F(x)."""
-
-    def step(self, x: V, F: Map[V], add: Add[V]) -> V:
-        return add(x, F(x))
 
 
 class ResidualScale(Pre):

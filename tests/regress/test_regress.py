@@ -14,7 +14,7 @@ from simlab.config import ConfigError
 from simlab.regress import __main__ as regress
 from simlab.regress.cases import read_baseline, read_case, read_cases
 from simlab.regress.gates import QUANTITIES, ROW_KEYS
-from simlab.schemes.placement import Reordered
+from simlab.schemes.plain import Reordered
 
 OWN = Path(__file__).parents[1] / "baselines"
 CASE = """\
