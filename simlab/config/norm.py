@@ -15,7 +15,7 @@ MOST_STREAMS = 16
 
 
 # Keys of one placement or of a few, each with its check.
-OWN: dict[str, Callable[[Fields, str], Any]] = {
+OWN_CHECKS: dict[str, Callable[[Fields, str], Any]] = {
     "every": Fields.integer,
     "alpha": lambda reader, key: reader.number(key, 0.0, default=None),
     "fraction": lambda reader, key: reader.number(key, 0.0, 1.0),
@@ -31,7 +31,7 @@ OWN: dict[str, Callable[[Fields, str], Any]] = {
 
 def read_own(reader: Fields) -> dict[str, Any]:
     """The fields of NormConfig that some placements alone have, of a config that has them."""
-    of = {key: read(reader, key) for key, read in OWN.items() if key in reader.values}
+    of = {key: read(reader, key) for key, read in OWN_CHECKS.items() if key in reader.values}
     return of | read_scales(reader) | read_mix(reader, of) | read_formulas(reader)
 
 
