@@ -305,10 +305,12 @@ def _named(parts: Sum, joined: Sum) -> tuple[Sum, Sum, tuple[str, ...]]:
 
 
 def _normalises(parts: Sum, joined: Sum) -> str | None:
-    """What the last norm acts on: in N(… + F(…)) the stream, in x + N(F(…)) the branch, else None."""
+    """In N(… + F(…)) the stream, in N(x) + F(…) the skip, in x + N(F(…)) the branch, else None."""
     *skip, branch = parts
     if not skip and branch.of == "N" and branch.factor == 1.0 and branch.inner == joined:
         return "stream"
+    if any(part.of == "N" for part in skip):
+        return "skip"
     stream, added = ([(part.of, part.factor) for part in some] for some in (skip, [branch]))
     inside = [(part.of, part.factor) for part in branch.inner]
     plain = stream == [("x", 1.0)] and added == [("N", 1.0)] and inside == [("F", 1.0)]

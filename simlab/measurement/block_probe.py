@@ -235,7 +235,7 @@ def observe(
         moment = norm.moment(wide(before))
         return Step(after=after, moment=moment, eps=norm.eps, gain=wide(norm.gain))
     raw, total = wide(tensors["raw"]), tensors["sum"]
-    if step.normalises is None:
+    if step.normalises not in ("branch", "stream"):
         moment, eps = RMSNorm.moment(raw), step.options.eps
     else:
         norm = step.norm_out

@@ -76,8 +76,11 @@ class ResidualStep(nn.Module):
 
     @property
     def normalises(self) -> str | None:
-        """The input of the last norm: ``branch``, ``stream``, or None, also of one that sets no rms."""
-        return None if self.options.elementwise else self.scheme.normalises
+        """As in ``Scheme``, but for a norm that sets no rms: None, or ``skip`` where it bends x."""
+        target = self.scheme.normalises
+        if self.options.elementwise:
+            return "skip" if target in ("stream", "skip") else None
+        return target
 
     @property
     def norms(self) -> dict[str, RMSNorm]:

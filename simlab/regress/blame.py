@@ -61,7 +61,7 @@ def norms_of(model: ModelConfig) -> NormsOf:
         inside = kind == "attention" and model.qk_norm != "none"
         sets_rms = not model.norm.elementwise
         before = ("norm_in" in scheme.norms and sets_rms) or inside
-        last = scheme.normalises if sets_rms else None
+        last = scheme.normalises if sets_rms and scheme.normalises != "skip" else None
         placement = placement_of(model)
         parts = {"laurel": _nothing, "mix": partial(_mixed, bool(model.norm.mix_streams))}
         state = placement.start(1.0, _other, model)

@@ -171,7 +171,7 @@ class PrePost(Scheme):
 class NormedSkip(Scheme):
     """n + F(n), n = N(x)."""
 
-    norms = ("norm_in",)
+    norms, normalises = ("norm_in",), "skip"
 
     def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V]) -> V:
         normed = norm_in(x)
@@ -240,6 +240,11 @@ class Scaled(Scheme):
 
     norms = ("norm_in",)
 
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """By ``norm.skip_normed``."""
+        return ScaledNormed if config.norm.skip_normed else cls
+
     @staticmethod
     def start(x: Any, norm: Map[Any], config: ModelConfig) -> Any:
         """(x, x₀, x_mid), without the vectors that nothing adds or subtracts. All are the embedding."""
@@ -289,6 +294,12 @@ class Scaled(Scheme):
         behind_middle = norm.subtract_middle and not at_mlp and layer == config.depth // 2 + 1
         marks = norm.scale_once, norm.skip_normed, behind_middle
         return stream, start, branch, *(float(bool(mark)) for mark in marks)
+
+
+class ScaledNormed(Scaled):
+    """``Scaled`` with ``norm.skip_normed``."""
+
+    normalises = "skip"
 
 
 PLACEMENTS: dict[str, type[Scheme]] = {

@@ -47,7 +47,8 @@ class Scheme:
     parts: names of ``step``'s further maps, such as a low-rank product: keys of ``model.parts.PARTS``.
     Every block has the same ones.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
-    ``stream`` after, or None where the branch is added as it comes. The additive law needs it.
+    ``stream`` after, or None where the branch is added as it comes. The additive law needs it. Where
+    the branch is added to a normed stream it is ``skip``: such a stream can't grow by a fixed rate.
     """
 
     layer: int

@@ -24,9 +24,9 @@ class Rows:
 
     kinds (R): embedding, attention, mlp, renorm, or a probe's own word. first (S,): the embedding's
     mean square. eps_factor (S, R): m/(m + eps), m the mean square that the step's last norm divides by.
-    gain (R): that norm's. normalises (R): what it acts on, ``branch``, ``stream``, or None where the
-    branch is added as it comes; placements may differ from row to row. mean_field (R): ln v of the
-    mean-field recursion, NaN beyond its end; None where there is no prediction.
+    gain (R): that norm's. normalises (R): what it acts on, ``branch``, ``stream``, ``skip``, or None
+    where the branch is added as it comes; placements may differ from row to row. mean_field (R): ln v
+    of the mean-field recursion, NaN beyond its end; None where there is no prediction.
     """
 
     kinds: Sequence[str]
@@ -69,17 +69,17 @@ def additive(rows: Rows) -> Array:
 
 def normed(rows: Rows) -> bool:
     """True if every step norms its branch or the stream, so that the additive law is one for it."""
-    return None not in rows.normalises[1:]
+    return {*rows.normalises[1:]} <= {"branch", "stream"}
 
 
 def added(rows: Rows) -> bool:
-    """True if every row adds one sublayer to the stream, and no sublayer's own norm sets it anew.
+    """True if every row adds one sublayer to the stream, and no sublayer's own norm acts on it.
 
     Rows of a whole block, and of attention and MLP in parallel, are several sublayers at once.
     """
     steps = zip(rows.kinds, rows.normalises, strict=True)
     return not {"block", "parallel"} & {*rows.kinds} and all(
-        target != "stream" or kind == "renorm" for kind, target in steps
+        target not in ("stream", "skip") or kind == "renorm" for kind, target in steps
     )
 
 

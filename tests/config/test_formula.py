@@ -23,7 +23,7 @@ from simlab.config.formula import formula_of
         ("N(x/L + F(N(x)))", ["norm_in", "norm_out"], "stream"),
         ("2*N(x + F(x))", ["norm_out"], None),
         ("N(x + F(x)) + 0.1*x0", ["norm_out"], None),
-        ("N(x) + F(N(x))", ["norm_1", "norm_in"], None),
+        ("N(x) + F(N(x))", ["norm_1", "norm_in"], "skip"),
         ("x + N(x + N(F(N(x + N(x0)))))", ["norm_1", "norm_in", "norm_2", "norm_out"], None),
     ],
 )

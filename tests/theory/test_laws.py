@@ -10,7 +10,7 @@ from conftest import placed
 from simlab import compose
 from simlab.analysis.resampling import sign_flip
 from simlab.experiment import run
-from simlab.theory.laws import Rows, additive, sqrt2
+from simlab.theory.laws import LAWS, Rows, additive, sqrt2
 
 KINDS = ["embedding", *["attention", "mlp"] * 3]
 
@@ -183,3 +183,11 @@ def test_eps_at_small_width():
     assert v.mean() < 0.15  # an eps outside the root, or none, would give 2
     later = np.diff(ends.to_numpy(), axis=1)[:, 1:]
     assert (np.abs(later.mean(0) - 2) < 5 * later.std(0, ddof=1) / np.sqrt(8)).all()
+
+
+def test_a_normed_skip_has_neither_law():
+    """Branches added to N(x) make no sum of branches, and no √2: n + F(n) stays near 1 + B."""
+    for normalises, has in (("skip", [False, False]), ("branch", [True, True])):
+        given = rows(normalises=normalises)
+        assert [LAWS[name].applies(given) for name in ("additive", "sqrt2")] == has
+    assert not np.isfinite(LAWS["sqrt2"].log_of(rows(normalises="skip"))).any()

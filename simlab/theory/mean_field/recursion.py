@@ -390,7 +390,7 @@ def _branch(step: KernelStep | None, normalises: str | None) -> tuple[float, flo
         return math.nan, math.nan, float(step.norms[-1].saturation.mean())
     assert step.raw is not None
     raw = step.raw.kernel.diagonal()
-    if normalises is None or not step.norms:
+    if normalises not in ("branch", "stream") or not step.norms:
         factor = saturation(step.moment * raw, step.raw.relative_variance, step.eps)
     else:
         factor = step.norms[-1].saturation
