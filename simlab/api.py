@@ -64,7 +64,7 @@ def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **k
     from simlab.report import progress
     from simlab.sweep.gpu_lock import own_gpu
 
-    asked = {**({"model": model} if model else {}), **(more or {}), **keys}
+    asked = _asked(model, more, keys)
     given = as_overrides(asked)
     for key in ("hydra", *(each.name for each in fields(KeepConfig) if each.name != "logger")):
         if any(re.match(rf"{key}[=./]", each) for each in given):
@@ -210,6 +210,13 @@ def _labels(runs: Sequence[Result]) -> list[str]:
     return [f"{label} ({i + 1})" if label in again else label for i, label in enumerate(labels)]
 
 
+def _asked(model: str | None, more: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys that a call gives. Raises ConfigError where more isn't a mapping."""
+    if more is not None and not isinstance(more, Mapping):
+        raise ConfigError(f'{more!r}: give keys with a dot in a dict, as {{"init.std": 0.01}}')
+    return {**({"model": model} if model else {}), **(more or {}), **keys}
+
+
 def multirun(
     sweep: Mapping[str, Sequence[Any]], model: str | None = None, more: Mapping[str, Any] | None = None,
     *, folder: str | Path | None = None, **keys: Any,
@@ -237,7 +244,9 @@ def multirun(
     from simlab.report import progress
 
     if not isinstance(sweep, Mapping) or not sweep:
-        raise ConfigError(f"multirun: {sweep!r}: give lists of values by key")
+        raise ConfigError(
+            f'multirun: {sweep!r}: give lists of values by key, as {{"depth": [8, 16]}}'
+        )
     swept = []
     for key, values in sweep.items():
         if (
@@ -247,7 +256,7 @@ def multirun(
         ):
             raise ConfigError(f"multirun: {key}={values!r}: give a list of values")
         swept.append(f"{key}={','.join(_text(key, value) for value in values)}")
-    given = as_overrides({**({"model": model} if model else {}), **(more or {}), **keys})
+    given = as_overrides(_asked(model, more, keys))
     if "dry_run=true" in given:
         raise ConfigError(
             "multirun: dry_run: of the command, which prints what each job would take"

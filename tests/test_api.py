@@ -245,6 +245,11 @@ def test_mistaken_arguments(result):
         (lambda: simlab.compare([result, result]), "an argument of its own"),
         (lambda: simlab.multirun(["depth"]), "lists of values by key"),
         (lambda: simlab.multirun({}), "lists of values by key"),
+        (lambda: simlab.multirun({"depth": [1]}, more="seed=1"), "in a dict"),
+        (
+            lambda: simlab.measure("small", "init.std=0.01"),
+            "'init.std=0.01': give keys with a dot in a dict",
+        ),
         (lambda: simlab.measure("small", dry_run=True), "dry_run: of the command"),
         (lambda: simlab.measure("small", hydra={"job": {"name": "a"}}), "hydra: of the command"),
         (lambda: simlab.multirun({"depth": [1]}, dry_run=True), "dry_run: of the command"),

@@ -115,9 +115,12 @@ def _by_choice(group: str, keys: Mapping[str, Key], choices: set[str]) -> list[s
 
 
 def _keys(keys: Mapping[str, Key]) -> list[str]:
-    return [
-        line for name, key in keys.items() for line in _entry(f"{name}={key.default}", key.about)
-    ]
+    lines = []
+    for name, key in keys.items():
+        others = ", ".join(f"{choice} {value}" for choice, value in key.others.items())
+        about = f"{key.about} ({key.choices[0]}'s; {others})" if others else key.about
+        lines += _entry(f"{name}={key.default}", about)
+    return lines
 
 
 def _entry(name: str, about: str) -> list[str]:

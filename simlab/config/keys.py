@@ -20,13 +20,15 @@ class Key:
 
     default: as the default choice's file has it, or the first that has the key. about: the comment on
     the key's line, there or in the next file. group: of the files that have it, empty for config.yaml.
-    choices: of this group, those that have the key.
+    choices: of this group, those that have the key. others: of a key that the default choice
+    hasn't, the values of choices whose own is another than default.
     """
 
     default: str = ""
     about: str = ""
     group: str = ""
     choices: list[str] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def default_choices() -> dict[str, str]:
@@ -44,12 +46,15 @@ def known_keys() -> dict[str, Key]:
             keys[group] = Key(default)
             names = [default, *(name for name in options(group) if name != default)]
             files += [(group, CONF_DIR / group / f"{name}.yaml") for name in names]
+    first = default_choices()
     for group, path in files:
         for name, default, about in _read(path, group):
             key = keys.setdefault(name, Key(default, group=group))
             key.about = key.about or about
             if group and path.stem != FROM_CHECKPOINT:
                 key.choices.append(path.stem)
+                if default != key.default and first[key.group] not in key.choices:
+                    key.others[path.stem] = default
     return keys
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from simlab.config.errors import ConfigError
 from simlab.config.fields import Fields, as_typed
 from simlab.config.formula import MOST_CHARACTERS, formula_of, refuse_factors
-from simlab.config.schema import NormConfig
+from simlab.config.schema import ELEMENTWISE, NormConfig
 
 MOST_STREAMS = 16
 
@@ -105,6 +105,15 @@ def _naming(key: str, text: str) -> Iterator[None]:
     except ConfigError as error:
         shown = text if len(text) <= MOST_CHARACTERS else as_typed(text)
         raise ConfigError(f"norm.{key}={shown}: {error}") from None
+
+
+def refuse_squash(reader: Fields, kind: str) -> None:
+    """Raises ConfigError where the keys are those of an element-wise norm, and the type isn't one."""
+    if kind not in ELEMENTWISE and "attention_alpha" in reader.values:
+        raise ConfigError(
+            f"norm.type={kind}: not with norm={' or '.join(ELEMENTWISE)}, whose norm.type is their own;"
+            f" with this type write norm=pre norm.type={kind}"
+        )
 
 
 def read_squash(reader: Fields, kind: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from simlab.config import (
 )
 from simlab.config.attention import read_attention
 from simlab.config.fields import REQUIRED, Fields
-from simlab.config.norm import check_depth, read_own, read_squash
+from simlab.config.norm import check_depth, read_own, read_squash, refuse_squash
 from simlab.config.rope import read_linear, read_llama3, read_yarn
 
 # Arithmetic in config files: d_ff: ${multiply:${width},4}. Wherever a config is read, it is there.
@@ -82,6 +82,7 @@ def _norm(reader: Fields) -> NormConfig:
     placement = reader.choice("placement", [name for name in names if _placement_of(name) == name])
     kind = reader.choice("type", NORM_TYPES)
     of_type = _keys_of("norm", kind) if kind in ELEMENTWISE else []
+    refuse_squash(reader, kind)
     owner = f"norm={placement}" + f" norm.type={kind}" * bool(of_type)
     reader.only(owner, list(dict.fromkeys([*_keys_of("norm", placement), *of_type])))
     norm = NormConfig(

@@ -146,8 +146,10 @@ class Stream:
         """Keep what the model's embedding gives until its blocks begin: a shape doesn't tell all."""
         ids, handles = self.ids, list[RemovableHandle]()
 
-        def keep(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        def keep(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if not args or not isinstance(args[0], Tensor) or args[0].ndim != 2 or ids is None:
+                return
+            if not isinstance(out, Tensor):
                 return
             for given, embedded in ((args[0], out), (args[0].mT, out.transpose(0, 1))):
                 if given.shape == ids.shape and torch.equal(given, ids):

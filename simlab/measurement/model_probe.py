@@ -186,9 +186,12 @@ class ModelProbe:
 
     def _embedded(self, x: Any) -> None:
         if not isinstance(x, Tensor) or x.ndim not in (3, 4):
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            got = (
+                f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            )
             raise ConfigError(
-                f"probe: the first block gets a tensor of shape {shape}: must be (batch, length, width)"
+                f"probe: the first block gets {got}: must be a tensor (batch, length, width), or of 4"
+                " dimensions with several streams"
             )
         if not x.numel():
             raise ConfigError(f"probe: a batch of shape {tuple(x.shape)}: holds no token")

@@ -201,11 +201,12 @@ def _whole_brackets(text: str, width: int) -> str:
 
 
 def _indented(sentence: str, width: int) -> str:
-    """A sentence in lines of a terminal, the second and further ones indented."""
+    """A sentence in lines of a terminal, the second and further ones indented; none begins with %."""
+    held = sentence.replace(" %", "\xa0%")
     lines = textwrap.wrap(
-        sentence, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        held, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def show_files(files: Sequence[Path]) -> None:

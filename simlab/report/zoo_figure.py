@@ -71,4 +71,4 @@ def _axis(ax: Axes, log: bool, count: int) -> None:
     if log:
         ax.set_xscale("log")
     ax.set_ylim(-0.7, count - 0.3)
-    ax.tick_params(labelsize=8.5)
+    ax.tick_params(which="both", labelsize=8.5)  # a short log axis labels its minor ticks, too

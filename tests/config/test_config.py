@@ -170,6 +170,7 @@ UNKNOWN = {
     "model.value_embeddings=every": "model.value_embeddings=every: allowed: none, alternate, all",
     "model.value_embedding_scale=-1": "model.value_embedding_scale=-1: allowed: a number, at least 0",
     "init=true": "init=true: allowed: fan_in, ",
+    "norm=dyt norm.type=layer": "norm.type=layer: not with norm=dyt or derf",
     "norm.every=3": "norm.every=3: only with norm=swin_renorm",
     "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",
     "depth": "depth: not of the form key=value",
@@ -182,7 +183,7 @@ UNKNOWN = {
 def test_unknown_names_get_one_line(override, monkeypatch):
     monkeypatch.setattr("sys.argv", ["a_program", "--dpeth", "nrom"])  # not simlab's to read
     with pytest.raises(ConfigError) as caught:
-        simlab.compose([override])
+        simlab.compose(override.split(" "))
     assert UNKNOWN[override] in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -54,7 +54,9 @@ def test_what_a_key_is_said_to_be():
     depth = dataclasses.asdict(keys["depth"])
     names = [name for name in options("model") if name != "from_checkpoint"]
     assert sorted(depth.pop("choices")) == names
-    assert depth == {"default": "32", "about": "blocks", "group": "model"}
+    assert depth == {"default": "32", "about": "blocks", "group": "model", "others": {}}
+    assert keys["norm.alpha"].others == {"ngpt": "0.05", "rezero": "0.0"}
+    assert "(layerscale's; ngpt 0.05, rezero 0.0)" in " ".join(TEXT.split())
     assert keys["norm.every"].choices == ["swin_renorm"]
     assert keys["source.text"].default == "…"
     assert keys["model.yarn"].default == "null"

@@ -229,6 +229,8 @@ def test_refused_batches():
     own = perturbed(Own())
     own.wte = nn.EmbeddingBag(61, 32)
     assert "gets a tensor of shape (3, 32)" in refused(own, layout=Layout("h", GPT2))
+    own.wte = Twice(61, 32)
+    assert "the first block gets tuple: must be a tensor" in refused(own, layout=Layout("h", GPT2))
 
 
 def test_padding_hidden_by_query_and_key():
@@ -243,6 +245,14 @@ def test_padding_hidden_by_query_and_key():
     for mask in (seen, added, {"full_attention": seen}):
         batch = {"input_ids": IDS, "attention_mask": mask}
         assert "attention_mask hides 2 of 33 tokens" in refused(model, batch)
+
+
+class Twice(nn.Embedding):
+    """Two streams as a tuple."""
+
+    def forward(self, ids):
+        x = super().forward(ids)
+        return x, x
 
 
 class Hidden(Own):

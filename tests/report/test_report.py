@@ -20,6 +20,7 @@ from simlab.config.title import title
 from simlab.config.validate import compose
 from simlab.experiment import run
 from simlab.report.console import (
+    _indented,
     headlines,
     overflow_lines,
     show_tables,
@@ -189,6 +190,8 @@ def test_a_verdict_is_told_in_sentences(capsys):
     starts = [line for line in told if not line.startswith("  ")]
     sentence = result.summary["verdict"]["random"]["sentence"]
     assert " ".join(" ".join(told).split()).startswith(sentence)
+    assert " %" in sentence
+    assert not any("\n  %" in _indented(sentence, width) for width in range(20, 90))
     assert [start.split()[0] for start in starts[:2]] == ["The", "Mean"]
     said = result.verdicts["random"].sentences
     assert sentence == " ".join(said)

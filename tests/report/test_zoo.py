@@ -74,6 +74,9 @@ def test_rows_table_and_figure(tmp_path):
     assert "nan" not in text.lower()
     figure = zoo_figure(rows, "a line")
     assert len(figure.axes) == 4
+    for ax in figure.axes:  # a log axis of less than a decade labels its minor ticks
+        ticks = [*ax.xaxis.get_major_ticks(), *ax.xaxis.get_minor_ticks()]
+        assert {tick.label1.get_size() for tick in ticks} == {8.5}
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [row.name for row in rows]
 
 
