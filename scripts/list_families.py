@@ -84,7 +84,7 @@ def tried(folder: Path, whole: Any) -> tuple[str, str, str]:
         ", ".join(row.kind for row in found.rows if row.block == block)
         for block in range(checkpoint.model.depth)
     )
-    several = f" (of {found.streams} streams)" if found.streams > 1 else ""
+    several = f" (of {found.stream_count} streams)" if found.stream_count > 1 else ""
     return said, gradients, "; or ".join(blocks) + several
 
 

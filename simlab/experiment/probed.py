@@ -149,7 +149,7 @@ def probed_result(
     assert probe.size is not None  # measured
     length, width = probe.size
     tokens = probe.embedding.tokens // length, length
-    frame, by_curve, cuts = to_frame(measured, probe.embedding.tokens // probe.streams * width)
+    frame, by_curve, cuts = to_frame(measured, probe.embedding.tokens // probe.stream_count * width)
     verdicts = judge_all(frame, by_curve, probe.dtype)
     if inits:
         frame = with_outside(frame)

@@ -122,7 +122,7 @@ def last_sublayer(measured: MeasuredCurves) -> int:
 
 def streams_of(measured: MeasuredCurves) -> dict[str, int]:
     """How many residual streams the model has, if several: their sequences count among ``tokens``."""
-    streams = max((curve.streams for *_, curve in measured), default=1)
+    streams = max((curve.stream_count for *_, curve in measured), default=1)
     return {"streams": streams} if streams > 1 else {}
 
 

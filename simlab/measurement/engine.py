@@ -58,13 +58,13 @@ Gradients = tuple[Tensor, ...]  # with respect to a state's vectors
 class Measured:
     """One curve: its rows, and with gradients the loss (a scalar, nats per predicted token).
 
-    streams: n, of a model with several residual streams: the rows are over all, as if each were a
+    stream_count: n, of a model with several residual streams: the rows are over all, as if each were a
     sequence.
     """
 
     rows: list[Row]
     loss: Tensor | None = None
-    streams: int = 1
+    stream_count: int = 1
 
     @property
     def normalises(self) -> list[str | None]:

@@ -63,7 +63,7 @@ def tidy(measured: list[tuple[str, int, Measured]], entries: int) -> pd.DataFram
     from simlab.measurement.statistics import GRADIENT_STATISTICS, STATISTICS
 
     rows = [(name, seed, row) for name, seed, curve in measured for row in curve.rows]
-    entries *= max(curve.streams for *_, curve in measured)
+    entries *= max(curve.stream_count for *_, curve in measured)
     values = torch.stack([row.values for *_, row in rows]).cpu().to(torch.float64).numpy()
     frame = pd.DataFrame(values, columns=list(STATISTICS)).astype({"max_token": np.int64})
     gradients = [row.gradient for *_, row in rows if row.gradient is not None]

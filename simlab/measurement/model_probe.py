@@ -74,7 +74,7 @@ class ModelProbe:
         self.left: tuple[int, Tensor] | None = None  # of the last block: its place and its output
         self.embedding, self.vectors = Reducer(STATISTICS), VectorReducers()
         self.size: tuple[int, int] | None = None  # T, D
-        self.streams = 1  # n, each of whose sequences is measured as one of its own
+        self.stream_count = 1  # n, each of whose sequences is measured as one of its own
         self.dtype = self.device = ""  # of the stream
         self.on_block: Callable[[], None] = lambda: None  # called after each block's forward
         self.given, self.stream = layout is not None, Stream({}, False)
@@ -206,12 +206,12 @@ class ModelProbe:
                 f"probe: a batch of length {length} after one of {self.size[0]}: batches of a curve"
                 " have sequences of one length"
             )
-        if self.size and streams != self.streams:
+        if self.size and streams != self.stream_count:
             raise ConfigError(
-                f"probe: a batch of {streams} streams after one of {self.streams}: batches of a curve"
-                " have as many streams"
+                f"probe: a batch of {streams} streams after one of {self.stream_count}: batches of a"
+                " curve have as many streams"
             )
-        self.size, self.streams = (length, width), streams
+        self.size, self.stream_count = (length, width), streams
         for probe in self.probes:
             probe.axis = axis
         if self.taps:
@@ -231,8 +231,8 @@ class ModelProbe:
         for i, probe in enumerate(self.probes):
             steps = probe.sublayers if isinstance(probe, LayoutProbe) else ()
             how = ", ".join(map(str, steps or ())) or ", ".join(probe.kinds)
-            if self.streams > 1:
-                how += f" over {self.streams} streams, as if they were sequences"
+            if self.stream_count > 1:
+                how += f" over {self.stream_count} streams, as if they were sequences"
             blocks.setdefault(how, []).append(i)
         return "; ".join(f"{self.path} {spans(of)}: {how}" for how, of in blocks.items())
 
@@ -265,7 +265,7 @@ class ModelProbe:
         embedded = _first(self.vectors.result())
         rows = rows_of(self.embedding.result()[0].cpu(), blocks, embedded)
         if self.taps is None:
-            return Measured(rows, streams=self.streams)
+            return Measured(rows, stream_count=self.stream_count)
         gradients = [self.embedding_gradient, *chain(*(probe.gradients for probe in self.probes))]
         for row, reducer in zip(rows, gradients, strict=True):
             if reducer.tokens != tokens:
@@ -282,7 +282,7 @@ class ModelProbe:
             )
         values = [reducer.result()[0].cpu() for reducer in gradients]
         rows = [replace(row, gradient=g) for row, g in zip(rows, values, strict=True)]
-        return Measured(rows, self.loss, self.streams)
+        return Measured(rows, self.loss, self.stream_count)
 
 
 def _first(values: Tensor | None) -> Tensor | None:

@@ -33,7 +33,7 @@ def start(x: Tensor, config: ModelConfig) -> Carried:
 
 
 def finished(state: Carried, config: ModelConfig) -> Tensor:
-    """What the final norm gets (B, T, D), of the state after the last block."""
+    """The final norm's input (B, T, D), of the state after the last block."""
 
     def norm(x: Tensor) -> Tensor:
         made = NORMS[config.norm.type](config.width, config.norm.eps).requires_grad_(False)

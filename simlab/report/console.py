@@ -264,7 +264,7 @@ def figure_lines(curve: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
 
 
 def streams_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What the rows are of a model with several residual streams."""
+    """A line that says how the rows are over several residual streams; none of one stream."""
     if (streams := summary.get("streams", 1)) == 1:
         return []
     return [

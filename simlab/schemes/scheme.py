@@ -84,7 +84,7 @@ class Scheme:
 
     @staticmethod
     def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
-        """What the final norm gets. norm: as ``norm.type`` has it, without a gain."""
+        """The final norm's input. norm: as ``norm.type`` has it, without a gain."""
         return vectors(state)[0]
 
     @classmethod

@@ -69,7 +69,7 @@ class HyperConnections(Streams):
 
 @dataclass(frozen=True)
 class Coefficients(Generic[C]):
-    """What a step does with n streams: numbers, or one for each token.
+    """A step's coefficients of n streams: numbers, or one for each token.
 
     gates: p_j (n). write: q_t (n). kept: c_t, the shares (n) of each stream in what stream t was; None
     for the identity.
