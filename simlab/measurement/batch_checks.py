@@ -206,10 +206,11 @@ class Stream:
 def refuse_rows(name: str, table: nn.Module, args: tuple[Any, ...]) -> None:
     """Raise ConfigError for a row that an embedding doesn't have: of torch it is an error of its own.
 
-    A class of its own may get what are no rows, such as ids for positions that it counts itself.
+    A class of its own may get what are no rows, such as ids for positions that it counts itself. A
+    streamed model's tables are on the meta device, and say so themselves.
     """
     plain = type(table).forward is nn.Embedding.forward or "WordEmbedding" in type(table).__name__
-    if not isinstance(table, nn.Embedding) or not plain or not args:
+    if not isinstance(table, nn.Embedding) or not plain or not args or table.weight.is_meta:
         return
     rows = args[0]
     if isinstance(rows, Tensor) and rows.numel():
