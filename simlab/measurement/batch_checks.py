@@ -206,14 +206,14 @@ class Stream:
 def refuse_rows(name: str, table: nn.Module, args: tuple[Any, ...]) -> None:
     """Raise ConfigError for a row that an embedding doesn't have: of torch it is an error of its own.
 
-    A class of its own may get what are no rows, such as ids for positions that it counts itself. A
-    streamed model's tables are on the meta device, and say so themselves.
+    A class of its own may get what are no rows, such as ids for positions that it counts itself. The
+    tables of a streamed model, one zero expanded, are refused where their rows are read.
     """
     plain = type(table).forward is nn.Embedding.forward or "WordEmbedding" in type(table).__name__
-    if not isinstance(table, nn.Embedding) or not plain or not args or table.weight.is_meta:
+    if not isinstance(table, nn.Embedding) or not plain or not args:
         return
-    rows = args[0]
-    if isinstance(rows, Tensor) and rows.numel():
+    rows, streamed = args[0], not any(table.weight.stride())
+    if isinstance(rows, Tensor) and rows.numel() and not streamed:
         least, most = (int(row) for row in rows.aminmax())
         if least < 0 or most >= table.num_embeddings:
             raise ConfigError(
