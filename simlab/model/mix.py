@@ -10,20 +10,7 @@ from torch import Tensor, nn
 from simlab.config import ModelConfig
 from simlab.model.attention import Linear
 from simlab.model.norms import squarable
-from simlab.schemes.streams import SINKHORN_EPS, SINKHORN_ITERATIONS, Coefficients, mix_shape
-
-
-def doubly_stochastic(logits: Tensor) -> Tensor:
-    """(…, n, n) to positive matrices whose rows and columns sum to about 1, the columns to 10⁻⁶.
-
-    Sinkhorn and Knopp's iteration on softmax over the last dimension, SINKHORN_ITERATIONS times.
-    """
-    c = logits.softmax(-1) + SINKHORN_EPS
-    c = c / (c.sum(-2, keepdim=True) + SINKHORN_EPS)
-    for _ in range(SINKHORN_ITERATIONS - 1):
-        c = c / (c.sum(-1, keepdim=True) + SINKHORN_EPS)
-        c = c / (c.sum(-2, keepdim=True) + SINKHORN_EPS)
-    return c
+from simlab.schemes.streams import SINKHORN_EPS, Coefficients, doubly_stochastic, mix_shape
 
 
 class Mix(nn.Module):
@@ -62,6 +49,6 @@ class Mix(nn.Module):
         write = 2 * torch.sigmoid(u[..., n : 2 * n])
         kept = None
         if u.shape[-1] > 2 * n:
-            c = doubly_stochastic(u[..., 2 * n :].unflatten(-1, (n, n)))
+            c = doubly_stochastic(u[..., 2 * n :].unflatten(-1, (n, n)).softmax(-1))
             kept = tuple(columns(c[..., t]) for t in range(n))
         return Coefficients(columns(read), columns(write), kept)

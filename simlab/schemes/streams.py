@@ -21,6 +21,19 @@ def total(vectors: Sequence[V]) -> V:
     return first
 
 
+def doubly_stochastic(c: Any) -> Any:
+    """Softmax's (…, n, n) to positive matrices whose rows sum to about 1 too, the columns to 10⁻⁶.
+
+    Sinkhorn and Knopp's iteration, SINKHORN_ITERATIONS times, on an array or a tensor.
+    """
+    c = c + SINKHORN_EPS
+    c = c / (c.sum(-2, keepdims=True) + SINKHORN_EPS)
+    for _ in range(SINKHORN_ITERATIONS - 1):
+        c = c / (c.sum(-1, keepdims=True) + SINKHORN_EPS)
+        c = c / (c.sum(-2, keepdims=True) + SINKHORN_EPS)
+    return c
+
+
 def weighted(shares: Sequence[Any], vectors: Sequence[Any]) -> Any:
     """Σ share · vector."""
     return total([share * x for share, x in zip(shares, vectors, strict=True)])

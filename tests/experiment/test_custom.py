@@ -92,8 +92,10 @@ def test_three_ways_to_one_curve(text):
         means.append((rows.mean(), rows.sem()))
         predicted = found[found["seed"] == 0].set_index("sublayer")["law_mean_field"]
         off = (means[-1][0]["mean_square"] - predicted).abs()
+        # 1 %: theory's stated accuracy at width 128; 5 standard errors, of 16 seeds.
         assert (off <= 5 * means[-1][1]["mean_square"] + 0.01 * predicted).all()
     (a, sem_a), (b, sem_b) = means
+    # Of 16 seeds each: by chance one row in 10⁵.
     assert ((a - b).abs() <= 5 * np.hypot(sem_a, sem_b) + 1e-12).all(axis=None)
 
 

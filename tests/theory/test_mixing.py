@@ -8,7 +8,7 @@ import torch
 from conftest import STANDARD_ERRORS, tiny
 
 from simlab.experiment import prepare, run
-from simlab.model.mix import doubly_stochastic
+from simlab.schemes.streams import doubly_stochastic
 from simlab.theory.mean_field import mixing, predict
 
 # Beyond the seeds' noise, at logits of std 2.5; cosines have more than other placements'.
@@ -83,7 +83,7 @@ def test_averages_by_draws(rho):
     z, fresh = torch.randn(2, count, n + n * n, generator=torch.Generator().manual_seed(0))
     pair = (std * z, std * (rho * z + (1 - rho**2) ** 0.5 * fresh))
     p = [u[:, :n].sigmoid() for u in pair]
-    c = [doubly_stochastic(u[:, n:].unflatten(-1, (n, n))) for u in pair]
+    c = [doubly_stochastic(u[:, n:].unflatten(-1, (n, n)).softmax(-1)) for u in pair]
     w = [x / x.sum(1, keepdim=True) for x in p]
     kept = ((c[0] * c[1]).sum((1, 2)).mean() - 1) / (n - 1)
     read = (w[0] * w[1]).sum(1).mean() - 1 / n

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
-from simlab.schemes.streams import SINKHORN_EPS, SINKHORN_ITERATIONS, mix_shape
+from simlab.schemes.streams import doubly_stochastic, mix_shape
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import at_nodes, expand, sigmoid
 from simlab.theory.mean_field.branch import Branch
@@ -66,10 +66,7 @@ def _coefficients(u: Array, streams: int, bias: float) -> tuple[Array, Array]:
     rest = u[:, streams:].reshape(len(u), -1, streams)
     c = np.exp(rest - rest.max(-1, keepdims=True, initial=-np.inf))
     if c.size:
-        c = c / c.sum(-1, keepdims=True) + SINKHORN_EPS
-        for _ in range(SINKHORN_ITERATIONS):
-            c = c / (c.sum(-2, keepdims=True) + SINKHORN_EPS)
-            c = c / (c.sum(-1, keepdims=True) + SINKHORN_EPS)
+        c = doubly_stochastic(c / c.sum(-1, keepdims=True))
     return p / p.sum(1, keepdims=True), c
 
 
