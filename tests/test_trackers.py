@@ -88,7 +88,8 @@ def test_wandb(tmp_path, monkeypatch):
     rows = [values(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
     named = "random/mean_square"
     assert_same([(row["sublayer"], row[named]) for row in rows if named in row], steps)
-    assert {"growth", "report"} <= {key.partition("/")[0] for key in rows[-1]}
+    # Seldom not in the last row: a process of its own writes them, in its own order.
+    assert {"growth", "report"} <= {key.partition("/")[0] for row in rows for key in row}
     (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     assert started.display_name == summary["title"][:128]
     assert started.project == "simlab"
