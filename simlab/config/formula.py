@@ -153,6 +153,7 @@ class _Reader:
         before = len(self.text) - len(text)
         try:
             tree = ast.parse(text, mode="eval").body
+        # Python's parser raises MemoryError or RecursionError of deep nesting, ValueError of NUL bytes.
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             offset = getattr(error, "offset", None) or len(text)  # 0: at its end
             why = "has no partner" if text[offset - 1] in "()" else "not a formula from here on"
@@ -305,7 +306,7 @@ def _named(parts: Sum, joined: Sum) -> tuple[Sum, Sum, tuple[str, ...]]:
 
 
 def _normalises(parts: Sum, joined: Sum) -> str | None:
-    """In N(… + F(…)) the stream, in N(x) + F(…) the skip, in x + N(F(…)) the branch, else None."""
+    """``stream`` of N(… + F(…)), ``skip`` of N(x) + F(…), ``branch`` of x + N(F(…)), else None."""
     *skip, branch = parts
     if not skip and branch.of == "N" and branch.factor == 1.0 and branch.inner == joined:
         return "stream"

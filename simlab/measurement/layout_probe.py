@@ -333,7 +333,7 @@ class LayoutProbe(BlockProbe):
             del self.outputs[path]
 
     def _read_by(self, sublayer: Sublayer) -> Tensor | None:
-        """What a sublayer's modules get (B, T, D), if each is known and all get the same.
+        """The input (B, T, D) of a sublayer's modules, if it is known and all get the same one.
 
         It is known of a module with two matrices or more, such as an attention or an MLP: one matrix
         alone is a sublayer's last projection, which gets something else.

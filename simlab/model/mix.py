@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Linear
 from simlab.model.norms import squarable
-from simlab.schemes.streams import SINKHORN_EPS, Coefficients, doubly_stochastic, mix_shape
+from simlab.schemes.streams import (
+    SINKHORN_EPS,
+    Coefficients,
+    doubly_stochastic,
+    mix_shape,
+    read_logit,
+)
 
 
 class Mix(nn.Module):
@@ -28,7 +32,7 @@ class Mix(nn.Module):
         norm = config.norm
         self.streams, outputs = mix_shape(norm)
         self.scale, self.eps = norm.mix_scale or 0.0, norm.eps
-        self.bias = math.log(norm.read_gate or 0.5) - math.log1p(-(norm.read_gate or 0.5))
+        self.bias = read_logit(norm)
         self.mix_proj = linear(self.streams * config.width, outputs, False)
 
     def forward(self, state: tuple[Tensor, ...]) -> Coefficients[Tensor]:

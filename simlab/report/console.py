@@ -258,7 +258,7 @@ def title_of(summary: Mapping[str, Any]) -> str:
 
 
 def figure_lines(curve: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
-    """What a figure's title says: the answer, several streams, where values left the dtype's range."""
+    """A figure's title: the answer, the number of streams, and where values leave the dtype's range."""
     lost = overflow_lines(summary["overflow"]) + lost_lines(summary)
     return [headline(curve, summary), *streams_lines(summary), *lost]
 

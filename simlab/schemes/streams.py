@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -101,6 +102,12 @@ def mix_shape(norm: NormConfig) -> tuple[int, int]:
     """n, and how many coefficients a token has."""
     n = norm.streams or 4
     return n, n * (n + 2) if norm.mix_streams else 2 * n
+
+
+def read_logit(norm: NormConfig) -> float:
+    """The logit of ``norm.read_gate``: what a gate's argument is where its coefficients are 0."""
+    gate = norm.read_gate or 0.5
+    return math.log(gate) - math.log1p(-gate)
 
 
 class ManifoldHyperConnections(Streams):

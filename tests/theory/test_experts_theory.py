@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from conftest import STANDARD_ERRORS, ids_of, tiny
+from one_layer import TOKENS, WIDTH, drawn, off, tokens
 
 from simlab.experiment import run
 from simlab.model.mlp import Experts
@@ -16,42 +16,11 @@ from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.mlp import MLPKernel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WIDTH, TOKENS, DRAWS = 128, 6, 400
+DRAWS = 400
 STDS = {"router": 0.1, "gate_proj": 0.12, "up_proj": 0.1, "down_proj": 0.15}  # logits' variance 1.3
 MODEL = [
     f"width={WIDTH}", "heads=4", "kv_heads=4", "d_ff=48", "model.experts=6", "norm=pre",
 ]  # fmt: skip
-
-
-def tokens():
-    """Tokens of mean square 1 and many correlations, two of them equal (N, d)."""
-    normals = np.random.default_rng(1).standard_normal((TOKENS, WIDTH))
-    x = normals + np.array([2.0, 2.0, 0.7, 0.0, -0.7, 0.0])[:, None] * normals[5]
-    x[1] = x[0]
-    return x / np.sqrt((x**2).mean(1, keepdims=True))
-
-
-def drawn(model, x, g):
-    """Gram matrices over d (DRAWS, N, N) of random experts' outputs, and of their gradients at x."""
-    torch.manual_seed(0)
-    experts, outputs, gradients = Experts(model, dense_linear), [], []
-    given = torch.tensor(x, dtype=torch.float32)[None].requires_grad_()
-    up = torch.tensor(g, dtype=torch.float32)[None]
-    for _ in range(DRAWS):
-        for name, parameter in experts.named_parameters():
-            torch.nn.init.normal_(parameter, std=STDS[name.split(".")[-2]])
-        out = experts(given)
-        (back,) = torch.autograd.grad(out, given, up)
-        for vector, grams in ((out, outputs), (back, gradients)):
-            v = vector[0].detach().double().numpy()
-            grams.append(v @ v.T / WIDTH)
-    return np.array(outputs), np.array(gradients)
-
-
-def off(grams, predicted):
-    """The largest deviation of a predicted mean, in standard errors."""
-    error = grams.std(0, ddof=1) / np.sqrt(len(grams))
-    return np.abs((grams.mean(0) - predicted) / error).max()
 
 
 @pytest.mark.parametrize(("per_token", "renormalise"), [(2, False), (2, True), (6, False)])
@@ -65,7 +34,7 @@ def test_one_layer(per_token, renormalise):
     model = tiny(*MODEL, *asked).shape
     x, g = tokens(), np.random.default_rng(2).standard_normal((TOKENS, WIDTH))
     kernel, nothing = x @ x.T / WIDTH, np.zeros((TOKENS, TOKENS))
-    outputs, gradients = drawn(model, x, g)
+    outputs, gradients = drawn(Experts(model, dense_linear), STDS, DRAWS, x, g)
     branch = ExpertsKernel(MLPKernel(model, STDS))(Input(kernel, nothing, nothing, True))
     assert off(outputs, branch.kernel) < STANDARD_ERRORS
     assert off(gradients, branch.pull_gradient(g @ g.T / WIDTH)) < STANDARD_ERRORS

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from conftest import STANDARD_ERRORS, ids_of, tiny
+from one_layer import TOKENS, WIDTH, drawn, off, tokens
 
 from simlab.experiment import run
 from simlab.model.attention import Attention
@@ -16,41 +16,10 @@ from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.recursion import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WIDTH, TOKENS, DRAWS = 128, 6, 600
+DRAWS = 600
 # Without queries all heads are alike, and attention's part of the theory is exact.
 STDS = {"q_proj": 1e-4, "k_proj": 0.1, "v_proj": 0.1, "g_proj": 0.15, "o_proj": 0.1}
 MODEL = [f"width={WIDTH}", "heads=8", "kv_heads=4", "d_ff=48", "norm=pre", "model.qk_norm=none"]
-
-
-def tokens():
-    """Tokens of mean square 1 and many correlations, two of them equal (N, d)."""
-    normals = np.random.default_rng(1).standard_normal((TOKENS, WIDTH))
-    x = normals + np.array([2.0, 2.0, 0.7, 0.0, -0.7, 0.0])[:, None] * normals[5]
-    x[1] = x[0]
-    return x / np.sqrt((x**2).mean(1, keepdims=True))
-
-
-def drawn(model, x, g):
-    """Gram matrices over d (DRAWS, N, N) of random gated attention's outputs, and of its gradients."""
-    torch.manual_seed(0)
-    attention, outputs, gradients = Attention(model, 0, dense_linear), [], []
-    given = torch.tensor(x, dtype=torch.float32)[None].requires_grad_()
-    up = torch.tensor(g, dtype=torch.float32)[None]
-    for _ in range(DRAWS):
-        for name, parameter in attention.named_parameters():
-            torch.nn.init.normal_(parameter, std=STDS[name.split(".")[0]])
-        out = attention(given)
-        (back,) = torch.autograd.grad(out, given, up)
-        for vector, grams in ((out, outputs), (back, gradients)):
-            v = vector[0].detach().double().numpy()
-            grams.append(v @ v.T / WIDTH)
-    return np.array(outputs), np.array(gradients)
-
-
-def off(grams, predicted):
-    """The largest deviation of a predicted mean, in standard errors."""
-    error = grams.std(0, ddof=1) / np.sqrt(len(grams))
-    return np.abs((grams.mean(0) - predicted) / error).max()
 
 
 @pytest.mark.parametrize("kind", ["elementwise", "per_head"])
@@ -62,7 +31,7 @@ def test_one_layer(kind):
     model = tiny(*MODEL, f"model.attention_gate={kind}").shape
     x, g = tokens(), np.random.default_rng(2).standard_normal((TOKENS, WIDTH))
     kernel, nothing = x @ x.T / WIDTH, np.zeros((TOKENS, TOKENS))
-    outputs, gradients = drawn(model, x, g)
+    outputs, gradients = drawn(Attention(model, 0, dense_linear), STDS, DRAWS, x, g)
     branch = attention_of(Context(model, 1, TOKENS), 0, STDS)(Input(kernel, nothing, nothing, True))
     upstream = g @ g.T / WIDTH
     assert off(outputs, branch.kernel) < STANDARD_ERRORS

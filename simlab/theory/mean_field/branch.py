@@ -1,4 +1,4 @@
-"""What a sublayer is to theory: from its input's kernel to its output's."""
+"""A sublayer as theory has it: a map from its input's kernel to its output's."""
 
 from __future__ import annotations
 

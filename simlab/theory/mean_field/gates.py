@@ -111,7 +111,7 @@ class GatedBranch:
         return self.one.units
 
     def _of_gates(self, apart: Array, values: Array) -> Array:
-        """What multiplies F − e: apart/gates + values/HC."""
+        """The factor of F − e: apart/gates + values/HC."""
         model = self.one.attention.context.model
         return apart / model.gates + values / (model.heads * model.head_dim)
 

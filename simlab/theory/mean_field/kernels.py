@@ -336,7 +336,7 @@ class KernelStep:
 
 
 def _multiple(terms: Terms, others: Terms) -> float | None:
-    """The number m where the others' vector is m times the terms' one, else None."""
+    """m, if the vector of ``others`` is m times that of ``terms``, else None."""
     if [(t.base, t.norms) for t in terms] != [(o.base, o.norms) for o in others]:
         return None
     pairs = zip(terms, others, strict=True)

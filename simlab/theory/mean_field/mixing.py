@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
-from simlab.schemes.streams import doubly_stochastic, mix_shape
+from simlab.schemes.streams import doubly_stochastic, mix_shape, read_logit
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import at_nodes, expand, sigmoid
 from simlab.theory.mean_field.branch import Branch
@@ -132,7 +132,7 @@ class ReadBranch:
     """Σ w_j·δ_j as ``branch.Branch`` has it: a vector whose kernel is taken as it is."""
 
     kernel: Array
-    units: int = 10**9
+    units: int = 10**9  # a kernel without noise
     lean: Array | None = None
 
     @property
@@ -176,7 +176,6 @@ def mixing(context: Context, stds: Mapping[str, float], step: KernelStep) -> Any
     """The part ``mix`` in a step."""
     norm = context.model.norm
     n, _ = mix_shape(norm)
-    gate = norm.read_gate or 0.5
 
     def mix(state: tuple[KernelVector, ...]) -> MeanCoefficients:
         mean = step.start.kernel
@@ -188,7 +187,7 @@ def mixing(context: Context, stds: Mapping[str, float], step: KernelStep) -> Any
         (products,) = expand(at_nodes(sigmoid, variances)).kernel(rho)
         covariance = 4 * (products - 0.25)
         std = float(f"{math.sqrt(variances.mean()):.3g}")
-        bias = math.log(gate) - math.log1p(-gate)
+        bias = read_logit(norm)
         kept, read = (np.interp(rho, GRID, v) for v in _drawn(n, std, bias, bool(norm.mix_streams)))
 
         def written(branch: Branch) -> Branch:

@@ -198,7 +198,7 @@ def predict(
         if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
         elif logits_std(model) > NEARLY_CONSTANT:
-            no_gradient = "mixing coefficients differ so much that their own gradients count"
+            no_gradient = "the gradient through the mixing coefficients is too large to leave out"
         elif loss_error(last.normed.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
