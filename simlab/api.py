@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from simlab.config import ConfigError
+from simlab.config.choices import as_choices
 from simlab.config.command_line import quoted
 from simlab.results import Comparison, Result, SweepResult, read_result
 from simlab.store import plain_values
@@ -184,8 +185,7 @@ def compare(*runs: Result, labels: Sequence[str] | None = None) -> Comparison:
     """
     if not runs or not all(isinstance(run, Result) for run in runs):
         raise ConfigError("compare: give at least one run, and each as an argument of its own")
-    if labels is None:
-        labels = _labels(runs)
+    labels = _labels(runs) if labels is None else labels
     if len(labels) != len(runs) or len(set(labels)) < len(labels):
         raise ConfigError(
             f"compare: labels={list(labels)}: give {len(runs)} different ones, one per run"
@@ -214,7 +214,7 @@ def _asked(model: str | None, more: Any, keys: Mapping[str, Any]) -> dict[str, A
     """All keys that a call gives. Raises ConfigError where more isn't a mapping."""
     if more is not None and not isinstance(more, Mapping):
         raise ConfigError(f'{more!r}: give keys with a dot in a dict, as {{"init.std": 0.01}}')
-    return {**({"model": model} if model else {}), **(more or {}), **keys}
+    return as_choices({**({"model": model} if model else {}), **(more or {}), **keys})
 
 
 def multirun(

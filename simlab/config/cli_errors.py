@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +15,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from simlab import signals
-from simlab.config import CONF_DIR, ConfigError, nearest, printable
+from simlab.config import CONF_DIR, FROM_CHECKPOINT, ConfigError, nearest, printable
+from simlab.config.choices import chosen, keys_of
 from simlab.config.command_line import MULTIRUN, OTHER_KEYS, how_to_write, needs_multirun
 from simlab.config.keys import known_keys
 from simlab.config.names import nearest_key
+from simlab.config.validate import options
 
 # What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
@@ -36,7 +40,12 @@ def fail(message: str) -> NoReturn:
     """
     signals.raise_noted()
     line = printable(" ".join(part.strip() for part in message.splitlines()))
-    print(f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}", file=sys.stderr)
+    line = f"simlab: {line if len(line) < 1000 else line[:1000] + '…'}"
+    # A terminal would cut words; but what is in quotes may be copied, and must stay whole.
+    if sys.stderr.isatty() and not re.search(r"[\"']", line):
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -93,8 +102,10 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         group, name = "/".join(parts[:depth]), "/".join(parts[depth:])
         if not name:
             return f"--config-name={group}: no such config"
-        names = [option for option in error.options or [] if option != "from_checkpoint"]
+        names = [each for each in error.options or options(group) if each != FROM_CHECKPOINT]
         hint = nearest(name, names)
+        if group == "norm" and re.search(r"[(+*]", name):
+            return f"{group}={name}: no such choice; a formula is norm.update, of norm=custom"
         if group == "model" and "/" in name:
             hint = f"; a checkpoint is source=checkpoint source.path={name}"
         return f"{group}={name}: allowed: {', '.join(names)}{hint}"
@@ -105,10 +116,14 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         override = next((a for a in overrides if a.lstrip("+~").partition("=")[0] == key), key)
         if (CONF_DIR / key).is_dir():
             return f"{override}: did you mean +{override}?"
+        group = key.partition(".")[0]
+        choice = chosen(group, overrides) if "." in key else None
+        owner, own = (f"{group}={choice}", keys_of(group, choice)) if choice else ("", [])
         if key in keys and keys[key].choices:
             of = keys[key]
-            return f"{override}: only with {', '.join(f'{of.group}={name}' for name in of.choices)}"
-        near = nearest_key(key, [*keys, *OTHER_KEYS]) or "; see --help"
+            only = ", ".join(f"{of.group}={each}" for each in of.choices)
+            return f"{override}: only with {only}" + f"; {owner} has {', '.join(own)}" * bool(own)
+        near = nearest_key(key, [*keys, *OTHER_KEYS], owner, own) or "; see --help"
         return f"{override}: no such key{near}"
     if isinstance(error, OverrideParseException):
         return how_to_write(error.override, sweep=bool(MULTIRUN & set(overrides)))

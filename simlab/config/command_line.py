@@ -79,6 +79,8 @@ def how_to_write(override: str, sweep: bool) -> str:
         byte = ord(override[error.start]) - 0xDC00  # as Python keeps it in a text
         return f"{override}: not UTF-8 text (byte 0x{byte:02x}); convert it to UTF-8"
     if re.search(r"[][(){}]", value) and key.rpartition(".")[2] not in TEXTS:
+        if key == "norm":
+            return f"{override}: a formula is {as_text('norm=custom norm.update', value)}"
         return f"{override}: its brackets can't be read; a list is [1,2], a swept range range(1,5)"
     written = as_text(key, *(value.split(",") if sweep else [value]))
     return f"{override}: has characters that need quotes; write {written}"

@@ -145,7 +145,8 @@ class _Reader:
     def read(self) -> Sum:
         """The whole text's sum. Raises ConfigError."""
         if odd := re.search(r"[^A-Za-z0-9_. +*/()-]", self.text):
-            self.fail(odd.start(), f"no such sign; {_ALLOWED}")
+            equals = "; write only what stands after the =" if odd[0] == "=" else ""
+            self.fail(odd.start(), f"no such sign; {_ALLOWED}{equals}")
         for found in re.finditer(r"(?<![\w.])\.?\d(?:[eE][+-]|[\w.])*", self.text):
             if not re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", found[0]):
                 self.fail(found.start(), "not a number; a product is 2*x")

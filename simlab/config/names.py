@@ -35,7 +35,17 @@ _CALLED = {
     "hydra/launcher": "launcher",
     "pre": "pre_norm pre_ln",
     "post": "post_norm post_ln",
-    "peri": "peri_ln sandwich sandwich_norm",
+    "peri": "peri_ln sandwich sandwich_norm sandwich_ln",
+    "none": "no_norm",
+    "deepnorm": "deepnet",
+    "dyt": "dynamic_tanh",
+    "derf": "dynamic_erf",
+    "mhc": "deepseek deepseek_v4 manifold_hyper_connections",
+    "hyper_connections": "hc dhc",
+    "hy_v4": "hunyuan hunyuan_v4",
+    "attn_res": "attn_residual attn_residuals attention_residual attention_residuals",
+    "attn_res_block": "block_attn_res block_attention_residuals",
+    "kimi_k3": "kimi",
     "lns": "layernorm_scaling",
     "swin_renorm": "swin swin_v2",
     "residual_scale": "deepscale_lm",
@@ -78,6 +88,8 @@ def _likeness(said: str, name: str) -> float:
     if not (digits <= others or others <= digits):
         return 0.0
     alike = difflib.SequenceMatcher(None, said, name).ratio()
+    if sorted(said) == sorted(name) and sum(a != b for a, b in zip(said, name, strict=True)) == 2:
+        alike = max(alike, 0.9)  # two letters changed places: mch is mhc
     return alike if alike >= 0.75 else 0.0  # nrom is 0.75 of norm; gpu 0.67 of cpu
 
 
@@ -110,11 +122,12 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_LISTED]) + (f" and {more} others" if more > 0 else "")
 
 
-def nearest_key(key: str, keys: Iterable[str]) -> str:
+def nearest_key(key: str, keys: Iterable[str], owner: str = "", own: Sequence[str] = ()) -> str:
     """As ``nearest`` of dotted keys, by their last parts; else the keys of the group that was named.
 
     ``model.n_layers`` means depth, and ``norm.gian`` norm.gain; ``init.scale`` is near none of
     init's keys, which the text then names. It is empty where there is no such group either.
+    owner, own: the choice of the group, as ``norm=mhc``, and its keys, which are then named alone.
     """
     names = list(keys)
     group, _, last = key.rpartition(".")
@@ -131,5 +144,6 @@ def nearest_key(key: str, keys: Iterable[str]) -> str:
     if not near:  # the right name in another group
         near = [n for n in names if likeness(n) == 1]
     if not near and inside:
-        return f"; {group} has {', '.join(n.rpartition('.')[2] for n in inside)}"
+        listed = own or [n.rpartition(".")[2] for n in inside]
+        return f"; {owner or group} has {', '.join(listed)}"
     return _asked(near)

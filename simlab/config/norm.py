@@ -70,7 +70,7 @@ def read_formulas(reader: Fields) -> dict[str, Any]:
     if "update" not in reader.values:
         return {}
     texts = {key: reader.text(key) for key in ("update", "mlp_update")}
-    keys = {key: None if text is None else " ".join(text.split()) for key, text in texts.items()}
+    keys = {key: None if text is None else _bare(text) for key, text in texts.items()}
     if keys["update"] is None:
         raise reader.fail("update", None, "allowed: a formula, as in 'norm.update=\"x + F(N(x))\"'")
     for key, text in keys.items():
@@ -78,6 +78,13 @@ def read_formulas(reader: Fields) -> dict[str, Any]:
             with _naming(key, text):
                 formula_of(text)
     return keys
+
+
+def _bare(text: str) -> str:
+    """A formula with single spaces, and without the quotes around it that the command line needs."""
+    text = " ".join(text.split())
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1].strip() if quoted else text
 
 
 def check_depth(norm: NormConfig, depth: int) -> None:

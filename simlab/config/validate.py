@@ -37,6 +37,7 @@ from simlab.config import (
     nearest,
 )
 from simlab.config.attention import read_attention
+from simlab.config.choices import file_of, keys_of
 from simlab.config.fields import REQUIRED, Fields
 from simlab.config.norm import check_depth, read_own, read_squash, refuse_squash
 from simlab.config.rope import read_linear, read_llama3, read_yarn
@@ -63,28 +64,26 @@ LARGEST_ROUTED = 1 << 20  # width and d_ff with experts: what one token gets the
 
 
 @functools.cache
-def _keys_of(group: str, name: str) -> list[str]:
-    """The keys that a file in conf/ sets: those that its placement, rule or input uses."""
-    loaded = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
-    return [str(key) for key in loaded]
-
-
-@functools.cache
-def _placement_of(name: str) -> str:
-    """The placement of a file in conf/norm: itself, or one with numbers of its own."""
-    return str(OmegaConf.load(CONF_DIR / "norm" / f"{name}.yaml").placement)
+def _placements() -> list[str]:
+    """The placements: choices of norm but those that are another's with numbers of their own."""
+    return [n for n in options("norm") if file_of("norm", n)["placement"] == n]
 
 
 def _norm(reader: Fields) -> NormConfig:
     if reader.values.get("placement", "") is None:
         raise ConfigError("norm=from_checkpoint: only with source=checkpoint")
-    names = [name for name in options("norm") if name != FROM_CHECKPOINT]
-    placement = reader.choice("placement", [name for name in names if _placement_of(name) == name])
+    name = reader.values.get("placement")
+    if name in options("norm") and name not in _placements():
+        allowed = ", ".join(_placements())
+        raise reader.fail("placement", name, f"allowed: {allowed}; did you mean norm={name}?")
+    placement = reader.choice("placement", _placements())
+    # norm.placement=NAME without norm=NAME, and configs from before a key existed.
+    reader.values = {**file_of("norm", placement), **reader.values}
     kind = reader.choice("type", NORM_TYPES)
-    of_type = _keys_of("norm", kind) if kind in ELEMENTWISE else []
+    of_type = keys_of("norm", kind) if kind in ELEMENTWISE else []
     refuse_squash(reader, kind)
     owner = f"norm={placement}" + f" norm.type={kind}" * bool(of_type)
-    reader.only(owner, list(dict.fromkeys([*_keys_of("norm", placement), *of_type])))
+    reader.only(owner, list(dict.fromkeys([*keys_of("norm", placement), *of_type])))
     norm = NormConfig(
         placement=placement,
         type=kind,
@@ -198,7 +197,7 @@ def _init(reader: Fields, stored: bool) -> InitConfig:
         reader.take("rule")
     else:
         rule = reader.choice("rule", names)
-    reader.only(f"init={rule}", _keys_of("init", rule))
+    reader.only(f"init={rule}", keys_of("init", rule))
     has_std = "std" in reader.values
     unsaid = None if rule == FROM_CHECKPOINT else REQUIRED
     init = InitConfig(
@@ -241,7 +240,7 @@ def _source(reader: Fields) -> SourceConfig:
 def _inputs(reader: Fields, default: str | None) -> InputsConfig:
     """default: the text where inputs=text names none."""
     kind = reader.choice("kind", options("inputs"))
-    reader.only(f"inputs={kind}", _keys_of("inputs", kind))
+    reader.only(f"inputs={kind}", keys_of("inputs", kind))
     text = kind == "text"
     default_size = None if text else REQUIRED
     batch, length = (reader.integer(key, default=default_size) for key in ("batch", "length"))

@@ -9,6 +9,8 @@ from conftest import tiny
 import simlab
 from simlab import config
 from simlab.config import CONF_DIR, ConfigError
+from simlab.config.choices import as_choices
+from simlab.config.cli_errors import fail
 from simlab.config.validate import compose, options
 from simlab.model.mlp import MLPS
 from simlab.model.transformer import parameter_count
@@ -165,13 +167,19 @@ UNKNOWN = {
     "dpeth=3": "dpeth=3: no such key; did you mean depth?",
     "nrom=pre": "nrom=pre: no such key; did you mean norm?",
     "norm=swinrenorm": "; did you mean swin_renorm?",
-    "norm.placement=nanochat": "norm.placement=nanochat: allowed: attn_res, ",
+    "norm.placement=nanochat": "; did you mean norm=nanochat?",
     "norm=null": "norm=null: allowed: attn_res, ",
     "model.value_embeddings=every": "model.value_embeddings=every: allowed: none, alternate, all",
     "model.value_embedding_scale=-1": "model.value_embedding_scale=-1: allowed: a number, at least 0",
     "init=true": "init=true: allowed: fan_in, ",
     "norm=dyt norm.type=layer": "norm.type=layer: not with norm=dyt or derf",
-    "norm.every=3": "norm.every=3: only with norm=swin_renorm",
+    "norm.every=3": "only with norm=swin_renorm; norm=reordered has placement, type, eps, gain",
+    "norm=dyt norm.alpha=0.7": "final_alpha",
+    "norm=mhc norm.n=2": "norm.n=2: no such key; norm=mhc has placement, type, eps, gain, streams, ",
+    "model=llama3_8b norm.n=2": "; norm=pre has placement, type, eps, gain",
+    "norm=mch": "; did you mean mhc?",
+    "norm=x+F(x)": "norm=x+F(x): a formula is 'norm=custom norm.update=\"x+F(x)\"'",
+    'norm="x+F(x)"': "norm=x+F(x): no such choice; a formula is norm.update, of norm=custom",
     "experiment=norm_zoo": "experiment=norm_zoo: did you mean +experiment=norm_zoo?",
     "depth": "depth: not of the form key=value",
     "depth=1,2": "depth=1,2",
@@ -186,6 +194,35 @@ def test_unknown_names_get_one_line(override, monkeypatch):
         simlab.compose(override.split(" "))
     assert UNKNOWN[override] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mhc", "scaled", "custom", "swin_renorm"])
+def test_a_placement_by_its_key_has_its_files_numbers(name):
+    assert compose([f"norm.placement={name}"]).shape.norm == compose([f"norm={name}"]).shape.norm
+
+
+def test_a_choice_named_inside_its_group():
+    keys = {
+        "norm": {"placement": "mhc", "streams": 2},
+        "init": {"std": 1},
+        "model": {"name": "mine"},
+    }
+    others = {"init": {"std": 1}, "model": {"name": "mine"}}
+    assert as_choices(keys) == {"norm": "mhc", "norm.streams": 2, **others}
+    assert as_choices({"model": {"name": "small"}}) == {"model": "small"}
+
+
+def test_a_terminals_line_ends_between_words(monkeypatch, capsys):
+    """But what is in quotes, which may be copied, stays in one line."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    said = []
+    for line in ("one, two, three, " * 9, "write 'norm.update=\"x + F(x)\"', " * 9):
+        with pytest.raises(SystemExit):
+            fail(line)
+        said.append(capsys.readouterr().err)
+        assert " ".join(said[-1].split()) == f"simlab: {line}".strip()
+    assert [max(map(len, text.splitlines())) <= 60 for text in said] == [True, False]
 
 
 @pytest.mark.parametrize("value", ["[1,2,3]", "abc", "[1,true]", "1e9"])

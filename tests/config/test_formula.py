@@ -5,6 +5,8 @@ import time
 import pytest
 from conftest import tiny
 
+import simlab
+from simlab.api import as_overrides
 from simlab.config import ConfigError
 from simlab.config.formula import formula_of
 
@@ -81,6 +83,7 @@ LINES = {
     "__import__(x)": "no such name",
     "__import__('os')": "at character 12 ('os')): no such sign",
     "lambda x: x": "no such sign",
+    "x = x + F(x)": "write only what stands after the =",
     "x + λ*F(x)": "at character 5 (λ*F(x)): no such sign",
     "𝑥 + F(x)": "no such sign",  # which Python would read as x
     "x; F(x)": "no such sign",
@@ -127,6 +130,14 @@ def test_deep_ones_are_read_at_once(text):
     config = tiny("norm=custom", f'norm.update="{text}"')
     assert time.perf_counter() - started < 5
     assert config.shape.norm.update == " ".join(text.split())
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_formula_in_quotes_of_its_own(quote):
+    """As who knows the command line writes it in Python."""
+    keys = {"norm": "custom", "norm.update": f"{quote}x + F(x){quote}"}
+    config = simlab.compose(as_overrides(keys))
+    assert config.shape.norm.update == "x + F(x)"
 
 
 def test_the_mlps_own_formula():

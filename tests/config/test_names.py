@@ -44,6 +44,8 @@ NORMS, DTYPES, DEVICES = options("norm"), config.DTYPES, ("auto", "cpu", "cuda",
 VALUES = [
     ("prenorm", NORMS, "pre"), ("pre_norm", NORMS, "pre"), ("pre-LN", NORMS, "pre"),
     ("postnorm", NORMS, "post"), ("swinrenorm", NORMS, "swin_renorm"), ("rmsnorm", NORMS, None),
+    ("mch", NORMS, "mhc"), ("dty", NORMS, "dyt"), ("cup", DEVICES, "cpu"), ("hcm", NORMS, None),
+    ("attention_residuals", NORMS, "attn_res"), ("hc", NORMS, "hyper_connections"),
     ("gpu", DEVICES, "cuda"), ("tpu", DEVICES, None), ("ln", NORMS, None),
     ("tb", config.LOGGERS, "tensorboard"), ("wb", config.LOGGERS, "wandb"),
     ("hf", options("source"), "checkpoint"), ("ckpt", options("source"), "checkpoint"),
