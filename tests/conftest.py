@@ -66,6 +66,7 @@ OWN_KEYS = {
     ],
     "custom": ['norm.update="N(2*x + F(N(x)/sqrt(l)) - 3/L*x0)"'],
     "mhc": ["norm.mix_std=0.15"],
+    "deepseek_v4": ["norm.mix_std=0.15"],
     "nanochat": ["norm.branch_scale=0.7"],
     "laurel_rw": ["norm.stream_scale=0.8", "norm.branch_scale=1.3"],
 }  # fmt: skip

@@ -24,7 +24,7 @@ from simlab.budget.families import family_seconds
 from simlab.budget.machine import Rates, calibrate
 from simlab.budget.trace import trace
 from simlab.config import FamilyConfig, ModelConfig, RunConfig
-from simlab.model.describe import describe
+from simlab.model.describe import describe, describe_end
 from simlab.weights.base import Weights
 from simlab.weights.dense import rows_per_piece
 from simlab.weights.weightless import together
@@ -49,13 +49,16 @@ class Cost:
 def matrix_groups(model: ModelConfig, gradients: bool) -> list[tuple[int, float, int, list[int]]]:
     """Count, share of the tokens, d_in, d_outs of each group of matrices with one input.
 
-    With gradients also the head's. An expert gets its average share.
+    With gradients also the head's. An expert gets its average share. A placement's start counts as if
+    the gradient went through it.
     """
     block = describe(model)
     groups = [
         (model.depth, share, d_in, d_outs)
         for share, (d_in, d_outs) in zip(block.shares, block.groups, strict=True)
     ]
+    for end in ("start", "finish")[: 1 + gradients]:
+        groups += [(1, 1.0, d_in, d_outs) for d_in, d_outs in describe_end(model, end).groups]
     return [*groups, (1, 1.0, model.width, [model.vocab_size])] if gradients else groups
 
 

@@ -20,7 +20,7 @@ from simlab.budget.trace import trace
 from simlab.checkpoints import streamed
 from simlab.config import ConfigError, FamilyConfig, RunConfig
 from simlab.model.attention import HEADS_AT_ONCE
-from simlab.model.describe import Matrix, describe
+from simlab.model.describe import Matrix, describe, describe_end
 from simlab.weights.base import COLUMNS_AT_ONCE
 from simlab.weights.weightless import AHEAD, GRAM_COLUMNS
 
@@ -47,7 +47,7 @@ def peak(curve: Curve) -> int:
         return family_peak(curve, curve.model)
     phases = [_embedding(curve), _forward(curve)]
     if curve.gradients:
-        phases += [_loss(curve), _backward(curve)]
+        phases += [_loss(curve), _finish(curve), _backward(curve)]
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
     live = curve.batch_seeds * max(phases) + rows + LIBRARIES
     live += AUTOGRAD * curve.gradients
@@ -58,8 +58,20 @@ def peak(curve: Curve) -> int:
 
 
 def _embedding(curve: Curve) -> int:
-    """Each different id's row, and the stream that is made of them."""
-    return min(curve.tokens, curve.model.vocab_size) * curve.model.width * curve.size + curve.stream
+    """Each different id's row, the stream that is made of them, and what the first state takes."""
+    rows = min(curve.tokens, curve.model.vocab_size) * curve.model.width * curve.size
+    traced = trace(curve.model, curve.dtype, curve.gradients)
+    start = curve.together * curve.length * traced.start + _end_weights(curve, "start")
+    return rows + curve.stream + int(start)
+
+
+def _end_weights(curve: Curve, end: str) -> int:
+    """The matrices of the placement's start or finish, or the normals in their place."""
+    matrices = describe_end(curve.model, end).matrices
+    if not curve.weightless:
+        return curve.size * sum(matrix.d_in * matrix.d_out for matrix in matrices)
+    n = curve.tokens
+    return sum(4 * min(n, matrix.d_in) * matrix.d_out for matrix in matrices)
 
 
 def _weights(curve: Curve) -> int:
@@ -173,6 +185,16 @@ def _loss(curve: Curve) -> int:
     else:
         total += columns * model.width * (size + 4)  # the head's rows
     return total + _states(curve, 1)
+
+
+def _finish(curve: Curve) -> float:
+    """Every stream, the gradient, and what it takes through the placement's finish."""
+    n, traced = curve.together * curve.length, trace(curve.model, curve.dtype, True)
+    widths = [matrix.d_in for matrix in describe_end(curve.model, "finish").matrices]
+    made = _end_weights(curve, "finish")
+    if curve.weightless:  # as in ``_backward``
+        made += sum(8 * n * d_in + 12 * n * n for d_in in widths if n < d_in)
+    return made + n * traced.finish + curve.stream + _states(curve, 1)
 
 
 def _states(curve: Curve, more: int) -> int:

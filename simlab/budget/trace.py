@@ -23,7 +23,15 @@ from torch.utils.flop_counter import flop_registry
 from simlab.config import ModelConfig
 from simlab.model.attention import Attend
 from simlab.model.describe import PaperLinear, first_block, paper_block
-from simlab.model.placement import Carried, ResidualStep, start, tensors_of
+from simlab.model.placement import (
+    ENDS,
+    Carried,
+    ResidualStep,
+    end_parts,
+    finished,
+    start,
+    tensors_of,
+)
 from simlab.model.transformer import Block
 
 TOKENS = 8  # so that a token's share of a norm's float32 gain, which no token adds to, is small
@@ -95,6 +103,8 @@ class Trace:
     pair: float
     state: int
     fresh: int
+    start: float
+    finish: float
 
 
 def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
@@ -106,7 +116,11 @@ def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
 def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
     block, one = paper_block(model, dtype)
     tokens = torch.zeros(TOKENS, 1, dtype=torch.int64)
-    x = start(one.repeat(TOKENS, 1, 1), model)  # sequences of one token: none beyond a window
+    with torch.device(one.device):
+        parts = {end: end_parts(end, model, PaperLinear).to(dtype) for end in ENDS}
+    embedded = one.repeat(TOKENS, 1, 1)  # sequences of one token: none beyond a window
+    with Counter() as starting:
+        x = start(embedded, model, parts["start"])
     backward = _backward(block, x) if gradients else 0
     after = x
     moments: dict[str, list[int]] = {"attention": [], "step": []}
@@ -144,9 +158,11 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         step=max(moments["step"]) / TOKENS,
         backward=backward / TOKENS,
         written=count.written / TOKENS - products,
-        pair=_operations(block, start(one.repeat(1, TOKENS, 1), model)) / TOKENS**2,
+        pair=_operations(block, start(one.repeat(1, TOKENS, 1), model, parts["start"])) / TOKENS**2,
         state=max(len(storages(state)) for state in (x, after)),  # it may start as copies
         fresh=len(storages(after) - storages(x)),
+        start=starting.peak / TOKENS,
+        finish=_finish(model, parts["finish"], after) / TOKENS if gradients else 0.0,
     )
 
 
@@ -171,6 +187,16 @@ def _backward(block: Block, x: Carried) -> int:
         *before, out = passed
         wanted = [each for state in before for each in tensors_of(state)]
         torch.autograd.grad(tensors_of(out), wanted, gradient, allow_unused=True)
+    return count.peak
+
+
+@torch.enable_grad()
+def _finish(model: ModelConfig, parts: nn.ModuleDict, state: Carried) -> int:
+    """The most bytes at a time while the gradient goes through ``finish``, as the engine takes it."""
+    leaves = tuple(x.detach().clone().requires_grad_() for x in tensors_of(state))
+    with Counter() as count:
+        out = finished(leaves if isinstance(state, tuple) else leaves[0], model, parts)
+        torch.autograd.grad(out, leaves, torch.zeros_like(out), allow_unused=True)
     return count.peak
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simlab.config import ConfigError, ModelConfig
 from simlab.measurement.block_probe import Probe, Reducer, StepResult, VectorReducers
@@ -162,8 +162,9 @@ def forward(
     """The rows, and the states in batches of sequences: before every block if ``keep``, and last."""
     model, curves = weights.model, weights.curves
     parts = in_parts(weights, weights.embedded(ids, device, dtype))
-    states = [start(part, model) for part in parts]
-    del parts
+    made = weights.end_parts("start", device, dtype)
+    states = [start(part, model, made) for part in parts]
+    del parts, made
     embedding, watch = Reducer(STATISTICS, curves), placement_of(model).watch
     first = VectorReducers(curves)
     for state in states:
@@ -194,12 +195,16 @@ def backward(
     entries; ``scale`` takes that out again.
     """
     last, curves, model = states.pop(), weights.curves, weights.model
-    placement = placement_of(model)
-    loss, top = next_token(weights, torch.cat([finished(state, model) for state in last]), ids)
+    placement, first = placement_of(model), tensors_of(last[0])[0]
+    made = weights.end_parts("finish", first.device, first.dtype)
+    loss, top = next_token(
+        weights, torch.cat([finished(state, model, made) for state in last]), ids
+    )
     scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
     scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
     parts = scaled.split([len(tensors_of(state)[0]) for state in last])
-    gradients = [_through_finish(model, *pair) for pair in zip(last, parts, strict=True)]
+    gradients = [_through_finish(model, made, *pair) for pair in zip(last, parts, strict=True)]
+    del made
     reducer = Reducer(GRADIENT_STATISTICS, curves)
     for state, gradient in zip(last, gradients, strict=True):
         reducer.add(_watched(placement, state, gradient, scale, model.depth - 1))
@@ -269,10 +274,12 @@ def with_own_names(state: Carried) -> Carried:
 
 
 @torch.enable_grad()
-def _through_finish(model: ModelConfig, state: Carried, gradient: Tensor) -> Gradients:
+def _through_finish(
+    model: ModelConfig, made: nn.ModuleDict, state: Carried, gradient: Tensor
+) -> Gradients:
     """The gradients with respect to the last state, from that with respect to what the norm gets."""
     leaves = as_leaves(state)
-    out = finished(leaves, model)
+    out = finished(leaves, model, made)
     return torch.autograd.grad(out, tensors_of(leaves), gradient, materialize_grads=True)
 
 

@@ -7,7 +7,7 @@ another attention is written once, in ``simlab.model``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
-from simlab.model.placement import start
+from simlab.model.placement import end_parts, finished, start
 from simlab.model.transformer import Block
 
 LARGEST = 1 << 20  # a dimension above which one token's activations aren't made
@@ -98,6 +98,11 @@ def describe(model: ModelConfig) -> Description:
     return _describe(first_block(model))
 
 
+def describe_end(model: ModelConfig, end: str) -> Description:
+    """The matrices of a placement's ``start`` or ``finish``, which most have none of."""
+    return _describe_end(first_block(model), end)
+
+
 def shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter of a block, by name. Nothing is run, so any size may be claimed."""
     return _shapes(first_block(model))
@@ -135,6 +140,26 @@ def _shapes(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 def _describe(model: ModelConfig) -> Description:
     # The one token passes through every expert.
     block, x = paper_block(replace(model, experts_per_token=model.experts), torch.float32)
+    state = start(x, model, end_parts("start", model, PaperLinear))
+    ids = torch.zeros(x.shape[:2], dtype=torch.int64)
+    return _used(block, lambda: block(state, ids), model.expert_share)
+
+
+@functools.lru_cache(1024)
+def _describe_end(model: ModelConfig, end: str) -> Description:
+    with torch.device("cpu" if model.width <= LARGEST else "meta"):
+        parts, others = end_parts(end, model, PaperLinear), end_parts("start", model, PaperLinear)
+        if not parts:
+            return Description(())
+        x = torch.zeros(1, 1, model.width)
+        if end == "start":
+            return _used(parts, lambda: start(x, model, parts))
+        state = start(x, model, others)
+        return _used(parts, lambda: finished(state, model, parts))
+
+
+def _used(module: nn.Module, run: Callable[[], Any], expert_share: float = 1.0) -> Description:
+    """The matrices that a module uses in a run of one token, in that order."""
     inputs: list[Tensor] = []  # different ones; kept, so that none takes another's place
     matrices: list[Matrix] = []
 
@@ -142,14 +167,14 @@ def _describe(model: ModelConfig) -> Description:
         if not inputs or inputs[-1] is not x:
             inputs.append(x)
         d_out, d_in = layer.weight.shape
-        share = model.expert_share if ".experts." in name else 1.0
+        share = expert_share if ".experts." in name else 1.0
         matrices.append(Matrix(name, d_in, d_out, len(inputs), share))
 
-    for name, module in block.named_modules():
-        if isinstance(module, PaperLinear):
-            module.register_forward_pre_hook(
+    for name, part in module.named_modules():
+        if isinstance(part, PaperLinear):
+            part.register_forward_pre_hook(
                 lambda layer, args, name=name: used(name, layer, args[0])
             )
     with torch.no_grad():
-        block(start(x, model), torch.zeros(x.shape[:2], dtype=torch.int64))
+        run()
     return Description(tuple(matrices))

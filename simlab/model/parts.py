@@ -1,8 +1,8 @@
-"""The parts of residual steps: maps with parameters of their own, beside norms and the sublayer.
+"""The parts of placements: maps with parameters of their own, beside norms and the sublayer.
 
-A scheme names its parts, and ``step`` takes each as a keyword argument. Every matrix comes from
-``linear``, used once per forward; its name is its role in the table of ``simlab/schemes/init.py``. What
-theory makes of a part stands in ``theory/mean_field/parts.py``.
+A scheme names its parts, and ``step``, ``start`` or ``finish`` takes each as a keyword argument. Every
+matrix comes from ``linear``, used once per forward; its name is its role in the table of
+``simlab/schemes/init.py``. What theory makes of a part stands in ``theory/mean_field/parts.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simlab.config import ModelConfig
 from simlab.model.attention import Linear
-from simlab.model.mix import Mix
+from simlab.model.mix import Gates, Mix
 
 
 class LowRank(nn.Module):
@@ -31,4 +31,8 @@ class LowRank(nn.Module):
         return out
 
 
-PARTS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {"laurel": LowRank, "mix": Mix}
+PARTS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {
+    "laurel": LowRank,
+    "mix": Mix,
+    "gates": Gates,
+}

@@ -22,17 +22,27 @@ def tensors_of(state: Carried) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
-def start(x: Tensor, config: ModelConfig) -> Carried:
+ENDS = ("start", "finish")  # where a model has parts outside its blocks
+
+
+def end_parts(end: str, config: ModelConfig, linear: Linear) -> nn.ModuleDict:
+    """The parts of a placement's ``start`` or ``finish``, by name."""
+    placement = placement_of(config)
+    names = placement.start_parts if end == "start" else placement.finish_parts
+    return nn.ModuleDict({name: PARTS[name](config, linear) for name in names})
+
+
+def start(x: Tensor, config: ModelConfig, parts: nn.ModuleDict | None = None) -> Carried:
     """The state before the first block, of the embedding (B, T, D)."""
 
     def norm(x: Tensor) -> Tensor:
         out: Tensor = RMSNorm(config.width, config.norm.eps).to(x.device)(x)
         return out
 
-    return placement_of(config).start(x, norm, config)
+    return placement_of(config).start(x, norm, config, **dict((parts or {}).items()))
 
 
-def finished(state: Carried, config: ModelConfig) -> Tensor:
+def finished(state: Carried, config: ModelConfig, parts: nn.ModuleDict | None = None) -> Tensor:
     """The final norm's input (B, T, D), of the state after the last block."""
 
     def norm(x: Tensor) -> Tensor:
@@ -42,7 +52,7 @@ def finished(state: Carried, config: ModelConfig) -> Tensor:
         out: Tensor = made.to(x.device)(x)
         return out
 
-    out: Tensor = placement_of(config).finish(state, norm, config)
+    out: Tensor = placement_of(config).finish(state, norm, config, **dict((parts or {}).items()))
     return out
 
 

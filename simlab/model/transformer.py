@@ -12,7 +12,15 @@ from simlab.config import ModelConfig
 from simlab.model.attention import Attention, Linear
 from simlab.model.mlp import feed_forward
 from simlab.model.norms import NORMS
-from simlab.model.placement import Carried, Renorm, ResidualStep, finished, start
+from simlab.model.placement import (
+    ENDS,
+    Carried,
+    Renorm,
+    ResidualStep,
+    end_parts,
+    finished,
+    start,
+)
 from simlab.schemes.placement import at, placement_of, renorm_after
 
 
@@ -60,6 +68,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding_scale, self.logit_softcap = config.embedding_scale, config.logit_softcap
         self.position = nn.Embedding(config.positions, config.width) if config.positions else None
+        self.start_parts, self.finish_parts = (end_parts(end, config, linear) for end in ENDS)
         self.blocks = nn.ModuleList(Block(config, i, linear) for i in range(config.depth))
         self.norm = NORMS[config.norm.type](config.width, config.norm.eps)
         self.head = linear(config.width, config.vocab_size, False)
@@ -73,10 +82,11 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to logits (B, T, vocabulary)."""
-        state = start(self.embed(ids), self.config)
+        state = start(self.embed(ids), self.config, self.start_parts)
         for block in self.blocks:
             state = block(state, ids)
-        logits: Tensor = self.head(self.norm(finished(state, self.config)))
+        last = finished(state, self.config, self.finish_parts)
+        logits: Tensor = self.head(self.norm(last))
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
@@ -100,5 +110,6 @@ def parameter_count(config: ModelConfig) -> int:
         blocks += count * sum(p.numel() for p in block.parameters())
     with torch.device("meta"):
         final = NORMS[config.norm.type](config.width, config.norm.eps)
+        outer = nn.ModuleList([final, *(end_parts(end, config, dense_linear) for end in ENDS)])
     ends = (2 - config.tied) * config.vocab_size + (config.positions or 0)
-    return blocks + sum(p.numel() for p in final.parameters()) + config.width * ends
+    return blocks + sum(p.numel() for p in outer.parameters()) + config.width * ends

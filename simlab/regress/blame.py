@@ -64,7 +64,9 @@ def norms_of(model: ModelConfig) -> NormsOf:
         last = scheme.normalises if sets_rms and scheme.normalises != "skip" else None
         placement = placement_of(model)
         parts = {"laurel": _nothing, "mix": partial(_mixed, bool(model.norm.mix_streams))}
-        state = placement.start(1.0, _other, model)
+        state = placement.start(
+            1.0, _other, model, **{name: parts[name] for name in placement.start_parts}
+        )
         for each in ("attention", "mlp")[: 1 + (kind == "mlp")]:  # of branches that are 0
             one, stream = at(model, block, each), placement.watch(state)
             maps: dict[str, Any] = dict.fromkeys(one.norms, _other)

@@ -16,7 +16,7 @@ from simlab.schemes.ngpt import NGPT
 from simlab.schemes.plain import NoNorm, Peri, Post, Pre, Reordered
 from simlab.schemes.pre_and_post import ResiDual, SiameseNorm
 from simlab.schemes.scheme import Add, Map, Scheme, V, vectors
-from simlab.schemes.streams import HyperConnections, ManifoldHyperConnections
+from simlab.schemes.streams import GatedHead, HyperConnections, ManifoldHyperConnections
 
 
 class SwinRenorm(Reordered):
@@ -331,6 +331,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "hyper_connections": HyperConnections,
     "custom": Custom,
     "mhc": ManifoldHyperConnections,
+    "deepseek_v4": GatedHead,
 }
 
 

@@ -45,7 +45,8 @@ class Scheme:
     ``alpha_of`` computes it. scales: numbers that differ from step to step, by ``scales_of``.
     norms: names of ``step``'s norms, which begin with ``norm_``; ``norm_in`` gives what F gets.
     parts: names of ``step``'s further maps, such as a low-rank product: keys of ``model.parts.PARTS``.
-    Every block has the same ones.
+    Every block has the same ones. start_parts, finish_parts: likewise those that ``start`` and
+    ``finish`` take, once in a model.
     normalises: what the step's last norm acts on: the ``branch`` before it is added, the whole
     ``stream`` after, or None where the branch is added as it comes. The additive law needs it. Where
     the branch is added to a normed stream it is ``skip``: such a stream can't grow by a fixed rate.
@@ -57,6 +58,8 @@ class Scheme:
 
     norms: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
+    start_parts: ClassVar[tuple[str, ...]] = ()
+    finish_parts: ClassVar[tuple[str, ...]] = ()
     normalises: ClassVar[str | None] = None
 
     def step(self, *args: Any, **maps: Any) -> Any:

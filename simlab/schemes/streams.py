@@ -117,8 +117,7 @@ class ManifoldHyperConnections(Streams):
     the coefficients. The streams start as copies of the embedding. The stream that is reported is
     their mean, x' = x + q̄·F, as c's rows sum to 1 (Sinkhorn's iteration leaves some 10⁻³ where its
     logits are large); a branch is q̄·F. So at infinite width m' = m + (1 + 4 Var σ(u)/n)·B, u the
-    logits. The final norm gets the streams' mean, as in transformers' ``glm5_next``; DeepSeek-V4's own
-    head weighs the streams by gates once more.
+    logits. The final norm gets the streams' mean, as in transformers' ``glm5_next``.
     """
 
     parts = ("mix",)
@@ -141,3 +140,18 @@ class ManifoldHyperConnections(Streams):
     def finish(state: Any, norm: Map[Any], config: ModelConfig) -> Any:
         """The streams' mean."""
         return total(state) / len(state)
+
+
+class GatedHead(ManifoldHyperConnections):
+    """mHC whose final norm gets Σ p_j·x_j, p = σ(u + logit r) of each token: DeepSeek-V4's head.
+
+    From transformers' ``deepseek_v4/modeling_deepseek_v4.py``, whose u is of a fresh matrix as the
+    steps' is. The stream is ``mhc``'s in law, and so is its gradient as long as u is small.
+    """
+
+    finish_parts = ("gates",)
+
+    @staticmethod
+    def finish(state: Any, norm: Map[Any], config: ModelConfig, gates: Any = None) -> Any:
+        """The streams, weighed."""
+        return gates(state).read(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from simlab.config import ModelConfig
 from simlab.schemes.placement import at, renorm_after
 from simlab.theory.mean_field.mlp import UNITS
-from simlab.theory.mean_field.parts import PART_KERNELS
+from simlab.theory.mean_field.parts import PART_KERNELS, end_parameters
 
 
 def parameters_on_paper(model: ModelConfig) -> int:
@@ -34,6 +34,7 @@ def parameters_on_paper(model: ModelConfig) -> int:
     return (
         model.distinct * block
         + parts
+        + end_parameters(model)
         + (each * d + numbers) * (norms + 1)
         + d * ends
         + model.vocab_size * of_values

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
+from simlab.model.placement import end_parts
 from simlab.model.transformer import Block, Transformer, dense_linear, scaled
 
 Shape = Sequence[int]
@@ -97,6 +98,13 @@ class Weights(ABC):
             )
         fill_parameters(block, self, f"blocks.{layer}.", device, dtype)
         return block.eval().requires_grad_(False)
+
+    def end_parts(self, end: str, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
+        """The parts of the placement's ``start`` or ``finish``, with their weights, like a block."""
+        with torch.device("meta"):
+            parts = end_parts(end, self.model, self.linear)
+        fill_parameters(parts, self, f"{end}_parts.", device, dtype)
+        return parts.eval().requires_grad_(False)
 
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
         """The head's logits for x, in parts of columns, and the columns of the next tokens.

@@ -17,6 +17,7 @@ from torch import nn
 
 from simlab.config import InitConfig, ModelConfig
 from simlab.model.describe import PaperLinear
+from simlab.model.placement import end_parts
 from simlab.model.transformer import Block
 from simlab.schemes.init import distribution
 
@@ -51,13 +52,23 @@ def parts(model: ModelConfig, layer: int) -> tuple[Part, ...]:
     )
 
 
+def start_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """The parameters of what makes the first state, beside the embedding."""
+    with torch.device("meta"):
+        made = end_parts("start", model, PaperLinear)
+    return {name: value.shape for name, value in made.named_parameters()}
+
+
 @functools.lru_cache(16)  # a sweep has the same two models with other inits
 def in_common(shallow: ModelConfig, deep: ModelConfig) -> tuple[str, ...]:
     """Names of the parameters in ``shallow``'s layers; none unless ``deep`` begins with these."""
     ends = [(model.positions, model.embedding_scale) for model in (shallow, deep)]
     if shallow.depth > deep.depth or ends[0] != ends[1]:
         return ()
-    names = []
+    starts = [start_shapes(model) for model in (shallow, deep)]
+    if starts[0] != starts[1]:
+        return ()
+    names = [f"start_parts.{name}" for name in starts[0]]
     for layer in range(shallow.depth):
         own = parts(shallow, layer)
         if own != parts(deep, layer):

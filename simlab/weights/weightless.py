@@ -310,6 +310,15 @@ class GaussianWeights(RandomWeights):
             linear.bind(layers[i].name, self.std(layers[i].name), inputs, later[:AHEAD])
         return block
 
+    def end_parts(self, end: str, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
+        """As in Weights, its linear layers bound to their names and stds."""
+        parts, inputs = super().end_parts(end, device, dtype), Inputs(self.normals)
+        for inner, linear in parts.named_modules():
+            if isinstance(linear, GaussianLinear):
+                name = f"{end}_parts.{inner}.weight"
+                linear.bind(name, self.std(name), inputs)
+        return parts
+
     def head(self, x: Tensor, ids: Tensor) -> tuple[list[Columns], Tensor]:
         """As in Weights. A tied head reuses the batch's embeddings and draws the other rows."""
         count, parts = self.model.vocab_size, []

@@ -28,13 +28,15 @@ def by_autograd(model, ids):
             x.retain_grad()
         return tuple(own) if isinstance(state, tuple) else own[0]
 
-    states = [apart(start(model.embed(ids).detach().requires_grad_(), model.config))]
+    states = [
+        apart(start(model.embed(ids).detach().requires_grad_(), model.config, model.start_parts))
+    ]
     layers = [None]
     for layer, block in enumerate(model.blocks):
         for _, step in block.steps():
             states.append(apart(step(states[-1], ids)))
             layers.append(layer)
-    logits = model.head(model.norm(finished(states[-1], model.config)))
+    logits = model.head(model.norm(finished(states[-1], model.config, model.finish_parts)))
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     )

@@ -140,6 +140,7 @@ FORMULAS = {
     # With logits of 0: 4 gates of ½ or of ¼, streams mixed alike or not, writes of 1.
     "mhc": lambda x, F, i, o, n, L, z: x + F(i(2 * x)),
     "mhc_paper": lambda x, F, i, o, n, L, z: x + F(i(2 * x)),
+    "deepseek_v4": lambda x, F, i, o, n, L, z: x + F(i(2 * x)),
     "hy_v4": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "hyper_connections": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "complete_p": lambda x, F, i, o, n, L, z: x + 2 / L * F(i(x)),
@@ -189,13 +190,13 @@ def with_random_gains(model):
 )
 def test_formula(placement, kind):
     own_type = [] if placement in SQUASHES else [f"norm.type={kind}"]
-    constant = ["norm.mix_scale=0"] * (placement in ("mhc", "mhc_paper", "hy_v4"))
+    constant = ["norm.mix_scale=0"] * (placement in ("mhc", "mhc_paper", "hy_v4", "deepseek_v4"))
     config = tiny(
         "depth=5", *placed(placement), *own_type, f"norm.eps={EPS}", "init.std=0.2", *constant
     )
     model, norm = with_random_gains(build_model(config)), NORMS[kind]
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
-    state = start(model.embedding(ids), config.shape)
+    state = start(model.embedding(ids), config.shape, model.start_parts)
     z = expected = placement_of(config.shape).watch(state)
     if config.shape.norm.start_normed or placement == "ngpt":
         torch.testing.assert_close(z, rms_norm(model.embedding(ids), (48,), None, EPS))
@@ -224,28 +225,38 @@ def test_formula(placement, kind):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
 
 
+def gated_head(state, norm, parts):
+    """DeepSeek-V4's, without its eps in the gates."""
+    flat = torch.cat(state, -1)
+    gates = (rms_norm(flat, flat.shape[-1:], None, EPS) @ parts.gates.mix_proj.weight.T).sigmoid()
+    return torch.einsum("btn,nbtd->btd", gates, torch.stack(state))
+
+
+# finish(state, N without a gain, the parts): what the final norm gets.
 FINISHES = {
-    "scaled": lambda state, norm: state[0] - 0.6 * state[2],
-    "residual_dual": lambda state, norm: state[1] + norm(state[0]),
-    "hyper_connections": lambda state, norm: sum(state),
-    "mhc": lambda state, norm: sum(state) / len(state),
-    "siamese_norm": lambda state, norm: norm(state[0]) + norm(state[1]),
-    "attn_res": lambda state, norm: state[0] / 3,  # of 6 sublayers in blocks of 3
+    "scaled": lambda state, norm, parts: state[0] - 0.6 * state[2],
+    "residual_dual": lambda state, norm, parts: state[1] + norm(state[0]),
+    "hyper_connections": lambda state, norm, parts: sum(state),
+    "mhc": lambda state, norm, parts: sum(state) / len(state),
+    "deepseek_v4": gated_head,
+    "siamese_norm": lambda state, norm, parts: norm(state[0]) + norm(state[1]),
+    "attn_res": lambda state, norm, parts: state[0] / 3,  # of 6 sublayers in blocks of 3
 }
 
 
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_what_the_final_norm_gets(placement, kind):
-    config = tiny(*placed(placement), f"norm.type={kind}", f"norm.eps={EPS}").shape
+    model = build_model(tiny(*placed(placement), f"norm.type={kind}", f"norm.eps={EPS}"))
+    config = model.config
     x = torch.randn(2, 11, 48, generator=torch.Generator().manual_seed(0))
-    made = start(x, config)
+    made = start(x, config, model.start_parts)
     state = tuple((i + 1) * y for i, y in enumerate(tensors_of(made)))
-    expected = FINISHES.get(placement, lambda state, norm: state[0])(
-        state, lambda y: NORMS[kind](y, None)
+    expected = FINISHES.get(placement, lambda state, norm, parts: state[0])(
+        state, lambda y: NORMS[kind](y, None), model.finish_parts
     )
-    out = finished(state if isinstance(made, tuple) else state[0], config)
-    torch.testing.assert_close(out, expected)
+    out = finished(state if isinstance(made, tuple) else state[0], config, model.finish_parts)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])

@@ -8,7 +8,10 @@ import torch
 from conftest import ids_of, placed, tiny
 from torch.nn.functional import cross_entropy, rms_norm
 from transformers import DeepseekV4Config, HYV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HyperConnection,
+    DeepseekV4HyperHead,
+)
 from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextHyperHead
 from transformers.models.hy_v4.modeling_hy_v4 import HYV4HyperConnection
 
@@ -81,6 +84,7 @@ def test_theory_of_equal_streams_is_that_of_one():
 
 MODULES = {
     "mhc": (DeepseekV4HyperConnection, DeepseekV4Config),
+    "deepseek_v4": (DeepseekV4HyperConnection, DeepseekV4Config),
     "hy_v4": (HYV4HyperConnection, HYV4Config),
 }
 
@@ -88,7 +92,7 @@ MODULES = {
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 @pytest.mark.parametrize("norm", MODULES)
 def test_mhc_by_transformers(norm, scale):
-    """Streams after every sublayer, their mean at the end, and the gradient at the embedding."""
+    """Streams after every sublayer, what the head makes of them, the gradient at the embedding."""
     keys = ("norm.streams=3", "norm.mix_std=0.2", f"norm.mix_scale={scale}", "init.std=0.1")
     model = build_model(tiny(f"norm={norm}", *keys))
     module, config = MODULES[norm]
@@ -105,7 +109,13 @@ def test_mhc_by_transformers(norm, scale):
         kept = comb[0].mT @ h if comb else h
         h = post[..., None] * step.sublayer(step.norm_in(read))[:, :, None] + kept
         torch.testing.assert_close(torch.stack(state, 2), h, rtol=1e-5, atol=5e-5)
-    outs = [finished(state, model.config), Glm5NextTextHyperHead()(h)]
+    head = Glm5NextTextHyperHead()
+    if norm == "deepseek_v4":
+        head = DeepseekV4HyperHead(config(hidden_size=48, hc_mult=3, rms_norm_eps=1e-6))
+        head.requires_grad_(False).hc_fn = model.finish_parts.gates.mix_proj.weight
+        head.hc_scale.fill_(scale)
+        head.hc_base.zero_()
+    outs = [finished(state, model.config, model.finish_parts), head(h)]
     torch.testing.assert_close(*outs, rtol=1e-5, atol=5e-5)
     weights = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
     losses = [(out * weights).sum() for out in outs]

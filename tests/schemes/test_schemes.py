@@ -58,7 +58,8 @@ def mean_squares(*overrides):
     """v at the embedding and after every step of the config's model, from its schemes alone."""
     config = tiny(*overrides).shape
     placement = placement_of(config)
-    x = placement.start(Kernel({object(): (1.0, V0)}), norm, config)
+    parts = {name: PARTS.get(name, sublayer) for name in placement.start_parts}
+    x = placement.start(Kernel({object(): (1.0, V0)}), norm, config, **parts)
     v = [placement.watch(x).mean_square]
     for layer in range(config.depth):
         for kind in ("attention", "mlp"):
@@ -90,6 +91,7 @@ LAWS = {
     "parallel": lambda v, n, kind: v + B,
     "hyper_connections": lambda v, n, kind: v + B,
     "mhc": lambda v, n, kind: v + B,
+    "deepseek_v4": lambda v, n, kind: v + B,
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
     "deep_loop": lambda v, n, kind: 1,
     "keel": lambda v, n, kind: 1,

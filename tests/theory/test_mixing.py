@@ -96,7 +96,12 @@ def test_averages_by_draws(rho):
 
 def test_gradients_of_large_logits_are_refused():
     """Those through the coefficients aren't predicted; of the paper's init they are nothing."""
-    for norm, refused in (("mhc", True), ("mhc_paper", False), ("hy_v4", False)):
+    for norm, refused in (
+        ("mhc", True),
+        ("deepseek_v4", True),
+        ("mhc_paper", False),
+        ("hy_v4", False),
+    ):
         config = tiny(*SHAPE, f"norm={norm}", "width=64")
         found = predict(config.shape, config.init, prepare(config).tokens, gradients=True)
         assert bool(found.no_gradient) == refused

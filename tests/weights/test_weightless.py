@@ -99,12 +99,17 @@ class DenseWeights(RandomWeights):
         layer.shape = d_out, d_in
         return layer
 
-    def block(self, layer, device, dtype):
-        block = super().block(layer, device, dtype)
-        for name, module in block.named_modules():
+    def stacked(self, made, prefix):
+        for name, module in made.named_modules():
             if isinstance(module, StackedLinear):
-                module.weights = self.stack(f"blocks.{layer}.{name}.weight", *module.shape)
-        return block
+                module.weights = self.stack(f"{prefix}.{name}.weight", *module.shape)
+        return made
+
+    def block(self, layer, device, dtype):
+        return self.stacked(super().block(layer, device, dtype), f"blocks.{layer}")
+
+    def end_parts(self, end, device, dtype):
+        return self.stacked(super().end_parts(end, device, dtype), f"{end}_parts")
 
     def head(self, x, ids):
         name = "embedding.weight" if self.model.tied else "head.weight"
@@ -305,6 +310,16 @@ def test_output_gates(width, kind):
         for mistake in (gates_twice_as_wide, gates_without_gradient):
             with mistake():
                 assert not agree(dense, sample(GaussianWeights, config)), mistake
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_gated_head(width):
+    """DeepSeek-V4's, at logits of std 2.5. Their mean in its place, mhc's head, is seen."""
+    logits = ["norm.mix_scale=1", f"norm.mix_std={2.5 / (4 * width) ** 0.5}"]
+    dense = sample(DenseWeights, shape("deepseek_v4", width, *logits), SEEDS // 2)
+    for norm, same in (("deepseek_v4", True), ("mhc", False)):
+        weightless = sample(GaussianWeights, shape(norm, width, *logits), SEEDS // 2)
+        assert agree(dense, weightless) == same
 
 
 def value_rows(wrong):

@@ -15,8 +15,9 @@ stream that hardly turns take out one part between them, not one each.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +33,13 @@ from simlab.theory.mean_field.squash import Squash, norm_of
 class Ending:
     """From the last state to the head: ``out``, which the final norm gets, and ``normed``, its output.
 
-    step: one that starts with the last state, with a gain of 1. linear: the number (N,) of out_i in
-    normed_i.
+    step: one that starts with the last state, with a gain of 1. parts: those that ``finish`` takes.
+    linear: the number (N,) of out_i in normed_i.
     """
 
-    def __init__(self, model: ModelConfig, step: KernelStep) -> None:
+    def __init__(self, model: ModelConfig, step: KernelStep, parts: Mapping[str, Any]) -> None:
         self.step = step
-        self.out: KernelVector = placement_of(model).finish(step.state, step.norm, model)
+        self.out: KernelVector = placement_of(model).finish(step.state, step.norm, model, **parts)
         self.normed = norm_of(step, model, "final")(self.out)
         if model.norm.elementwise:
             self.linear = Squash.of(model, "final").linear(self.out.kernel)

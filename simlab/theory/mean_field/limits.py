@@ -65,11 +65,13 @@ def _beyond(model: ModelConfig) -> str | None:
         return f"theory has norm.shift=0 alone; this model's is {model.norm.shift:g}"
     if model.experts:
         return f"theory has experts (model.experts) behind no norm.type={model.norm.type}"
-    state: Any = placement_of(model).start(_Traced(False), lambda x: x, model)
+    placement = placement_of(model)
+    maps: dict[str, Any] = dict.fromkeys(placement.start_parts, lambda x: _Traced(False))
+    state: Any = placement.start(_Traced(False), lambda x: x, model, **maps)
     for layer in range(model.depth):
         for kind in ("attention", "mlp"):
             scheme = at(model, layer, kind)
-            maps: dict[str, Any] = dict.fromkeys(scheme.norms, lambda x: _Traced(True))
+            maps = dict.fromkeys(scheme.norms, lambda x: _Traced(True))
             maps |= dict.fromkeys(scheme.parts, lambda x: _Traced(False))
             state = scheme.step(
                 state, lambda x: _Traced(False), lambda skip, branch: skip + branch, **maps

@@ -1,14 +1,15 @@
-"""The parts of residual steps (``model/parts.py``) as theory has them: maps of vectors, by kernels."""
+"""The parts of placements (``model/parts.py``) as theory has them: maps of vectors, by kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from simlab.config import ModelConfig
+from simlab.schemes.placement import placement_of
 from simlab.schemes.streams import mix_shape
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.branch import TINY, Input
@@ -99,7 +100,27 @@ def _mix_parameters(model: ModelConfig) -> int:
     return streams * model.width * outputs
 
 
+def _gate_parameters(model: ModelConfig) -> int:
+    streams, _ = mix_shape(model.norm)
+    return streams * model.width * streams
+
+
 PART_KERNELS: dict[str, PartKernel] = {
     "laurel": PartKernel(_low_rank, lambda model: 2 * model.width * _rank(model)),
     "mix": PartKernel(mixing, _mix_parameters),
+    "gates": PartKernel(mixing, _gate_parameters),  # the same gates, of which a head writes nothing
 }
+
+
+def part_maps(
+    names: Iterable[str], context: Context, stds: Mapping[str, float], step: KernelStep
+) -> dict[str, Any]:
+    """A scheme's parts by name, as its formula takes them in a step."""
+    return {name: PART_KERNELS[name].of(context, stds, step) for name in names}
+
+
+def end_parameters(model: ModelConfig) -> int:
+    """Parameters of the parts of a placement's start and finish."""
+    placement = placement_of(model)
+    names = (*placement.start_parts, *placement.finish_parts)
+    return sum(PART_KERNELS[name].parameters(model) for name in names)

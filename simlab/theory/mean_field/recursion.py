@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +40,7 @@ from simlab.theory.mean_field.kernels import (
 from simlab.theory.mean_field.limits import unpredictable
 from simlab.theory.mean_field.mixing import NEARLY_CONSTANT, logits_std
 from simlab.theory.mean_field.mlp import MLPKernel
-from simlab.theory.mean_field.parts import PART_KERNELS
+from simlab.theory.mean_field.parts import part_maps
 from simlab.theory.mean_field.squash import norm_of
 
 # Of the seeds' std over their mean. Beyond, the mean is carried by rare seeds, and the recursion, which
@@ -152,7 +152,8 @@ def predict(
     laws = table(model, init)
     places = np.tile(np.arange(ids.shape[1]), len(ids)) if model.positions else None
     start, fourth = _start(laws["embedding"], flat, places, model)
-    first = _first(model, start)
+    of_roles = {role: law.std for role, law in laws.items()}
+    first = _first(context, of_roles, start)
     passed, ends = [], None
     rows = [_row(0, None, "embedding", first.stream, ids, model.width, None)]
     for one in _steps(context, init, first.state):
@@ -194,11 +195,15 @@ def predict(
     if gradients and ends is None:
         head = laws["embedding" if model.tied else "head"].std
         state, moment = (first, *passed)[-1].state, _moment(model)
-        last = Ending(model, KernelStep(state, model.width, model.norm.eps, 1.0, moment))
+        end = KernelStep(state, model.width, model.norm.eps, 1.0, moment)
+        parts = part_maps(placement_of(model).finish_parts, context, of_roles, end)
+        last = Ending(model, end, parts)
         if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
         elif logits_std(model) > NEARLY_CONSTANT:
             no_gradient = "the gradient through the mixing coefficients is too large to leave out"
+        elif placement_of(model).finish_parts and logits_std(model) > NEARLY_CONSTANT:
+            no_gradient = "the gradient through the head's gates is too large to leave out"
         elif loss_error(last.normed.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
@@ -251,10 +256,12 @@ def relative_std(state: State) -> float:
     return math.sqrt(max(state.square.mean(), 0)) / mean
 
 
-def _first(model: ModelConfig, start: State) -> Passed:
+def _first(context: Context, stds: Mapping[str, float], start: State) -> Passed:
     """The step from the embedding to the state before the first block."""
-    step = KernelStep(start, model.width, model.norm.eps, 1.0)
-    state = placement_of(model).start(step.x, step.norm, model)
+    model = context.model
+    step, placement = KernelStep(start, model.width, model.norm.eps, 1.0), placement_of(model)
+    parts = part_maps(placement.start_parts, context, stds, step)
+    state = placement.start(step.x, step.norm, model, **parts)
     return _passed(model, step, state, "embedding", None, None)
 
 
@@ -275,7 +282,7 @@ def _steps(context: Context, init: InitConfig, state: State) -> Iterator[Passed]
             scheme = at(model, layer, kind)
             step = KernelStep(state, model.width, norm.eps, norm.gain, moment)
             maps: dict[str, Any] = dict.fromkeys(scheme.norms, norm_of(step, model, kind))
-            maps |= {name: PART_KERNELS[name].of(context, stds, step) for name in scheme.parts}
+            maps |= part_maps(scheme.parts, context, stds, step)
             out = scheme.step(step.state, step.feed(sublayer), step.add, **maps)
             passed = _passed(model, step, out, kind, layer, scheme.normalises)
             state = passed.state
