@@ -30,6 +30,18 @@ def keys_of(group: str, name: str) -> list[str]:
     return list(file_of(group, name))
 
 
+@functools.cache
+def namesakes(placement: str) -> list[str]:
+    """The other choices of norm that are this placement, with its own numbers or its own norm type.
+
+    ``minimax`` of ``scaled``. From the files' texts: to parse them all would take a tenth of a second.
+    """
+    line = f"\nplacement: {placement}\n"
+    files = sorted((CONF_DIR / "norm").glob("*.yaml"))
+    found = [path.stem for path in files if line in path.read_text(encoding="utf-8")]
+    return [name for name in found if name != placement]
+
+
 def chosen(group: str, overrides: Sequence[str]) -> str | None:
     """The one choice of a group that overrides make, by itself or by a model; None for several or none.
 

@@ -23,6 +23,7 @@ from simlab.report.swept import (
     SweptCurve,
     SweptJob,
     around_text,
+    in_markdown,
     listed,
     missing_said,
     of_each,
@@ -72,7 +73,13 @@ def _table(drawn: Sequence[SweptCurve], trained: Sequence[SweptCurve]) -> Iterat
         return
     of_curves = []
     for c in (*drawn, *trained):
-        who = "trained" if c.name == "checkpoint" else "re-normed" if c.resets else c.norms
+        who = (
+            "trained"
+            if c.name == "checkpoint"
+            else "re-normed"
+            if c.resets
+            else in_markdown(c.norms)
+        )
         who = f"{c.label} {who}"
         who += ", beside it" if c.stored and c.name != "checkpoint" else ""
         norm, mean, mean_abs = c.cell("norm"), c.mean_cell(), c.cell("mean_abs")
@@ -210,7 +217,7 @@ def _mean(curves: Sequence[SweptCurve]) -> Iterator[str]:
     )
     text = "is zero but for chance"
     if off:
-        names = listed(list(dict.fromkeys(f"{c.label} {c.norms}" for c in off)))
+        names = listed(list(dict.fromkeys(f"{c.label} {in_markdown(c.norms)}" for c in off)))
         text = f"differs from zero beyond chance for {names}"
     yield (
         f"**The mean** {text} (after the first block it is below zero in {below}); the mean of |x| is "

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from simlab.analysis.curve import basis
 from simlab.report.colours import COLOURS, LABELS, PALETTE
 from simlab.report.style import subplots
-from simlab.report.values import SEEDS, is_number, key_text, shorten, spread, value_text
+from simlab.report.values import SEEDS, is_formula, is_number, key_text, shorten, spread, value_text
 
 SHADES, TOLD_APART = 10, 6  # colours, of numbers and of categories
 COINCIDE = (
@@ -34,7 +34,8 @@ GREY = "#9a9a9a"  # of the curves beside the coloured ones
 
 def label(key: str, value: str) -> str:
     """``key=value``, as on the command line."""
-    return value if key == PART else f"{key_text(key)}={shorten(value, 24)}"
+    most = 40 if is_formula(value) else 24
+    return value if key == PART else f"{key_text(key)}={shorten(value, most)}"
 
 
 def labelled(

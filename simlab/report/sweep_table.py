@@ -17,6 +17,7 @@ from simlab.analysis.numbers import short
 from simlab.config import printable
 from simlab.report.values import (
     SEEDS,
+    is_formula,
     is_number,
     key_text,
     law_text,
@@ -32,6 +33,7 @@ LEAST_TOLD = ("λ token", "per subl.")  # columns that give way to swept keys, i
 # Columns that give way to a narrow terminal after those, in this order.
 LESS_TOLD = (*(law.head for law in LAWS.values() if law.expected), "growth")
 ROOMY = 11  # columns of a swept key: as many as a placement's name
+ROOMY_FORMULA = 22  # of a key whose values are formulas, which go on in further lines
 LEFT = ("curve", "growth")
 LONGEST = 400  # characters of an error
 
@@ -58,7 +60,10 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]], width: in
             without.append(least)
         room = width - sum(_wide(head, cells) + 1 for head, cells in columns.items())
         widths = _widths(given, room)
-        roomy = all(widths.get(k, 0) >= min(_wide(_head(k, given), given[k]), ROOMY) for k in given)
+        roomy = all(
+            widths.get(k, 0) >= min(_wide(_head(k, given), given[k]), _roomy(given[k]))
+            for k in given
+        )
         narrow = least in (*LEAST_TOLD[-1:], *LESS_TOLD) and len(widths) == len(given)
         if room >= 0 and (roomy or narrow):
             break
@@ -83,13 +88,16 @@ def jobs_table(jobs: pd.DataFrame, swept: Mapping[str, Sequence[Any]], width: in
         numbers = all(text == "null" or is_number(text) for text in given[key])
         side: JustifyMethod = "right" if numbers else "left"
         head = Text(shorten(_head(key, given), width))
-        table.add_column(head, justify=side, no_wrap=True)
+        whole = any(map(is_formula, given[key]))
+        table.add_column(head, justify=side, no_wrap=not whole, overflow="fold", width=width)
     for name in list(columns)[1:]:
         side = "left" if name in (*LEFT, *(law.head for law in LAWS.values())) else "right"
         table.add_column(name, justify=side, no_wrap=True)
     for i in range(len(rows)):
         shown = [columns["job"][i]]
-        shown += [shorten(given[key][i], width) for key, width in widths.items()]
+        for key, width in widths.items():
+            text = given[key][i]
+            shown.append(text if is_formula(text) else shorten(text, width))
         shown += [cells[i] for head, cells in columns.items() if head != "job"]
         table.add_row(*map(Text, shown))
     return table
@@ -144,6 +152,10 @@ def _growth(row: Mapping[str, Any]) -> str:
 
 def _wide(head: str, cells: Sequence[str]) -> int:
     return max(len(head), *map(len, cells), 0)
+
+
+def _roomy(cells: Sequence[str]) -> int:
+    return ROOMY_FORMULA if any(map(is_formula, cells)) else ROOMY
 
 
 def _head(key: str, given: Mapping[str, object]) -> str:

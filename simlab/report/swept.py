@@ -16,6 +16,7 @@ from simlab.analysis.agreement import Agreement
 from simlab.analysis.decision import UNDECIDED
 from simlab.analysis.numbers import off_by, power_of_ten, short
 from simlab.config import printable
+from simlab.config.title import norm_name
 
 MEANS = (
     "norm", "mean", "mean_abs", "variance", "mean_square", "mean_square_median", "law_mean_field",
@@ -67,8 +68,9 @@ class SweptCurve:
 
     @property
     def norms(self) -> str:
-        """The norm placement."""
-        return str(self.model["norm"]["placement"])
+        """The choice of norm, and the formulas of ``custom``."""
+        name, own = norm_name(self.model["norm"])
+        return " ".join([name, *(str(own[key]) for key in ("update", "mlp_update") if key in own)])
 
     @property
     def verdict(self) -> Mapping[str, Any]:
@@ -179,6 +181,11 @@ def swept_curves(jobs: Sequence[SweptJob]) -> Iterator[SweptCurve]:
                 yield curve
 
 
+def in_markdown(text: str) -> str:
+    """A text for Markdown, where the stars of a formula would be marks: then as code."""
+    return f"`{text}`" if "*" in text else text
+
+
 def around_text(summary: Mapping[str, Any]) -> str:
     """`` with \\<s> first``: the special tokens around a job's text, in Markdown; or nothing."""
     special = str(summary.get("special_tokens") or "")
@@ -218,7 +225,7 @@ def theory_said(curves: Sequence[SweptCurve]) -> Iterator[str]:
     held: dict[str, list[str]] = {}
     missing: dict[tuple[str, str], list[str]] = {}
     for c in curves:
-        who = c.label if c.norms in c.label.split() else f"{c.label} {c.norms}"
+        who = c.label if c.norms in c.label.split() else f"{c.label} {in_markdown(c.norms)}"
         found = c.agreement
         if found:
             size = off_by(found.log_error)
@@ -240,7 +247,7 @@ def missing_said(jobs: Sequence[SweptJob], curves: Sequence[SweptCurve]) -> Iter
     texts = []
     for each in jobs:
         if each.summary is None:
-            who = " ".join(str(v) for v in each.values.values() if v is not None)
+            who = " ".join(in_markdown(str(v)) for v in each.values.values() if v is not None)
             texts.append(f"{who} ({printable(each.error) or 'not finished'})")
         elif not any(c.summary is each.summary for c in curves):
             ends = ends_of(each.summary) if each.summary["engine"] == "theory" else None

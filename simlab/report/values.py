@@ -38,10 +38,20 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def is_formula(text: str) -> bool:
+    """True for a formula of ``norm=custom``: F(…) stands in it."""
+    return "F(" in text
+
+
 def shorten(text: str, most: int) -> str:
-    """Cut a text to ``most`` characters: a path at its beginning, a name at its end."""
+    """Cut a text to ``most`` characters: a path at its beginning, a name at its end.
+
+    A formula in its middle: those of a sweep differ in their first factors or their last.
+    """
     if len(text) <= most:
         return text
+    if is_formula(text) and most > 2:
+        return f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
     return f"…{text[len(text) - most + 1 :]}" if "/" in text else f"{text[: most - 1]}…"
 
 

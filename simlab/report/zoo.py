@@ -13,7 +13,14 @@ import numpy as np
 import pandas as pd
 
 from simlab.analysis.numbers import off_by, short
-from simlab.report.swept import SweptCurve, SweptJob, listed, missing_said, swept_curves
+from simlab.report.swept import (
+    SweptCurve,
+    SweptJob,
+    in_markdown,
+    listed,
+    missing_said,
+    swept_curves,
+)
 from simlab.report.values import value_text
 
 _LARGEST = math.log2(3.3895313892515355e38)  # of a bfloat16's log2: (2 − 2⁻⁷)·2¹²⁷
@@ -145,7 +152,7 @@ def zoo(jobs: Sequence[SweptJob]) -> str:
         "8 + log2(rms of branch / rms of sum). room: powers of 2 between the largest |x| and "
         "bfloat16's largest number."
     )
-    if ended := [f"{row.name} {row.ends}" for row in rows if row.ends]:
+    if ended := [f"{in_markdown(row.name)} {row.ends}" for row in rows if row.ends]:
         lines.append(
             f"×: the curve ends early, and the numbers are its last ones: {listed(ended)}."
         )
@@ -172,7 +179,7 @@ def _cells(row: ZooRow) -> list[str]:
         short(row.gradient),
     ]
     numbers += [short(row.cosine, 2), f"{row.bits:.1f}", f"{row.room:.0f}"]
-    return [row.name, *(text if text not in ("", "nan") else "–" for text in numbers)]
+    return [in_markdown(row.name), *(text if text not in ("", "nan") else "–" for text in numbers)]
 
 
 def _theory(rows: Sequence[ZooRow]) -> list[str]:
@@ -180,15 +187,14 @@ def _theory(rows: Sequence[ZooRow]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.unpredicted and math.isnan(row.predicted):
-            reasons.setdefault(row.unpredicted, []).append(row.name)
+            reasons.setdefault(row.unpredicted, []).append(in_markdown(row.name))
     why = [f"Theory has no v of {listed(names)}: {text}." for text, names in reasons.items()]
     known = [row for row in rows if row.predicted > 0 and row.v > 0]
     if not known:
         return why
     errors = [abs(math.log(row.predicted / row.v)) for row in known]
-    worst, beyond = int(np.argmax(errors)), listed([row.name for row in known if row.beyond])
+    beyond = listed([in_markdown(row.name) for row in known if row.beyond])
+    worst = in_markdown(known[int(np.argmax(errors))].name)
     text = f"Theory's v is off by {off_by(float(np.median(errors)))} in the median of {len(known)} rows"
-    text += (
-        f", at most by {off_by(errors[worst])} ({known[worst].name}); somewhere on the curve it is"
-    )
+    text += f", at most by {off_by(max(errors))} ({worst}); somewhere on the curve it is"
     return [f"{text} off beyond chance for {beyond or 'no placement'}.", *why]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from simlab.report.colours import PALETTE
 from simlab.report.style import subplots
+from simlab.report.values import shorten
 from simlab.report.zoo import ZooRow
 
 MARKERS = "osD^v"  # of groups
@@ -20,6 +22,8 @@ _PANELS = (
     ("cosine", "mean cosine between tokens\nafter the last block", False),
     ("bits", "bits of a last branch that its\nsum keeps in bfloat16", False),
 )
+_NOTHING = {"gradient": 1, "bits": 0}  # values with a line: level gradients, a branch that is lost
+_LONGEST = 44  # characters of a name: a formula's
 
 
 def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
@@ -31,10 +35,13 @@ def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
     groups = list(dict.fromkeys(row.group for row in rows))
     words = list(dict.fromkeys(row.growth for row in rows))
     colours = {word: PALETTE[i % len(PALETTE)] for i, word in enumerate(words)}
+    panels = [each for each in _PANELS if each[0] == "v" or _known(rows, each[0])]
+    wide = 3 * (len(panels) + 0.5)
     figure, axes = subplots(
-        1, len(_PANELS), (13.5, 1.9 + 0.215 * len(names)), sharey=True, width_ratios=(1.5, 1, 1, 1)
-    )
-    for ax, (field, title, log) in zip(axes[0], _PANELS, strict=True):
+        1, len(panels), (wide, 1.9 + 0.215 * len(names)), sharey=True,
+        width_ratios=(1.5, *[1] * (len(panels) - 1)),
+    )  # fmt: skip
+    for ax, (field, title, log) in zip(axes[0], panels, strict=True):
         ax.set_title(title, fontsize=9.5)
         whole = [row.v for row in rows if row.v > 0 and not row.ends]
         if field == "v" and whole and len(whole) < len(rows):  # overflows would take all the room
@@ -54,10 +61,11 @@ def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
             if field == "v" and row.predicted > 0:
                 ax.plot(row.predicted, y, marker, ms=9, mfc="none", mec=".25", mew=0.9, zorder=2)
         _axis(ax, log, len(names))
-    axes[0, 0].set_yticks(range(len(names)), names, fontsize=9)
+        if field in _NOTHING:
+            ax.axvline(_NOTHING[field], color=".5", lw=0.8)
+    shown = [shorten(name, _LONGEST) for name in names]
+    axes[0, 0].set_yticks(range(len(names)), shown, fontsize=9)
     axes[0, 0].invert_yaxis()
-    axes[0, 1].axvline(1, color=".5", lw=0.8)
-    axes[0, 3].axvline(0, color=".5", lw=0.8)
     for word in words:
         axes[0, 0].plot([], [], "o", color=colours[word], label=f"growth: {word}")
     for group, marker in zip(groups if len(groups) > 1 else [], MARKERS, strict=False):
@@ -65,6 +73,11 @@ def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
     figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=9)
     figure.suptitle(line, fontsize=10.5, x=0.01, ha="left")
     return figure
+
+
+def _known(rows: Sequence[ZooRow], field: str) -> bool:
+    """True if some row has a number there: without gradients none has their ratio."""
+    return any(math.isfinite(getattr(row, field)) for row in rows)
 
 
 def _axis(ax: Axes, log: bool, count: int) -> None:

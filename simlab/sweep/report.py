@@ -362,7 +362,7 @@ def _page(
         PageJob(labels.get(e.number) or _label(e), by_job[e.number], e.summary, e.values)
         for e in done
     ]
-    plain = (answer or "").replace("**", "").replace("\\<", "<")
+    plain = (answer or "").replace("**", "").replace("\\<", "<").replace("`", "")
     told = [" ".join(line.split()) for line in plain.split("\n\n")]
     overrides = read_object(folder / PLAN).get("overrides")
     command = command_of(overrides, True) if isinstance(overrides, list) else str(folder)

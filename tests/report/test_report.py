@@ -66,6 +66,22 @@ def test_title_says_what_differs_from_the_preset():
     assert title(compose(["model=small", "model.bias=true"])).startswith("small with bias true, ")
 
 
+TITLES = {
+    "norm=derf": "norm derf, ", "norm=dyt norm.placement=post": "norm post dyt, ",
+    "norm=dyt norm.mlp_alpha=0.7": "norm dyt mlp_alpha 0.7, ", "norm=minimax": "norm minimax, ",
+    "norm=scaled norm.ramp=0.25": "norm scaled ramp 0.25, ", "norm=hy_v4": "norm hy_v4, ",
+    "norm=mhc norm.streams=2": "norm mhc streams 2, ", "norm=scaled": "norm scaled, ",
+    "norm=attn_res norm.block_size=24": "norm kimi_k3, ",
+    "norm=swin_renorm": "norm swin_renorm every 6, ",
+    "norm=custom": "norm custom update x + F(N(x)), ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", TITLES)
+def test_title_names_the_norm_as_the_command_does(overrides):
+    assert TITLES[overrides] in title(compose(["model=small", *overrides.split()]))
+
+
 @pytest.mark.parametrize("depth", [1, 4, 60])
 @pytest.mark.parametrize("norm", ["reordered", "swin_renorm"])
 def test_table(depth, norm):

@@ -375,3 +375,4 @@ def test_value_texts():
     ]  # fmt: skip
     assert shorten("/a/long/path/to/step1000", 10) == "…/step1000"
     assert shorten("residual_scale", 9) == "residual…"
+    assert shorten("0.9*x + F(N(x))/sqrt(L)", 12) == "0.9*x …rt(L)"

@@ -45,6 +45,14 @@ def test_rows_of_jobs():
     assert "p = 1.00" in lines[1]
 
 
+def test_formulas_are_whole():
+    formula = "0.9*x + 0.1*x0 + sqrt(2)*F(N(x))/sqrt(L)/sqrt(l+1)"
+    lines = lines_of(jobs_table(*made_up(norm__update=("x + F(N(x))", formula))))
+    assert max(map(len, lines)) <= 80
+    column = slice(lines[0].index("update"), lines[0].index("mean sq."))
+    assert "".join("".join(line[column].split()) for line in lines[2:]) == formula.replace(" ", "")
+
+
 def test_long_table_caption():
     jobs, swept = made_up(width=[1, 2, 3, 4], init__std=range(1, 13), norm_placement=["a", "b"])
     lines = lines_of(jobs_table(jobs, swept))

@@ -94,6 +94,16 @@ def test_theory_alone_and_two_models():
     assert WRITERS["norm_zoo"]([one, other]).count("| placement") == 2
 
 
+def test_formulas_are_code_in_the_answer():
+    """Markdown takes the stars of a formula for marks."""
+    text = "0.9*x + 0.5*F(N(x))"
+    told = [job("custom", f'norm.update="{text}"') for _ in range(2)]
+    swept = [dataclasses.replace(told[0], values={"norm.update": text}), told[1]]
+    assert [row.name for row in zoo_rows(swept)] == [text, "custom"]
+    assert f"| `{text}` |" in WRITERS["norm_zoo"](swept)
+    assert f"| 7B `custom {text}` |" in WRITERS["issue797"](told)
+
+
 def test_nothing_ended():
     assert "No job has ended" in WRITERS["norm_zoo"]([SweptJob({"norm_placement": "pre"}, "broke")])
 
