@@ -36,7 +36,7 @@ def command(args: list[str]) -> None:
     from simlab.budget.process import tune_process
     from simlab.config import CONF_DIR, ConfigError
     from simlab.config.cli_errors import in_one_line
-    from simlab.config.command_line import MULTIRUN, refuse_options
+    from simlab.config.command_line import MULTIRUN, refuse_options, refuse_own_files
     from simlab.config.validate import refuse_empty_choices
     from simlab.sweep import job
 
@@ -44,6 +44,7 @@ def command(args: list[str]) -> None:
     with in_one_line(args):
         refuse_imports(PANDAS)
         refuse_options(args)
+        refuse_own_files(args)
         refuse_empty_choices(args)
         if MULTIRUN & set(args) and {"--cfg", "-c"} & set(args):
             raise ConfigError("--cfg shows one job's config: leave -m and the swept values out")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,8 +23,9 @@ from simlab.config.keys import known_keys
 from simlab.config.names import nearest_key
 from simlab.config.validate import options
 
-# What a user, a file or the machine (a full disk, a folder that can't be made) can get wrong.
-MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
+# What a user, a file (also of -cd DIR) or the machine (a full disk, a folder that can't be made) can
+# get wrong.
+MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
 
 # What torch, the loader of shared libraries, C++ and threads say, each in a class of its own.
 OUT = re.compile(
@@ -122,7 +124,12 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         if key in keys and keys[key].choices:
             of = keys[key]
             only = ", ".join(f"{of.group}={each}" for each in of.choices)
-            return f"{override}: only with {only}" + f"; {owner} has {', '.join(own)}" * bool(own)
+            if any(re.match(rf"{of.group}=.*,", each) for each in overrides):  # a sweep
+                has = f"; beside other choices: {of.group}=NAME,… with its keys in"
+                has += f" DIR/{of.group}/NAME.yaml, and -cd DIR"
+            else:
+                has = f"; {owner} has {', '.join(own)}" * bool(own)
+            return f"{override}: only with {only}{has}"
         near = nearest_key(key, [*keys, *OTHER_KEYS], owner, own) or "; see --help"
         return f"{override}: no such key{near}"
     if isinstance(error, OverrideParseException):

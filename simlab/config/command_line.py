@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from simlab.config.errors import ConfigError
 from simlab.config.keys import known_keys
 from simlab.config.names import nearest, nearest_key
+from simlab.config.schema import CONF_DIR
 
 OPTIONS = {
     "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p",
@@ -42,6 +45,37 @@ def refuse_options(args: Sequence[str]) -> None:
         elif not equals:
             value = following
         raise ConfigError(f"{arg}: write {shell_word(f'{keys[name]}={value}')}, without dashes")
+
+
+def refuse_own_files(args: Sequence[str]) -> None:
+    """Raises ConfigError for a file in DIR of ``-cd DIR`` that Hydra would pass by, or can't read.
+
+    Of two files of one group and name it takes simlab's, silently.
+    """
+    groups = sorted({path.parent.relative_to(CONF_DIR) for path in CONF_DIR.glob("*/**/*.yaml")})
+    for option, following in zip(args, [*args, ""][1:], strict=True):
+        name, equals, value = option.partition("=")
+        if name not in ("-cd", "--config-dir"):
+            continue
+        folder = Path(value if equals else following)
+        for group in groups:
+            for path in sorted((folder / group).glob("*.yaml")):
+                _refuse_own_file(path, group)
+
+
+def _refuse_own_file(path: Path, group: Path) -> None:
+    if not path.is_file():
+        return
+    content, same_name = path.read_bytes(), CONF_DIR / group / path.name
+    if same_name.is_file() and same_name.read_bytes() != content:
+        taken = f"{group}={path.stem}"
+        raise ConfigError(f"{path}: {taken} is simlab's own, and would be taken; rename this file")
+    try:
+        read = yaml.safe_load(content.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if isinstance(read, dict) and not isinstance(read.get("defaults", []), list):
+        raise ConfigError(f"{path}: defaults={read['defaults']}: allowed: a list, as [custom]")
 
 
 def shell_word(text: str) -> str:

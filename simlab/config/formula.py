@@ -22,6 +22,7 @@ from simlab.config.names import nearest
 MOST_CHARACTERS = 200  # which bounds nesting, too
 LARGEST_FACTOR = 1e6
 _ALLOWED = "allowed: x, x0, F(…), N(…), numbers, L, l, sqrt(number), + - * / and parentheses"
+_ROOTS = "; L squared is L*L, and its fourth root sqrt(sqrt(L))"
 _SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _FUNCTIONS, _NUMBERS, _VECTORS = ("F", "N", "sqrt"), ("L", "l"), ("x", "x0")
 _CALLED = {
@@ -122,7 +123,8 @@ def refuse_factors(text: str, depth: int) -> None:
             if not abs(value) <= LARGEST_FACTOR:
                 where = f"with L={depth}" + f" and l={block}" * with_block
                 what = f"{part.of}(…)" if part.inner else part.of
-                found = "not a number" if math.isnan(value) else f"{value:g}"
+                undefined = "not a number, as 1/0 and sqrt(-1) aren't"
+                found = undefined if math.isnan(value) else f"{value:g}"
                 limits = f"allowed: -{LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}"
                 raise ConfigError(f"{where} the factor of {what} is {found}; {limits}")
 
@@ -145,8 +147,12 @@ class _Reader:
     def read(self) -> Sum:
         """The whole text's sum. Raises ConfigError."""
         if odd := re.search(r"[^A-Za-z0-9_. +*/()-]", self.text):
-            equals = "; write only what stands after the =" if odd[0] == "=" else ""
-            self.fail(odd.start(), f"no such sign; {_ALLOWED}{equals}")
+            said = {
+                "=": "; write only what stands after the =",
+                "^": _ROOTS,
+                "−": "; minus is -", "×": "; times is *", "·": "; times is *",
+            }  # fmt: skip
+            self.fail(odd.start(), f"no such sign; {_ALLOWED}{said.get(odd[0], '')}")
         for found in re.finditer(r"(?<![\w.])\.?\d(?:[eE][+-]|[\w.])*", self.text):
             if not re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", found[0]):
                 self.fail(found.start(), "not a number; a product is 2*x")
@@ -171,6 +177,8 @@ class _Reader:
         """A number or a vector. Raises ConfigError."""
         if isinstance(node, ast.BinOp) and type(node.op) in _SIGNS:
             return self.operation(node, _SIGNS[type(node.op)])
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            self.fail(node, f"no powers{_ROOTS}; {_ALLOWED}")
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
             of = self.expression(node.operand)
             return of if isinstance(node.op, ast.UAdd) else _times(-1.0, of)

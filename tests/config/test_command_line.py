@@ -1,5 +1,6 @@
 """Arguments that Hydra can't read: one line that says how to write them."""
 
+import re
 import shlex
 import subprocess
 
@@ -53,6 +54,39 @@ def test_one_line(tmp_path, args):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert LINES[args] in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+OWN_FILES = {  # in DIR/norm of -cd DIR
+    ("mine.yaml", b"update: x + F(x): 3"): "mapping values are not allowed here",
+    ("mine.yaml", "# \xe0 moi\nupdate: x".encode("latin-1")): "mine.yaml: not UTF-8 text (byte 2)",
+    ("mine.yaml", b"defaults: custom"): "mine.yaml: defaults=custom: allowed: a list, as [custom]",
+    ("mine.yaml", b"defaults: [kustom]"): "norm=kustom: allowed: attn_res, ",
+    ("pre.yaml", b"defaults: [custom]"): "pre.yaml: norm=pre is simlab's own, and would be taken",
+}
+
+
+@pytest.mark.parametrize(("name", "content"), OWN_FILES)
+def test_mistakes_in_ones_own_choices(tmp_path, name, content):
+    (tmp_path / "mine" / "norm").mkdir(parents=True)
+    (tmp_path / "mine" / "norm" / name).write_bytes(content)
+    done = in_process("-cd", "mine", "norm=mine", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert OWN_FILES[name, content] in done.stderr
+
+
+def test_a_formula_beside_other_placements(tmp_path):
+    """Its keys, which the others haven't, are those of a choice of one's own."""
+    sweep = ["-m", "model=small", "norm=pre,custom", "dry_run=true"]
+    done = in_process(*sweep, 'norm.update="x + F(x)"', cwd=tmp_path)
+    assert done.returncode == 2
+    assert "norm=NAME,… with its keys in DIR/norm/NAME.yaml, and -cd DIR" in done.stderr
+    (tmp_path / "mine" / "norm").mkdir(parents=True)
+    text = "defaults: [custom]\nupdate: x + F(N(x))/sqrt(l)\n"
+    (tmp_path / "mine" / "norm" / "mine.yaml").write_text(text)
+    sweep[2] = "norm=pre,mine"
+    done = in_process("-cd", "mine", *sweep, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"0  pre .*\n +1  mine ", done.stdout)
 
 
 def test_what_is_to_be_written_is_read_as_it_was_meant():
