@@ -43,18 +43,20 @@ def followed(monkeypatch, tmp_path):
     """The recipe's class, registered, and its file in a copy of conf/."""
     names = vars(placement).copy()
     exec(block(PLACEMENT, "python"), names)
-    monkeypatch.setitem(placement.PLACEMENTS, "keel", names["Keel"])
+    monkeypatch.setitem(placement.PLACEMENTS, "deepnorm", names["DeepNorm"])
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    (tmp_path / "conf" / "norm" / "keel.yaml").write_text(block(PLACEMENT, "yaml"))
+    (tmp_path / "conf" / "norm" / "deepnorm.yaml").write_text(block(PLACEMENT, "yaml"))
     monkeypatch.setattr("simlab.config.validate.CONF_DIR", tmp_path / "conf")
 
 
 @pytest.mark.usefixtures("followed")
 @pytest.mark.parametrize("engine", ["dense", "weightless"])
 def test_placement_recipe_runs(engine):
-    result = run(tiny("norm=keel", f"engine={engine}", "seeds=2", "gradients=true"))
+    result = run(
+        tiny("norm=deepnorm", "norm.eps=1e-9", f"engine={engine}", "seeds=2", "gradients=true")
+    )
     rows = result.curve[result.curve["sublayer"] > 0]
-    assert result.config.shape.norm.placement == "keel"
+    assert result.config.shape.norm.placement == "deepnorm"
     np.testing.assert_allclose(rows["mean_square"], 1, rtol=1e-4)  # the stream is normed
     np.testing.assert_allclose(rows["mean_square"], rows["law_additive"], rtol=1e-5)
     assert (rows["gradient_norm"] > 0).all()

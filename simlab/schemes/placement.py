@@ -107,17 +107,27 @@ class CompleteP(LayerScale):
         return (config.norm.base_depth or 2) / config.depth
 
 
-class Keel(Scheme):
-    """N(αx + F(N(x))), α the number of sublayers: Keel (arXiv 2601.19895).
-
-    Formula and α are those of the abstract, of summaries and of a clean-room implementation; the
-    paper's body couldn't be read, and no source said that a first layer differs.
-    """
+class SandwichedPost(Scheme):
+    """N(αx + F(N(x)))."""
 
     norms, normalises = ("norm_in", "norm_out"), "stream"
 
     def step(self, x: V, F: Map[V], add: Add[V], norm_in: Map[V], norm_out: Map[V]) -> V:
         return norm_out(add(self.alpha * x, F(norm_in(x))))
+
+
+class Keel(SandwichedPost):
+    """N(αx + F(N(x))), α the number of sublayers: Keel (arXiv 2601.19895v2, eq. 8 and §3.1).
+
+    The first block differs: attention x + F(N(x)), then the MLP N(x + F(N(x))). "We remove the Post-LN
+    for the very first attention layer as well as the scaling factor α for both the very first attention
+    and FFN layers" (v2; by v1's text both are pre-norm, but its Fig. 2 already has that norm).
+    """
+
+    @classmethod
+    def select(cls, config: ModelConfig, layer: int, kind: str) -> type[Scheme]:
+        """The first block's own, else this one."""
+        return cls if layer else Pre if kind == "attention" else SandwichedPost
 
     @staticmethod
     def alpha_of(config: ModelConfig) -> float:
@@ -125,13 +135,12 @@ class Keel(Scheme):
         return 2.0 * config.depth
 
 
-class DeepLoop(Keel):
-    """``Keel``'s step with α = (2N)^½, and β = (8N)^−½ on the init: DeepLoop (arXiv 2607.13491).
+class DeepLoop(SandwichedPost):
+    """N(αx + F(N(x))), α = (2N)^½, and β = (8N)^−½ on the init: DeepLoop (arXiv 2607.13491).
 
-    N = ``depth`` counts visits of blocks: block l has the weights of block l mod N/``norm.loops``. The
-    abstract has α and β and says Post-LN; that F's input is normed too is from readers' notes. Where x
-    is a norm's output, at all sublayers but the first, the same comes out either way. No source that
-    could be read says which matrices get β: here they are DeepNorm's.
+    N = ``depth`` counts visits of blocks: block l has the weights of block l mod N/``norm.loops``. β is
+    on the matrices that DeepNorm scales, at init alone. (By three readers' notes on the whole paper;
+    its own text couldn't be read. Two of them, on its sandwich block, say that F's input is normed.)
     """
 
     @staticmethod

@@ -18,7 +18,6 @@ AS_FORMULAS = {  # of three blocks
     "rezero": "x + 0*F(N(x))",
     "layerscale": "x + 0.1*F(N(x))",
     "complete_p": "x + 2/L*F(N(x))",
-    "keel": "N(2*L*x + F(N(x)))",
     "granite": "0.22*F(N(x)) + x",
     "minimax": "3.5565588200778455*N(x) + F(N(x))",
     "scaled norm.start_scale=0.3 norm.stream_scale=0.9 norm.branch_scale=0.7": (

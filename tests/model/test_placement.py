@@ -145,7 +145,13 @@ FORMULAS = {
     "hyper_connections": lambda x, F, i, o, n, L, z: x + F(i(x)),
     "complete_p": lambda x, F, i, o, n, L, z: x + 2 / L * F(i(x)),
     "deep_loop": lambda x, F, i, o, n, L, z: o((2 * L) ** 0.5 * x + F(i(x))),
-    "keel": lambda x, F, i, o, n, L, z: o(2 * L * x + F(i(x))),
+    "keel": lambda x, F, i, o, n, L, z: (
+        o(2 * L * x + F(i(x)))
+        if n > 1
+        else x + F(i(x))
+        if F.__name__ == "attention"
+        else o(x + F(i(x)))
+    ),
     "hybrid_norm": lambda x, F, i, o, n, L, z: (
         x + F(x) if F.__name__ == "attention" else i(x) + F(i(x))
     ),

@@ -94,7 +94,7 @@ LAWS = {
     "deepseek_v4": lambda v, n, kind: v + B,
     "complete_p": lambda v, n, kind: v + (2 / 4) ** 2 * B,
     "deep_loop": lambda v, n, kind: 1,
-    "keel": lambda v, n, kind: 1,
+    "keel": lambda v, n, kind: v + B if (n, kind) == (1, "attention") else 1,
     "ngpt": lambda v, n, kind: 1,
     "custom": lambda v, n, kind: 1,
     # Its values aren't normed here.
