@@ -223,6 +223,16 @@ def no_shape(curve: Curve, found: re.Match[str], start: int) -> bool:
     return bool(no_line and no_rate and not flat) and ends
 
 
+@check(r"; from sublayer (\d+) on blocks end between # and #")
+def level(curve: Curve, found: re.Match[str], start: int) -> bool:
+    """The least and the largest of the blocks' ends from there on, half of them or more."""
+    every = np.flatnonzero(curve.kinds == "mlp")
+    ends = every[every >= curve.row(int(found[1]))]
+    y = curve.v[ends]
+    right = near(found[2], y.min()) and near(found[3], y.max())
+    return right and y.max() < 1.06 * y.min() and len(ends) >= len(every[every >= start]) // 2
+
+
 @check(r"from sublayer (\d+) on \(before, eps holds")
 def eps(curve: Curve, found: re.Match[str], start: int) -> bool:
     """m/(m + eps) passes 0.9 there, for good."""

@@ -194,7 +194,17 @@ def _largest_step(curves: Curves, mean: Array, verdict: Verdict) -> str:
     if verdict.shape.word != "none" or row is None:
         return ""
     step = f"from {short(mean[row - 1])} to {short(mean[row])}, at {row_place(curves, row)}"
-    return f"; its largest step is {step}"
+    return f"; its largest step is {step}{_level(curves, mean, verdict.shape.level)}"
+
+
+def _level(curves: Curves, mean: Array, start: int | None) -> str:
+    """A clause: between which values blocks end from a row on; empty for None."""
+    if start is None:
+        return ""
+    ends = [i for i in range(start, len(mean)) if curves.kinds[i] == curves.kinds[start]]
+    low, high = short(min(mean[ends])), short(max(mean[ends]))
+    where = f"; from sublayer {sublayer_of(curves, start)} on"
+    return f"{where} blocks end between {low} and {high}" if curves.kinds[start] == "mlp" else ""
 
 
 def _faster(v: Array) -> str:

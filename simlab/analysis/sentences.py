@@ -85,13 +85,14 @@ def _theory(curves: Curves, found: Agreement | None) -> Iterator[str]:
     if found.known < curves.whole:
         curve = f"Up to sublayer {sublayer_of(curves, found.known - 1)} the curve"
     size, errors = off_by(found.log_error), f"{found.errors:.1f} joint standard errors"
+    most = size if size.startswith("less") else f"at most {size}"
     if found.status == "agrees":
-        yield f"{curve} is what theory predicts: off by at most {size} and {errors}."
+        yield f"{curve} is what theory predicts: off by {most} and {errors}."
     elif found.status == "chance":
         seeds = enough_seeds(found.reach * math.sqrt(curves.count))
         tell = f"; {seeds} seeds would tell to {percent(MATTERS)}" if seeds > curves.count else ""
         yield (
-            f"{curve} may be what theory predicts ({UNDECIDED}): it is off by at most {size} and "
+            f"{curve} may be what theory predicts ({UNDECIDED}): it is off by {most} and "
             f"{errors}, which chance and theory's own error explain{tell}."
         )
     else:

@@ -46,6 +46,7 @@ DROP = 0.05  # of v: a norm of the stream that takes less away makes no saw-toot
 SLACK = 1.5  # on the tolerances of theory's own word
 _MOVED = ("constant", "saw-tooth")  # whose tolerance theory's word moves, besides the families'
 MOST_POWER = 6.0  # beyond, a power is a name for something else
+LEVEL = 0.05  # of the mean of v: within it, a curve without a word has reached a level
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class GrowthShape:
     exponential). start: the first row that the word is about. held: why rows before it are set aside:
     ``eps``, ``norm`` (post-norm blocks), ``reset`` (a norm of the stream sets v there), or None.
     inside: a saw-tooth's word between resets. number: as in ``Fitted``. step: the row of the largest
-    step.
+    step. level: of a curve without a word, the row from which on blocks end within LEVEL of their
+    mean, if that is half of them or more.
     """
 
     word: str
@@ -95,6 +97,7 @@ class GrowthShape:
     teeth: Teeth | None = None
     inside: str | None = None
     step: int | None = None
+    level: int | None = None
 
 
 def shape_of(
@@ -152,8 +155,8 @@ def shape_of(
     word, fit, misfit = _word(v[points], position, whole, chance[points], theory)
     if word == "none" and (jump := _jump(v[start:])) is not None:
         return GrowthShape("jump", jump, start, held, step=step)
-    if word == "power" and fit.number > MOST_POWER:
-        return GrowthShape("none", start=start, held=held, step=step)
+    if word == "none" or (word == "power" and fit.number > MOST_POWER):
+        return GrowthShape("none", start=start, held=held, step=step, level=_level(v, points))
     number = fit.number * size if word == "saturating" else fit.number
     return GrowthShape(word, misfit, start, held, number, step=step)
 
@@ -305,6 +308,15 @@ def _jump(v: Array) -> float | None:
         return None
     rest = 1 - float(steps.max() / steps.sum()) if steps.sum() > 0 else 1.0
     return rest if rest <= 1 - REACHED else None
+
+
+def _level(v: Array, points: np.ndarray) -> int | None:
+    """The first of these rows from which on v is level, in the first half of them, or None."""
+    for i, row in enumerate(points[: len(points) // 2 + 1]):
+        rest = v[points[i:]]
+        if len(rest) >= LEAST_POINTS and np.ptp(rest) <= LEVEL * rest.mean():
+            return int(row)
+    return None
 
 
 def _saw_tooth(

@@ -6,8 +6,9 @@ docs/norm_zoo.md defines the columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,7 +95,7 @@ def _row(job: SweptJob, curve: SweptCurve) -> ZooRow:
         ", ".join(others),
         float(last["mean_square"]),
         _number(last, "law_mean_field"),
-        {"none": "no shape"}.get(shape := str(curve.verdict["shape"]), shape),
+        _word(curve.verdict),
         _number(first, "gradient_rms") / _number(last, "gradient_rms"),
         _number(last, "token_cosine"),
         kept_bits(
@@ -105,6 +106,13 @@ def _row(job: SweptJob, curve: SweptCurve) -> ZooRow:
         f"ends after sublayer {int(last['sublayer'])} of {total}" if short_of else "",
         curve.ends or "",
     )
+
+
+def _word(verdict: Mapping[str, Any]) -> str:
+    """The word for the growth; of a curve without one, whether it has reached a level."""
+    word = str(verdict["shape"])
+    level = verdict["fit"].get("level") is not None
+    return word if word != "none" else "to a level" if level else "no shape"
 
 
 def _number(row: pd.Series, column: str) -> float:

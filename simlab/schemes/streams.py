@@ -113,7 +113,9 @@ def read_logit(norm: NormConfig) -> float:
 class ManifoldHyperConnections(Streams):
     """x_t' = Σ_j c_jt·x_j + q_t·F(N(Σ p_j·x_j)), with p, q and c of each token: mHC.
 
-    arXiv 2512.24880, as in transformers' ``deepseek_v4/modeling_deepseek_v4.py``; ``model/mix.py`` has
+    arXiv 2512.24880, §4.2, as in transformers' ``deepseek_v4/modeling_deepseek_v4.py``. Its scales s
+    start at 1 there (``norm=mhc``), at 0.01 in the paper (Table 5; ``mhc_paper``), and DeepSeek-V4's
+    report says "initialized to small values" of them. No source says how W starts. ``model/mix.py`` has
     the coefficients. The streams start as copies of the embedding. The stream that is reported is
     their mean, x' = x + q̄·F, as c's rows sum to 1 (Sinkhorn's iteration leaves some 10⁻³ where its
     logits are large); a branch is q̄·F. So at infinite width m' = m + (1 + 4 Var σ(u)/n)·B, u the

@@ -120,6 +120,18 @@ def test_theory_decides_between_words_that_both_fit():
     assert named(0.02 * K**2.0, prior=prior).word == "power"  # and not where it doesn't fit
 
 
+def test_a_level_behind_no_shape():
+    """As HybridNorm's: one step, and then 18 but for chance. Where that begins is found."""
+    noisy = 18 + 0.35 * np.sin(K * 2.3)
+    noisy[0] = 0.3
+    assert (named(noisy).word, named(noisy).level) == ("none", 2)
+    noisy[:9] = 0.3, 2.5, 4.4, 5.4, 7.4, 9.9, 12, 13, 15
+    assert named(noisy).level == 10  # the MLP of the fifth block
+    assert named(np.where(K < 25, noisy, 50 + 20 * np.sin(K / 4))).level is None
+    assert named(CURVES["none"]).level is None
+    assert named(CURVES["saturating"]).level is None  # it has a word
+
+
 def test_chance_names_nothing():
     """Where seeds differ more than the curve moves, no word is right, least of all "constant"."""
     v = np.r_[np.ones(30), 10.0 ** np.arange(10)]
