@@ -45,6 +45,13 @@ class Curves:
         return len(self.mean_square)
 
     @property
+    def adds_nothing(self) -> bool:
+        """True if attention and MLPs add exactly 0: residual outputs, or their scale, start at 0."""
+        added = self.others.get("branch_mean_square")
+        steps = [i for i, kind in enumerate(self.kinds) if kind in ("attention", "mlp")]
+        return added is not None and bool(steps) and not added[:, steps].any()
+
+    @property
     def rows(self) -> Rows:
         """The facts about these curves that laws use."""
         first, predicted = self.mean_square[:, 0], None

@@ -61,7 +61,7 @@ def growth_clause(curves: Curves, v: Array, verdict: Verdict) -> str:
         text += f", after sublayer {last} (until there norms keep the stream at {level})"
     elif shape.held == "reset" and shape.start > 1:
         text += f", from sublayer {sublayer_of(curves, shape.start)} on, where a norm sets it"
-    elif curves.normalises[-1] == "branch":
+    elif curves.normalises[-1] == "branch" and not curves.adds_nothing:
         # Attention and MLP may be held back by very different factors.
         branches = [i for i, kind in enumerate(curves.kinds) if kind in ("attention", "mlp")]
         last = curves.eps_factor.mean(0)[branches[-2:]]

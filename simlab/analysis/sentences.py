@@ -55,7 +55,9 @@ def main_sentences(
 def further_sentences(
     curves: Curves, verdict: Verdict, name: str, prediction: Prediction | None
 ) -> Iterator[str]:
-    """Sentences on √2, on gradients, and on a gradient that isn't predicted; as for ``judge``."""
+    """On branches of 0, √2, gradients, and a gradient that isn't predicted; as for ``judge``."""
+    if curves.adds_nothing:
+        yield "Attention and MLPs add nothing: every branch is 0."
     if name != "checkpoint":
         yield from _sqrt2(curves, verdict)
     yield from _gradients(curves)

@@ -133,7 +133,7 @@ def kept_bits(steps: pd.DataFrame, eps: float, dtype: str = "float32") -> float:
     for _, step in steps.iterrows():
         branch, size = _number(step, "branch_mean_square"), _number(step, "mean_square")
         c, gain = _number(step, "eps_factor"), _number(step, "gain_mean_square")
-        if gain > 0 and abs(size / (gain * c) - 1) < NORMED.get(dtype, 1e-2):
+        if gain > 0 and c > 0 and abs(size / (gain * c) - 1) < NORMED.get(dtype, 1e-2):
             size = eps * c / (1 - c) if c < 1 else math.nan
         if branch > 0 and size > 0:
             found.append(_DIGITS + math.log2(branch / size) / 2)

@@ -7,24 +7,29 @@ trainers' code (OLMo-core ``nn/transformer/init.py``, OLMo ``olmo/initialization
 5.23 (``_init_weights`` of ``PreTrainedModel``, whose normals are whole: the choice's ``truncate`` is
 null).
 
-| rule         | embedding | q, k, v | o            | gate | up      | down              | head |
-|--------------|-----------|---------|--------------|------|---------|-------------------|------|
-| normal       | σ         | σ       | σ            | σ    | σ       | σ                 | σ    |
-| transformers | σ         | σ       | σ            | σ    | σ       | σ                 | σ    |
-| mitchell     | 1/√d      | 1/√d    | 1/√(2d(l+1)) | 1/√d | 1/√d    | 1/√(2·d_ff·(l+1)) | 1/√d |
-| llama        | 1, whole  | σ       | σ/√(2L)      | σ    | σ/√(2L) | σ/√(2L)           | 1/√d |
-| llama_depth  | 1, whole  | σ       | σ/√(2(l+1))  | σ    | as o    | as o              | 1/√d |
-| fan_in       | 1, whole  | 1/√d    | 1/√(heads·C) | 1/√d | 1/√d    | 1/√d_ff           | 1/√d |
-| gpt2         | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | σ    |
-| megatron     | σ         | σ       | σ/√(2L)      | σ    | σ       | σ/√(2L)           | 1/√d |
-| small_wang   | s         | s       | 2/(L√d)      | s    | s       | 2/(L√d)           | s    |
-| ngpt         | 1         | 1/√d    | 1/√d         | 1/√d | 1/√d    | 1/√d              | 1/d  |
+| rule         | embedding | q, k, v | o            | gate   | up      | down              | head  |
+|--------------|-----------|---------|--------------|--------|---------|-------------------|-------|
+| normal       | σ         | σ       | σ            | σ      | σ       | σ                 | σ     |
+| transformers | σ         | σ       | σ            | σ      | σ       | σ                 | σ     |
+| mitchell     | 1/√d      | 1/√d    | 1/√(2d(l+1)) | 1/√d   | 1/√d    | 1/√(2·d_ff·(l+1)) | 1/√d  |
+| llama        | 1, whole  | σ       | σ/√(2L)      | σ      | σ/√(2L) | σ/√(2L)           | 1/√d  |
+| llama_depth  | 1, whole  | σ       | σ/√(2(l+1))  | σ      | as o    | as o              | 1/√d  |
+| fan_in       | 1, whole  | 1/√d    | 1/√(heads·C) | 1/√d   | 1/√d    | 1/√d_ff           | 1/√d  |
+| gpt2         | σ         | σ       | σ/√(2L)      | σ      | σ       | σ/√(2L)           | σ     |
+| megatron     | σ         | σ       | σ/√(2L)      | σ      | σ       | σ/√(2L)           | 1/√d  |
+| small_wang   | s         | s       | 2/(L√d)      | s      | s       | 2/(L√d)           | s     |
+| ngpt         | 1         | 1/√d    | 1/√d         | 1/√d   | 1/√d    | 1/√d              | 1/d   |
+| nanochat     | 0.8       | 1/√d    | 0            | 0.4/√d | 0.4/√d  | 0                 | 0.001 |
 
 s = √(2/(5d)). nGPT's (arXiv 2410.01131; NVIDIA/ngpt) are normals that are normed to unit length along
 d: the rows of the embedding, the head, q, k, v, gate and up, the columns of o and down. Their entries
 have the std 1/√d. Here they aren't normed: a length varies by 1/√(2d) of it, which moves a layer's
 output by the order of 1/d. The stream of rms 1 (``norm=ngpt``) is nGPT's times √d, so the embedding's
 std is 1 and the head's 1/d.
+
+nanochat's (karpathy/nanochat, gpt.py, 92d63d4) q, k, v and c_fc, here up, are uniform; here they are
+normals of the same std, as they are by every other rule. Its residual outputs are 0. Its MLP has no
+gate; here a gate is drawn as up is.
 
 "whole": not truncated, as in OLMo-core. Everything else is cut at ± ``init.truncate`` times its σ.
 ``init.embedding_std``, where given, stands in place of the embedding's σ. Learned positions are drawn
@@ -138,6 +143,18 @@ def _ngpt(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
     return dict.fromkeys(ROLES, model.width**-0.5) | ends
 
 
+def _nanochat(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
+    std = model.width**-0.5
+    return dict.fromkeys(ROLES, std) | {
+        "embedding": 0.8,
+        "gate_proj": 0.4 * std,
+        "up_proj": 0.4 * std,
+        "o_proj": 0.0,
+        "down_proj": 0.0,
+        "head": 0.001,
+    }
+
+
 RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "normal": _normal,
     "transformers": _normal,
@@ -149,6 +166,7 @@ RULES: dict[str, Callable[[ModelConfig, float, int], dict[str, float]]] = {
     "megatron": _megatron,
     "small_wang": _small_wang,
     "ngpt": _ngpt,
+    "nanochat": _nanochat,
 }
 WHOLE_EMBEDDING = ("llama", "llama_depth", "fan_in")
 

@@ -21,7 +21,7 @@ PRESETS = {
     "olmo3_7b": 1.4, "olmo3_32b": 3.0, "llama3_8b": 1.4, "llama3_70b": 5.0, "llama3_405b": 18.0,
     "qwen3_32b": 3.0, "mistral_7b": 1.4, "qwen2_5_72b": 5.0, "gpt2_xl": 0.55, "pythia_12b": 2.0,
     "phi4_14b": 2.0, "stablelm_3b": 0.8, "gemma2_27b": 3.5, "gemma3_27b": 3.0,
-    "olmoe_7b": 2.2, "mixtral_8x7b": 7.0,
+    "olmoe_7b": 2.2, "mixtral_8x7b": 7.0, "nanochat_d12": 0.4, "nanochat_d20": 0.4,
 }  # fmt: skip
 
 

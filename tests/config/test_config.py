@@ -37,6 +37,8 @@ RELEASED = {
     "gpt2_xl": 1_557_611_200,
     "pythia_12b": 11_846_072_320,
     "gemma2_27b": 27_227_128_320,
+    "nanochat_d12": 286_283_520,  # nanochat's own counts: tests/model/test_nanochat.py
+    "nanochat_d20": 896_590_080,
     "gemma3_27b": 27_009_346_304,  # without image encoder and projector, 423,060,336
 }
 

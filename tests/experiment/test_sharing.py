@@ -13,7 +13,9 @@ from simlab.experiment.sharing import SharedCurves, is_prefix, sharing_groups
 from simlab.schemes.init import RULES
 from simlab.schemes.placement import PLACEMENTS
 
-DEPTH_FREE = {"normal", "transformers", "mitchell", "llama_depth", "fan_in", "ngpt"}  # of the rules
+DEPTH_FREE = {  # of the rules
+    "normal", "transformers", "mitchell", "llama_depth", "fan_in", "ngpt", "nanochat",
+}  # fmt: skip
 OF_DEPTH = {
     "deepnorm",
     "residual_scale",

@@ -43,6 +43,18 @@ def test_bits_are_those_of_the_adds(name):
     assert row.room == pytest.approx(128 - math.log2(job(name).frame["max_abs"].max()), abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["reordered", "post", "peri"])
+def test_branches_of_zero_have_no_bits(name):
+    """As at nanochat's init; where a norm acts on them, m/(m + eps) is 0."""
+    result = run(tiny(*placed(name), "init=nanochat"))
+    (row,) = zoo_rows([SweptJob({"norm_placement": name}, "", result.curve, result.summary)])
+    assert math.isnan(row.bits)
+    assert row.predicted == pytest.approx(row.v, rel=0.1)
+    sentence = result.summary["verdict"]["random"]["sentence"]
+    assert "every branch is 0" in sentence
+    assert "eps" not in sentence
+
+
 def test_a_sum_that_is_normed_is_told():
     """Negative control: taken for the stream that keel norms, its sum has 4 bits of 7 more."""
     frame = job("keel").frame

@@ -42,6 +42,11 @@ EXPECTED = {
         | dict.fromkeys(("o_proj", "down_proj"), 2 / L / math.sqrt(D))
     ),
     "ngpt": lambda n: dict.fromkeys(ROLES, D**-0.5) | {"embedding": 1, "head": 1 / D},
+    "nanochat": lambda n: (
+        dict.fromkeys(ROLES, D**-0.5)
+        | dict.fromkeys(("gate_proj", "up_proj"), 0.4 * D**-0.5)
+        | {"embedding": 0.8, "o_proj": 0, "down_proj": 0, "head": 0.001}
+    ),
 }
 
 
@@ -55,7 +60,7 @@ def test_table(rule, layer):
     whole = {role for role, g in laws.items() if g.truncate is None}
     assert whole == (
         set(ROLES)
-        if rule in ("gpt2", "transformers", "small_wang", "ngpt")
+        if rule in ("gpt2", "transformers", "small_wang", "ngpt", "nanochat")
         else {"embedding"}
         if expected["embedding"] == 1
         else set()
@@ -104,8 +109,8 @@ def test_measured_moments_match_the_table(rule):
     for name, parameter in build_model(config).named_parameters():
         law = distribution(config.shape, config.init, name)
         values = parameter.detach().double().flatten()
-        if isinstance(law, Constant):
-            assert (values == law.value).all()
+        if isinstance(law, Constant) or law.sigma == 0:
+            assert (values == (law.value if isinstance(law, Constant) else 0)).all()
             continue
         n = len(values)
         assert values.mean().abs() < STANDARD_ERRORS * law.std / math.sqrt(n), name

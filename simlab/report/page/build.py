@@ -142,7 +142,10 @@ def warnings(frame: pd.DataFrame, summary: Mapping[str, Any]) -> Iterator[str]:
         rows = frame[frame["curve"] == name]
         who = f" ({LABELS[name]})" if frame["curve"].nunique() > 1 else ""
         # Where no norm acts on what is added (pre), there is no additive law, and eps takes nothing.
+        # Of a branch of 0 it takes nothing either.
         normed = rows[(rows["kind"] != "embedding") & rows["law_additive"].notna()]
+        if "branch_mean_square" in normed:
+            normed = normed[normed["branch_mean_square"] != 0]
         factors = normed.groupby("sublayer")["eps_factor"].mean()
         held = {int(str(at)): float(m) for at, m in factors.items() if m < EPS_TAKES}
         if held:

@@ -390,11 +390,13 @@ class AttentionBranch:
     def _through_norm(self, gradient: Array32, drawn: DrawnHeads, role: int) -> Array32:
         """The gradient before QK-norm, of q (0) or k (1): (d − y⟨d, y⟩/n)/√(ms + eps)."""
         model, y = self.attention.context.model, drawn.normed[role, 0]
+        std = self.attention.stds[("q_proj", "k_proj")[role]]
+        if std == 0:  # nothing of it goes on through such a matrix
+            return np.zeros_like(gradient)
         if model.qk_norm != "none":
             heads = (model.heads, model.kv_heads)[role] if model.qk_norm == "full" else 1
             along = (gradient * y).sum(-2, keepdims=True)
             gradient = gradient - y * (along / (heads * model.head_dim))
-        std = self.attention.stds[("q_proj", "k_proj")[role]]
         return gradient * (drawn.factor[role, 0] / (math.sqrt(model.width) * std))[:, None]
 
 

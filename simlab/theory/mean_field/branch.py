@@ -28,7 +28,7 @@ class Input:
     @property
     def relative_variance(self) -> Array:
         """Var(Ĥ_ii)/H_ii² (N,)."""
-        return self.square.diagonal() / np.maximum(self.kernel.diagonal(), TINY) ** 2
+        return self.square.diagonal() / np.maximum(self.kernel.diagonal() ** 2, TINY)
 
 
 class Branch(Protocol):

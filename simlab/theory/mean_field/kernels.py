@@ -105,7 +105,7 @@ class KernelVector:
     @cached_property
     def relative_variance(self) -> Array:
         """Var(K̂_ii)/K_ii² (N,)."""
-        return self.total_square.diagonal() / np.maximum(self.kernel.diagonal(), TINY) ** 2
+        return self.total_square.diagonal() / np.maximum(self.kernel.diagonal() ** 2, TINY)
 
     @cached_property
     def correlation_variance(self) -> Array:
