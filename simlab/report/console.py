@@ -7,11 +7,11 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
-from rich.console import Console
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, TableElement
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +34,23 @@ from simlab.report.table import (
 )
 
 ENGINES_BESIDE = " for random inits; always dense for a checkpoint"  # where there are both
+
+
+class _Tight(TableElement):
+    """A table of Markdown without rich's empty columns, so that names are whole at 80 characters."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            if isinstance(table, Table):
+                table.show_edge = table.pad_edge = False
+                table.collapse_padding = True
+                for column in table.columns:
+                    column.overflow = "fold"
+            yield table
+
+
+class _Answer(Markdown):
+    elements: ClassVar = {**Markdown.elements, "table_open": _Tight}
 
 
 def announce(
@@ -133,7 +150,7 @@ def show_sweep(
         console.print(str(path), soft_wrap=True, markup=False)
     if answer:
         console.print()
-        console.print(Markdown(answer))
+        console.print(_Answer(answer))
     if unfinished:
         count = f"{unfinished} job{'s are' if unfinished > 1 else ' is'} not finished"
         console.print(f"\n{count}; the sweep's command does what is missing")

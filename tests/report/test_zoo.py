@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ids_of, placed, tiny
@@ -11,6 +12,7 @@ from simlab import build_model
 from simlab.experiment import run
 from simlab.model.placement import ResidualAdd
 from simlab.report.answer import WRITERS
+from simlab.report.console import show_sweep
 from simlab.report.swept import SweptJob
 from simlab.report.zoo import kept_bits, zoo_rows
 from simlab.report.zoo_figure import zoo_figure
@@ -130,3 +132,22 @@ def test_a_curve_that_overflows_says_where_it_ends():
     figure = zoo_figure(zoo_rows([found, job("pre")]), "a line")
     assert figure.axes[0].get_xlim()[1] < 1e9  # of pre's, not of 1e38
     assert math.isfinite(row.v)
+
+
+def test_names_are_whole_on_a_screen(capsys, monkeypatch):
+    """At 80 characters, with the widest numbers that docs/norm_zoo.md has; rich alone cuts them."""
+    monkeypatch.setenv("COLUMNS", "80")
+    wide = (
+        "`x + 0.1*x0 + F(N(x))/sqrt(L)`",
+        "hybrid_norm_star",
+        "hybrid_norm",
+        "hyper_connections",
+    )
+    head = "| placement | v | theory | growth | grad. | cosine | bits | room |"
+    numbers = "0.00403 | 0.0043 | exponential | 3.2e9 | -8.9e-4 | -1.3 | 132 |"
+    lines = [head, "| --- " + "| ---: " * 7 + "|", *(f"| {name} | {numbers}" for name in wide)]
+    show_sweep("4 jobs", pd.DataFrame(), {}, {}, {}, [], 0, [], answer="\n".join(lines))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert all(name in out.split() for name in wide[1:])
