@@ -1,6 +1,7 @@
 """Theory's averages over mHC's coefficients, against draws and against simulation."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,16 @@ import torch
 from conftest import STANDARD_ERRORS, tiny
 
 from simlab.experiment import prepare, run
+from simlab.schemes.placement import at
 from simlab.schemes.streams import doubly_stochastic
-from simlab.theory.mean_field import mixing, predict
+from simlab.theory.mean_field import mixing, mixing_gradient, predict
+from simlab.theory.mean_field.kernels import KernelStep, State
+from simlab.theory.mean_field.parts import LowRankBranch
 
 # Beyond the seeds' noise, at logits of std 2.5; cosines have more than other placements'.
 OWN = {"mean_square": 0.02, "norm": 0.01, "mean_vector_norm": 0.03, "token_cosine": 0.06}
 OWN |= {"branch_raw_mean_square": 0.03, "branch_mean_square": 0.03}
+OWN |= {"gradient_rms": 0.04, "gradient_norm": 0.08}
 SHAPE = (
     "depth=4", "heads=4", "kv_heads=2", "d_ff=320", "vocab_size=30", "inputs.batch=2",
     "inputs.length=8", "init=fan_in",
@@ -22,14 +27,14 @@ SHAPE = (
 
 @cache
 def simulated(*overrides):
-    config = tiny(*SHAPE, *overrides, "seeds=60")
+    config = tiny(*SHAPE, *overrides, "seeds=60", "gradients=true")
     return config, run(config).curve.groupby(["sublayer", "kind"], sort=False)
 
 
 def compared(*overrides):
-    """By column how far theory is beyond OWN and the seeds' noise; theory's band over the seeds'."""
+    """By column how far theory is off, over OWN and the seeds' noise; theory's band over the seeds'."""
     config, measured = simulated(*overrides)
-    rows = predict(config.shape, config.init, prepare(config).tokens).rows
+    rows = predict(config.shape, config.init, prepare(config).tokens, gradients=True).rows
 
     def column(name):
         return np.array([getattr(row, name) for row in rows])
@@ -37,8 +42,8 @@ def compared(*overrides):
     beyond = {}
     for name, own in OWN.items():
         mean, error = measured[name].mean().to_numpy(), measured[name].sem().to_numpy()
-        bound = own * np.abs(mean) + STANDARD_ERRORS * error + 1e-5
-        beyond[name] = np.nanmax(np.abs(column(name) - mean)[1:] - bound[1:])
+        bound = own * np.abs(mean) + STANDARD_ERRORS * error + (0 if "grad" in name else 1e-5)
+        beyond[name] = np.nanmax(np.abs(column(name) - mean)[1:] / bound[1:])
     return beyond, column("band") / measured["mean_square"].std().to_numpy()
 
 
@@ -46,6 +51,7 @@ CASES = [
     ("norm=mhc", "norm.mix_std=0.11", "width=128", "engine=weightless"),
     ("norm=mhc", "norm.mix_std=0.16", "width=64", "engine=dense"),
     ("norm=mhc", "norm.mix_std=0.11", "width=128", "engine=weightless", "norm.mix_streams=false"),
+    ("norm=deepseek_v4", "norm.mix_std=0.05", "width=128", "engine=weightless"),
     ("norm=mhc_paper", "width=128", "engine=dense"),
     ("norm=hy_v4", "width=64", "engine=weightless"),
 ]
@@ -56,7 +62,7 @@ CASES = [
 def test_theory_of_simulations(case):
     """At two widths, by both engines: means, and the band within a third of the seeds' std."""
     beyond, ratio = compared(*case)
-    assert max(beyond.values()) <= 0, beyond
+    assert max(beyond.values()) <= 1, beyond
     assert ((ratio > 0.67) & (ratio < 1.5)).all()
 
 
@@ -94,15 +100,90 @@ def test_averages_by_draws(rho):
     assert both[0, 1] == pytest.approx(float((p[0] * p[1]).mean()), abs=0.003)
 
 
-def test_gradients_of_large_logits_are_refused():
-    """Those through the coefficients aren't predicted; of the paper's init they are nothing."""
-    for norm, refused in (
-        ("mhc", True),
-        ("deepseek_v4", True),
-        ("mhc_paper", False),
-        ("hy_v4", False),
-    ):
-        config = tiny(*SHAPE, f"norm={norm}", "width=64")
+@pytest.mark.slow
+def test_gradients_go_through_the_coefficients(monkeypatch):
+    """Without what goes through them, theory is off by far more than its error and chance."""
+    monkeypatch.setattr(mixing_gradient, "own_gradient", lambda by, *_: np.zeros_like(by.apart))
+    beyond, _ = compared(*CASES[0])
+    assert beyond["gradient_rms"] > 2
+    assert beyond["mean_square"] <= 1
+
+
+N, WIDTH, PAIRS, STD, RHO = 4, 256, 500, 2.5, 0.6
+
+
+def by_autograd(generator):
+    """One step's P and Γ, of pairs of tokens (2, 2): mean and standard error over pairs.
+
+    The streams' mean and what sets them apart have mean squares 1 and 0.8, gradients likewise 1.3/n²
+    and 0.9; the sublayer is linear.
+    """
+
+    def pairs(square, *streams):
+        z = torch.randn(*streams, 2, PAIRS, WIDTH, generator=generator)
+        z = torch.stack([z[..., 0, :, :], RHO * z[..., 0, :, :] + 0.8 * z[..., 1, :, :]], -3)
+        return (z - z.mean(0) if streams else z) * square**0.5
+
+    def normed(x):
+        return x / x.pow(2).mean(-1, keepdim=True).sqrt()
+
+    x = (pairs(1.0) + pairs(0.8, N)).requires_grad_()
+    g = pairs(1.3) / N + pairs(0.9, N)
+    std = STD / (N * WIDTH) ** 0.5
+    u = normed(torch.cat(tuple(x), -1))
+    u = u @ torch.randn(N * WIDTH, N * (N + 2), generator=generator) * std
+    c = doubly_stochastic(u[..., 2 * N :].unflatten(-1, (N, N)).softmax(-1))
+    read = torch.einsum("...j,j...d->...d", u[..., :N].sigmoid(), x)
+    F = normed(read) @ torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+    out = torch.einsum("...jt,j...d->t...d", c, x)
+    out = out + torch.einsum("...t,...d->t...d", 2 * u[..., N : 2 * N].sigmoid(), F)
+    (back,) = torch.autograd.grad((g * out).sum(), x)
+    apart = back - back.mean(0)
+    total = torch.einsum("ipd,jpd->pij", back.sum(0), back.sum(0)) / WIDTH
+    return total, torch.einsum("tipd,tjpd->pij", apart, apart) / WIDTH / (N - 1)
+
+
+def by_theory():
+    """Its P and Γ."""
+    both = np.array([[1, RHO], [RHO, 1]])
+    of = f"norm.mix_std={STD / (N * WIDTH) ** 0.5}"
+    model = tiny("norm=mhc", f"width={WIDTH}", "heads=4", of).shape
+    nothing = np.zeros((2, 2))
+    step = KernelStep(State(both, nothing, nothing, copies=N, apart=0.8 * both), WIDTH, 1e-6, 1.0)
+    mix = mixing.mixing(SimpleNamespace(model=model), {}, step)
+    sublayer = step.feed(lambda h: LowRankBranch(h, 1.0, 10**9))
+    at(model, 0, "mlp").step(step.state, sublayer, step.add, norm_in=step.norm, mix=mix)
+    after = mixing_gradient.StreamsGradient(1.3 * both, nothing[0], 0.9 * both, nothing[0])
+    found = mixing_gradient.pull_mixed(step, after)
+    return found.total, found.apart
+
+
+def test_one_step_by_autograd(monkeypatch):
+    """Gradients that don't know of the streams, back through one step: their sum and their rest."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [by_autograd(generator) for _ in range(3)]
+    theory = by_theory()
+    monkeypatch.setattr(mixing_gradient, "own_gradient", lambda by, *_: np.zeros_like(by.apart))
+    for some, found, without in zip(zip(*samples, strict=True), theory, by_theory(), strict=True):
+        measured = torch.cat(some).numpy()
+        # W and the sublayer are common to a sample's pairs, and averages of ``mixing`` are by draws.
+        error = 0.02 * measured.mean(0)[0, 0] + measured.std(0) / len(measured) ** 0.5
+        assert (abs(measured.mean(0) - found) < STANDARD_ERRORS * error).all()
+        assert (abs(measured.mean(0) - without) > 2 * STANDARD_ERRORS * error).diagonal().all()
+
+
+def test_slopes_are_those_of_the_averages():
+    """κ̇ and Ṙ, by Price's theorem, against the differences of κ and R."""
+    of = (4, 1.0, 0.3, True)
+    slopes = [np.interp(0.3, mixing.NODES, v) for v in mixing._slopes(*of)]
+    ends = [[np.interp(rho, mixing.GRID, v) for v in mixing._drawn(*of)] for rho in (0.1, 0.5)]
+    np.testing.assert_allclose(slopes, np.subtract(*ends[::-1]) / 0.4, rtol=0.06)
+
+
+def test_gradients_that_rare_coefficients_carry_are_refused():
+    """At a large std of the logits, beside an embedding that the first write buries."""
+    for extra, refused in ((), False), (("init.embedding_std=0.02",), True):
+        config = tiny(*SHAPE, "norm=mhc", "width=64", "norm.mix_std=0.16", *extra)
         found = predict(config.shape, config.init, prepare(config).tokens, gradients=True)
-        assert bool(found.no_gradient) == refused
+        assert ("rare coefficients" in (found.no_gradient or "")) == refused
         assert np.isnan(found.rows[-1].gradient_rms) == refused

@@ -196,6 +196,7 @@ class KernelStep:
     read: Array | None = None  # the kernel of what the last sublayer got
     written: Callable[[Branch], Branch] = lambda branch: branch  # what coefficients make of it
     apart: Array | None = None  # of the state after it
+    mixed: Callable[[], Any] | None = None  # its mixed streams, as ``mixing_gradient`` needs them
 
     def __post_init__(self) -> None:
         self.kernels = [one.kernel for one in self.start.vectors]

@@ -10,9 +10,8 @@ E⟨δ_t,i, δ_s,j⟩/d = (1[t = s] − 1/n)·Δ_ij. Theory keeps x̄ as its one
     read      Σ p_j x_j/Σ p_j = x̄ + Σ w_j δ_j: a second vector of kernel R(ρ)∘Δ, R = E Σ w_j w'_j − 1/n.
 
 Left out is that norms see one seed's coefficients, not their averages: measured at std 2.5, it makes
-token cosines some 3 % too large, mean squares by less than seeds tell (1 %). So is the gradient that
-goes through the coefficients: without it gradients are 10 to 30 % too small there, and theory predicts
-none; at a std of NEARLY_CONSTANT it is below 1 %. κ and R are averages over fixed draws.
+token cosines some 3 % too large, mean squares by less than seeds tell (1 %). κ and R are averages over
+fixed draws. ``mixing_gradient`` goes backward.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.kernels import KernelStep, KernelVector, correlation
 
 PAIRS, GRID = 2048, np.linspace(-1, 1, 33)  # draws of two tokens' logits, and their correlations
-NEARLY_CONSTANT = 0.1  # a std of the logits up to which gradients through coefficients are nothing
+NODES, STEP = np.array([-1, -0.5, 0, 0.4, 0.7, 0.85, 0.95, 1]), 1e-4  # of their slopes
 
 
 def logits_std(model: ModelConfig) -> float:
@@ -57,6 +56,27 @@ def _drawn(streams: int, std: float, bias: float, mixes: bool) -> tuple[Array, A
         read[i] = (one[0] * other[0]).sum(1).mean() - 1 / streams
         if mixes:
             kept[i] = ((one[1] * other[1]).sum((1, 2)).mean() - 1) / (streams - 1)
+    return kept, read
+
+
+@lru_cache(64)
+def _slopes(streams: int, std: float, bias: float, mixes: bool) -> tuple[Array, Array]:
+    """κ̇ and Ṙ, slopes in ρ, at NODES: std²·E Σ_k ∂_k c·∂_k c', along one direction of each draw."""
+    generator = np.random.default_rng(1)
+    count = streams * streams if mixes else 0
+    z, fresh, way = generator.standard_normal((3, PAIRS, streams + count))
+
+    def along(u: Array) -> tuple[Array, Array]:
+        above, below = (_coefficients(u + h * way, streams, bias) for h in (STEP, -STEP))
+        return (above[0] - below[0]) / (2 * STEP), (above[1] - below[1]) / (2 * STEP)
+
+    kept, read = np.zeros_like(NODES), np.empty_like(NODES)
+    one = along(std * z)
+    for i, rho in enumerate(NODES):
+        other = along(std * (rho * z + math.sqrt(1 - rho**2) * fresh))
+        read[i] = std**2 * (one[0] * other[0]).sum(1).mean()
+        if mixes:
+            kept[i] = std**2 * (one[1] * other[1]).sum((1, 2)).mean() / (streams - 1)
     return kept, read
 
 
@@ -86,6 +106,12 @@ class WrittenBranch:
     def units(self) -> int:
         """F's."""
         return self.inner.units
+
+    @property
+    def relative_variance(self) -> Array:
+        """Of q̄_i² between tokens and seeds (N,)."""
+        q = self.average.diagonal()
+        return (4 * (q - 1) + 2 * (q - 1) ** 2) / q**2
 
     @property
     def square(self) -> Array:
@@ -156,6 +182,26 @@ class ReadBranch:
 
 
 @dataclass(frozen=True, eq=False)
+class MixedStreams:
+    """A step's n streams and coefficients, as ``mixing_gradient`` needs them.
+
+    mean, square: mean squares (N,) of x̄ and of the streams. apart: Δ. kept: κ. read: R. write:
+    Cov(q, q'). Slopes are those in ρ; (N, N).
+    """
+
+    n: int
+    mean: Array
+    square: Array
+    apart: Array
+    kept: Array
+    read: Array
+    write: Array
+    kept_slope: Array
+    read_slope: Array
+    write_slope: Array
+
+
+@dataclass(frozen=True, eq=False)
 class MeanCoefficients:
     """As ``schemes.streams.Coefficients``, of streams that stand for their mean, and F for q̄·F."""
 
@@ -184,11 +230,18 @@ def mixing(context: Context, stds: Mapping[str, float], step: KernelStep) -> Any
         square = streams.diagonal()
         variances = logits_std(context.model) ** 2 * square / (square + norm.eps)
         rho = correlation(streams)
-        (products,) = expand(at_nodes(sigmoid, variances)).kernel(rho)
+        products, slope = expand(at_nodes(sigmoid, variances)).kernel(rho, derivatives=1)
         covariance = 4 * (products - 0.25)
         std = float(f"{math.sqrt(variances.mean()):.3g}")
         bias = read_logit(norm)
         kept, read = (np.interp(rho, GRID, v) for v in _drawn(n, std, bias, bool(norm.mix_streams)))
+
+        def mixed() -> MixedStreams:
+            slopes = _slopes(n, std, bias, bool(norm.mix_streams))
+            own = (*(np.interp(rho, NODES, v) for v in slopes), 4 * slope)
+            return MixedStreams(n, mean.diagonal(), square, apart, kept, read, covariance, *own)
+
+        step.mixed = mixed
 
         def written(branch: Branch) -> Branch:
             step.apart = kept * apart + covariance * branch.kernel

@@ -38,7 +38,7 @@ from simlab.theory.mean_field.kernels import (
     state_of,
 )  # fmt: skip
 from simlab.theory.mean_field.limits import unpredictable
-from simlab.theory.mean_field.mixing import NEARLY_CONSTANT, logits_std
+from simlab.theory.mean_field.mixing_gradient import RARE, pull_mixed, pull_read, spread_of
 from simlab.theory.mean_field.mlp import MLPKernel
 from simlab.theory.mean_field.parts import part_maps
 from simlab.theory.mean_field.squash import norm_of
@@ -200,10 +200,8 @@ def predict(
         last = Ending(model, end, parts)
         if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
-        elif logits_std(model) > NEARLY_CONSTANT:
-            no_gradient = "the gradient through the mixing coefficients is too large to leave out"
-        elif placement_of(model).finish_parts and logits_std(model) > NEARLY_CONSTANT:
-            no_gradient = "the gradient through the head's gates is too large to leave out"
+        elif any(one.step.mixed and spread_of(one.step).max() > RARE for one in passed):
+            no_gradient = "rare coefficients of the streams carry it"
         elif loss_error(last.normed.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
@@ -325,8 +323,17 @@ def _gradients(
     gradient, gone = pull_gradient(last.step, [last.normed.terms], gradient)
     squares = [_of_writes(model, last.step, gradient, model.depth - 1)]
     made_by = [None, *(one.block for one in passed[:-1])]
+    streams = None
+    if passed[-1].step.mixed is not None:
+        streams = pull_read(last.step, gradient, gone)
+        gradient = streams.total
+        squares = [gradient.diagonal()]
     for one, block in zip(reversed(passed), reversed(made_by), strict=True):
-        gradient, gone = pull_gradient(one.step, one.outs, gradient, gone)
+        if streams is not None and one.step.mixed is not None:
+            streams = pull_mixed(one.step, streams)
+            gradient, gone = streams.total, streams.gone
+        else:
+            gradient, gone = pull_gradient(one.step, one.outs, gradient, gone)
         squares.append(_of_writes(model, one.step, gradient, block))
         if one.kind == "attention":
             on_block()
