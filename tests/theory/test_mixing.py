@@ -102,11 +102,17 @@ def test_averages_by_draws(rho):
 
 @pytest.mark.slow
 def test_gradients_go_through_the_coefficients(monkeypatch):
-    """Without what goes through them, theory is off by far more than its error and chance."""
+    """Behind the first block the rms is theory's to chance, and without that part it is 8 % more."""
+    config, measured = simulated(*CASES[0])
+    rms = measured["gradient_rms"]
+
+    def off():
+        rows = predict(config.shape, config.init, prepare(config).tokens, gradients=True).rows
+        return (rows[2].gradient_rms - rms.mean().iloc[2]) / rms.sem().iloc[2]
+
+    assert abs(off()) < STANDARD_ERRORS
     monkeypatch.setattr(mixing_gradient, "own_gradient", lambda by, *_: np.zeros_like(by.apart))
-    beyond, _ = compared(*CASES[0])
-    assert beyond["gradient_rms"] > 2
-    assert beyond["mean_square"] <= 1
+    assert off() < -1.4 * STANDARD_ERRORS
 
 
 N, WIDTH, PAIRS, STD, RHO = 4, 256, 500, 2.5, 0.6
@@ -185,5 +191,5 @@ def test_gradients_that_rare_coefficients_carry_are_refused():
     for extra, refused in ((), False), (("init.embedding_std=0.02",), True):
         config = tiny(*SHAPE, "norm=mhc", "width=64", "norm.mix_std=0.16", *extra)
         found = predict(config.shape, config.init, prepare(config).tokens, gradients=True)
-        assert ("rare coefficients" in (found.no_gradient or "")) == refused
+        assert ("rare mixing coefficients" in (found.no_gradient or "")) == refused
         assert np.isnan(found.rows[-1].gradient_rms) == refused

@@ -201,7 +201,7 @@ def predict(
         if model.tied and _tied_head_knows(model, [first, *passed], last, head):
             no_gradient = "the head is tied to an embedding so large that tokens predict themselves"
         elif any(one.step.mixed and spread_of(one.step).max() > RARE for one in passed):
-            no_gradient = "rare coefficients of the streams carry it"
+            no_gradient = "a few tokens with rare mixing coefficients carry it"
         elif loss_error(last.normed.kernel, model, head) > LOSS_ERROR:
             no_gradient = "logits differ so much that few tokens share the probability"
             no_gradient += " or the soft-cap bends them" if model.logit_softcap else ""
