@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.style
@@ -157,6 +158,13 @@ class _PlainPowers(LogFormatter):
         digits, power = f"{x:.0e}".split("e")
         raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         return f"{'' if digits == '1' else digits + '·'}10{raised}"
+
+
+def png_of(figure: Figure) -> bytes:
+    """The content of ``save``'s PNG."""
+    with TemporaryDirectory() as folder:
+        (path,) = save(figure, Path(folder), "figure")
+        return path.read_bytes()
 
 
 def save(figure: Figure, folder: Path, name: str, *, svg: bool = False) -> list[Path]:

@@ -165,7 +165,14 @@ class Result:
         """
         from datetime import date
 
-        return run_page(self.curves, self.summary, self.title, self.command, str(date.today()))
+        from simlab.report.streams_figure import streams_figure
+        from simlab.report.style import png_of
+
+        figure = streams_figure(self.streams, self.title)
+        return run_page(
+            self.curves, self.summary, self.title, self.command, str(date.today()),
+            png_of(figure) if figure else None,
+        )  # fmt: skip
 
     def save(self, folder: str | Path, *, svg: bool = False) -> Path:
         """Write the command's files into a folder: tables, figures, report.html, summary.json.

@@ -51,7 +51,11 @@ if TYPE_CHECKING:
 RECORD = "job.json"  # how a sweep's job ended
 PLAN = "sweep.json"  # what a sweep is to do
 TABLES = ("curve.csv", "weights.csv", "streams.csv")
-FIGURES = ("growth.png", "growth.svg", "lambda.png", "lambda.svg", "inside.png", "inside.svg")
+FIGURES = tuple(
+    f"{name}.{kind}"
+    for name in ("growth", "lambda", "inside", "streams")
+    for kind in ("png", "svg")
+)
 OUR_FOLDER = re.compile(
     r"outputs|\d{4}-\d\d-\d\d|\d\d-\d\d-\d\d-\d+"
 )  # as conf/config.yaml names them
@@ -207,7 +211,14 @@ def write(
     weights, streams: the rows of weights.csv and streams.csv. overrides: of the command that makes the
     run again, which the page shows.
     """
-    from simlab.report import checkpoint_figure, console, figure, growth_figure, style
+    from simlab.report import (
+        checkpoint_figure,
+        console,
+        figure,
+        growth_figure,
+        streams_figure,
+        style,
+    )
     from simlab.report.page.build import command_in, run_page
 
     if not (folder / PLAN).exists():  # a sweep's own figures stay
@@ -220,10 +231,14 @@ def write(
         "growth": growth_figure.growth_figure(curve, title, lines, summary["tokens"]),
         "lambda": figure.lambda_figure(curve, depth, title),
         "inside": checkpoint_figure.inside_figure(curve, title),
+        "streams": streams_figure.streams_figure(streams, title),
     }
     drawn = {name: each for name, each in figures.items() if each}
     files = [f for name, each in drawn.items() for f in style.save(each, folder, name, svg=svg)]
-    page = run_page(curve, summary, title, command_in(summary, overrides), str(date.today()))
+    page = run_page(
+        curve, summary, title, command_in(summary, overrides), str(date.today()),
+        (folder / "streams.png").read_bytes() if "streams" in drawn else None,
+    )  # fmt: skip
     write_atomically(folder / PAGE, lambda path: write_text(path, page), durable=False)
     signals.raise_noted()
     write_json(folder / SUMMARY, summary)

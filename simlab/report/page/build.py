@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import html
 import json
@@ -27,6 +28,11 @@ from simlab.report.page.quantities import BY_BLOCK, DRAWABLE
 
 _HERE = Path(__file__).parent
 TILE_CLASS = {HOLDS: "good", OFF: "bad"}  # of a decision on a law
+_STREAMS = (
+    '<section class="card"><h2>The vectors between two steps</h2><img class="figure" alt="Mean square, '
+    "cosine between tokens and cosine to the stream of each vector that the placement carries, by "
+    'sublayer; the numbers are in streams.csv" src="data:image/png;base64,DATA"></section>\n'
+)
 EPS_TAKES = 0.9  # of m/(m + eps): below, eps takes a tenth of a norm's output
 
 
@@ -55,12 +61,13 @@ def command_in(summary: Mapping[str, Any], overrides: Sequence[str]) -> str:
 
 
 def run_page(
-    frame: pd.DataFrame, summary: Mapping[str, Any], title: str, command: str, written: str
-) -> str:
+    frame: pd.DataFrame, summary: Mapping[str, Any], title: str, command: str, written: str,
+    streams: bytes | None = None,
+) -> str:  # fmt: skip
     """The page of one run, as HTML. frame: the rows of curve.csv. summary: that of summary.json.
 
     command: what makes it again, on the command line or in Python. written: when it was measured, as a
-    text.
+    text. streams: streams.png, where the run has one.
     """
     data = {
         "title": title,
@@ -73,7 +80,7 @@ def run_page(
         "quantity": "mean_square_median" if skewed(frame) else "mean_square",
         **origin(summary, command, written),
     }
-    return html_of(data)
+    return html_of(data, streams)
 
 
 def job_data(job: PageJob, drawn: Drawn) -> dict[str, Any]:
@@ -217,8 +224,11 @@ def _tile(value: str, label: str, status: str = "") -> dict[str, str]:
     return {"value": value, "label": label, "status": status}
 
 
-def html_of(data: Mapping[str, Any]) -> str:
-    """The page with its style, its script and its data, none of which can end its own element."""
+def html_of(data: Mapping[str, Any], streams: bytes | None = None) -> str:
+    """The page with its style, its script and its data, none of which can end its own element.
+
+    streams: as of ``run_page``.
+    """
     axes: dict[str, int] = {}  # of many jobs' curves the steps are the same
     for curve in (curve for job in data["jobs"] for curve in job["curves"]):
         curve["steps"] = axes.setdefault(json.dumps(curve["steps"]), len(axes))
@@ -228,6 +238,8 @@ def html_of(data: Mapping[str, Any]) -> str:
         text = text.replace(mark, code)
     title = html.escape(f"simlab: {data['title']}")
     before, after = _frame(title)
+    picture = _STREAMS.replace("DATA", base64.b64encode(streams).decode()) if streams else ""
+    before = before.replace("<!--streams-->", picture)
     return before + text + after
 
 
