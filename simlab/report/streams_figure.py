@@ -18,7 +18,7 @@ from simlab.report.panels import DIM, log_ticks, panel, write_at
 from simlab.report.seeds import SeedArray, longest, over_seeds, x_of
 
 WIDTH, PANEL, TALL, LOW, GAP = 12.8, 2.75, 2.3, 0.62, 0.72  # inches
-ALIKE = 1e-3  # relative: vectors that differ by less at every step are one line
+_ALIKE = 1e-3  # relative: vectors that differ by less at every step are one line
 TOLD_APART = 7  # lines with a name and a colour of their own; of more, the first and the last
 _PANELS = (
     ("mean_square", "Mean square", "of a vector, mean over tokens", True),
@@ -59,7 +59,7 @@ def streams_figure(streams: pd.DataFrame | None, title: str) -> Figure | None:
     rows = streams[streams["curve"] == name]
     lines = _lines(rows)
     figure = Figure(figsize=(WIDTH, LOW + TALL + 1.25), facecolor="white")
-    write_at(figure, 0.25, LOW + TALL + 0.87, headline(rows), size=14, weight="bold")
+    write_at(figure, 0.25, LOW + TALL + 0.87, vectors_line(rows), size=14, weight="bold")
     write_at(figure, WIDTH - 0.25, 0.1, title, size=8, colour=DIM, ha="right")
     colours, many = _colours(len(lines)), len(lines) > TOLD_APART
     for place, (column, head, under, log) in enumerate(_PANELS):
@@ -83,7 +83,7 @@ def streams_figure(streams: pd.DataFrame | None, title: str) -> Figure | None:
     return figure
 
 
-def headline(rows: pd.DataFrame) -> str:
+def vectors_line(rows: pd.DataFrame) -> str:
     """How many vectors one kind of curve has, and if they can be told apart."""
     lines, count = _lines(rows), rows["stream"].nunique()
     fixed = rows.groupby(["seed", "sublayer", "kind"])["stream"].size().nunique() == 1
@@ -118,7 +118,7 @@ def _lines(rows: pd.DataFrame) -> list[_Line]:
 
 def _alike(one: dict[str, SeedArray], other: dict[str, SeedArray]) -> bool:
     return all(
-        np.allclose(one[column], other[column], rtol=ALIKE, atol=0, equal_nan=True)
+        np.allclose(one[column], other[column], rtol=_ALIKE, atol=0, equal_nan=True)
         for column, *_ in _PANELS
     )
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny
 
 from simlab.experiment import run
-from simlab.report.streams_figure import TOLD_APART, headline, streams_figure
+from simlab.report.streams_figure import TOLD_APART, streams_figure, vectors_line
 from simlab.results import Result
 
 
@@ -52,10 +52,11 @@ def test_vectors_that_coincide_are_one_line():
     figure = streams_figure(same, "")
     assert [len(lines(figure, i)) for i in range(3)] == [1, 1, 1]
     assert "vectors 0 to 3" in texts(figure)
-    assert headline(same) == "The 4 vectors that are carried from step to step coincide."
+    assert vectors_line(same) == "The 4 vectors that are carried from step to step coincide."
     other = same.assign(mean_square=same["mean_square"] * (1 + 0.002 * (same["stream"] == 2)))
     assert (
-        headline(other) == "Of 4 vectors that are carried from step to step, 2 can be told apart."
+        vectors_line(other)
+        == "Of 4 vectors that are carried from step to step, 2 can be told apart."
     )
     assert "vectors 0, 1, 3" in texts(streams_figure(other, ""))
 
