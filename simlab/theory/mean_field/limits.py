@@ -78,5 +78,8 @@ def _beyond(model: ModelConfig) -> str | None:
             )
         if any(one.normed for one in vectors(state)) or renorm_after(model, layer):
             name = f"norm.type={model.norm.type}"
-            return f"theory has {name} only where sublayers alone get what norms give, as norm=pre"
+            return (
+                f"theory has {name} only where sublayers alone get what norms give, as norm=pre; "
+                "here it is added to the stream, whose entries then aren't Gaussian"
+            )
     return None
