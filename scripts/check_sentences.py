@@ -218,18 +218,18 @@ def no_shape(curve: Curve, found: re.Match[str], start: int) -> bool:
     line = np.polyval(np.polyfit(rows, y, 1), rows)
     no_line = line_error(rows, y) > 0.019 or np.abs(line / y - 1).max() > 0.16
     no_rate = (y <= 0).any() or line_error(rows, np.log(y)) > 0.019 or np.ptp(np.log(y)) < 0.5
-    flat = np.ptp(y) < 0.015 * y.mean()
+    flat = np.ptp(curve.v[start:]) < 0.015 * y.mean()
     ends = near(found[1], curve.v[start]) and near(found[2], curve.v[-1])
     return bool(no_line and no_rate and not flat) and ends
 
 
-@check(r"; from sublayer (\d+) on blocks end between # and #")
+@check(r"; from sublayer (\d+) on blocks end (?:between # and|at) #")
 def level(curve: Curve, found: re.Match[str], start: int) -> bool:
     """The least and the largest of the blocks' ends from there on, half of them or more."""
     every = np.flatnonzero(curve.kinds == "mlp")
     ends = every[every >= curve.row(int(found[1]))]
     y = curve.v[ends]
-    right = near(found[2], y.min()) and near(found[3], y.max())
+    right = near(found[2] or found[3], y.min()) and near(found[3], y.max())
     return right and y.max() < 1.06 * y.min() and len(ends) >= len(every[every >= start]) // 2
 
 

@@ -50,7 +50,7 @@ def growth_clause(curves: Curves, v: Array, verdict: Verdict) -> str:
     apart = (
         len(mean) > 1 and mean[0] > 0 and shape.start == 1 and not 0.8 < mean[1] / mean[0] < 1.25
     )
-    if apart and shape.word in ("constant", "power", "saturating", "none"):
+    if apart and shape.word in ("constant", "power", "saturating", "jump", "none"):
         text += f", after the embedding's {short(mean[0])}"
     if shape.held == "eps":
         first = sublayer_of(curves, shape.start)
@@ -204,7 +204,8 @@ def _level(curves: Curves, mean: Array, start: int | None) -> str:
     ends = [i for i in range(start, len(mean)) if curves.kinds[i] == curves.kinds[start]]
     low, high = short(min(mean[ends])), short(max(mean[ends]))
     where = f"; from sublayer {sublayer_of(curves, start)} on"
-    return f"{where} blocks end between {low} and {high}" if curves.kinds[start] == "mlp" else ""
+    span = f"at {low}" if low == high else f"between {low} and {high}"
+    return f"{where} blocks end {span}" if curves.kinds[start] == "mlp" else ""
 
 
 def _faster(v: Array) -> str:
