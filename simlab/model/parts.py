@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from simlab.config import ModelConfig
+from simlab.model.altup import Correct, Predict, Sides
 from simlab.model.attention import Linear
 from simlab.model.mix import Gates, Mix
 
@@ -35,4 +36,8 @@ PARTS: dict[str, Callable[[ModelConfig, Linear], nn.Module]] = {
     "laurel": LowRank,
     "mix": Mix,
     "gates": Gates,
+    "embed_sides": Sides,
+    "unembed_sides": Sides,
+    "predict": Predict,
+    "correct": Correct,
 }

@@ -43,7 +43,8 @@ The gate of attention's output (``g_proj``) is drawn as q is: in Qwen3-Next it i
 An MLP without a gate has the columns up and down. A router of experts is drawn as gate is, but as up
 by llama and llama_depth, which then draw the experts' gates so too (OLMo-core's
 ``init_feed_forward_moe``). Of a low-rank part, left and right are drawn as q is, but right by fan_in
-with 1/√rank; the matrix of ``mhc``'s coefficients has the std ``norm.mix_std`` by every rule, whole.
+with 1/√rank; so are AltUp's matrices, but that which gives its coefficients by fan_in with 1/√4. The
+matrices of ``mhc``'s coefficients have the std ``norm.mix_std`` by every rule, whole.
 Biases are 0 and norms' gains 1 (``norm.gain`` where a sublayer's norm has it), as in all of these
 trainers; where a gain is 1 + its parameter, that is 0. α and s of an element-wise norm are those of
 the config.
@@ -56,11 +57,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simlab.config import InitConfig, ModelConfig
+from simlab.schemes.gemma3n import STREAMS
 from simlab.schemes.placement import at
 
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "value_embedding", "o_proj")
 INPUTS = ("q_proj", "k_proj", "v_proj", "g_proj", "gate_proj", "up_proj", "router")
-PART_ROLES = ("left_proj", "right_proj")  # of the parts of residual steps
+PART_ROLES = ("left_proj", "right_proj", "side_proj", "mode_proj", "coef_proj")  # of parts
 ROLES = ("embedding", *INPUTS, "value_embedding", "o_proj", "down_proj", *PART_ROLES, "head")
 _OTHER_NORMS = ("norm", "q_norm", "k_norm", "v_norm")  # a step's begin with norm_
 
@@ -120,6 +122,7 @@ def _fan_in(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
         "o_proj": (model.heads * model.head_dim) ** -0.5,
         "down_proj": model.d_ff**-0.5,
         "right_proj": (model.norm.laurel_rank or model.width) ** -0.5,
+        "coef_proj": STREAMS**-0.5,
     }
 
 

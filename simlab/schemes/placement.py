@@ -11,7 +11,7 @@ from typing import Any
 from simlab.config import ModelConfig
 from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.custom import Custom
-from simlab.schemes.gemma3n import Gemma3n
+from simlab.schemes.gemma3n import AltUp, Gemma3n
 from simlab.schemes.ngpt import NGPT
 from simlab.schemes.plain import NoNorm, Peri, Post, Pre, Reordered
 from simlab.schemes.pre_and_post import ResiDual, SiameseNorm
@@ -332,6 +332,7 @@ PLACEMENTS: dict[str, type[Scheme]] = {
     "hybrid_norm_star": HybridNormStar,
     "scaled": Scaled,
     "gemma3n": Gemma3n,
+    "gemma3n_altup": AltUp,
     "ngpt": NGPT,
     "residual_dual": ResiDual,
     "siamese_norm": SiameseNorm,

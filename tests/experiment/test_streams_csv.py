@@ -83,7 +83,9 @@ def test_every_placement(placement):
     for kind, step in steps:
         step.register_forward_hook(lambda m, a, out, kind=kind: states.append((kind, out)))
     with torch.no_grad():
-        states.append(("embedding", start(model.embed(ids_of(config)), config.shape)))
+        states.append(
+            ("embedding", start(model.embed(ids_of(config)), config.shape, model.start_parts))
+        )
         model(ids_of(config))
     frame = run(config).streams
     if not any(isinstance(state, tuple) for _, state in states):

@@ -18,7 +18,9 @@ from simlab.schemes.placement import PLACEMENTS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_probed_and_unprobed_are_bit_equal(placement, dtype):
     model = build_model(tiny(f"norm={placement}", f"dtype={dtype}", "init.std=0.1"))
-    plain = probed = start(model.embedding(torch.arange(22).view(2, 11)), model.config)
+    plain = probed = start(
+        model.embedding(torch.arange(22).view(2, 11)), model.config, model.start_parts
+    )
     with torch.no_grad():
         for block in model.blocks:
             plain = block(plain)

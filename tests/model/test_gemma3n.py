@@ -10,13 +10,14 @@ from torch import nn
 
 from simlab import build_model
 from simlab.experiment import prepare, run
+from simlab.model.placement import finished, start
 from simlab.theory.mean_field import predict
 
 D, RANK, LAYERS = 48, 5, 3
 
 
 def theirs(coefficients):
-    """transformers' decoder layers, their attention and MLP replaced by random linear maps.
+    """transformers' model, its layers' attention and MLP replaced by random linear maps.
 
     Their gains are random too. coefficients: True for AltUp's as transformers draws them, else 0.
     """
@@ -30,8 +31,8 @@ def theirs(coefficients):
         activation_sparsity_pattern=None, rms_norm_eps=1e-5,
         layer_types=["full_attention"] * LAYERS,
     )  # fmt: skip
-    layers = Gemma3nTextModel(config).layers
-    for layer in layers:
+    model = Gemma3nTextModel(config).eval()
+    for layer in model.layers:
         layer.self_attn, layer.mlp = OfStates(D), nn.Linear(D, D, bias=False)
         for name, parameter in layer.named_parameters():
             if "norm" in name:
@@ -39,7 +40,7 @@ def theirs(coefficients):
         if not coefficients:
             nn.init.zeros_(layer.altup.prediction_coefs.weight)
             nn.init.zeros_(layer.altup.correction_coefs.weight)
-    return layers
+    return model
 
 
 class OfStates(nn.Linear):
@@ -52,11 +53,11 @@ class OfStates(nn.Linear):
         return super().forward(hidden_states), None
 
 
-def ours(layers):
-    """simlab's blocks with the same parameters."""
-    config = tiny("norm=gemma3n", f"norm.laurel_rank={RANK}", "norm.eps=1e-5", f"depth={LAYERS}")
-    blocks = build_model(config).blocks
-    for block, layer in zip(blocks, layers, strict=True):
+def ours(layers, norm="gemma3n"):
+    """simlab's model with the same parameters."""
+    config = tiny(f"norm={norm}", f"norm.laurel_rank={RANK}", "norm.eps=1e-5", f"depth={LAYERS}")
+    model = build_model(config)
+    for block, layer in zip(model.blocks, layers, strict=True):
         attention, mlp = block.attention, block.mlp
         attention.sublayer, mlp.sublayer = nn.Linear(D, D, bias=False), layer.mlp
         attention.sublayer.weight = layer.self_attn.weight
@@ -67,7 +68,49 @@ def ours(layers):
         attention.laurel.right_proj.weight = layer.laurel.linear_right.weight
         mlp.norm_in.weight = layer.pre_feedforward_layernorm.weight
         mlp.norm_out.weight = layer.post_feedforward_layernorm.weight
-    return blocks
+        if norm == "gemma3n_altup":
+            for part in (attention.predict, mlp.correct):
+                part.mode_proj.weight = layer.altup.modality_router.weight
+            attention.predict.coef_proj.weight = layer.altup.prediction_coefs.weight
+            mlp.correct.coef_proj.weight = layer.altup.correction_coefs.weight
+    return model
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_side_streams_as_transformers_model(size):
+    """All streams after every layer, what the final norm gives, and the gradient at the embedding.
+
+    With coefficients 100 times as large; a small embedding's projections are below the least square.
+    """
+    model = theirs(coefficients=True)
+    for layer in model.layers:
+        for name in ("modality_router", "prediction_coefs", "correction_coefs"):
+            getattr(layer.altup, name).weight.data *= 10
+        nn.init.ones_(layer.altup.router_norm.weight)
+    mine = ours(model.layers, "gemma3n_altup")
+    for part, their in (
+        (mine.start_parts.embed_sides, model.altup_projections),
+        (mine.finish_parts.unembed_sides, model.altup_unembed_projections),
+    ):
+        for side, matrix in zip(part.children(), their, strict=True):
+            side.side_proj.weight = matrix.weight
+    expected = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda m, args, out: expected.append(out))
+    torch.manual_seed(2)
+    x = size * torch.randn(2, 7, D)
+    leaves, upstream = [x.clone().requires_grad_() for _ in range(2)], torch.randn(2, 7, D)
+    out = model(inputs_embeds=leaves[1], use_cache=False).last_hidden_state
+    state = start(leaves[0], mine.config, mine.start_parts)
+    for block, streams in zip(mine.blocks, expected, strict=True):
+        state = block(state)
+        torch.testing.assert_close(torch.stack(state), streams, rtol=1e-5, atol=1e-5)
+    last = mine.norm(finished(state, mine.config, mine.finish_parts))
+    torch.testing.assert_close(last, out, rtol=1e-5, atol=1e-5)
+    pairs = zip((last, out), leaves, strict=True)
+    gradients = [torch.autograd.grad(y, leaf, upstream)[0] for y, leaf in pairs]
+    bound = 1e-5 * float(gradients[0].abs().max())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=bound)
 
 
 def passed(layers, x):
@@ -82,11 +125,11 @@ def passed(layers, x):
 @pytest.mark.parametrize("coefficients", [False, True])
 def test_as_transformers_layers(coefficients):
     """The active stream and its gradient: equal; with AltUp's small coefficients, nearly so."""
-    layers = theirs(coefficients)
+    layers = theirs(coefficients).layers
     torch.manual_seed(2)
     x, upstream = torch.randn(2, 7, D, requires_grad=True), torch.randn(2, 7, D)
     expected, found, y = passed(layers, x), [], x
-    for block in ours(layers):
+    for block in ours(layers).blocks:
         found.append(y := block(y))
     small = {"rtol": 1e-5, "atol": 1e-5} if not coefficients else {"rtol": 0, "atol": 0.02}
     for one, other in zip(found, expected, strict=True):
@@ -146,3 +189,12 @@ def test_both_engines_obey_the_law(width):
     assert (np.abs(dense - weightless) < noise).all()
     # A row's gradient isn't taken for the next one's, up to the fall from one attention to its MLP.
     assert (np.abs(dense[:-1] - weightless[1:]) > noise[1:])[:5].all()
+
+
+def test_theory_refuses_large_coefficients():
+    """fan_in's have a std of 1/d, which theory leaves out at width 48 and not at width 24."""
+    for width, refused in ((48, False), (24, True)):
+        config = tiny("norm=gemma3n_altup", "init=fan_in", f"width={width}", "norm.laurel_rank=4")
+        found = predict(config.shape, config.init, prepare(config).tokens, gradients=True)
+        assert ("coefficients" in (found.ends or "")) == refused
+        assert len(found.rows) == (1 if refused else 7)

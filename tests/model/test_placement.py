@@ -86,6 +86,23 @@ def gemma3n(x, F, i, o, n, L, z):
     return (x + o(F(h)) + laurel) / math.sqrt(2)
 
 
+def altup(state, F, i, o, n, L, z):
+    def routed(part, x):
+        modes = torch.tanh(NORMS["rms"](x, None) / 48 @ part.mode_proj.weight.T)
+        return modes @ part.coef_proj.weight.T
+
+    if F.__name__ == "attention":
+        streams = torch.stack(state, 2)
+        streams = streams + routed(F.step.predict, state[0]).unflatten(-1, (4, 4)) @ streams
+        predicted = streams.unbind(2)
+        return gemma3n(predicted[0], F, i, o, n, L, z), *predicted
+    y, *predicted = state
+    after = gemma3n(y, F, i, o, n, L, z)
+    shares = 1 + routed(F.step.correct, after)
+    changes = shares[..., None] * (after - predicted[0])[..., None, :]
+    return tuple(p + change for p, change in zip(predicted, changes.unbind(2), strict=True))
+
+
 def residual_dual(state, F, i, o, n, L, z):
     r, x = state if isinstance(state, tuple) else (state, state)
     b = F(x)
@@ -167,6 +184,7 @@ FORMULAS = {
         1.1**0.5 * x + (F(i(x)) if F.__name__ == "attention" else 0)
     ),
     "gemma3n": gemma3n,
+    "gemma3n_altup": altup,
     "ngpt": lambda x, F, i, o, n, L, z: o(
         x + 0.05 * (NORMS["rms"](F(x), F.step.norm_branch.weight) - x)
     ),
@@ -206,6 +224,8 @@ def test_formula(placement, kind):
     z = expected = placement_of(config.shape).watch(state)
     if config.shape.norm.start_normed or placement == "ngpt":
         torch.testing.assert_close(z, rms_norm(model.embedding(ids), (48,), None, EPS))
+    if placement == "gemma3n_altup":
+        expected = state
     with torch.no_grad():
         for n, block in enumerate(model.blocks, start=1):
             state, before = block(state), expected
@@ -238,6 +258,17 @@ def gated_head(state, norm, parts):
     return torch.einsum("btn,nbtd->btd", gates, torch.stack(state))
 
 
+def unembedded(state, norm, parts):
+    """AltUp's mean: the active stream and the others' projections, with its rms."""
+    active, *others = state
+    made = [
+        y @ side.side_proj.weight.T
+        for y, side in zip(others, parts.unembed_sides.children(), strict=True)
+    ]
+    rms = [x.pow(2).mean(-1, keepdim=True).sqrt() for x in (active, *made)]
+    return (active + sum(x * rms[0] / r for x, r in zip(made, rms[1:], strict=True))) / 4
+
+
 # finish(state, N without a gain, the parts): what the final norm gets.
 FINISHES = {
     "scaled": lambda state, norm, parts: state[0] - 0.6 * state[2],
@@ -245,6 +276,7 @@ FINISHES = {
     "hyper_connections": lambda state, norm, parts: sum(state),
     "mhc": lambda state, norm, parts: sum(state) / len(state),
     "deepseek_v4": gated_head,
+    "gemma3n_altup": unembedded,
     "siamese_norm": lambda state, norm, parts: norm(state[0]) + norm(state[1]),
     "attn_res": lambda state, norm, parts: state[0] / 3,  # of 6 sublayers in blocks of 3
 }

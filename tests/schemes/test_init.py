@@ -31,7 +31,7 @@ EXPECTED = {
     "fan_in": lambda n: (
         dict.fromkeys(ROLES, D**-0.5)
         | {"embedding": 1, "o_proj": HC**-0.5, "down_proj": FF**-0.5}
-        | {"right_proj": D**-0.5}
+        | {"right_proj": D**-0.5, "coef_proj": 4**-0.5}
     ),
     "gpt2": lambda n: dict.fromkeys(("o_proj", "down_proj"), S / math.sqrt(2 * L)),
     "megatron": lambda n: (

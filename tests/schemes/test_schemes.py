@@ -51,7 +51,17 @@ def coefficients(state):
     return Coefficients((0.5,) * n, (1.0,) * n, ((1 / n,) * n,) * n)
 
 
-PARTS = {"mix": coefficients}  # other parts are matrices, as a sublayer is
+def projections(state):
+    """Of AltUp: a fresh vector with the mean square of the active stream, for each of the others."""
+    return tuple(Kernel({object(): (1.0, state[0].mean_square)}) for _ in state[1:])
+
+
+PARTS = {  # other parts are matrices, as a sublayer is
+    "mix": coefficients,
+    "embed_sides": projections,
+    "predict": lambda state: state,
+    "correct": lambda x: (0.0,) * 4,
+}
 
 
 def mean_squares(*overrides):
@@ -105,6 +115,7 @@ LAWS = {
     "gemma3n": lambda v, n, kind: (
         ((math.sqrt(v) + 1) ** 2 + 2) / 2 if kind == "attention" else v + 1
     ),
+    "gemma3n_altup": lambda v, n, kind: LAWS["gemma3n"](v, n, kind),
     "siamese_norm": lambda v, n, kind: v + B,
     "attn_res": lambda v, n, kind: v + B,
     "residual_dual": lambda v, n, kind: v + B * (V0 if v == V0 else 1),  # reads the embedding first

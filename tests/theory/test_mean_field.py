@@ -194,6 +194,7 @@ SETTINGS = [
     ("norm=ngpt", "init=ngpt"), ("norm=ngpt", "norm.alpha=0.3", "model.mlp=gelu"),
     ("norm=pre", "init=fan_in", "model.mlp=relu2"),
     ("norm=keel", "init=fan_in"), ("norm=complete_p", "init=fan_in"),
+    ("norm=gemma3n_altup", "init=fan_in"),
     ("norm=deepseek_v4", "norm.mix_scale=0.1", "init=fan_in"),
     ("norm=pre", "init=gpt2", "model.qk_norm=none", "model.rotary=0", "model.positions=64",
      "norm.type=layer_bias", "model.mlp=gelu", "model.bias=true"),

@@ -153,6 +153,7 @@ def test_a_wrong_function_departs(monkeypatch):
     ("overrides", "says"),
     [
         (["norm.placement=post"], "theory has norm.type=derf only where sublayers alone get"),
+        (["norm.placement=mhc"], "theory has norm.type=derf in no norm.placement=mhc"),
         (["norm.placement=reordered"], "only where sublayers alone get"),
         (["norm.placement=keel"], "only where sublayers alone get"),
         (["norm.placement=hybrid_norm", "+norm.qkv_norm=true"], "only where sublayers alone get"),

@@ -322,6 +322,16 @@ def test_gated_head(width):
         assert agree(dense, weightless) == same
 
 
+@pytest.mark.parametrize("width", [16, 64])
+def test_side_streams(width):
+    """AltUp's, by projections at the start and at the end. The active stream alone is seen."""
+    asked = ["norm.laurel_rank=8", "init.std=0.3"]
+    dense = sample(DenseWeights, shape("gemma3n_altup", width, *asked), SEEDS // 2)
+    for norm, same in (("gemma3n_altup", True), ("gemma3n", False)):
+        weightless = sample(GaussianWeights, shape(norm, width, *asked), SEEDS // 2)
+        assert agree(dense, weightless) == same
+
+
 def value_rows(wrong):
     """wrong: what is looked up, of the right function and the token ids."""
     right = RandomWeights.value_rows

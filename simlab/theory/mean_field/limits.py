@@ -66,12 +66,15 @@ def _beyond(model: ModelConfig) -> str | None:
     if model.experts:
         return f"theory has experts (model.experts) behind no norm.type={model.norm.type}"
     placement = placement_of(model)
-    maps: dict[str, Any] = dict.fromkeys(placement.start_parts, lambda x: _Traced(False))
-    state: Any = placement.start(_Traced(False), lambda x: x, model, **maps)
+    parts = {*placement.start_parts, *placement.finish_parts}
+    parts.update(*(at(model, 0, kind).parts for kind in ("attention", "mlp")))
+    if parts - {"laurel"}:  # that takes several vectors, or gives other things
+        return f"theory has norm.type={model.norm.type} in no norm.placement={model.norm.placement}"
+    state: Any = placement.start(_Traced(False), lambda x: x, model)
     for layer in range(model.depth):
         for kind in ("attention", "mlp"):
             scheme = at(model, layer, kind)
-            maps = dict.fromkeys(scheme.norms, lambda x: _Traced(True))
+            maps: dict[str, Any] = dict.fromkeys(scheme.norms, lambda x: _Traced(True))
             maps |= dict.fromkeys(scheme.parts, lambda x: _Traced(False))
             state = scheme.step(
                 state, lambda x: _Traced(False), lambda skip, branch: skip + branch, **maps

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
+from simlab.schemes.gemma3n import STREAMS
 from simlab.schemes.placement import placement_of
 from simlab.schemes.streams import mix_shape
 from simlab.theory.laws import Array
+from simlab.theory.mean_field import sides
 from simlab.theory.mean_field.branch import TINY, Input
 from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.kernels import KernelStep, KernelVector, outer_square
@@ -88,16 +90,26 @@ class PartKernel:
     """A part, on paper.
 
     of: from the context, the stds of matrices by role, and the step that it is used in, to the map that
-    the scheme's formula calls. parameters: how many it has.
+    the scheme's formula calls. parameters: how many it has. refuse: why a curve ends before its first
+    sublayer, by the stds; None where it doesn't.
     """
 
     of: Callable[[Context, Mapping[str, float], KernelStep], VectorMap]
     parameters: Callable[[ModelConfig], int]
+    refuse: Callable[[ModelConfig, Mapping[str, float]], str | None] = lambda model, stds: None
 
 
 def _mix_parameters(model: ModelConfig) -> int:
     streams, outputs = mix_shape(model.norm)
     return streams * model.width * outputs
+
+
+def _side_parameters(model: ModelConfig) -> int:
+    return (STREAMS - 1) * model.width**2
+
+
+def _router_parameters(outputs: int) -> Callable[[ModelConfig], int]:
+    return lambda model: STREAMS * (model.width + outputs)
 
 
 def _gate_parameters(model: ModelConfig) -> int:
@@ -109,6 +121,10 @@ PART_KERNELS: dict[str, PartKernel] = {
     "laurel": PartKernel(_low_rank, lambda model: 2 * model.width * _rank(model)),
     "mix": PartKernel(mixing, _mix_parameters),
     "gates": PartKernel(mixing, _gate_parameters),  # the same gates, of which a head writes nothing
+    "embed_sides": PartKernel(sides.embed_sides, _side_parameters, sides.too_large),
+    "unembed_sides": PartKernel(sides.unembed_sides, _side_parameters),
+    "predict": PartKernel(sides.predict_same, _router_parameters(STREAMS**2)),
+    "correct": PartKernel(sides.correct_alike, _router_parameters(STREAMS)),
 }
 
 
@@ -117,6 +133,12 @@ def part_maps(
 ) -> dict[str, Any]:
     """A scheme's parts by name, as its formula takes them in a step."""
     return {name: PART_KERNELS[name].of(context, stds, step) for name in names}
+
+
+def refused(model: ModelConfig, stds: Mapping[str, float]) -> str | None:
+    """Why a curve ends before its first sublayer, by a placement's parts; None where it doesn't."""
+    reasons = (PART_KERNELS[name].refuse(model, stds) for name in placement_of(model).start_parts)
+    return next(filter(None, reasons), None)
 
 
 def end_parameters(model: ModelConfig) -> int:

@@ -40,7 +40,7 @@ from simlab.theory.mean_field.kernels import (
 from simlab.theory.mean_field.limits import unpredictable
 from simlab.theory.mean_field.mixing_gradient import RARE, pull_mixed, pull_read, spread_of
 from simlab.theory.mean_field.mlp import MLPKernel
-from simlab.theory.mean_field.parts import part_maps
+from simlab.theory.mean_field.parts import part_maps, refused
 from simlab.theory.mean_field.squash import norm_of
 
 # Of the seeds' std over their mean. Beyond, the mean is carried by rare seeds, and the recursion, which
@@ -154,9 +154,9 @@ def predict(
     start, fourth = _start(laws["embedding"], flat, places, model)
     of_roles = {role: law.std for role, law in laws.items()}
     first = _first(context, of_roles, start)
-    passed, ends = [], None
+    passed, ends = [], refused(model, of_roles)
     rows = [_row(0, None, "embedding", first.stream, ids, model.width, None)]
-    for one in _steps(context, init, first.state):
+    for one in () if ends else _steps(context, init, first.state):
         sublayer = rows[-1].sublayer + (one.kind != "renorm")
         if not all(np.isfinite(part).all() for part in one.state.arrays):
             ends = f"from sublayer {sublayer} on its numbers are beyond the range of floats"
