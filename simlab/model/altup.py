@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from simlab.config import ModelConfig
 from simlab.model.attention import Linear
 from simlab.model.norms import squarable
-from simlab.schemes.gemma3n import LEAST_SQUARE, STREAMS
+from simlab.schemes.gemma3n import ALTUP_STREAMS, LEAST_SQUARE
 
 
-class Side(nn.Module):
+class SideMap(nn.Module):
     """s·W·y, s such that it has the rms of another vector x."""
 
     def __init__(self, config: ModelConfig, linear: Linear) -> None:
@@ -34,8 +34,8 @@ class Sides(nn.Module):
 
     def __init__(self, config: ModelConfig, linear: Linear) -> None:
         super().__init__()
-        for k in range(1, STREAMS):  # a list of modules would look like the model's blocks
-            setattr(self, f"side_{k}", Side(config, linear))
+        for k in range(1, ALTUP_STREAMS):  # a list of modules would look like the model's blocks
+            setattr(self, f"side_{k}", SideMap(config, linear))
 
     def forward(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """n streams (B, T, D) to n − 1 tensors (B, T, D)."""
@@ -43,14 +43,14 @@ class Sides(nn.Module):
         return tuple(getattr(self, f"side_{k}")(y, active) for k, y in enumerate(others, start=1))
 
 
-class Router(nn.Module):
+class ModeRouter(nn.Module):
     """x to coefficients A·tanh(W·N(x)/d) of each token. outputs: how many."""
 
     def __init__(self, config: ModelConfig, linear: Linear, outputs: int) -> None:
         super().__init__()
         self.eps = config.norm.eps
-        self.mode_proj = linear(config.width, STREAMS, False)
-        self.coef_proj = linear(STREAMS, outputs, False)
+        self.mode_proj = linear(config.width, ALTUP_STREAMS, False)
+        self.coef_proj = linear(ALTUP_STREAMS, outputs, False)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (B, T, D) to ``outputs`` tensors (B, T, 1). tanh as in ``Gates.logits``."""
@@ -61,27 +61,27 @@ class Router(nn.Module):
         return out.split(1, -1)
 
 
-class Predict(Router):
+class Predict(ModeRouter):
     """Streams to their predictions x_j + Σ_i a_ji·x_i, a of the active stream."""
 
     def __init__(self, config: ModelConfig, linear: Linear) -> None:
-        super().__init__(config, linear, STREAMS**2)
+        super().__init__(config, linear, ALTUP_STREAMS**2)
 
     def forward(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """n streams (B, T, D) to n."""
         a = self.coefficients(state[0])
         out = []
         for j, x in enumerate(state):
-            row = a[STREAMS * j : STREAMS * (j + 1)]
+            row = a[ALTUP_STREAMS * j : ALTUP_STREAMS * (j + 1)]
             out.append(x + sum(share * y for share, y in zip(row, state, strict=True)))
         return tuple(out)
 
 
-class Correct(Router):
+class Correct(ModeRouter):
     """The active stream after a block to c, by which corrections differ from 1."""
 
     def __init__(self, config: ModelConfig, linear: Linear) -> None:
-        super().__init__(config, linear, STREAMS)
+        super().__init__(config, linear, ALTUP_STREAMS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, T, D) to n tensors (B, T, 1)."""

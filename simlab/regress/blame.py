@@ -18,7 +18,7 @@ import pandas as pd
 
 from simlab.analysis.verdict import ROUNDING
 from simlab.config import ModelConfig
-from simlab.schemes.gemma3n import STREAMS
+from simlab.schemes.gemma3n import ALTUP_STREAMS
 from simlab.schemes.placement import at, placement_of
 from simlab.schemes.streams import Coefficients
 
@@ -69,7 +69,7 @@ def norms_of(model: ModelConfig) -> NormsOf:
             "mix": partial(_mixed, bool(model.norm.mix_streams)),
             "embed_sides": lambda state: state[1:],
             "predict": lambda state: state,
-            "correct": lambda x: (1.0,) * STREAMS,  # not 0: a step isn't x + branch
+            "correct": lambda x: (1.0,) * ALTUP_STREAMS,  # not 0: a step isn't x + branch
         }
         state = placement.start(
             1.0, _other, model, **{name: parts[name] for name in placement.start_parts}

@@ -11,7 +11,7 @@ from simlab.schemes.plain import Peri
 from simlab.schemes.scheme import Add, Map, Scheme, V
 from simlab.schemes.streams import total
 
-STREAMS = 4  # transformers' altup_num_inputs
+ALTUP_STREAMS = 4  # transformers' altup_num_inputs
 LEAST_SQUARE = 1e-5  # transformers' least mean square of what is scaled to the active stream's
 
 
@@ -105,7 +105,7 @@ class AltUp(Scheme):
     @staticmethod
     def start(x: Any, norm: Map[Any], config: ModelConfig, embed_sides: Any = None) -> Any:
         """The embedding, and its projections."""
-        return (x, *embed_sides((x,) * STREAMS))
+        return (x, *embed_sides((x,) * ALTUP_STREAMS))
 
     @staticmethod
     def pull(gradients: Sequence[V], layer: int | None) -> V:
@@ -117,4 +117,4 @@ class AltUp(Scheme):
     @staticmethod
     def finish(state: Any, norm: Map[Any], config: ModelConfig, unembed_sides: Any = None) -> Any:
         """The mean of the active stream and of the others' projections."""
-        return total((state[0], *unembed_sides(state))) / STREAMS
+        return total((state[0], *unembed_sides(state))) / ALTUP_STREAMS

@@ -57,7 +57,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simlab.config import InitConfig, ModelConfig
-from simlab.schemes.gemma3n import STREAMS
+from simlab.schemes.gemma3n import ALTUP_STREAMS
 from simlab.schemes.placement import at
 
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "value_embedding", "o_proj")
@@ -122,7 +122,7 @@ def _fan_in(model: ModelConfig, sigma: float, layer: int) -> dict[str, float]:
         "o_proj": (model.heads * model.head_dim) ** -0.5,
         "down_proj": model.d_ff**-0.5,
         "right_proj": (model.norm.laurel_rank or model.width) ** -0.5,
-        "coef_proj": STREAMS**-0.5,
+        "coef_proj": ALTUP_STREAMS**-0.5,
     }
 
 

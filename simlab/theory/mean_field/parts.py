@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
-from simlab.schemes.gemma3n import STREAMS
+from simlab.schemes.gemma3n import ALTUP_STREAMS
 from simlab.schemes.placement import placement_of
 from simlab.schemes.streams import mix_shape
 from simlab.theory.laws import Array
@@ -105,11 +105,11 @@ def _mix_parameters(model: ModelConfig) -> int:
 
 
 def _side_parameters(model: ModelConfig) -> int:
-    return (STREAMS - 1) * model.width**2
+    return (ALTUP_STREAMS - 1) * model.width**2
 
 
 def _router_parameters(outputs: int) -> Callable[[ModelConfig], int]:
-    return lambda model: STREAMS * (model.width + outputs)
+    return lambda model: ALTUP_STREAMS * (model.width + outputs)
 
 
 def _gate_parameters(model: ModelConfig) -> int:
@@ -123,8 +123,8 @@ PART_KERNELS: dict[str, PartKernel] = {
     "gates": PartKernel(mixing, _gate_parameters),  # the same gates, of which a head writes nothing
     "embed_sides": PartKernel(sides.embed_sides, _side_parameters, sides.too_large),
     "unembed_sides": PartKernel(sides.unembed_sides, _side_parameters),
-    "predict": PartKernel(sides.predict_same, _router_parameters(STREAMS**2)),
-    "correct": PartKernel(sides.correct_alike, _router_parameters(STREAMS)),
+    "predict": PartKernel(sides.predict_same, _router_parameters(ALTUP_STREAMS**2)),
+    "correct": PartKernel(sides.correct_alike, _router_parameters(ALTUP_STREAMS)),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from simlab.config import ModelConfig
-from simlab.schemes.gemma3n import LEAST_SQUARE, STREAMS
+from simlab.schemes.gemma3n import ALTUP_STREAMS, LEAST_SQUARE
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.branch import Input
 from simlab.theory.mean_field.drawing import Context
@@ -58,7 +58,9 @@ def embed_sides(context: Context, stds: Mapping[str, float], step: KernelStep) -
 
 def unembed_sides(context: Context, stds: Mapping[str, float], step: KernelStep) -> Any:
     """The part of ``finish``: three projections of the one side stream."""
-    return lambda state: tuple(_side(step, stds, state[1], state[0]) for _ in range(STREAMS - 1))
+    return lambda state: tuple(
+        _side(step, stds, state[1], state[0]) for _ in range(ALTUP_STREAMS - 1)
+    )
 
 
 def predict_same(context: Context, stds: Mapping[str, float], step: KernelStep) -> Any:
@@ -74,7 +76,7 @@ def correct_alike(context: Context, stds: Mapping[str, float], step: KernelStep)
 def too_large(model: ModelConfig, stds: Mapping[str, float]) -> str | None:
     """Why a model's curve ends at its start, whose coefficients have a std beyond MOST, else None."""
     tanh = min(stds["mode_proj"] / math.sqrt(model.width), 1.0)
-    std = stds["coef_proj"] * math.sqrt(STREAMS) * tanh
+    std = stds["coef_proj"] * math.sqrt(ALTUP_STREAMS) * tanh
     if std <= MOST:
         return None
     return (
