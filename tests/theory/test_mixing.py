@@ -18,7 +18,7 @@ from simlab.theory.mean_field.parts import LowRankBranch
 # Beyond the seeds' noise, at logits of std 2.5; cosines have more than other placements'.
 OWN = {"mean_square": 0.02, "norm": 0.01, "mean_vector_norm": 0.03, "token_cosine": 0.06}
 OWN |= {"branch_raw_mean_square": 0.03, "branch_mean_square": 0.03}
-OWN |= {"gradient_rms": 0.04, "gradient_norm": 0.08}
+OWN |= {"gradient_rms": 0.02, "gradient_norm": 0.08}
 SHAPE = (
     "depth=4", "heads=4", "kv_heads=2", "d_ff=320", "vocab_size=30", "inputs.batch=2",
     "inputs.length=8", "init=fan_in",
