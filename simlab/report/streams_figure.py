@@ -52,7 +52,7 @@ def streams_figure(streams: pd.DataFrame | None, title: str) -> Figure | None:
     streams: the rows of streams.csv. title: of the run. Of a checkpoint beside random inits the
     checkpoint's are drawn.
     """
-    if streams is None or streams.empty:
+    if streams is None or streams["stream"].nunique() < 2:
         return None
     names = list(dict.fromkeys(streams["curve"]))
     name = next((each for each in names if each in ("checkpoint", "model")), names[0])

@@ -71,6 +71,13 @@ def test_many_and_some_that_come_and_go():
     assert "Up to 2 vectors" in texts(figure)
 
 
+def test_the_stream_alone_is_no_figure():
+    """As of a run whose curves end before there is another vector."""
+    assert [streams_figure(each, "") for each in (None, made_up([1]), made_up([1])[:0])] == [
+        None
+    ] * 3
+
+
 def test_a_zero_needs_a_linear_axis():
     scales = [streams_figure(made_up(f), "").axes[0].get_yscale() for f in ([1, 2], [1, 0])]
     assert scales == ["log", "linear"]
