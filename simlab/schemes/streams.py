@@ -148,7 +148,8 @@ class GatedHead(ManifoldHyperConnections):
     """mHC whose final norm gets Σ p_j·x_j, p = σ(u + logit r) of each token: DeepSeek-V4's head.
 
     From transformers' ``deepseek_v4/modeling_deepseek_v4.py``, whose u is of a fresh matrix as the
-    steps' is. The stream is ``mhc``'s in law, and so is its gradient as long as u is small.
+    steps' is. The stream is ``mhc``'s in law, and so is its gradient as long as u is small. The head of
+    ``hy_v4/modeling_hy_v4.py`` is the same; ``norm=hy_v4``, whose u is small, ends with the mean.
     """
 
     finish_parts = ("gates",)
