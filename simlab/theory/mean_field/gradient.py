@@ -33,7 +33,7 @@ from simlab.theory.mean_field.response import Moves, carries
 from simlab.theory.mean_field.squash import Squash, norm_of
 
 
-class Carried(NamedTuple):
+class Companions(NamedTuple):
     """What goes back beside G of n vectors.
 
     gone: γ along each vector's own direction (nN,). response: ∂G_ii/∂m_j (N, N); None: not known.
@@ -106,8 +106,8 @@ def own_probability(last: Ending, model: ModelConfig, head: float, own: Array) -
 
 
 def pull_gradient(
-    step: KernelStep, outs: Sequence[Terms], gradient: Array, carried: Carried | None = None
-) -> tuple[Array, Carried]:
+    step: KernelStep, outs: Sequence[Terms], gradient: Array, carried: Companions | None = None
+) -> tuple[Array, Companions]:
     """G (nN, nN) before a step of n incoming vectors, from that after it, with what goes beside it."""
     by_bases: dict[tuple[int, int], Array] = {}
     taken: dict[int, Array] = {}  # gone_i·G_ii of a base's gradient
@@ -137,7 +137,7 @@ def pull_gradient(
                 taken[bases[0]] = taken.get(bases[0], 0.0) + along
 
     if carried is None:
-        carried = Carried(np.zeros(len(gradient)))
+        carried = Companions(np.zeros(len(gradient)))
     gone, after = carried
     for a, b, one, other in pairs_of(outs, len(step.start.kernel)):
         moved = None
@@ -157,7 +157,7 @@ def pull_gradient(
     blocks = [[by_bases.get((a, b), nothing) for b in starts] for a in starts]
     share = [taken.get(a, fresh) / np.maximum(blocks[a][a].diagonal(), TINY) for a in starts]
     joint = np.block(blocks) if len(starts) > 1 else blocks[0][0]
-    return joint, Carried(np.clip(np.concatenate(share), 0, 1), responses.get(0))
+    return joint, Companions(np.clip(np.concatenate(share), 0, 1), responses.get(0))
 
 
 def _by_base(terms: Terms) -> list[list[Term]]:

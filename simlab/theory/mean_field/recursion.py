@@ -24,7 +24,7 @@ from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.gradient import (
-    Carried,
+    Companions,
     Ending,
     loss_error,
     loss_gradient,
@@ -332,7 +332,7 @@ def _gradients(
     for one, block in zip(reversed(passed), reversed(made_by), strict=True):
         if streams is not None and one.step.mixed is not None:
             streams = pull_mixed(one.step, streams)
-            gradient, carried = streams.total, Carried(streams.gone)
+            gradient, carried = streams.total, Companions(streams.gone)
         else:
             gradient, carried = pull_gradient(one.step, one.outs, gradient, carried)
         squares.append(_of_writes(model, one.step, gradient, block))

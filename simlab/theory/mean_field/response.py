@@ -29,7 +29,7 @@ from simlab.theory.mean_field.branch import TINY, Branch
 from simlab.theory.mean_field.gates import GatedBranch
 from simlab.theory.mean_field.kernels import KernelStep, Terms
 
-LEAST = -0.5  # of a correction of G_ii, relative: the first order in 1/d says no more
+LEAST_CORRECTION = -0.5  # of a correction of G_ii, relative: the first order in 1/d says no more
 
 
 def carries(step: KernelStep, outs: Sequence[Terms]) -> bool:
@@ -77,7 +77,7 @@ class Moves:
     def through_norm(self, index: int, response: Array, gradient: Array) -> tuple[Array, Array]:
         """R before a norm, and what G_ii gets, from those behind it. gradient: G_ii before it (N,)."""
         moved = self.norms[index]
-        more = np.maximum(self.together(response, moved), LEAST * gradient)
+        more = np.maximum(self.together(response, moved), LEAST_CORRECTION * gradient)
         return response + gradient[:, None] * moved, more
 
     def through_branch(
@@ -95,7 +95,9 @@ class Moves:
         variance = self.together(moved, moved) / m**2
         logarithm = (beyond / m)[:, None] * moved
         more = self.together(response, logarithm) + beyond * (beyond - 1) / 2 * variance * gradient
-        return response + gradient[:, None] * logarithm, np.maximum(more, LEAST * gradient)
+        return response + gradient[:, None] * logarithm, np.maximum(
+            more, LEAST_CORRECTION * gradient
+        )
 
     def mean_square(self, index: int) -> Array:
         """That of a branch's input (N,)."""
