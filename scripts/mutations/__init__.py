@@ -11,6 +11,7 @@ from .attention import ATTENTION, MLP, NO_MISTAKE
 from .norms import NORM, PLACEMENT
 from .numbers import ENGINE, INIT, WEIGHTLESS
 from .record import Edit, Mutation, applied
+from .schemes import SCHEMES
 
 __all__ = ["MUTATIONS", "NO_MISTAKE", "SETTINGS", "Edit", "Mutation", "applied"]
 
@@ -30,6 +31,8 @@ ROPE = (
     "inputs.length=24",
     "model.rope_theta=30",
 )
+# Of schemes that carry more than a stream: what is wrong shows in two blocks.
+SMALL = (*BASE, "depth=2", "width=32", "heads=4", "d_ff=48", "inputs.length=8")
 SETTINGS = {
     "plain": BASE,
     "dense": (*BASE, "engine=dense"),
@@ -63,5 +66,25 @@ SETTINGS = {
     "fan_in": (*UNSCALED, "init=fan_in"),
     "weightless": (*BASE, "kv_heads=8", "init.truncate=2"),
     "gradients": (*BASE, "gradients=true"),
+    "gated": (
+        *SMALL,
+        "model.attention_gate=elementwise",
+        "model.value_embeddings=alternate",
+        "model.value_embedding_scale=20",
+    ),
+    "hyper_connections": (*SMALL, "norm=hyper_connections", "norm.streams=3", "gradients=true"),
+    "mhc": (*SMALL, "norm=mhc", "norm.mix_std=0.3", "norm.streams=2", "init.std=0.05"),
+    # So small that eps plays a part: but for it, a norm takes out what sources are divided by.
+    "attn_res": (*SMALL, "norm=attn_res", "norm.block_size=3", "init.std=0.003"),
+    "gemma3n": (*SMALL, "norm=gemma3n", "norm.laurel_rank=8"),
+    "siamese_norm": (*SMALL, "norm=siamese_norm", "init.std=0.3", "depth=3", "gradients=true"),
+    "custom": (
+        *SMALL,
+        "norm=custom",
+        "norm.update='x + F(N(x))/sqrt(l)'",
+        "norm.mlp_update='x + N(F(x))'",
+    ),
+    "derf": (*SMALL, "norm=derf", "norm.shift=0.3"),
+    "ngpt": (*SMALL, "norm=ngpt"),
 }  # fmt: skip
-MUTATIONS = (*ATTENTION, *MLP, *NORM, *PLACEMENT, *INIT, *WEIGHTLESS, *ENGINE)
+MUTATIONS = (*ATTENTION, *MLP, *NORM, *PLACEMENT, *SCHEMES, *INIT, *WEIGHTLESS, *ENGINE)

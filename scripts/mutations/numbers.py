@@ -258,7 +258,7 @@ ENGINE = (
     Mutation(
         "loss_over_all_tokens",
         "the loss is divided by all tokens, not by those that are predicted",
-        edit(engine.backward, "ids[:, 1:].numel()", "ids.numel()"),
+        edit(engine._of_loss, "ids[:, 1:].numel()", "ids.numel()"),
         "gradients",
     ),
 )

@@ -31,9 +31,12 @@ ROW = 8000  # bytes of one row of a curve, a tensor of some 27 numbers, measured
 LIBRARIES = 40 * MIB  # thread pools, kernels' workspaces
 AUTOGRAD = 20 * MIB  # modules that torch imports for its first gradient
 _STATISTICS_BYTES = 3 * 8 + 4 * 4  # bytes per entry of the stream: copies in float64 and in float32
+_VECTOR_BYTES = 2 * 8 + 2 * 4  # likewise of one more vector of a state at a time
 # Heap fragmentation: two thirds of the memory outside large mmapped blocks, at most 400 MiB. It differs
 # from run to run by as much.
 FRAGMENTED, MOST_FRAGMENTED = 2 / 3, 400 * MIB
+# Of a gradient through Sinkhorn's iteration, whose many small tensors lie between large ones.
+MIXED_FRAGMENTED, MOST_MIXED_FRAGMENTED = 1.1, 800 * MIB
 
 
 def peak(curve: Curve) -> int:
@@ -45,16 +48,32 @@ def peak(curve: Curve) -> int:
     """
     if isinstance(curve.model, FamilyConfig):
         return family_peak(curve, curve.model)
-    phases = [_embedding(curve), _forward(curve)]
-    if curve.gradients:
-        phases += [_loss(curve), _finish(curve), _backward(curve)]
     rows = curve.seeds * 2 * curve.model.depth * ROW * (1 + curve.gradients)
-    live = curve.batch_seeds * max(phases) + rows + LIBRARIES
+    live = curve.batch_seeds * live_bytes(curve) + rows + LIBRARIES
     live += AUTOGRAD * curve.gradients
     mapped = _weights(curve)
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
         mapped += _attention_statistics(curve)
-    return int(live + min(FRAGMENTED * max(0, live - mapped), MOST_FRAGMENTED))
+    share, most = FRAGMENTED, MOST_FRAGMENTED
+    if curve.gradients and curve.model.norm.mix_streams:
+        share, most = MIXED_FRAGMENTED, MOST_MIXED_FRAGMENTED
+    else:
+        mapped += curve.batch_seeds * _alike(curve)
+    return int(live + min(share * max(0, live - mapped), most))
+
+
+def live_bytes(curve: Curve) -> float:
+    """The most bytes of a seed's tensors at a time."""
+    phases = [_embedding(curve), _forward(curve)]
+    if curve.gradients:
+        phases += [_loss(curve), _finish(curve), _backward(curve)]
+    return max(phases)
+
+
+def _alike(curve: Curve) -> int:
+    """A state's vectors but one, before every block and within one: they fill each other's holes."""
+    more = max(0, trace(curve.model, curve.dtype, curve.gradients).fresh - 1)
+    return more * ((curve.model.depth if curve.gradients else 1) + 2) * curve.stream
 
 
 def _embedding(curve: Curve) -> int:
@@ -135,25 +154,26 @@ def _product(curve: Curve, matrix: Matrix) -> int:
 
 
 def _forward(curve: Curve) -> float:
-    """A block, the streams, and the largest moment of the tokens that pass together."""
+    """A block, the states and one stream, and the largest moment of the tokens that pass together."""
     n, traced = curve.together * curve.length, trace(curve.model, curve.dtype, curve.gradients)
+    statistics = _STATISTICS_BYTES + (_VECTOR_BYTES if traced.state > 1 else 0)
     moments = [
         n * traced.forward,
         n * traced.attention + _attention_statistics(curve),
-        n * (traced.step + _STATISTICS_BYTES * curve.model.width),
+        n * (traced.step + statistics * curve.model.width),
     ]
     for matrix in describe(curve.model).matrices:
         if matrix.name in traced.matrices:
             moments.append(n * traced.matrices[matrix.name] + _product(curve, matrix))
     block = _weights(curve) + _normals(curve) + _value_rows(curve)
-    return block + max(moments) + _states(curve, 1)
+    return block + max(moments) + _kept(curve) + curve.stream
 
 
 def _backward(curve: Curve) -> float:
-    """Every stream, the gradient twice, a block and what autograd keeps of it."""
+    """Every state, its gradient, a block and what autograd keeps of it."""
     described, n = describe(curve.model), curve.together * curve.length
-    matrices = described.matrices
-    block, normals = n * trace(curve.model, curve.dtype, True).backward, 0
+    matrices, traced = described.matrices, trace(curve.model, curve.dtype, True)
+    block, normals = n * traced.backward, 0
     if curve.weightless:  # every Z until its turn comes back, and what each input's gradient draws
         normals = 4 * sum(
             min(math.ceil(n * matrix.share), matrix.d_in) * matrix.d_out for matrix in matrices
@@ -167,14 +187,14 @@ def _backward(curve: Curve) -> float:
         block += n * max(matrix.d_in for matrix in matrices) * (curve.size + 4)
     if curve.model.attention_softcap is not None:  # attention's matrices, made and kept
         block += 16 * curve.model.heads * curve.together * curve.length**2
-    streams = _states(curve, 3)
+    states = _kept(curve) + (traced.state + 1) * curve.stream
     moment = max(block, _attention_statistics(curve))
     made = _weights(curve) + _normals(curve) + _value_rows(curve)
-    return made + normals + streams + moment
+    return made + normals + states + moment
 
 
 def _loss(curve: Curve) -> int:
-    """Every stream, the last one's norm and gradients, and some columns of the logits."""
+    """Every state, the last one's norm and gradients, and some columns of the logits."""
     model, size, n = curve.model, curve.size, curve.tokens
     columns = min(COLUMNS_AT_ONCE, model.vocab_size)
     total = n * model.width * (3 * size + 3 * 4)  # joined, normed, copied; sums in float32
@@ -184,24 +204,27 @@ def _loss(curve: Curve) -> int:
         total += 32 * n * n if n < model.width else 0  # Gram matrix and factor, as in ``_product``
     else:
         total += columns * model.width * (size + 4)  # the head's rows
-    return total + _states(curve, 1)
+    last = trace(model, curve.dtype, True).fresh * curve.stream
+    return total + _kept(curve) + last
 
 
 def _finish(curve: Curve) -> float:
-    """Every stream, the gradient, and what it takes through the placement's finish."""
+    """Every state, the gradient, and what it takes through the placement's finish."""
     n, traced = curve.together * curve.length, trace(curve.model, curve.dtype, True)
     widths = [matrix.d_in for matrix in describe_end(curve.model, "finish").matrices]
     made = _end_weights(curve, "finish")
     if curve.weightless:  # as in ``_backward``
         made += sum(8 * n * d_in + 12 * n * n for d_in in widths if n < d_in)
-    return made + n * traced.finish + curve.stream + _states(curve, 1)
+    last = (traced.fresh + 1) * curve.stream
+    return made + n * traced.finish + last + _kept(curve)
 
 
-def _states(curve: Curve, more: int) -> int:
-    """The states before every block, which the backward needs, or before one; and some more."""
+def _kept(curve: Curve) -> int:
+    """The state before a block; with gradients those before every block, which the backward needs."""
     traced = trace(curve.model, curve.dtype, curve.gradients)
-    kept = curve.model.depth if curve.gradients else 1
-    return (kept * traced.fresh + more * traced.state) * curve.stream
+    if not curve.gradients:
+        return traced.state * curve.stream
+    return (traced.first + (curve.model.depth - 1) * traced.fresh) * curve.stream
 
 
 def needed(config: RunConfig, threads: int) -> int:

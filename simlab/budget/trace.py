@@ -87,11 +87,12 @@ class Trace:
 
     forward: peak bytes. matrices: bytes when a matrix gets its input, by its layer's name; of experts
     those that tokens reached, and all tokens reach the same ones. attention: bytes when attention
-    returns. step: bytes at the end of a residual step, with the tensors that a probe holds. backward:
-    peak bytes with gradients, those that autograd keeps included; 0 in a run without gradients.
-    written: entries that the forward writes, without the matrices' products. pair: operations of
-    attention's products for one query and one key, forward. state: tensors of the size of the stream
-    in a state; fresh: those of them that a block makes, not hands on.
+    returns. step: bytes at the end of a residual step, with what it was given and what a probe holds.
+    backward: peak bytes with gradients, those that autograd keeps included; 0 in a run without
+    gradients. written: entries that the forward writes, without the matrices' products. pair:
+    operations of attention's products for one query and one key, forward. state: tensors of the size of
+    the stream in a state; first: in the state before the first block; fresh: those that a block makes,
+    not hands on.
     """
 
     forward: float
@@ -102,6 +103,7 @@ class Trace:
     written: float
     pair: float
     state: int
+    first: int
     fresh: int
     start: float
     finish: float
@@ -147,8 +149,9 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
                 module.sublayer.register_forward_hook(hold)
                 module.add.register_forward_hook(hold)
         for _, step in block.steps():
+            step.register_forward_hook(note("step"))  # where the probe computes its statistics
+        for _, step in block.steps():
             after = step(after, tokens)
-            note("step")()
             held.clear()
     products = sum(len(linears[name].weight) for name in matrices)
     return Trace(
@@ -160,6 +163,7 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         written=count.written / TOKENS - products,
         pair=_operations(block, start(one.repeat(1, TOKENS, 1), model, parts["start"])) / TOKENS**2,
         state=max(len(storages(state)) for state in (x, after)),  # it may start as copies
+        first=len(storages(x)),
         fresh=len(storages(after) - storages(x)),
         start=starting.peak / TOKENS,
         finish=_finish(model, parts["finish"], after) / TOKENS if gradients else 0.0,

@@ -170,6 +170,7 @@ def forward(
     for state in states:
         embedding.add(step := Step(after=watch(state)))
         first.add(state, step)
+    del state, step  # with the copies that a step keeps
     blocks: list[list[StepResult]] = []
     before: list[list[Carried]] = []
     for layer in range(model.depth):
@@ -194,25 +195,12 @@ def backward(
     multiplied by a power of two that brings its largest entry near 1, since float16 would lose small
     entries; ``scale`` takes that out again.
     """
-    last, curves, model = states.pop(), weights.curves, weights.model
-    placement, first = placement_of(model), tensors_of(last[0])[0]
-    made = weights.end_parts("finish", first.device, first.dtype)
-    loss, top = next_token(
-        weights, torch.cat([finished(state, model, made) for state in last]), ids
-    )
-    scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
-    scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
-    parts = scaled.split([len(tensors_of(state)[0]) for state in last])
-    gradients = [_through_finish(model, made, *pair) for pair in zip(last, parts, strict=True)]
-    del made
-    reducer = Reducer(GRADIENT_STATISTICS, curves)
-    for state, gradient in zip(last, gradients, strict=True):
-        reducer.add(_watched(placement, state, gradient, scale, model.depth - 1))
-    values = [reducer.result()]
+    loss, gradients, scale, of_last = _of_loss(weights, ids, states.pop())
+    values, dtype = [of_last], tensors_of(states[-1][0])[0].dtype
     for layer in reversed(range(weights.model.depth)):
         before = states.pop()
         reducers = _back_through(
-            weights.block(layer, top.device, top.dtype),
+            weights.block(layer, scale.device, dtype),
             before,
             in_parts(weights, ids),
             gradients,
@@ -222,6 +210,27 @@ def backward(
         values += [reducer.result() for reducer in reversed(reducers)]
         on_block()
     return loss, values[::-1]
+
+
+def _of_loss(
+    weights: Weights, ids: Tensor, last: list[Carried]
+) -> tuple[Tensor, list[Gradients], Tensor, Tensor]:
+    """The losses (S,), the gradients with respect to the last states, their scale (S, 1, 1, 1), and the
+    statistics of the last row. What else was made is freed when this call returns.
+    """
+    curves, model, first = weights.curves, weights.model, tensors_of(last[0])[0]
+    made = weights.end_parts("finish", first.device, first.dtype)
+    loss, top = next_token(
+        weights, torch.cat([finished(state, model, made) for state in last]), ids
+    )
+    scaled, power = near_one(top.unflatten(0, (curves, -1)), top.dtype)
+    scaled, scale = scaled.flatten(0, 1), wide(power) * ids[:, 1:].numel()
+    parts = scaled.split([len(tensors_of(state)[0]) for state in last])
+    gradients = [_through_finish(model, made, *pair) for pair in zip(last, parts, strict=True)]
+    reducer = Reducer(GRADIENT_STATISTICS, curves)
+    for state, gradient in zip(last, gradients, strict=True):
+        reducer.add(_watched(placement_of(model), state, gradient, scale, model.depth - 1))
+    return loss, gradients, scale, reducer.result()
 
 
 def near_one(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

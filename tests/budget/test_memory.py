@@ -5,15 +5,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny
+import torch
+from conftest import ids_of, tiny
 
 from simlab.budget import memory
 from simlab.budget.cost import Curve, curves_to_measure, seconds
 from simlab.budget.machine import Rates
 from simlab.budget.memory import fitting, needed, peak, refuse
+from simlab.budget.trace import Counter
 from simlab.config import ConfigError
 from simlab.config.validate import compose, options
 from simlab.experiment import prepare
+from simlab.experiment.batches import ENGINE_WEIGHTS
+from simlab.measurement.engine import measure_curves
 
 # Preset -> gigabytes in which each of the runs below must fit, and in half of which not all do.
 PRESETS = {
@@ -81,6 +85,31 @@ def test_every_vector_of_the_states_is_counted(placement, made):
     assert peak(curve(*base, *placement)) > peak(curve(*base, "norm=pre")) + made * stream
 
 
+VECTORS = [
+    ["norm=pre"],
+    ["norm=hyper_connections", "norm.streams=16"],
+    ["norm=mhc"],
+    ["norm=attn_res_block"],
+    ["norm=scaled", "norm.start_scale=1"],
+]
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("engine", ["dense", "weightless"])
+@pytest.mark.parametrize("placement", VECTORS, ids=lambda placement: placement[0])
+def test_tensors_of_a_run(placement, engine, gradients, monkeypatch):
+    """The estimate of what lives at a time, against a count of every tensor that a run makes."""
+    shape = ["depth=4", "width=256", "d_ff=256", "inputs.batch=2", "inputs.length=48", "heads=4"]
+    asked = [*shape, *placement, f"engine={engine}", f"gradients={str(gradients).lower()}"]
+    config = tiny(*asked, "kv_heads=4", "vocab_size=50")
+    weights = ENGINE_WEIGHTS[engine](config.shape, config.init, 0)
+    monkeypatch.setattr(memory, "MIB", 0)  # a thread's random numbers, which aren't tensors
+    (asked_for,) = curves_to_measure(config, 1)
+    with Counter() as count:
+        measure_curves(weights, ids_of(config), torch.device("cpu"), torch.float32, gradients)
+    assert 0.85 < memory.live_bytes(asked_for) / count.peak < 1.3
+
+
 def test_long_sequences_are_squared():
     """1 × 16384: four float32 matrices of T × T for one head, and the mask and its inverse."""
     size = peak(curve("engine=dense", "width=256", "inputs.batch=1", "inputs.length=16384"))
@@ -105,17 +134,32 @@ print(peak() - before)
 """
 
 
+ONE = ["depth=1", "inputs.batch=1", "engine=dense"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["engine=dense", "width=2048", "heads=16", "kv_heads=16", "d_ff=14336", "inputs.length=64"],
-        ["engine=dense", "width=128", "heads=2", "kv_heads=2", "d_ff=128", "inputs.length=6000"],
+        [*ONE, "width=2048", "heads=16", "kv_heads=16", "d_ff=14336", "inputs.length=64"],
+        [*ONE, "width=128", "heads=2", "kv_heads=2", "d_ff=128", "inputs.length=6000"],
+        [
+            "engine=dense",
+            "width=256",
+            "heads=4",
+            "kv_heads=4",
+            "d_ff=256",
+            "inputs.length=2048",
+            "vocab_size=500",
+            "gradients=true",
+            "norm=hyper_connections",
+            "norm.streams=16",
+        ],
     ],
-    ids=["a large block", "a long sequence"],
+    ids=["a large block", "a long sequence", "many vectors"],
 )
 def test_a_real_peak(overrides):
-    """Cases that large matrices decide; scripts/benchmark_estimates.py has the others."""
-    asked = ["model=small", "depth=1", "seeds=1", "device=cpu", "inputs.batch=1", *overrides]
+    """Cases that large tensors or many decide; scripts/benchmark_estimates.py has the others."""
+    asked = ["model=small", "seeds=1", "device=cpu", *overrides]
     done = subprocess.run(
         [sys.executable, "-c", CASE, *asked],
         capture_output=True,
