@@ -149,7 +149,7 @@ class GatedHead(ManifoldHyperConnections):
 
     From transformers' ``deepseek_v4/modeling_deepseek_v4.py``, whose u is of a fresh matrix as the
     steps' is. The stream is ``mhc``'s in law, and so is its gradient as long as u is small. The head of
-    ``hy_v4/modeling_hy_v4.py`` is the same; ``norm=hy_v4``, whose u is small, ends with the mean.
+    ``hy_v4/modeling_hy_v4.py`` (``norm=hy_v4``) is the same, with the scale and the bias of its steps.
     """
 
     finish_parts = ("gates",)

@@ -78,7 +78,7 @@ def test_kv_heads_follow_heads():
 def test_every_choice_composes():
     others = set(options("norm")) - {"from_checkpoint"} - set(PLACEMENTS)
     placements = {compose([f"norm={name}"]).shape.norm.placement for name in others}
-    assert placements == {"scaled", "pre", "attn_res", "mhc"}
+    assert placements == {"scaled", "pre", "attn_res", "mhc", "deepseek_v4"}
     assert set(PLACEMENTS) <= set(options("norm"))
     assert set(options("init")) - {"from_checkpoint"} == set(RULES)
     assert tuple(MLPS) == config.MLP_NAMES

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperHead,
 )
 from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextHyperHead
-from transformers.models.hy_v4.modeling_hy_v4 import HYV4HyperConnection
+from transformers.models.hy_v4.modeling_hy_v4 import HYV4HyperConnection, HYV4HyperHead
 
 from simlab import build_model
 from simlab.experiment import prepare, run
@@ -82,10 +82,11 @@ def test_theory_of_equal_streams_is_that_of_one():
             np.testing.assert_allclose(getattr(ours, name), getattr(pre, name), rtol=1e-6)
 
 
+# A step, a head and their config.
 MODULES = {
-    "mhc": (DeepseekV4HyperConnection, DeepseekV4Config),
-    "deepseek_v4": (DeepseekV4HyperConnection, DeepseekV4Config),
-    "hy_v4": (HYV4HyperConnection, HYV4Config),
+    "mhc": (DeepseekV4HyperConnection, lambda config: Glm5NextTextHyperHead(), DeepseekV4Config),
+    "deepseek_v4": (DeepseekV4HyperConnection, DeepseekV4HyperHead, DeepseekV4Config),
+    "hy_v4": (HYV4HyperConnection, HYV4HyperHead, HYV4Config),
 }
 
 
@@ -95,26 +96,26 @@ def test_mhc_by_transformers(norm, scale):
     """Streams after every sublayer, what the head makes of them, the gradient at the embedding."""
     keys = ("norm.streams=3", "norm.mix_std=0.2", f"norm.mix_scale={scale}", "init.std=0.1")
     model = build_model(tiny(f"norm={norm}", *keys))
-    module, config = MODULES[norm]
+    module, head_of, config_of = MODULES[norm]
+    config, logit = config_of(hidden_size=48, hc_mult=3, rms_norm_eps=1e-6), -math.log(2)
     x = model.embed(torch.arange(22).view(2, 11)).detach()
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     state, h = start(leaves[0], model.config), leaves[1][:, :, None].expand(2, 11, 3, 48)
     for _, step in (pair for block in model.blocks for pair in block.steps()):
         state = step(state)
-        theirs = module(config(hidden_size=48, hc_mult=3, rms_norm_eps=1e-6)).requires_grad_(False)
+        theirs = module(config).requires_grad_(False)
         theirs.fn = step.mix.mix_proj.weight
         theirs.scale.fill_(scale)
-        theirs.base.zero_()[:3] = -math.log(2) if norm == "hy_v4" else 0.0
+        theirs.base.zero_()[:3] = logit if norm == "hy_v4" else 0.0
         post, *comb, read = theirs(h.contiguous())
         kept = comb[0].mT @ h if comb else h
         h = post[..., None] * step.sublayer(step.norm_in(read))[:, :, None] + kept
         torch.testing.assert_close(torch.stack(state, 2), h, rtol=1e-5, atol=5e-5)
-    head = Glm5NextTextHyperHead()
-    if norm == "deepseek_v4":
-        head = DeepseekV4HyperHead(config(hidden_size=48, hc_mult=3, rms_norm_eps=1e-6))
+    head = head_of(config)
+    if norm != "mhc":
         head.requires_grad_(False).hc_fn = model.finish_parts.gates.mix_proj.weight
         head.hc_scale.fill_(scale)
-        head.hc_base.zero_()
+        head.hc_base.fill_(logit if norm == "hy_v4" else 0.0)
     outs = [finished(state, model.config, model.finish_parts), head(h)]
     torch.testing.assert_close(*outs, rtol=1e-5, atol=5e-5)
     weights = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
