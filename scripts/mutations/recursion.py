@@ -16,7 +16,7 @@ from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gradient import _norms, loss_gradient, pull_gradient
 from simlab.theory.mean_field.kernels import KernelStep
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
-from simlab.theory.mean_field.response import Moves
+from simlab.theory.mean_field.response import Derivatives
 
 from .record import Mutation, edit
 
@@ -218,7 +218,11 @@ STREAM = (
     Mutation(
         "output_of_any_degree",
         "what comes back through an MLP doesn't vary with its input's mean square",
-        edit(Moves.through_branch, "response + gradient[:, None] * logarithm, ", "response, 0 * "),
+        edit(
+            Derivatives.through_branch,
+            "response + gradient[:, None] * logarithm, ",
+            "response, 0 * ",
+        ),
         "norms_of_one_stream_vary_together:reordered",
     ),
     Mutation(

@@ -111,7 +111,9 @@ def test_gradients_go_through_the_coefficients(monkeypatch):
         return (rows[2].gradient_rms - rms.mean().iloc[2]) / rms.sem().iloc[2]
 
     assert abs(off()) < STANDARD_ERRORS
-    monkeypatch.setattr(mixing_gradient, "own_gradient", lambda by, *_: np.zeros_like(by.apart))
+    monkeypatch.setattr(
+        mixing_gradient, "through_coefficients", lambda by, *_: np.zeros_like(by.apart)
+    )
     assert off() < -1.4 * STANDARD_ERRORS
 
 
@@ -119,7 +121,7 @@ N, WIDTH, PAIRS, STD, RHO = 4, 256, 500, 2.5, 0.6
 
 
 def by_autograd(generator):
-    """One step's P and Γ, of pairs of tokens (2, 2): mean and standard error over pairs.
+    """One step's P and Γ, of every pair of tokens (PAIRS, 2, 2).
 
     The streams' mean and what sets them apart have mean squares 1 and 0.8, gradients likewise 1.3/n²
     and 0.9; the sublayer is linear.
@@ -169,7 +171,9 @@ def test_one_step_by_autograd(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     samples = [by_autograd(generator) for _ in range(3)]
     theory = by_theory()
-    monkeypatch.setattr(mixing_gradient, "own_gradient", lambda by, *_: np.zeros_like(by.apart))
+    monkeypatch.setattr(
+        mixing_gradient, "through_coefficients", lambda by, *_: np.zeros_like(by.apart)
+    )
     for some, found, without in zip(zip(*samples, strict=True), theory, by_theory(), strict=True):
         measured = torch.cat(some).numpy()
         # W and the sublayer are common to a sample's pairs, and averages of ``mixing`` are by draws.

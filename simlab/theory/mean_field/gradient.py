@@ -29,14 +29,15 @@ from simlab.schemes.placement import placement_of
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.branch import TINY
 from simlab.theory.mean_field.kernels import KernelStep, KernelVector, Term, Terms, pairs_of
-from simlab.theory.mean_field.response import Moves, carries
+from simlab.theory.mean_field.response import Derivatives, carries
 from simlab.theory.mean_field.squash import Squash, norm_of
 
 
 class Companions(NamedTuple):
-    """What goes back beside G of n vectors.
+    """Two properties of n vectors' gradient that go back beside its kernel G.
 
-    gone: γ along each vector's own direction (nN,). response: ∂G_ii/∂m_j (N, N); None: not known.
+    gone: γ along each vector's own direction (nN,). response: R_ij = ∂G_ii/∂m_j (N, N) of one vector;
+    None where it isn't carried.
     """
 
     gone: Array
@@ -111,9 +112,9 @@ def pull_gradient(
     """G (nN, nN) before a step of n incoming vectors, from that after it, with what goes beside it."""
     by_bases: dict[tuple[int, int], Array] = {}
     taken: dict[int, Array] = {}  # gone_i·G_ii of a base's gradient
-    responses: dict[int, Array] = {}  # in the incoming stream's mean squares
+    responses: dict[int, Array] = {}  # of a base's G_ii to the incoming stream's mean squares
     starts, fresh = range(step.starts), np.zeros(len(step.start.kernel))
-    moves = Moves(step) if carries(step, outs) else None
+    derivatives = Derivatives(step) if carries(step, outs) else None
 
     def through(
         first: Terms, second: Terms, upstream: Array, gone: Array = fresh,
@@ -125,10 +126,9 @@ def pull_gradient(
                 continue  # two fresh matrices', or one's and the stream's: uncorrelated
             factors = [np.sum([step.factor(term) for term in own], axis=0) for own in (left, right)]
             common = [norm for norm in left[-1].norms if norm in right[-1].norms]
-            back = Back(upstream * np.outer(*factors), gone, first, None)
-            if moves and response is not None:
-                back = back._replace(response=(factors[0] * factors[1])[:, None] * response)
-            passed, along, at, moved = _norms(step, common, back, moves)
+            moved = None if response is None else (factors[0] * factors[1])[:, None] * response
+            back = Back(upstream * np.outer(*factors), gone, first, moved)
+            passed, along, at, moved = _norms(step, common, back, derivatives)
             by_bases[bases] = by_bases.get(bases, 0.0) + passed
             if moved is not None:
                 responses[bases[0]] = responses.get(bases[0], 0.0) + moved
@@ -141,16 +141,16 @@ def pull_gradient(
     gone, after = carried
     for a, b, one, other in pairs_of(outs, len(step.start.kernel)):
         moved = None
-        if moves:
-            moved = np.zeros_like(gradient) if after is None else after @ moves.of(one)
+        if derivatives:
+            moved = np.zeros_like(gradient) if after is None else after @ derivatives.of(one)
         through(one, other, gradient[a, b], gone[a] if one is other else fresh, moved)
     for kind, index in reversed(step.events):
         if kind != "norm" and (index, index) in by_bases:
             branch, terms = step.branches[index]
             upstream, moved = by_bases.pop((index, index)), responses.pop(index, None)
             pulled = branch.pull_gradient(upstream)
-            if moves and moved is not None:
-                moved, more = moves.through_branch(index, moved, upstream, pulled)
+            if derivatives and moved is not None:
+                moved, more = derivatives.through_branch(index, moved, upstream, pulled)
                 pulled = pulled + np.diag(more)
             through(terms, terms, pulled, response=moved)
     nothing = np.zeros_like(step.start.kernel)
@@ -173,7 +173,9 @@ class Back(NamedTuple):
     response: Array | None
 
 
-def _norms(step: KernelStep, norms: Sequence[int], back: Back, moves: Moves | None) -> Back:
+def _norms(
+    step: KernelStep, norms: Sequence[int], back: Back, derivatives: Derivatives | None
+) -> Back:
     """Back through norms, to ``gone`` along their input."""
     gradient, gone, at, response = back
     places = np.arange(len(gradient))
@@ -187,8 +189,9 @@ def _norms(step: KernelStep, norms: Sequence[int], back: Back, moves: Moves | No
         gradient = gradient * np.outer(root, root)
         alone = gradient.diagonal()
         more = spread * alone
-        if moves and response is not None:
-            response, of_others = moves.through_norm(index, passed[:, None] * response, alone)
+        if derivatives and response is not None:
+            response = passed[:, None] * response
+            response, of_others = derivatives.through_norm(index, response, alone)
             more += of_others
         gradient[places, places] += more
         gone, at = 1 - left, norm.terms
@@ -197,14 +200,5 @@ def _norms(step: KernelStep, norms: Sequence[int], back: Back, moves: Moves | No
 
 def _cosine(step: KernelStep, one: Terms, other: Terms) -> Array:
     """⟨v_i, w_i⟩/(‖v_i‖‖w_i‖) (N,) of two vectors."""
-
-    def inner(v: Terms, w: Terms) -> Array:
-        out = np.zeros(len(step.start.kernel))
-        for a, b in product(v, w):
-            shared = step.between(a.base, b.base)
-            if shared is not None:
-                out += step.factor(a) * step.factor(b) * shared.diagonal()
-        return out
-
-    both = inner(one, one) * inner(other, other)
-    return inner(one, other) / np.sqrt(np.maximum(both, TINY))
+    both = step.inner(one, one) * step.inner(other, other)
+    return step.inner(one, other) / np.sqrt(np.maximum(both, TINY))

@@ -249,6 +249,15 @@ class KernelStep:
                     out += np.outer(self.factor(one), self.factor(other)) * shared
         return out
 
+    def inner(self, v: Terms, w: Terms) -> Array:
+        """E⟨v_i, w_i⟩/d (N,)."""
+        out = np.zeros(len(self.start.kernel))
+        for one, other in product(v, w):
+            shared = self.between(one.base, other.base)
+            if shared is not None:
+                out += self.factor(one) * self.factor(other) * shared.diagonal()
+        return out
+
     def norm(self, v: KernelVector) -> KernelVector:
         """g·v/√(m + eps), with m = ``moment`` times the mean square."""
         mean_square = np.maximum(v.kernel.diagonal(), TINY)

@@ -90,8 +90,8 @@ class PartKernel:
     """A part, on paper.
 
     of: from the context, the stds of matrices by role, and the step that it is used in, to the map that
-    the scheme's formula calls. parameters: how many it has. refuse: why a curve ends before its first
-    sublayer, by the stds; None where it doesn't.
+    the scheme's formula calls. parameters: how many it has. refuse: of a part of ``start``, why a curve
+    ends before its first sublayer, by the stds; None where it doesn't. Other parts' isn't asked.
     """
 
     of: Callable[[Context, Mapping[str, float], KernelStep], VectorMap]

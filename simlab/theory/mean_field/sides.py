@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,19 +28,19 @@ MOST = 0.03
 
 @dataclass(frozen=True, eq=False)
 class SideBranch(ReadBranch):
-    """s·W·y as ``branch.Branch`` has it, without noise. root: s·√(d·σ²) (N,)."""
+    """s·W·y as ``branch.Branch`` has it, without noise. root: s·√(d·σ²) (N,), σ the std of W."""
 
-    root: Array | None = None
+    root: Array = field(kw_only=True)
 
     def pull_gradient(self, gradient: Array) -> Array:
         """Through W and s; what s itself passes on is of order 1/d."""
-        assert self.root is not None
         return gradient * np.outer(self.root, self.root)
 
 
 def _side(
     step: KernelStep, stds: Mapping[str, float], y: KernelVector, like: KernelVector
 ) -> KernelVector:
+    """s·W·y by a fresh W, s such that it has the mean square of ``like``."""
     gain = step.width * stds["side_proj"] ** 2
 
     def branch(h: Input) -> SideBranch:
