@@ -92,7 +92,8 @@ class Trace:
     gradients. written: entries that the forward writes, without the matrices' products. pair:
     operations of attention's products for one query and one key, forward. state: tensors of the size of
     the stream in a state; first: in the state before the first block; fresh: those that a block makes,
-    not hands on.
+    not hands on. start: peak bytes of the placement's start. finish: of its finish and the gradient
+    through it; 0 in a run without gradients.
     """
 
     forward: float

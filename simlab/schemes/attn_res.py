@@ -19,9 +19,8 @@ class AttnRes(Scheme):
 
     Full (§3.1): the sources are the embedding and every branch so far, n = 1 + k. By block (§3.2), S =
     ``norm.block_size`` sublayers: the embedding, a sum for every S branches, and the open sum of the
-    latest ones, n = 1 + ⌈k/S⌉; S = 1 is full. Where S isn't smaller than the
-    number of sublayers, one sum is left beside the embedding: the other end, as by Kimi K3's S in a
-    small model.
+    latest ones, n = 1 + ⌈k/S⌉; S = 1 is full. Where S is at least the number of sublayers, as Kimi K3's
+    is in a small model, one sum is left beside the embedding.
 
     The stream is x, which nobody stores: Δ‖x‖² = ‖b‖² + 2⟨x, b⟩. By block the state is (x, open sum);
     the open sum starts again every S sublayers, as the paper's Fig. 5b has it.

@@ -109,8 +109,10 @@ class AltUp(Scheme):
 
     @staticmethod
     def pull(gradients: Sequence[V], layer: int | None) -> V:
-        """The sum where the streams are all: after attention, whose write moves y alone, P_0 is there
-        besides, which makes an odd number of vectors; here, and in theory, which keeps one side stream.
+        """The sum over all streams, which an MLP's write moves alike; after attention y's alone.
+
+        After attention the state is (y, P_0 … P_3), an odd number of vectors; in theory, which keeps
+        one side stream, too: (y, P_0, P_1).
         """
         return gradients[0] if len(gradients) % 2 else total(gradients)
 

@@ -30,9 +30,8 @@ def nanochat(weights, ids, left=SHORT - 1, sharper=1.2):
     angles = torch.outer(torch.arange(ids.shape[1]), 100_000 ** (-torch.arange(0, 8, 2) / 8))
     cos, sin = (f(angles.double())[:, None] for f in (torch.cos, torch.sin))
 
-    def turned(
-        y,
-    ):  # nanochat turns by −θ: the same, with the halves a and b of W_q and W_k exchanged
+    def turned(y):
+        # nanochat turns by −θ: the same, with the halves a and b of W_q and W_k exchanged
         a, b = y[..., :4], y[..., 4:]
         return sharper * norm(torch.cat([a * cos - b * sin, b * cos + a * sin], -1))
 
