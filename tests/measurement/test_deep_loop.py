@@ -27,20 +27,21 @@ def by_a_loop(config):
     for _ in range(3):
         for block in list(model.blocks)[:2]:
             for step in (block.attention, block.mlp):
-                normed = torch.nn.functional.rms_norm(x, (48,), eps=1e-6)
+                normed = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
                 total = 12**0.5 * x + step.sublayer(normed)
-                x = torch.nn.functional.rms_norm(total, (48,), eps=1e-6)
+                x = torch.nn.functional.rms_norm(total, x.shape[-1:], eps=1e-6)
                 x.retain_grad()
                 streams.append(x)
-    logits = model.head(torch.nn.functional.rms_norm(x, (48,), eps=1e-6))[:, :-1]
+    logits = model.head(torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6))[:, :-1]
     loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     return loss.item(), streams, [stream.grad.double() for stream in streams]
 
 
-def test_tied_blocks_are_a_loop():
+@pytest.mark.parametrize("width", [48, 96])
+def test_tied_blocks_are_a_loop(width):
     """Streams, gradients with respect to them, and the loss."""
-    config = tiny(*LOOPED)
+    config = tiny(*LOOPED, f"width={width}")
     result = run(config)
     loss, streams, gradients = by_a_loop(config)
     assert result.summary["loss"]["random"]["value"] == pytest.approx(loss, rel=1e-6)
