@@ -27,7 +27,9 @@ SHAPE = (
 
 @cache
 def simulated(*overrides):
-    config = tiny(*SHAPE, *overrides, "seeds=60", "gradients=true")
+    # Dense seeds take a tenth of a second each. A std of 30 draws is off by 13 %, of 60 by 9 %.
+    seeds = 30 if "engine=dense" in overrides else 60
+    config = tiny(*SHAPE, *overrides, f"seeds={seeds}", "gradients=true")
     return config, run(config).curve.groupby(["sublayer", "kind"], sort=False)
 
 
