@@ -41,10 +41,9 @@ LEAST_CORRECTION = -0.5
 
 
 def carries(step: KernelStep, outs: Sequence[Terms]) -> bool:
-    """True for a step from one vector to one: of several, nothing is carried."""
-    start = step.start
-    mixed = start.apart is not None or step.apart is not None
-    return step.starts == start.copies == len(outs) == 1 and not mixed
+    """True for a step from one vector, or copies of it, to one: of several, nothing is carried."""
+    mixed = step.start.apart is not None or step.apart is not None
+    return step.starts == len(outs) == 1 and not mixed
 
 
 class Derivatives:
