@@ -153,6 +153,7 @@ ONE = ["depth=1", "inputs.batch=1", "engine=dense"]
             "gradients=true",
             "norm=hyper_connections",
             "norm.streams=16",
+            "depth=6",
         ],
     ],
     ids=["a large block", "a long sequence", "many vectors"],
