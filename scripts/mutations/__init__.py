@@ -74,9 +74,11 @@ SETTINGS = {
     ),
     "hyper_connections": (*SMALL, "norm=hyper_connections", "norm.streams=3", "gradients=true"),
     "mhc": (*SMALL, "norm=mhc", "norm.mix_std=0.3", "norm.streams=2", "init.std=0.05"),
+    "deepseek_v4": (*SMALL, "norm=deepseek_v4", "norm.mix_std=0.3", "norm.streams=2", "gradients=true"),
     # So small that eps plays a part: but for it, a norm takes out what sources are divided by.
     "attn_res": (*SMALL, "norm=attn_res", "norm.block_size=3", "init.std=0.003"),
     "gemma3n": (*SMALL, "norm=gemma3n", "norm.laurel_rank=8"),
+    "gemma3n_altup": (*SMALL, "norm=gemma3n_altup", "norm.laurel_rank=8", "gradients=true"),
     "siamese_norm": (*SMALL, "norm=siamese_norm", "init.std=0.3", "depth=3", "gradients=true"),
     "custom": (
         *SMALL,

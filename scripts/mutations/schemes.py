@@ -1,22 +1,24 @@
 """Mistakes in gates, value embeddings and element-wise norms, and in schemes of parts and streams.
 
 A mistake in how mHC mixes its streams isn't here: their mean, which the curve is of, hardly feels it.
-``tests/model/test_streams.py`` holds each stream to transformers' instead.
+Nor is one in the bias and the gradient of a head's gates, or in the scale of AltUp's side streams:
+``tests/model/test_streams.py`` and ``test_gemma3n.py`` hold each stream to transformers' instead.
 """
 
 from __future__ import annotations
 
 from simlab.config import ModelConfig
+from simlab.model.altup import Predict
 from simlab.model.attention import Attention
 from simlab.model.mix import Gates, Mix
 from simlab.model.norms import DynamicErf, DynamicTanh
 from simlab.schemes import attn_res
 from simlab.schemes.attn_res import AttnRes
 from simlab.schemes.custom import Custom
-from simlab.schemes.gemma3n import Laurel
+from simlab.schemes.gemma3n import AltUp, CorrectedMLP, Laurel
 from simlab.schemes.ngpt import NGPT
 from simlab.schemes.pre_and_post import SiameseNorm
-from simlab.schemes.streams import HyperConnections, Streams
+from simlab.schemes.streams import GatedHead, HyperConnections, Streams
 
 from .record import Mutation, edit
 
@@ -116,6 +118,44 @@ SCHEMES = (
         "what is added to the stream isn't divided by √2",
         edit(Laurel.step, "norm_out(F(read)) / math.sqrt(2)", "norm_out(F(read))"),
         "gemma3n",
+    ),
+    Mutation(
+        "head_reads_the_mean",
+        "the head reads the streams' mean, not each by its gate",
+        edit(GatedHead.finish, "gates(state).read(state)", "total(state) / len(state)"),
+        "deepseek_v4",
+    ),
+    Mutation(
+        "altup_prediction_forgets",
+        "a prediction is the small sum alone, without the stream",
+        edit(Predict.forward, "x + sum(", "sum("),
+        "gemma3n_altup",
+    ),
+    Mutation(
+        "altup_correction_without_1",
+        "c times a block's change, not 1 + c, is added to side streams",
+        edit(CorrectedMLP.step, "p + (1 + c) * innovation", "p + c * innovation"),
+        "gemma3n_altup",
+    ),
+    Mutation(
+        "altup_change_of_the_mlp",
+        "side streams get the change since attention, not since the prediction",
+        edit(CorrectedMLP.step, "after + -1.0 * active", "after + -1.0 * y"),
+        "gemma3n_altup",
+    ),
+    Mutation(
+        "altup_pull_the_first",
+        "a write's gradient is the active stream's, not the sum of all",
+        edit(
+            AltUp.pull, "gradients[0] if len(gradients) % 2 else total(gradients)", "gradients[0]"
+        ),
+        "gemma3n_altup",
+    ),
+    Mutation(
+        "altup_ends_with_the_active_stream",
+        "the final norm gets the active stream alone",
+        edit(AltUp.finish, "total((state[0], *unembed_sides(state)))", "state[0]"),
+        "gemma3n_altup",
     ),
     Mutation(
         "siamese_scale_forgotten",

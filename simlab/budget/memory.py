@@ -71,8 +71,12 @@ def live_bytes(curve: Curve) -> float:
 
 
 def _alike(curve: Curve) -> int:
-    """A state's vectors but one, before every block and within one: they fill each other's holes."""
-    more = max(0, trace(curve.model, curve.dtype, curve.gradients).fresh - 1)
+    """A state's vectors but one, before every block and within one: they fill each other's holes.
+
+    Not where a step has parts, whose coefficients of each token lie between them.
+    """
+    traced = trace(curve.model, curve.dtype, curve.gradients)
+    more = 0 if traced.parts else max(0, traced.fresh - 1)
     return more * ((curve.model.depth if curve.gradients else 1) + 2) * curve.stream
 
 

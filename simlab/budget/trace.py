@@ -93,7 +93,7 @@ class Trace:
     operations of attention's products for one query and one key, forward. state: tensors of the size of
     the stream in a state; first: in the state before the first block; fresh: those that a block makes,
     not hands on. start: peak bytes of the placement's start. finish: of its finish and the gradient
-    through it; 0 in a run without gradients.
+    through it; 0 in a run without gradients. parts: whether a step has parts.
     """
 
     forward: float
@@ -108,6 +108,7 @@ class Trace:
     fresh: int
     start: float
     finish: float
+    parts: bool
 
 
 def trace(model: ModelConfig, dtype: str, gradients: bool) -> Trace:
@@ -168,6 +169,9 @@ def _trace(model: ModelConfig, dtype: torch.dtype, gradients: bool) -> Trace:
         fresh=len(storages(after) - storages(x)),
         start=starting.peak / TOKENS,
         finish=_finish(model, parts["finish"], after) / TOKENS if gradients else 0.0,
+        parts=any(
+            isinstance(step, ResidualStep) and step.scheme.parts for _, step in block.steps()
+        ),
     )
 
 

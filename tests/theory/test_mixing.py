@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import STANDARD_ERRORS, tiny
+from mutations import applied
+from mutations.mixing import MIXING
 
 from simlab.experiment import prepare, run
-from simlab.schemes.placement import at
+from simlab.schemes.placement import at, placement_of
 from simlab.schemes.streams import doubly_stochastic
 from simlab.theory.mean_field import mixing, mixing_gradient, predict
 from simlab.theory.mean_field.kernels import KernelStep, State
@@ -120,14 +122,18 @@ def test_gradients_go_through_the_coefficients(monkeypatch):
 
 
 N, WIDTH, PAIRS, STD, RHO = 4, 256, 500, 2.5, 0.6
+APART = {"step": 0.9, "sum": 0.0}  # Γ' by case
 
 
-def by_autograd(generator):
-    """One step's P and Γ, of every pair of tokens (PAIRS, 2, 2).
+@cache
+def by_autograd(of, seed):
+    """P and Γ of a step or of a head, of every pair of tokens (PAIRS, 2, 2).
 
-    The streams' mean and what sets them apart have mean squares 1 and 0.8, gradients likewise 1.3/n²
-    and 0.9; the sublayer is linear.
+    The streams' mean and what sets them apart have mean squares 1 and 0.8, gradients behind a step
+    likewise 1.3/n² and 0.9 (0 of ``sum``), and behind a head, which reads Σ w_j x_j, 1.3; the sublayer
+    is linear.
     """
+    generator = torch.Generator().manual_seed(seed)
 
     def pairs(square, *streams):
         z = torch.randn(*streams, 2, PAIRS, WIDTH, generator=generator)
@@ -138,50 +144,68 @@ def by_autograd(generator):
         return x / x.pow(2).mean(-1, keepdim=True).sqrt()
 
     x = (pairs(1.0) + pairs(0.8, N)).requires_grad_()
-    g = pairs(1.3) / N + pairs(0.9, N)
     std = STD / (N * WIDTH) ** 0.5
     u = normed(torch.cat(tuple(x), -1))
     u = u @ torch.randn(N * WIDTH, N * (N + 2), generator=generator) * std
-    c = doubly_stochastic(u[..., 2 * N :].unflatten(-1, (N, N)).softmax(-1))
-    read = torch.einsum("...j,j...d->...d", u[..., :N].sigmoid(), x)
-    F = normed(read) @ torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
-    out = torch.einsum("...jt,j...d->t...d", c, x)
-    out = out + torch.einsum("...t,...d->t...d", 2 * u[..., N : 2 * N].sigmoid(), F)
+    p = u[..., :N].sigmoid()
+    read = torch.einsum("...j,j...d->...d", p, x)
+    if of == "head":
+        out, g = read / p.sum(-1, keepdim=True), pairs(1.3)
+    else:
+        g = pairs(1.3) / N + pairs(APART[of], N)
+        c = doubly_stochastic(u[..., 2 * N :].unflatten(-1, (N, N)).softmax(-1))
+        F = normed(read) @ torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+        out = torch.einsum("...jt,j...d->t...d", c, x)
+        out = out + torch.einsum("...t,...d->t...d", 2 * u[..., N : 2 * N].sigmoid(), F)
     (back,) = torch.autograd.grad((g * out).sum(), x)
     apart = back - back.mean(0)
     total = torch.einsum("ipd,jpd->pij", back.sum(0), back.sum(0)) / WIDTH
     return total, torch.einsum("tipd,tjpd->pij", apart, apart) / WIDTH / (N - 1)
 
 
-def by_theory():
+def by_theory(of):
     """Its P and Γ."""
     both = np.array([[1, RHO], [RHO, 1]])
-    of = f"norm.mix_std={STD / (N * WIDTH) ** 0.5}"
-    model = tiny("norm=mhc", f"width={WIDTH}", "heads=4", of).shape
+    std = f"norm.mix_std={STD / (N * WIDTH) ** 0.5}"
+    model = tiny("norm=deepseek_v4", f"width={WIDTH}", "heads=4", std).shape
     nothing = np.zeros((2, 2))
     step = KernelStep(State(both, nothing, nothing, copies=N, apart=0.8 * both), WIDTH, 1e-6, 1.0)
     mix = mixing.mixing(SimpleNamespace(model=model), {}, step)
+    if of == "head":
+        placement_of(model).finish(step.state, step.norm, model, gates=mix)
+        found = mixing_gradient.pull_read(step, 1.3 * both, nothing[0])
+        return found.total, found.apart
     sublayer = step.feed(lambda h: LowRankBranch(h, 1.0, 10**9))
     at(model, 0, "mlp").step(step.state, sublayer, step.add, norm_in=step.norm, mix=mix)
-    after = mixing_gradient.StreamsGradient(1.3 * both, nothing[0], 0.9 * both, nothing[0])
+    after = mixing_gradient.StreamsGradient(1.3 * both, nothing[0], APART[of] * both, nothing[0])
     found = mixing_gradient.pull_mixed(step, after)
     return found.total, found.apart
 
 
-def test_one_step_by_autograd(monkeypatch):
-    """Gradients that don't know of the streams, back through one step: their sum and their rest."""
-    generator = torch.Generator().manual_seed(0)
-    samples = [by_autograd(generator) for _ in range(3)]
-    theory = by_theory()
-    monkeypatch.setattr(
-        mixing_gradient, "through_coefficients", lambda by, *_: np.zeros_like(by.apart)
-    )
-    for some, found, without in zip(zip(*samples, strict=True), theory, by_theory(), strict=True):
+def held_to_autograd(of):
+    """Asserts that theory's P and Γ are autograd's, of a step or of a head."""
+    samples = [by_autograd(of, seed) for seed in range(3)]
+    for some, found in zip(zip(*samples, strict=True), by_theory(of), strict=True):
         measured = torch.cat(some).numpy()
         # W and the sublayer are common to a sample's pairs, and averages of ``mixing`` are by draws.
         error = 0.02 * measured.mean(0)[0, 0] + measured.std(0) / len(measured) ** 0.5
-        assert (abs(measured.mean(0) - found) < STANDARD_ERRORS * error).all()
-        assert (abs(measured.mean(0) - without) > 2 * STANDARD_ERRORS * error).diagonal().all()
+        assert (abs(measured.mean(0) - found) < STANDARD_ERRORS * error).all(), (
+            found,
+            measured.mean(0),
+        )
+
+
+@pytest.mark.parametrize("of", [*APART, "head"])
+def test_one_step_by_autograd(of):
+    """Gradients that don't know of the streams, back through a step or a head: their sum and rest."""
+    held_to_autograd(of)
+
+
+@pytest.mark.parametrize("mutation", MIXING, ids=lambda mutation: mutation.name)
+def test_every_mistake_in_the_gradient_is_caught(mutation):
+    """By the test that its record names."""
+    with applied(mutation), pytest.raises(AssertionError):
+        held_to_autograd(mutation.setting)
 
 
 def test_slopes_are_those_of_the_averages():
