@@ -35,7 +35,8 @@ _VECTOR_BYTES = 2 * 8 + 2 * 4  # likewise of one more vector of a state at a tim
 # Heap fragmentation: two thirds of the memory outside large mmapped blocks, at most 400 MiB. It differs
 # from run to run by as much.
 FRAGMENTED, MOST_FRAGMENTED = 2 / 3, 400 * MIB
-# Of a gradient through Sinkhorn's iteration, whose many small tensors lie between large ones.
+# Of a gradient through steps that have parts, whose small tensors lie between several vectors: a larger
+# limit (measured on AltUp, 2 to 16 blocks), and through Sinkhorn's iteration, which has many, more.
 MIXED_FRAGMENTED, MOST_MIXED_FRAGMENTED = 1.1, 800 * MIB
 
 
@@ -55,8 +56,10 @@ def peak(curve: Curve) -> int:
     if curve.together * curve.length**2 > HEADS_AT_ONCE:
         mapped += _attention_statistics(curve)
     share, most = FRAGMENTED, MOST_FRAGMENTED
-    if curve.gradients and curve.model.norm.mix_streams:
-        share, most = MIXED_FRAGMENTED, MOST_MIXED_FRAGMENTED
+    traced = trace(curve.model, curve.dtype, curve.gradients)
+    if curve.gradients and traced.parts and traced.fresh > 1:
+        most = MOST_MIXED_FRAGMENTED
+        share = MIXED_FRAGMENTED if curve.model.norm.mix_streams else FRAGMENTED
     else:
         mapped += curve.batch_seeds * _alike(curve)
     return int(live + min(share * max(0, live - mapped), most))
@@ -71,12 +74,8 @@ def live_bytes(curve: Curve) -> float:
 
 
 def _alike(curve: Curve) -> int:
-    """A state's vectors but one, before every block and within one: they fill each other's holes.
-
-    Not where a step has parts, whose coefficients of each token lie between them.
-    """
-    traced = trace(curve.model, curve.dtype, curve.gradients)
-    more = 0 if traced.parts else max(0, traced.fresh - 1)
+    """A state's vectors but one, before every block and within one: they fill each other's holes."""
+    more = max(0, trace(curve.model, curve.dtype, curve.gradients).fresh - 1)
     return more * ((curve.model.depth if curve.gradients else 1) + 2) * curve.stream
 
 
