@@ -14,19 +14,19 @@ MIXING = (
     Mutation(
         "own_without_writes",
         "nothing comes through the gates of what is written",
-        edit(through_coefficients, "(written + mixed)", "mixed"),
+        edit(through_coefficients, "(of_write + of_others)", "of_others"),
         "step",
     ),
     Mutation(
         "own_without_mixing",
         "nothing comes through the gates of what is read and the streams' mixing",
-        edit(through_coefficients, "(written + mixed)", "written"),
+        edit(through_coefficients, "(of_write + of_others)", "of_write"),
         "step",
     ),
     Mutation(
         "own_without_kept",
         "nothing comes through the streams' mixing: κ's slope is left out",
-        edit(through_coefficients, "(n - 1) * by.kept_slope * apart * by.apart + ", ""),
+        edit(through_coefficients, "(n - 1) * mixed.kept_slope", "0 * mixed.kept_slope"),
         "step",
     ),
     Mutation(
@@ -50,19 +50,19 @@ MIXING = (
     Mutation(
         "streams_not_mixed_back",
         "what sets gradients apart isn't averaged by κ",
-        edit(pull_mixed, "by.kept * after.apart", "after.apart"),
+        edit(pull_mixed, "mixed.kept * after.apart", "after.apart"),
         "step",
     ),
     Mutation(
         "read_alike",
         "every stream gets the same of a read: R is left out",
-        edit(pull_mixed, " + by.read * heard / (by.n - 1)", ""),
+        edit(pull_mixed, " + mixed.read * read / (mixed.n - 1)", ""),
         "sum",
     ),
     Mutation(
         "written_alike",
         "the sublayer gets nothing of what sets gradients apart",
-        edit(pull_mixed, "(by.n - 1) * by.write * after.apart", "0 * after.apart"),
+        edit(pull_mixed, "(mixed.n - 1) * mixed.write * after.apart", "0 * after.apart"),
         "step",
     ),
     Mutation(
@@ -70,21 +70,21 @@ MIXING = (
         "nothing comes through the head's gates",
         edit(
             pull_read,
-            "own = through_coefficients(by, nothing, nothing, nothing, heard)",
-            "own = nothing",
+            "through_coefficients(mixed, nothing, nothing, nothing, read)",
+            "nothing.copy()",
         ),
         "head",
     ),
     Mutation(
         "head_reads_alike",
         "every stream gets the same of the head: R is left out",
-        edit(pull_read, "by.read * heard / (by.n - 1) + own", "own"),
+        edit(pull_read, "mixed.read * read / (mixed.n - 1) + logits", "logits"),
         "head",
     ),
     Mutation(
         "head_own_in_the_sum_alone",
         "what comes through the head's gates is the same in every stream",
-        edit(pull_read, "by.read * heard / (by.n - 1) + own", "by.read * heard / (by.n - 1)"),
+        edit(pull_read, " / (mixed.n - 1) + logits", " / (mixed.n - 1)"),
         "head",
     ),
 )
