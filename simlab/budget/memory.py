@@ -43,9 +43,10 @@ MIXED_FRAGMENTED, MOST_MIXED_FRAGMENTED = 1.1, 800 * MIB
 def peak(curve: Curve) -> int:
     """Peak bytes that a curve needs on its device, beyond INTERPRETER.
 
-    Measured on 2 cores, 39 runs that peak above 1 GB (up to 5.4): 0.93 to 1.27 of the peak. 26 smaller
-    ones: 0.77 to 1.85 of it, where libraries and heap fragmentation are most. Measured again on 21
-    of these runs since activations are read off the block: 0.98 to 1.24 above 1 GB, 0.80 to 1.55 below.
+    Measured on 2 cores, before a state's vectors were counted each and the loss's tensors freed: 39
+    runs that peak above 1 GB (up to 5.4), 0.93 to 1.27 of the peak; 26 smaller ones, 0.77 to 1.85,
+    where libraries and heap fragmentation are most. Measured since, olmo2_1b at 64 tokens, weightless,
+    with 16 ``hyper_connections``, ``mhc`` or ``siamese_norm`` (211 to 374 MiB): 1.23 to 1.43.
     """
     if isinstance(curve.model, FamilyConfig):
         return family_peak(curve, curve.model)

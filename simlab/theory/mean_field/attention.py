@@ -28,7 +28,7 @@ from simlab.theory.laws import Array
 from simlab.theory.mean_field.averages import saturation
 from simlab.theory.mean_field.band import pull_correlation
 from simlab.theory.mean_field.branch import TINY, Input
-from simlab.theory.mean_field.drawing import Array32, Context, cholesky, turn
+from simlab.theory.mean_field.drawing import Array32, Context, cholesky, pieces, turn
 from simlab.theory.mean_field.kernels import correlation, outer_square
 
 # Drawn per layer. Measured on OLMo-2-1B's shape, 64 tokens, over six sets of draws: a mean square
@@ -85,11 +85,8 @@ class AttentionKernel:
             return grams
         root = np.sqrt(np.maximum(grams.diagonal(axis1=-2, axis2=-1), TINY))
         rho = grams / (root[..., :, None] * root[..., None, :])
-        m = (
-            model.width
-            * self.stds["v_proj"] ** 2
-            * np.square(root).reshape(-1, root.shape[-1]).mean(0)
-        )
+        square = np.square(root).reshape(-1, root.shape[-1]).mean(0)
+        m = model.width * self.stds["v_proj"] ** 2 * square
         left = np.sqrt(saturation(m, spread + 2 / model.head_dim, model.norm.eps))
         return rho * self.shortened(rho) * np.outer(left, left)
 
@@ -274,9 +271,11 @@ class AttentionBranch:
         # By a power of two, so that squares of large entries fit into float32.
         largest = 1.0 if self.attention.context.model.v_norm else self.input.kernel.diagonal().max()
         unit = 2.0 ** np.round(np.log2(max(largest, 1e-30)))
-        apart = (self.kernels - self.kernels.mean(0)) * np.float32(1 / unit)
-        heads = np.einsum("hij,hij->ij", apart, apart).astype(np.float64) / (len(apart) - 1)
-        return (self.attention.scale * unit) ** 2 * heads
+        mean, heads = self.kernels.mean(0), np.empty(self.kernel.shape)
+        for rows in pieces(len(heads), self.kernels[:, 0].size):
+            apart = (self.kernels[:, rows] - mean[rows]) * np.float32(1 / unit)
+            heads[rows] = np.einsum("hij,hij->ij", apart, apart)
+        return (self.attention.scale * unit) ** 2 * (heads / (len(self.kernels) - 1))
 
     @property
     def square(self) -> Array:
@@ -308,7 +307,10 @@ class AttentionBranch:
     def covariance(self, functionals: Any) -> Array:
         """Between heads, Cov_h(⟨A, aĤaᵀ⟩, ⟨A', aĤaᵀ⟩)/H; cosines' in place of Gaussian values'."""
         model, count, scale = self.attention.context.model, len(self.kernels), self.attention.scale
-        each = functionals.reshape(len(functionals), -1) @ self.kernels.reshape(count, -1).T
+        flat, heads = functionals.reshape(len(functionals), -1), self.kernels.reshape(count, -1)
+        each = np.empty((len(flat), count))
+        for some in pieces(count, heads[0].size):  # in float64
+            each[:, some] = flat @ heads[some].T
         each -= each.mean(1, keepdims=True)
         between: Array = each @ each.T / (count - 1)
         between = scale**2 * between / model.heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from simlab.theory.mean_field.branch import TINY
 
 Array32 = NDArray[np.float32]
 POOL = 1 << 21
+COPIED = 1 << 20  # entries of drawn heads' kernels of which a copy is made at a time
 
 
 @cache
@@ -126,3 +128,9 @@ def turn(x: Array32, table: tuple[Array32, Array32], out: Array32 | None = None)
     right += first * sin
     out[..., 2 * half :, :] = x[..., 2 * half :, :]
     return out
+
+
+def pieces(count: int, entries: int) -> Iterator[slice]:
+    """``count`` rows of so many entries, COPIED entries at a time, in whole eights of rows."""
+    rows = max(8, COPIED // entries // 8 * 8)
+    return (slice(first, first + rows) for first in range(0, count, rows))
