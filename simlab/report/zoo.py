@@ -44,11 +44,12 @@ class ZooRow:
     """A placement's numbers; NaN where one isn't known or doesn't exist.
 
     group: the values of further swept keys. v, predicted: the mean square after the last block,
-    measured and by theory. growth: its word. gradient: rms after the first block over that after the
-    last. cosine: of tokens, at the end. bits: of a branch of the last block that a bfloat16 sum keeps.
-    room: powers of 2 between the largest |x| and bfloat16's largest number. beyond: True if
-    theory is off by more than chance explains. ends: where the curve ends before the model does;
-    unpredicted: why theory has no last value; or empty texts.
+    measured and by theory. growth: its word. gradient, predicted_gradient: rms after the first block
+    over that after the last, likewise. cosine: of tokens, at the end. bits: of a branch of the last
+    block that a bfloat16 sum keeps. room: powers of 2 between the largest |x| and bfloat16's largest
+    number. beyond: True if theory's v is off by more than chance explains. ends: where the curve ends
+    before the model does; unpredicted, no_gradient: why theory has no last value or no gradient; or
+    empty texts.
     """
 
     name: str
@@ -60,9 +61,11 @@ class ZooRow:
     cosine: float
     bits: float
     room: float
+    predicted_gradient: float = math.nan
     beyond: bool = False
     ends: str = ""
     unpredicted: str = ""
+    no_gradient: str = ""
 
 
 def zoo_rows(jobs: Sequence[SweptJob]) -> list[ZooRow]:
@@ -102,9 +105,11 @@ def _row(job: SweptJob, curve: SweptCurve) -> ZooRow:
             steps[steps["block"] == steps["block"].max()], eps, curve.summary["config"]["dtype"]
         ),
         _LARGEST - math.log2(largest) if (largest := _largest(steps)) > 0 else math.nan,
+        _number(first, "law_gradient_rms") / _number(last, "law_gradient_rms"),
         (held := curve.agreement) is not None and held.status in ("near", "fails"),
         f"ends after sublayer {int(last['sublayer'])} of {total}" if short_of else "",
         curve.ends or "",
+        (curve.summary.get("mean_field") or {}).get("no_gradient") or "",
     )
 
 
@@ -191,18 +196,34 @@ def _cells(row: ZooRow) -> list[str]:
 
 
 def _theory(rows: Sequence[ZooRow]) -> list[str]:
-    """How far theory is off; and where it has no last value, why."""
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row.unpredicted and math.isnan(row.predicted):
-            reasons.setdefault(row.unpredicted, []).append(in_markdown(row.name))
-    why = [f"Theory has no v of {listed(names)}: {text}." for text, names in reasons.items()]
-    known = [row for row in rows if row.predicted > 0 and row.v > 0]
+    """How far theory is off; and where it has no last value or no gradient, why."""
+    v = _off("Theory's v is off", [(row, row.v, row.predicted) for row in rows])
+    if v:
+        beyond = listed([in_markdown(row.name) for row in rows if row.beyond])
+        v += f"; somewhere on the curve it is off beyond chance for {beyond or 'no placement'}."
+    ratios = [(row, row.gradient, row.predicted_gradient) for row in rows]
+    gradient = _off("Theory's grad. is off", ratios)
+    lines = [v, gradient and gradient + "."]
+    lines += _without("v", [(row, row.predicted, row.unpredicted) for row in rows])
+    unknown = [(row, row.predicted_gradient, row.no_gradient) for row in rows if row.predicted > 0]
+    return [line for line in (*lines, *_without("gradient", unknown)) if line]
+
+
+def _off(start: str, rows: Sequence[tuple[ZooRow, float, float]]) -> str:
+    """ "Theory's v is off by …" of rows with a measured and a predicted number, or nothing."""
+    known = [(row, abs(math.log(p / m))) for row, m, p in rows if p > 0 and m > 0]
     if not known:
-        return why
-    errors = [abs(math.log(row.predicted / row.v)) for row in known]
-    beyond = listed([in_markdown(row.name) for row in known if row.beyond])
-    worst = in_markdown(known[int(np.argmax(errors))].name)
-    text = f"Theory's v is off by {off_by(float(np.median(errors)))} in the median of {len(known)} rows"
-    text += f", at most by {off_by(max(errors))} ({worst}); somewhere on the curve it is"
-    return [f"{text} off beyond chance for {beyond or 'no placement'}.", *why]
+        return ""
+    median = float(np.median([error for _, error in known]))
+    worst, most = max(known, key=lambda each: each[1])
+    text = f"{start} by {off_by(median)} in the median of {len(known)} rows"
+    return f"{text}, at most by {off_by(most)} ({in_markdown(worst.name)})"
+
+
+def _without(what: str, rows: Sequence[tuple[ZooRow, float, str]]) -> list[str]:
+    """The rows for which theory has no number, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for row, predicted, reason in rows:
+        if reason and math.isnan(predicted):
+            reasons.setdefault(reason, []).append(in_markdown(row.name))
+    return [f"Theory has no {what} of {listed(names)}: {why}." for why, names in reasons.items()]

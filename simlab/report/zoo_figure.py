@@ -18,10 +18,11 @@ MARKERS = "osD^v"  # of groups
 # ZooRow's field, the panel's title, and if its axis is logarithmic.
 _PANELS = (
     ("v", "mean square after the last block\n(ring: theory)", True),
-    ("gradient", "gradient's rms, first block / last", True),
+    ("gradient", "gradient's rms, first block / last\n(ring: theory)", True),
     ("cosine", "mean cosine between tokens\nafter the last block", False),
     ("bits", "bits of a last branch that its\nsum keeps in bfloat16", False),
 )
+_RINGS = {"v": "predicted", "gradient": "predicted_gradient"}  # theory's, of a field
 _NOTHING = {"gradient": 1, "bits": 0}  # values with a line: level gradients, a branch that is lost
 _LONGEST = 44  # characters of a name: a formula's
 
@@ -58,8 +59,8 @@ def zoo_figure(rows: Sequence[ZooRow], line: str) -> Figure:
             )
             if np.isfinite(value) and (value > 0 or not log):
                 ax.plot(value, y, marker, color=colour, ms=5.5, zorder=3)
-            if field == "v" and row.predicted > 0:
-                ax.plot(row.predicted, y, marker, ms=9, mfc="none", mec=".25", mew=0.9, zorder=2)
+            if field in _RINGS and (predicted := getattr(row, _RINGS[field])) > 0:
+                ax.plot(predicted, y, marker, ms=9, mfc="none", mec=".25", mew=0.9, zorder=2)
         _axis(ax, log, len(names))
         if field in _NOTHING:
             ax.axvline(_NOTHING[field], color=".5", lw=0.8)

@@ -76,6 +76,8 @@ def test_rows_table_and_figure(tmp_path):
     assert reordered.v == last["mean_square"]
     assert reordered.predicted == last["law_mean_field"]
     assert reordered.gradient == first["gradient_rms"] / last["gradient_rms"]
+    assert reordered.predicted_gradient == first["law_gradient_rms"] / last["law_gradient_rms"]
+    assert reordered.predicted_gradient == pytest.approx(reordered.gradient, rel=0.3)
     assert reordered.cosine == last["token_cosine"]
     assert by_name["rezero"].gradient == 1
     assert math.isnan(by_name["rezero"].bits)
@@ -85,6 +87,7 @@ def test_rows_table_and_figure(tmp_path):
     assert len(table) == 2 + 3
     assert next(line for line in table if "rezero" in line).split(" | ")[6] == "–"
     assert "pre (it broke)" in text
+    assert "Theory's grad. is off by" in text
     assert "nan" not in text.lower()
     figure = zoo_figure(rows, "a line")
     assert len(figure.axes) == 4
@@ -92,6 +95,13 @@ def test_rows_table_and_figure(tmp_path):
         ticks = [*ax.xaxis.get_major_ticks(), *ax.xaxis.get_minor_ticks()]
         assert {tick.label1.get_size() for tick in ticks} == {8.5}
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [row.name for row in rows]
+
+
+def test_why_theory_has_no_gradient():
+    found = job("pre", "model.tied=true", "init=llama", "depth=1")
+    text = WRITERS["norm_zoo"]([found, job("post")])
+    (reason,) = [line for line in text.splitlines() if "no gradient of" in line]
+    assert reason.startswith("Theory has no gradient of pre: the head is tied")
 
 
 def test_theory_alone_and_two_models():
