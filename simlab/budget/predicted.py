@@ -5,7 +5,7 @@ from __future__ import annotations
 from simlab.analysis.numbers import gigabytes
 from simlab.budget.machine import MIB, available
 from simlab.config import ConfigError, RunConfig
-from simlab.schemes.placement import placement_of
+from simlab.schemes.placement import PLACEMENTS
 from simlab.schemes.scheme import Scheme
 
 # Seconds of a sublayer: one part whatever the N tokens, one per entry of a kernel (N, N), one per N³.
@@ -34,7 +34,8 @@ def prediction_cost(config: RunConfig) -> tuple[int, float]:
     if config.gradients:
         seconds += GRADIENT_STEP + GRADIENT_ENTRY * tokens**2
     kernels = KERNELS + ROUTED * bool(config.shape.experts)
-    if placement_of(config.shape).finish is not Scheme.finish:
+    # A family that transformers computes has a placement of its own.
+    if PLACEMENTS.get(config.shape.norm.placement, Scheme).finish is not Scheme.finish:
         kernels += CARRIED
     kernels = steps * kernels + FIRST_HEADS * min(2, config.shape.depth)
     kernels += PASSING + PASSING_GRADIENT * config.gradients

@@ -40,7 +40,7 @@ _CALLED = {
     "deepnorm": "deepnet",
     "dyt": "dynamic_tanh",
     "derf": "dynamic_erf",
-    "mhc": "deepseek deepseek_v4 manifold_hyper_connections",
+    "mhc": "deepseek manifold_hyper_connections",
     "hyper_connections": "hc dhc",
     "hy_v4": "hunyuan hunyuan_v4",
     "attn_res": "attn_residual attn_residuals attention_residual attention_residuals",
