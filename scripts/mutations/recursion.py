@@ -16,7 +16,6 @@ from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.gradient import _norms, loss_gradient, pull_gradient
 from simlab.theory.mean_field.kernels import KernelStep
 from simlab.theory.mean_field.mlp import MLPBranch, MLPKernel
-from simlab.theory.mean_field.response import Derivatives
 
 from .record import Mutation, edit
 
@@ -200,30 +199,8 @@ STREAM = (
     Mutation(
         "mean_of_inverse_forgotten",
         "1/E m for E 1/m in a norm's gradient",
-        edit(_norms, "more = spread * alone", "more = 0 * alone"),
+        edit(_norms, "*= 1 + spread", "*= 1 + 0 * spread"),
         "gradient_of_a_norm",
-    ),
-    Mutation(
-        "norms_vary_apart",
-        "the divisors of one stream's norms vary independently of each other",
-        edit(_norms, "more += of_others", "more += 0 * of_others"),
-        "norms_of_one_stream_vary_together:pre",
-    ),
-    Mutation(
-        "response_forgotten",
-        "each step's norms vary independently of the next step's",
-        edit(pull_gradient, "responses.get(0)", "None"),
-        "norms_of_one_stream_vary_together:pre",
-    ),
-    Mutation(
-        "output_of_any_degree",
-        "what comes back through an MLP doesn't vary with its input's mean square",
-        edit(
-            Derivatives.through_branch,
-            "response + gradient[:, None] * logarithm, ",
-            "response, 0 * ",
-        ),
-        "norms_of_one_stream_vary_together:reordered",
     ),
     Mutation(
         "gradient_along_the_output",

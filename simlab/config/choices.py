@@ -55,16 +55,17 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
     else:
         first = file_of("", "config")["defaults"]
         model = said.get("model", "")
-        if model and not _is_file("model", model):
+        if model and not is_choice("model", model):
             return None
         brought = file_of("model", model).get("defaults", []) if model else []
         names = {k.removeprefix("override /"): v for d in brought for k, v in d.items()}
         names = {k: v for d in first if isinstance(d, dict) for k, v in d.items()} | names
         name = names.get(group)
-    return name if name and _is_file(group, name) else None
+    return name if name and is_choice(group, name) else None
 
 
-def _is_file(group: str, name: str) -> bool:
+def is_choice(group: str, name: str) -> bool:
+    """True if conf/ has the file of such a choice."""
     return bool(re.fullmatch(r"\w+", name)) and (CONF_DIR / group / f"{name}.yaml").is_file()
 
 
@@ -74,7 +75,7 @@ def as_choices(keys: Mapping[str, Any]) -> dict[str, Any]:
     for group, value in keys.items():
         by = NAMED_BY.get(group, "")
         name = value.get(by) if isinstance(value, Mapping) else None
-        if isinstance(name, str) and (group != "model" or _is_file("model", name)):
+        if isinstance(name, str) and (group != "model" or is_choice("model", name)):
             given[group] = name
             given |= {f"{group}.{key}": each for key, each in value.items() if key != by}
         else:

@@ -7,7 +7,7 @@ from dataclasses import asdict, is_dataclass
 from functools import cache
 from typing import Any
 
-from simlab.config.choices import file_of, namesakes
+from simlab.config.choices import file_of, is_choice, namesakes
 from simlab.config.fields import Fields, as_typed
 from simlab.config.norm import read_own
 from simlab.config.preset import changed
@@ -64,8 +64,11 @@ def norm_name(norm: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 @cache
 def _own_keys(name: str) -> dict[str, Any]:
-    """The fields of NormConfig that a choice of norm sets besides the common ones."""
-    read = read_own(Fields(file_of("norm", name)))
+    """The fields of NormConfig that a choice of norm sets besides the common ones.
+
+    None of a placement that isn't a choice: a family's, which transformers computes.
+    """
+    read = read_own(Fields(file_of("norm", name))) if is_choice("norm", name) else {}
     return {k: v for k, v in read.items() if v is not None}
 
 

@@ -10,8 +10,6 @@ norm with output v̂ leaves G·(1 − (1 − γ)/d) and γ = 1. Of what is gone 
 along ŵ: the gradient at N(αx + b) comes to x by αx with γ = cos²(x, αx + b), through the sublayer with
 γ = 0, or 1 where it norms x itself, and their sum has the mean γ, weighted by their G_ii. So norms of a
 stream that hardly turns take out one part between them, not one each.
-
-Norms of one stream vary together between seeds: ``response`` has what that adds.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +27,7 @@ from simlab.schemes.placement import placement_of
 from simlab.theory.laws import Array
 from simlab.theory.mean_field.branch import TINY
 from simlab.theory.mean_field.kernels import KernelStep, KernelVector, Term, Terms, pairs_of
-from simlab.theory.mean_field.response import Derivatives, carries
 from simlab.theory.mean_field.squash import Squash, norm_of
-
-
-class Companions(NamedTuple):
-    """Two properties of n vectors' gradient that go back beside its kernel G.
-
-    gone: γ along each vector's own direction (nN,). response: R_ij = ∂G_ii/∂m_j (N, N) of one vector;
-    None where it isn't carried.
-    """
-
-    gone: Array
-    response: Array | None = None
 
 
 class Ending:
@@ -107,95 +93,62 @@ def own_probability(last: Ending, model: ModelConfig, head: float, own: Array) -
 
 
 def pull_gradient(
-    step: KernelStep, outs: Sequence[Terms], gradient: Array, carried: Companions | None = None
-) -> tuple[Array, Companions]:
-    """G (nN, nN) before a step of n incoming vectors, from that after it, with what goes beside it."""
+    step: KernelStep, outs: Sequence[Terms], gradient: Array, gone: Array | None = None
+) -> tuple[Array, Array]:
+    """G (nN, nN) and ``gone`` (nN,) before a step of n incoming vectors, from those after it.
+
+    gone: γ along each vector's own direction; None: 0.
+    """
     by_bases: dict[tuple[int, int], Array] = {}
     taken: dict[int, Array] = {}  # gone_i·G_ii of a base's gradient
-    responses: dict[int, Array] = {}  # of a base's G_ii to the incoming stream's mean squares
     starts, fresh = range(step.starts), np.zeros(len(step.start.kernel))
-    derivatives = Derivatives(step) if carries(step, outs) else None
 
-    def through(
-        first: Terms, second: Terms, upstream: Array, gone: Array = fresh,
-        response: Array | None = None,
-    ) -> None:  # fmt: skip
+    def through(first: Terms, second: Terms, upstream: Array, gone: Array = fresh) -> None:
         for left, right in product(_by_base(first), _by_base(second)):
             bases = left[-1].base, right[-1].base
             if bases[0] != bases[1] and not {*bases} <= {*starts}:
                 continue  # two fresh matrices', or one's and the stream's: uncorrelated
             factors = [np.sum([step.factor(term) for term in own], axis=0) for own in (left, right)]
             common = [norm for norm in left[-1].norms if norm in right[-1].norms]
-            moved = None if response is None else (factors[0] * factors[1])[:, None] * response
-            back = Back(upstream * np.outer(*factors), gone, first, moved)
-            passed, along, at, moved = _norms(step, common, back, derivatives)
+            passed, along, at = _norms(step, common, upstream * np.outer(*factors), gone, first)
             by_bases[bases] = by_bases.get(bases, 0.0) + passed
-            if moved is not None:
-                responses[bases[0]] = responses.get(bases[0], 0.0) + moved
             if first is second and bases[0] == bases[1]:
                 along = along * _cosine(step, at, (Term(bases[0], 1.0),)) ** 2 * passed.diagonal()
                 taken[bases[0]] = taken.get(bases[0], 0.0) + along
 
-    if carried is None:
-        carried = Companions(np.zeros(len(gradient)))
-    gone, after = carried
+    gone = np.zeros(len(gradient)) if gone is None else gone
     for a, b, one, other in pairs_of(outs, len(step.start.kernel)):
-        moved = None
-        if derivatives:
-            moved = np.zeros_like(gradient) if after is None else after @ derivatives.of(one)
-        through(one, other, gradient[a, b], gone[a] if one is other else fresh, moved)
+        through(one, other, gradient[a, b], gone[a] if one is other else fresh)
     for kind, index in reversed(step.events):
         if kind != "norm" and (index, index) in by_bases:
             branch, terms = step.branches[index]
-            upstream, moved = by_bases.pop((index, index)), responses.pop(index, None)
-            pulled = branch.pull_gradient(upstream)
-            if derivatives and moved is not None:
-                moved, more = derivatives.through_branch(index, moved, upstream, pulled)
-                pulled = pulled + np.diag(more)
-            through(terms, terms, pulled, response=moved)
+            through(terms, terms, branch.pull_gradient(by_bases.pop((index, index))))
     nothing = np.zeros_like(step.start.kernel)
     blocks = [[by_bases.get((a, b), nothing) for b in starts] for a in starts]
     share = [taken.get(a, fresh) / np.maximum(blocks[a][a].diagonal(), TINY) for a in starts]
     joint = np.block(blocks) if len(starts) > 1 else blocks[0][0]
-    return joint, Companions(np.clip(np.concatenate(share), 0, 1), responses.get(0))
+    return joint, np.clip(np.concatenate(share), 0, 1)
 
 
 def _by_base(terms: Terms) -> list[list[Term]]:
     return [[t for t in terms if t.base == base] for base in {term.base for term in terms}]
 
 
-class Back(NamedTuple):
-    """A gradient on its way: G (N, N), ``gone`` along a vector ``at``, the response of G_ii."""
-
-    gradient: Array
-    gone: Array
-    at: Terms
-    response: Array | None
-
-
 def _norms(
-    step: KernelStep, norms: Sequence[int], back: Back, derivatives: Derivatives | None
-) -> Back:
-    """Back through norms, to ``gone`` along their input."""
-    gradient, gone, at, response = back
-    places = np.arange(len(gradient))
+    step: KernelStep, norms: Sequence[int], gradient: Array, gone: Array, at: Terms
+) -> tuple[Array, Array, Terms]:
+    """Back through norms: G (N, N), and ``gone`` along a vector ``at``, then along the norms' input."""
     for index in reversed(norms):
         norm = step.norms[index]
         spread = np.minimum(norm.spread * norm.saturation**2, 1.0)
         gone = gone * _cosine(step, at, norm.terms) ** 2
         left = (1 - norm.saturation) ** 2 * (1 - gone)  # eps leaves (eps/(m + eps))²
-        passed = 1 - (1 - gone - left) / step.width
-        root = np.sqrt(passed)
+        root = np.sqrt(1 - (1 - gone - left) / step.width)
         gradient = gradient * np.outer(root, root)
-        alone = gradient.diagonal()
-        more = spread * alone
-        if derivatives and response is not None:
-            response = passed[:, None] * response
-            response, of_others = derivatives.through_norm(index, response, alone)
-            more += of_others
-        gradient[places, places] += more
+        places = np.arange(len(gradient))
+        gradient[places, places] *= 1 + spread
         gone, at = 1 - left, norm.terms
-    return Back(gradient, gone, at, response)
+    return gradient, gone, at
 
 
 def _cosine(step: KernelStep, one: Terms, other: Terms) -> Array:

@@ -24,7 +24,6 @@ from simlab.theory.mean_field.drawing import Context
 from simlab.theory.mean_field.experts import ExpertsKernel
 from simlab.theory.mean_field.gates import attention_of
 from simlab.theory.mean_field.gradient import (
-    Companions,
     Ending,
     loss_error,
     loss_gradient,
@@ -321,20 +320,20 @@ def _gradients(
 ) -> list[Array]:  # fmt: skip
     """Every row's mean squares of the gradient (N,), the embedding's first."""
     gradient = loss_gradient(last.normed.kernel, model, head, ids)
-    gradient, carried = pull_gradient(last.step, [last.normed.terms], gradient)
+    gradient, gone = pull_gradient(last.step, [last.normed.terms], gradient)
     squares = [_of_writes(model, last.step, gradient, model.depth - 1)]
     made_by = [None, *(one.block for one in passed[:-1])]
     streams = None
     if passed[-1].step.mixed is not None:
-        streams = pull_read(last.step, gradient, carried.gone)
+        streams = pull_read(last.step, gradient, gone)
         gradient = streams.total
         squares = [gradient.diagonal()]
     for one, block in zip(reversed(passed), reversed(made_by), strict=True):
         if streams is not None and one.step.mixed is not None:
             streams = pull_mixed(one.step, streams)
-            gradient, carried = streams.total, Companions(streams.gone)
+            gradient, gone = streams.total, streams.gone
         else:
-            gradient, carried = pull_gradient(one.step, one.outs, gradient, carried)
+            gradient, gone = pull_gradient(one.step, one.outs, gradient, gone)
         squares.append(_of_writes(model, one.step, gradient, block))
         if one.kind == "attention":
             on_block()
