@@ -15,12 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from simlab.config import ConfigError
 from simlab.config.choices import as_choices
-from simlab.config.command_line import quoted
+from simlab.config.overrides import as_overrides, in_hydra
 from simlab.results import Comparison, Result, SweepResult, read_result
 from simlab.store import plain_values
 
@@ -32,11 +31,6 @@ if TYPE_CHECKING:
     from simlab.measurement.batch_checks import Batch
     from simlab.measurement.layout import Layout
     from simlab.results.probed import Probed
-
-# What Hydra's grammar reads as the same text without quotes.
-_PLAIN = re.compile(
-    r"(?!(?:true|false|null|nan|inf)$)[a-z_./](?:[a-z0-9_./@% -]*[a-z0-9_./@%-])?", re.IGNORECASE
-)
 
 
 def measure(model: str | None = None, more: Mapping[str, Any] | None = None, **keys: Any) -> Result:
@@ -255,7 +249,7 @@ def multirun(
             or not len(list(values))
         ):
             raise ConfigError(f"multirun: {key}={values!r}: give a list of values")
-        swept.append(f"{key}={','.join(_text(key, value) for value in values)}")
+        swept.append(f"{key}={','.join(in_hydra(key, value) for value in values)}")
     given = as_overrides(_asked(model, more, keys))
     if "dry_run=true" in given:
         raise ConfigError(
@@ -269,7 +263,7 @@ def multirun(
         "-m",
         *given,
         *swept,
-        f"hydra.sweep.dir={_text('folder', str(place))}",
+        f"hydra.sweep.dir={in_hydra('folder', str(place))}",
     ]
     said: list[str] = []
     with (
@@ -386,35 +380,3 @@ def load_sweep(folder: str | Path) -> SweepResult:
         [each.number for each in entries if each.status == "unfinished"],
         {each.number: each.folder for each in done}, curves(done, read_vectors),
     )  # fmt: skip
-
-
-def as_overrides(keys: Mapping[str, Any], above: str = "") -> list[str]:
-    """A dict of keys and values as the command line's overrides: ``{"depth": 8}`` as ``depth=8``."""
-    given: list[str] = []
-    for key, value in keys.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping):
-            given += as_overrides(value, f"{name}.")
-        else:
-            given.append(f"{name}={_text(name, value)}")
-    return given
-
-
-def _text(key: str, value: Any) -> str:
-    """A value in Hydra's grammar. Raises ConfigError for what no config can hold."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str | Path):
-        text = str(value)
-        return text if _PLAIN.fullmatch(text) else quoted(text)
-    if isinstance(value, Sequence | range | np.ndarray):
-        return "[" + ",".join(_text(key, each) for each in value) + "]"
-    raise ConfigError(
-        f"{key}={value!r}: a {type(value).__name__}; allowed: numbers, texts, true, false, lists"
-    )

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 import simlab
 from simlab.analysis.numbers import short
-from simlab.api import as_overrides
+from simlab.config.overrides import as_overrides
 from simlab.experiment import build_model
 from simlab.results import small
 

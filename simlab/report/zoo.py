@@ -210,7 +210,7 @@ def _theory(rows: Sequence[ZooRow]) -> list[str]:
 
 
 def _off(start: str, rows: Sequence[tuple[ZooRow, float, float]]) -> str:
-    """ "Theory's v is off by …" of rows with a measured and a predicted number, or nothing."""
+    """How far theory is off, of rows with a measured and a predicted number; or an empty text."""
     known = [(row, abs(math.log(p / m))) for row, m, p in rows if p > 0 and m > 0]
     if not known:
         return ""

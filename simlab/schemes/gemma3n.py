@@ -118,5 +118,5 @@ class AltUp(Scheme):
 
     @staticmethod
     def finish(state: Any, norm: Map[Any], config: ModelConfig, unembed_sides: Any = None) -> Any:
-        """The mean of the active stream and of the others' projections."""
+        """(x_0 + s_1 + s_2 + s_3)/4: x_0 is the active stream, s_k the projection of side stream k."""
         return total((state[0], *unembed_sides(state))) / ALTUP_STREAMS

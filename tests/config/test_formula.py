@@ -6,9 +6,9 @@ import pytest
 from conftest import tiny
 
 import simlab
-from simlab.api import as_overrides
 from simlab.config import ConfigError
 from simlab.config.formula import formula_of
+from simlab.config.overrides import as_overrides
 
 
 @pytest.mark.parametrize(

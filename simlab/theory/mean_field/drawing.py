@@ -131,6 +131,9 @@ def turn(x: Array32, table: tuple[Array32, Array32], out: Array32 | None = None)
 
 
 def pieces(count: int, entries: int) -> Iterator[slice]:
-    """``count`` rows of so many entries, COPIED entries at a time, in whole eights of rows."""
+    """Slices that divide ``count`` rows into groups of at most COPIED numbers, or of eight rows.
+
+    entries: numbers in a row. Every group but the last has a multiple of eight rows.
+    """
     rows = max(8, COPIED // entries // 8 * 8)
     return (slice(first, first + rows) for first in range(0, count, rows))

@@ -181,9 +181,3 @@ def attention_of(
     """A layer's attention, with its output gate where the model has one."""
     attention = AttentionKernel(context, layer, stds)
     return attention if context.model.attention_gate == "none" else GatedKernel(attention)
-
-
-def attention_in(branch: Branch) -> AttentionBranch | None:
-    """The attention of a branch, without its gate; None of another sublayer."""
-    one = branch.one if isinstance(branch, GatedBranch) else branch
-    return one if isinstance(one, AttentionBranch) else None

@@ -38,8 +38,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from simlab.theory.laws import Array
+from simlab.theory.mean_field.attention import AttentionBranch
 from simlab.theory.mean_field.branch import TINY
-from simlab.theory.mean_field.gates import attention_in
+from simlab.theory.mean_field.gates import GatedBranch
 from simlab.theory.mean_field.kernels import KernelStep
 from simlab.theory.mean_field.mixing import MixedStreams, WrittenBranch
 
@@ -110,7 +111,7 @@ def pull_mixed(step: KernelStep, after: StreamsGradient) -> StreamsGradient:
     spread = spread_of(step)
     together = (1 - spread) ** (-after.power * (1 - share))
     read[places, places] /= 1 - np.minimum(norm.spread * norm.saturation**2, MOST_SPREAD)
-    if attention_in(branch.inner) is None:
+    if not isinstance(branch.inner, AttentionBranch | GatedBranch):
         read[places, places] *= together
 
     root = np.sqrt(np.maximum(1 - after.gone * share, 0))  # what is left of S along F
